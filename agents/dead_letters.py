@@ -1,0 +1,31 @@
+"""A record that was given up on, as it goes to the dead-letter topic: its own bytes, and headers that say why."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from agents.effects import DeadLetter
+from agents.ports import Outgoing, Record
+from schemas.keys import DEAD_LETTERS_TOPIC, Partition
+
+# A reason may quote a topic of 65,535 bytes; the beginning is enough to understand it.
+REASON_LENGTH_MAX: Final = 1_000
+GONE: Final = " (its bytes are no longer in the log)"
+
+
+def dead_letter(partition: Partition, letter: DeadLetter, record: Record | None) -> Outgoing:
+    """The dead letter of a record; `record` is None when the log no longer holds it."""
+    reason = letter.reason[:REASON_LENGTH_MAX]
+    key, value = None, None
+    if record is None:
+        reason += GONE
+    else:
+        key, value = record.key, record.value
+    headers = (
+        ("source-topic", partition.topic.encode()),
+        ("source-partition", b"%d" % partition.number),
+        ("source-offset", b"%d" % letter.offset),
+        ("agent", partition.agent.encode()),
+        ("reason", reason.encode("utf-8", "replace")),
+    )
+    return Outgoing(DEAD_LETTERS_TOPIC, key, value, headers)

@@ -1,0 +1,175 @@
+"""What a machine decides, as data. An effect says *what* is kept; a store says how.
+
+A store carries out three lists, in this order (`Effect.stage`):
+
+1. ``STORE``  — message bodies and index entries: written before anything refers to them;
+2. ``STATE``  — the partition's private state, fenced together with the applied offset;
+3. ``REMOVE`` — deletes, and the user's own commands.
+
+Within a batch a key is stored at most once and removed after it was stored, so the order of the lists is the
+only order that matters. On one Redis server all three are one transaction.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import ClassVar, Literal, TypeAlias
+
+from msgspec import Struct
+
+from schemas.events import MessagePublished
+
+# The source of an effect that no single record asked for (expiry, cleaning up after a refusal).
+NO_SOURCE = -1
+
+
+class Stage(IntEnum):
+    """Which of the three lists an effect belongs to."""
+
+    STORE = 0
+    STATE = 1
+    REMOVE = 2
+
+
+class StoreMessage(Struct, frozen=True, gc=False):
+    """Keep the body of a message and, if `indexed`, its entry in the topic's index.
+
+    `score` orders the index (µs, never a tie); `expires_at` (ms) is when nobody needs the body any more.
+    """
+
+    stage: ClassVar[Stage] = Stage.STORE
+    offset: int
+    event: MessagePublished
+    score: int
+    indexed: bool
+    expires_at: int | None
+
+
+class Retain(Struct, frozen=True, gc=False):
+    """Make `message_id` the topic's one retained message; its body is stored."""
+
+    stage: ClassVar[Stage] = Stage.STORE
+    offset: int
+    topic: str
+    message_id: str
+    score: int
+
+
+class KeepReceipt(Struct, frozen=True, gc=False):
+    """Note that a client got or acknowledged a message at `at_s` (seconds); forget all of it at `expires_at` (ms)."""
+
+    stage: ClassVar[Stage] = Stage.STORE
+    offset: int
+    message_id: str
+    kind: Literal["delivered", "acked"]
+    client_id: str
+    at_s: int
+    expires_at: int
+
+
+class SetTopicState(Struct, frozen=True, gc=False):
+    """Replace the packed state of a topic; None removes it."""
+
+    stage: ClassVar[Stage] = Stage.STATE
+    topic: str
+    state: bytes | None
+
+
+class SetRules(Struct, frozen=True, gc=False):
+    """The rules in force from here on, in canonical form."""
+
+    stage: ClassVar[Stage] = Stage.STATE
+    canonical: str
+
+
+class WriteSeen(Struct, frozen=True, gc=False):
+    """Add message ids to one generation of seen ids; `fresh` empties it first."""
+
+    stage: ClassVar[Stage] = Stage.STATE
+    generation: int
+    fresh: bool
+    message_ids: tuple[str, ...]
+
+
+class SetDue(Struct, frozen=True, gc=False):
+    """Something falls due at `at` (ms): None removes it, else the earlier of this and what is known stays."""
+
+    stage: ClassVar[Stage] = Stage.STATE
+    member: str
+    at: int | None
+
+
+class Unindex(Struct, frozen=True, gc=False):
+    """Take messages out of a topic's index."""
+
+    stage: ClassVar[Stage] = Stage.REMOVE
+    offset: int
+    topic: str
+    message_ids: tuple[str, ...]
+
+
+class ClearRetained(Struct, frozen=True, gc=False):
+    """The topic has no retained message any more."""
+
+    stage: ClassVar[Stage] = Stage.REMOVE
+    offset: int
+    topic: str
+
+
+class DropBody(Struct, frozen=True, gc=False):
+    """Nobody refers to this message any more."""
+
+    stage: ClassVar[Stage] = Stage.REMOVE
+    message_id: str
+
+
+class SpareBody(Struct, frozen=True, gc=False):
+    """The key of a body was somebody else's: take back the lifetime that came with the refused write."""
+
+    stage: ClassVar[Stage] = Stage.REMOVE
+    message_id: str
+
+
+class RunCommand(Struct, frozen=True, gc=False):
+    """A command of the user's own, substituted and checked."""
+
+    stage: ClassVar[Stage] = Stage.REMOVE
+    offset: int
+    arguments: tuple[bytes, ...]
+
+
+class DeadLetter(Struct, frozen=True, gc=False):
+    """An output: the record at `offset` was given up on, for this reason."""
+
+    offset: int
+    reason: str
+
+
+Effect: TypeAlias = (
+    StoreMessage
+    | Retain
+    | KeepReceipt
+    | SetTopicState
+    | SetRules
+    | WriteSeen
+    | SetDue
+    | Unindex
+    | ClearRetained
+    | DropBody
+    | SpareBody
+    | RunCommand
+)
+"""What a store carries out."""
+
+Output: TypeAlias = DeadLetter
+"""What is produced to Kafka once the store has the effects; kept in the journal until then."""
+
+RefusedPart: TypeAlias = Literal["body", "index", "retained", "receipt", "command", "removal"]
+
+
+class Refusal(Struct, frozen=True):
+    """The store would not write one part of what the record at `offset` asked for (a foreign key in the way)."""
+
+    offset: int
+    part: RefusedPart
+    reason: str

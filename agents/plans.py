@@ -1,0 +1,89 @@
+"""What the rules in force ask for one topic, worked out once and remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from msgspec import Struct
+
+from schemas.codec import topic_name_error
+from schemas.rules import Rule, Rules
+
+# Topics whose plan is remembered: 10,000 plans are about 5 MiB; past that the memory starts anew.
+PLANS_MAX = 10_000
+RECEIPT_LIFETIME_S = 86_400  # of a receipt rule that names no `expired_time`: one day
+
+MessageHook = Literal["message.publish", "message.delivered", "message.acked"]
+
+
+class Plan(Struct, frozen=True):
+    """The rules of one topic. Lifetimes are ms; None means for ever."""
+
+    error: str | None
+    store: bool
+    store_qos0: bool
+    index_lifetime_ms: int | None
+    retain: bool
+    clear_retained: bool
+    retained_lifetime_ms: int | None
+    commands: Mapping[MessageHook, tuple[tuple[str, ...], ...]]
+    receipts: Mapping[MessageHook, int]  # the hooks that keep a receipt, and its lifetime
+
+    @property
+    def touches_retained(self) -> bool:
+        """Whether a publish with the retain flag changes what the topic retains."""
+        return self.retain or self.clear_retained
+
+
+def lifetime_ms(rule: Rule | None) -> int | None:
+    """How long what a rule keeps is kept."""
+    return None if rule is None or rule.expired_time is None else rule.expired_time * 1000
+
+
+def make_plan(rules: Rules, topic: str) -> Plan:
+    """Of several rules with the same action for a topic, the first one counts; commands add up."""
+    publish = rules.matching("message.publish", topic)
+    first: dict[str, Rule] = {}
+    for rule in publish:
+        if rule.action is not None:
+            first.setdefault(rule.action, rule)
+    store, retain = first.get("on_message_publish"), first.get("on_message_retain")
+    commands: dict[MessageHook, tuple[tuple[str, ...], ...]] = {}
+    receipts: dict[MessageHook, int] = {}
+    hooks: tuple[MessageHook, ...] = ("message.publish", "message.delivered", "message.acked")
+    for hook in hooks:
+        matching = rules.matching(hook, topic)
+        commands[hook] = tuple(command for rule in matching for command in rule.commands)
+        for rule in matching:
+            if rule.action == "on_message_receipt":
+                receipts.setdefault(hook, lifetime_ms(rule) or RECEIPT_LIFETIME_S * 1000)
+    return Plan(
+        error=topic_name_error(topic),
+        store=store is not None,
+        store_qos0=store is not None and store.store_qos0,
+        index_lifetime_ms=lifetime_ms(store),
+        retain=retain is not None,
+        clear_retained="on_retain_delete" in first,
+        retained_lifetime_ms=lifetime_ms(retain),
+        commands=commands,
+        receipts=receipts,
+    )
+
+
+class Plans:
+    """The plans of the rules in force."""
+
+    def __init__(self, rules: Rules) -> None:
+        """Nothing is worked out before it is asked for."""
+        self._rules = rules
+        self._plans: dict[str, Plan] = {}
+
+    def of(self, topic: str) -> Plan:
+        """The plan of a topic."""
+        plan = self._plans.get(topic)
+        if plan is None:
+            if len(self._plans) >= PLANS_MAX:
+                self._plans.clear()
+            plan = self._plans[topic] = make_plan(self._rules, topic)
+        return plan

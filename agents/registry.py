@@ -1,0 +1,13 @@
+"""Which agents there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from agents.messages.machine import MessagesMachine
+from agents.ports import Machine
+from schemas.events import AgentName
+
+MACHINES: Final[Mapping[AgentName, Callable[[], Machine]]] = {"messages": MessagesMachine}
+AGENT_NAMES: Final = tuple(MACHINES)

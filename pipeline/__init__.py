@@ -1,0 +1,1 @@
+"""What is done: everything that awaits Kafka, Redis or an MQTT broker."""

@@ -1,0 +1,162 @@
+"""What the broker saw, into Kafka: stamped once, in the order it happened."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from typing import Any, Final
+
+from pipeline.brokers.embedded.message_id import MessageIds
+from pipeline.producer import Producer
+from schemas import codec, keys
+from schemas.events import (
+    ClientConnected,
+    ClientDisconnected,
+    Event,
+    MessageAcked,
+    MessageDelivered,
+    MessagePublished,
+    NodeStarted,
+    NodeStopped,
+    NodeSyncCompleted,
+    NodeSyncStarted,
+    SessionCreated,
+    SessionDiscarded,
+    SessionResumed,
+    SessionSubscribed,
+    SessionTakenOver,
+    SessionTerminated,
+    SessionUnsubscribed,
+)
+from schemas.rule import Hook
+from schemas.rules import Rules
+
+logger = logging.getLogger(__name__)
+
+TOPICS_REMEMBERED_MAX: Final = (
+    10_000  # whose hooks were looked up; past that the memory starts anew
+)
+NEVER_EXPIRES_S: Final = 0xFFFF_FFFF  # [MQTT5-3.1.2-11.2]; an MQTT 3.1.1 session that is not clean
+
+ClientEvent = (
+    type[ClientDisconnected] | type[SessionCreated] | type[SessionResumed]
+    | type[SessionSubscribed] | type[SessionUnsubscribed] | type[SessionTerminated]
+    | type[SessionDiscarded] | type[SessionTakenOver] | type[ClientConnected]
+)  # fmt: skip
+NodeEvent = type[NodeStarted] | type[NodeStopped] | type[NodeSyncStarted] | type[NodeSyncCompleted]
+
+
+def now_ms() -> int:
+    """The bridge's clock."""
+    return time.time_ns() // 1_000_000
+
+
+class Recorder:
+    """Produces events; one at a time enters the producer, so that none overtakes another."""
+
+    def __init__(self, producer: Producer, rules: Rules, node: str, partitions: int) -> None:
+        """`partitions` is how many each topic has: node events go to every one."""
+        self.node = node
+        self._producer, self._rules, self._partitions = producer, rules, partitions
+        self._ids = MessageIds(node, os.getpid())
+        self._entering = asyncio.Lock()
+        self._wanted: dict[tuple[Hook, str], bool] = {}
+        self.unacknowledged: set[asyncio.Future[Any]] = set()
+
+    # -- publishes
+
+    async def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        qos: int,
+        retain: bool,
+        client_id: str,
+        username: str | None,
+    ) -> tuple[MessagePublished, asyncio.Future[Any]]:
+        """Enter a publish; the future is done when Kafka has it.
+
+        Raises:
+            MessageTooLarge: it is larger than one record may be.
+        """
+        text, encoding = codec.payload_text(payload)
+        at = now_ms()
+        event = MessagePublished(
+            at=at, node=self.node, message_id=self._ids.next(), topic=topic, qos=qos,
+            retain=retain, client_id=client_id, username=username, payload=text,
+            payload_encoding=encoding, published_at=at,
+        )  # fmt: skip
+        return event, await self._enter(keys.MESSAGES_TOPIC, event)
+
+    async def delivered(self, published: MessagePublished, client_id: str, qos: int) -> None:
+        """The broker is about to hand a message to a client."""
+        if self._wants("message.delivered", published.topic):
+            await self._message(MessageDelivered, published, client_id, qos)
+
+    async def acked(self, published: MessagePublished, client_id: str, qos: int) -> None:
+        """A client acknowledged a message."""
+        if self._wants("message.acked", published.topic):
+            await self._message(MessageAcked, published, client_id, qos)
+
+    async def _message(
+        self,
+        kind: type[MessageDelivered | MessageAcked],
+        published: MessagePublished,
+        client_id: str,
+        qos: int,
+    ) -> None:
+        event = kind(
+            at=now_ms(), node=self.node, message_id=published.message_id, topic=published.topic,
+            client_id=client_id, from_client_id=published.client_id, qos=qos,
+        )  # fmt: skip
+        await self._enter(keys.MESSAGES_TOPIC, event)
+
+    def _wants(self, hook: Hook, topic: str) -> bool:
+        """Whether a rule, or the topic's delivery agent, needs this event."""
+        known = self._wanted.get((hook, topic))
+        if known is None:
+            if len(self._wanted) >= TOPICS_REMEMBERED_MAX:
+                self._wanted.clear()
+            owned = hook == "message.acked" and self._rules.owner(topic) != "messages"
+            known = self._wanted[hook, topic] = owned or bool(self._rules.matching(hook, topic))
+        return known
+
+    # -- clients, sessions, nodes
+
+    async def client(self, kind: ClientEvent, client_id: str, **fields: Any) -> None:
+        """Something happened to a client or its session."""
+        event: Event = kind(at=now_ms(), node=self.node, client_id=client_id, **fields)
+        await self._enter(keys.CLIENTS_TOPIC, event)
+
+    async def node_event(self, kind: NodeEvent, **fields: Any) -> None:
+        """Something happened to the whole broker: every partition hears of it."""
+        event = kind(at=now_ms(), node=self.node, **fields)
+        for number in range(self._partitions):
+            await self._enter(keys.CLIENTS_TOPIC, event, number)
+
+    # -- into Kafka
+
+    async def _enter(
+        self, topic: str, event: Event, partition: int | None = None
+    ) -> asyncio.Future[Any]:
+        key = keys.record_key(event).encode()
+        async with self._entering:
+            acknowledged = await self._producer.send(topic, key, codec.encode(event), partition)
+        self.unacknowledged.add(acknowledged)
+        acknowledged.add_done_callback(self._done)
+        return acknowledged
+
+    async def drain(self, timeout_s: float) -> None:
+        """Wait until Kafka has acknowledged everything entered so far, at most `timeout_s`."""
+        waiting = set(self.unacknowledged)
+        if waiting:
+            _, left = await asyncio.wait(waiting, timeout=timeout_s)
+            if left:
+                logger.error("Kafka has not acknowledged %d events; not waiting longer", len(left))
+
+    def _done(self, acknowledged: asyncio.Future[Any]) -> None:
+        self.unacknowledged.discard(acknowledged)
+        if not acknowledged.cancelled() and acknowledged.exception() is not None:
+            logger.error("Kafka refused an event: %r", acknowledged.exception())

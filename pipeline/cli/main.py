@@ -1,0 +1,44 @@
+"""All commands, and the one place where an error becomes a line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from pipeline.cli import mqtt_commands, part_commands, redis_command, stack_commands
+from pipeline.cli.common import errors
+from schemas.errors import ConfigError, MillpondError
+
+USAGE_EXIT_CODE, FAILURE_EXIT_CODE = 2, 1
+
+app = typer.Typer(
+    help="Keeps what an MQTT broker forgets: broker events through Kafka and Faust into Redis.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(stack_commands.up)
+app.command()(stack_commands.down)
+app.command()(stack_commands.status)
+app.command()(part_commands.worker)
+app.command()(part_commands.bridge)
+app.add_typer(part_commands.kafka, name="kafka")
+app.add_typer(part_commands.config, name="config")
+app.command()(mqtt_commands.pub)
+app.command()(mqtt_commands.sub)
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(redis_command.redis)
+
+
+def main() -> None:
+    """Run one command; what went wrong is one sentence on stderr, never a traceback."""
+    try:
+        app()
+    except ConfigError as error:
+        errors.print(f"millpond: {error}", markup=False)
+        sys.exit(USAGE_EXIT_CODE)
+    except MillpondError as error:
+        errors.print(f"millpond: {error}", markup=False)
+        sys.exit(FAILURE_EXIT_CODE)

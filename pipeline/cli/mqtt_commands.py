@@ -1,0 +1,101 @@
+"""`millpond pub` and `sub`, for machines without MQTT tools."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, load_settings
+from schemas.errors import MillpondError
+
+HostOption = Annotated[str | None, typer.Option("--host", "-h", help="The broker's host.")]
+PortOption = Annotated[int | None, typer.Option("--port", "-p", help="The broker's port.")]
+QosOption = Annotated[int, typer.Option("--qos", "-q", min=0, max=2, help="Quality of service.")]
+IdOption = Annotated[str | None, typer.Option("--id", "-i", help="The client id.")]
+
+
+def _address(
+    host: str | None, port: int | None, config: Path | None, data: Path
+) -> tuple[str, int]:
+    settings, _ = load_settings(config, data)
+    return host or settings.bridge.host, port or settings.bridge.mqtt_port
+
+
+def pub(
+    topic: Annotated[str, typer.Option("--topic", "-t", help="Where to publish.")],
+    message: Annotated[str | None, typer.Option("--message", "-m", help="The payload.")] = None,
+    lines: Annotated[
+        bool, typer.Option("--lines", "-l", help="One message per line of stdin.")
+    ] = False,
+    qos: QosOption = 0,
+    retain: Annotated[
+        bool, typer.Option("--retain", "-r", help="Keep as retained message.")
+    ] = False,
+    client_id: IdOption = None,
+    host: HostOption = None,
+    port: PortOption = None,
+    config: ConfigOption = None,
+    data: DataOption = DEFAULT_DATA,
+) -> None:
+    """Publish one message, or one for each line of stdin; returns when the broker has acknowledged them."""
+    import aiomqtt  # noqa: PLC0415  needs the extra [local]
+
+    address = _address(host, port, config, data)
+
+    async def publish() -> None:
+        async with aiomqtt.Client(*address, identifier=client_id) as client:
+            payloads = (line.rstrip("\n") for line in sys.stdin) if lines else [message or ""]
+            for payload in payloads:
+                await client.publish(topic, payload, qos=qos, retain=retain)
+
+    try:
+        asyncio.run(publish())
+    except aiomqtt.MqttError as error:
+        raise MillpondError(f"MQTT at {address[0]}:{address[1]}: {error}") from error
+
+
+def sub(
+    topic: Annotated[str, typer.Option("--topic", "-t", help="A topic filter.")],
+    count: Annotated[int | None, typer.Option("--count", "-C", help="Stop after so many.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print topics too.")] = False,
+    keep_session: Annotated[
+        bool, typer.Option("--keep-session", "-c", help="Not a clean one.")
+    ] = False,
+    qos: QosOption = 0,
+    client_id: IdOption = None,
+    host: HostOption = None,
+    port: PortOption = None,
+    config: ConfigOption = None,
+    data: DataOption = DEFAULT_DATA,
+) -> None:
+    """Print what is published, a line each, until Ctrl-C."""
+    import aiomqtt  # noqa: PLC0415  needs the extra [local]
+
+    address = _address(host, port, config, data)
+
+    async def subscribe() -> None:
+        async with aiomqtt.Client(
+            *address, identifier=client_id, clean_session=not keep_session
+        ) as client:
+            await client.subscribe(topic, qos=qos)
+            received = 0
+            async for message in client.messages:
+                prefix = f"{message.topic} ".encode() if verbose else b""
+                payload = message.payload
+                body = payload if isinstance(payload, bytes) else str(payload).encode()
+                sys.stdout.buffer.write(prefix + body + b"\n")
+                sys.stdout.buffer.flush()
+                received += 1
+                if received == count:
+                    return
+
+    try:
+        asyncio.run(subscribe())
+    except aiomqtt.MqttError as error:
+        raise MillpondError(f"MQTT at {address[0]}:{address[1]}: {error}") from error
+    except KeyboardInterrupt:
+        return

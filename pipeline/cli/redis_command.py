@@ -1,0 +1,56 @@
+"""`millpond redis`, for machines without redis-cli: any command, printed as redis-cli prints to a pipe."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from redis import Redis
+from redis.exceptions import RedisError, ResponseError
+
+from pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, load_settings
+from pipeline.settings import read_secret
+from schemas.errors import MillpondError
+
+
+def redis(
+    context: typer.Context,
+    config: ConfigOption = None,
+    data: DataOption = DEFAULT_DATA,
+) -> None:
+    """Run one Redis command, for example: millpond redis ZRANGE mqtt:msg:t 0 -1."""
+    _, rules = load_settings(config, data)
+    pool = rules.pool("messages")
+    host, port = pool.servers[0]
+    password = pool.password
+    if pool.password_file is not None:
+        password = read_secret(pool.password_file, f"[pool.{pool.name}] password_file")
+    client = Redis(
+        host=host, port=port, db=pool.database, username=pool.username, password=password,
+        ssl=pool.tls, ssl_ca_certs=pool.ca_file,
+    )  # fmt: skip
+    try:
+        # Without the callbacks that turn some commands' replies into Python objects.
+        client.response_callbacks.clear()
+        reply: Any = client.execute_command(*context.args)  # type: ignore[no-untyped-call]
+    except ResponseError as error:
+        raise MillpondError(f"(error) {error}") from error
+    except (RedisError, OSError) as error:
+        raise MillpondError(f"Redis at {host}:{port}: {error}") from error
+    for line in _lines(reply):
+        sys.stdout.buffer.write(line + b"\n")
+
+
+def _lines(reply: Any) -> list[bytes]:
+    match reply:
+        case None:
+            return [b""]
+        case bytes():
+            return [reply]
+        case dict():
+            return [line for pair in reply.items() for item in pair for line in _lines(item)]
+        case list() | tuple() | set():
+            return [line for item in reply for line in _lines(item)]
+        case _:
+            return [str(reply).encode()]

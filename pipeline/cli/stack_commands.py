@@ -1,0 +1,212 @@
+"""`millpond up`, `down`, `status`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import orjson
+import typer
+from aiokafka.errors import KafkaError
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from agents.registry import AGENT_NAMES
+from pipeline.cli.common import (
+    DEFAULT_DATA,
+    ConfigOption,
+    DataOption,
+    console,
+    errors,
+    quiet_libraries,
+)
+from pipeline.lag import lag
+from pipeline.settings import load
+from schemas.errors import MillpondError
+
+KAFKA_SIZE = "about 60 MB"
+DETACHED_READY_TIMEOUT_S = 600.0  # a first start fetches Kafka
+
+
+def up(
+    data: DataOption = DEFAULT_DATA,
+    config: ConfigOption = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Return when all is ready.")] = False,
+    kafka: Annotated[str | None, typer.Option(help="HOST:PORT of a Kafka to use.")] = None,
+    redis: Annotated[str | None, typer.Option(help="URL of a Redis to use, or `embedded`.")] = None,
+    mqtt_port: Annotated[int | None, typer.Option(help="MQTT; 0 picks a free port.")] = None,
+    web_port: Annotated[
+        int | None, typer.Option(help="MQTT over WebSocket; 0: a free one.")
+    ] = None,
+    kafka_port: Annotated[int | None, typer.Option(help="Kafka; 0 picks a free port.")] = None,
+    redis_port: Annotated[int | None, typer.Option(help="Redis; 0 picks a free port.")] = None,
+) -> None:
+    """Start Kafka, Redis, an MQTT broker and the agents here, and keep them running until Ctrl-C."""
+    from pipeline.stack.directory import DataDirectory  # noqa: PLC0415  needs the extra [local]
+    from pipeline.stack.stack import Options, Stack  # noqa: PLC0415
+
+    directory = DataDirectory(data)
+    options = Options(
+        config=config,
+        kafka=kafka,
+        redis=redis,
+        mqtt_port=mqtt_port,
+        websocket_port=web_port,
+        kafka_port=kafka_port,
+        redis_port=redis_port,
+    )
+    _fetch_kafka(kafka)
+    if detach:
+        _detach(directory, [part for part in sys.argv[1:] if part != "--detach"])
+        return
+    quiet_libraries(logging.CRITICAL)  # a Kafka that is not up yet is what we wait for, not news
+    stack = Stack(directory, options, lambda line: console.print(line, markup=False))
+    asyncio.run(stack.run(lambda: _say_ready(stack.addresses, data)))
+
+
+def _fetch_kafka(external: str | None) -> None:
+    """Fetch the jars with something to look at; the second start finds them."""
+    from pipeline.stack import kafka  # noqa: PLC0415  needs the extra [local]
+
+    if external is not None or kafka.fetched_jars() is not None:
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    console.print(f"fetching Apache Kafka {kafka.KAFKA_VERSION} ({KAFKA_SIZE}, this once)")
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task("fetching")
+        kafka.fetch_jars()
+
+
+def _say_ready(addresses: dict[str, str], data: Path) -> None:
+    table = Table(show_header=False, box=None)
+    for name, address in addresses.items():
+        table.add_row(name, address)
+    console.print(table)
+    where = "" if data == DEFAULT_DATA else f" --data {data}"
+    console.print("Try, in another terminal:", markup=False)
+    for command in (
+        f"millpond pub{where} -q 1 -t sensors/kitchen -m 21.5",
+        f"millpond redis{where} ZRANGE mqtt:msg:sensors/kitchen 0 -1 WITHSCORES",
+        f"millpond status{where}",
+    ):
+        console.print(f"  {command}", markup=False, soft_wrap=True)
+    console.print("millpond is ready")
+
+
+def _detach(directory: Any, arguments: list[str]) -> None:
+    """The same command in the background; returns when it is ready, or says why it is not."""
+    directory.create()
+    log = directory.log("up")
+    with log.open("wb") as output:
+        running = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.cli", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + DETACHED_READY_TIMEOUT_S
+    while running.poll() is None and time.monotonic() < deadline:
+        state = directory.read_state()
+        if state is not None and state.supervisor.pid == running.pid and state.ready:
+            break
+        time.sleep(0.1)
+    said = log.read_text(errors="replace")
+    if running.poll() is not None:
+        raise MillpondError(said.strip().removeprefix("millpond: ") or "`millpond up` ended")
+    _wait_for_last_line(log)
+    console.print(log.read_text(errors="replace").rstrip(), markup=False, soft_wrap=True)
+
+
+def _wait_for_last_line(log: Path) -> None:
+    deadline = time.monotonic() + 5
+    while (
+        "millpond is ready" not in log.read_text(errors="replace") and time.monotonic() < deadline
+    ):
+        time.sleep(0.05)
+
+
+def down(data: DataOption = DEFAULT_DATA) -> None:
+    """Stop exactly what `millpond up` started in this directory."""
+    from pipeline.stack.directory import DataDirectory  # noqa: PLC0415  needs the extra [local]
+    from pipeline.stack.stack import down as stop  # noqa: PLC0415
+
+    stopped = stop(DataDirectory(data))
+    console.print("stopped" if stopped else f"nothing runs in {data}")
+
+
+def status(
+    data: DataOption = DEFAULT_DATA,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Addresses, processes, readiness, and how many records each agent is behind."""
+    found = _status(data)
+    if as_json:
+        sys.stdout.buffer.write(orjson.dumps(found, option=orjson.OPT_INDENT_2) + b"\n")
+    else:
+        _print_status(found)
+    if not found["ready"]:
+        raise typer.Exit(1)
+
+
+def _status(data: Path) -> dict[str, Any]:
+    from pipeline.stack.directory import DataDirectory  # noqa: PLC0415  needs the extra [local]
+
+    directory = DataDirectory(data)
+    state = directory.read_state()
+    if state is None or state.supervisor.running() is None:
+        return {"running": False, "ready": False, "addresses": {}, "processes": [], "lag": {}}
+    settings, _ = load(directory.configuration)
+
+    async def lags() -> dict[str, int | None]:
+        try:
+            return {agent: await lag(settings.kafka, settings.app, agent) for agent in AGENT_NAMES}
+        except KafkaError as error:
+            errors.print(f"millpond: Kafka does not answer: {error}", markup=False)
+            return dict.fromkeys(AGENT_NAMES)
+
+    processes = [
+        {
+            "name": child.name,
+            "pid": child.process.pid if child.process else None,
+            "ready": child.ready and child.process is not None and bool(child.process.running()),
+            "restarts": child.restarts,
+        }
+        for child in state.children
+    ]
+    return {
+        "running": True,
+        "ready": state.ready and all(process["ready"] for process in processes),
+        "addresses": state.addresses,
+        "processes": processes,
+        "lag": asyncio.run(lags()),
+        "supervisor": msgspec.to_builtins(state.supervisor),
+    }
+
+
+def _print_status(found: dict[str, Any]) -> None:
+    if not found["running"]:
+        console.print("nothing runs here")
+        return
+    addresses = Table(show_header=False, box=None)
+    for name, address in found["addresses"].items():
+        addresses.add_row(name, address)
+    processes = Table("process", "pid", "ready", "restarts", "records behind", box=None)
+    for process in found["processes"]:
+        agent = process["name"].removeprefix("worker ")
+        behind = found["lag"].get(agent)
+        processes.add_row(
+            process["name"],
+            str(process["pid"] or ""),
+            "yes" if process["ready"] else "no",
+            str(process["restarts"]),
+            "" if behind is None else str(behind),
+        )
+    console.print(addresses)
+    console.print(processes)

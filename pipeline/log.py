@@ -1,0 +1,130 @@
+"""Kafka as the driver sees it: bounds, reading again, producing. Every call waits for Kafka to come back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
+
+from agents.ports import LogBounds, Outgoing, Record
+from pipeline.producer import Producer
+from schemas.keys import Partition
+
+logger = logging.getLogger(__name__)
+
+RETRY_INTERVAL_S = 0.5
+POLL_TIMEOUT_MS = 1_000
+
+Answer = TypeVar("Answer")
+
+
+class KafkaLog:
+    """One per worker process. Reading again is rare, so one consumer serves all partitions in turn."""
+
+    def __init__(
+        self, producer: Producer, client_options: dict[str, Any], group: str, run_records_max: int
+    ) -> None:
+        """`client_options` are those of every aiokafka client; `group` is asked for, never joined."""
+        self._producer, self._run_records_max = producer, run_records_max
+        self._admin = AIOKafkaAdminClient(**client_options)
+        self._reader = AIOKafkaConsumer(
+            group_id=group, enable_auto_commit=False, auto_offset_reset="none", **client_options
+        )
+        self._reading = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Connect; the producer is started by who owns it."""
+        await _persist(self._admin.start)
+        await _persist(self._reader.start)
+
+    async def stop(self) -> None:
+        """Disconnect."""
+        await self._reader.stop()
+        await self._admin.close()
+
+    async def bounds(self, partition: Partition) -> LogBounds:
+        """See `agents.ports.Log`."""
+        return await _persist(lambda: self._bounds(partition))
+
+    async def _bounds(self, partition: Partition) -> LogBounds:
+        topic_partition = TopicPartition(partition.topic, partition.number)
+        cluster = await self._admin.describe_cluster()
+        described = await self._admin.describe_topics([partition.topic])
+        async with self._reading:
+            start = (await self._reader.beginning_offsets([topic_partition]))[topic_partition]
+            end = (await self._reader.end_offsets([topic_partition]))[topic_partition]
+            committed = await self._reader.committed(topic_partition)
+        return LogBounds(
+            str(cluster["cluster_id"]), len(described[0]["partitions"]), start, end, committed
+        )
+
+    async def read(
+        self, partition: Partition, start: int, stop: int
+    ) -> AsyncIterator[Sequence[Record]]:
+        """See `agents.ports.Log`."""
+        position = start
+        while position < stop:
+            run, position = await _persist(partial(self._run, partition, position, stop))
+            if run:
+                yield run
+
+    async def _run(
+        self, partition: Partition, start: int, stop: int
+    ) -> tuple[Sequence[Record], int]:
+        """The next run, and where to go on. Offsets that the log does not hold are passed over."""
+        topic_partition = TopicPartition(partition.topic, partition.number)
+        reader = self._reader
+        async with self._reading:
+            self._assign(topic_partition)
+            first = (await reader.beginning_offsets([topic_partition]))[topic_partition]
+            if first >= stop:
+                return (), stop
+            reader.seek(topic_partition, max(start, first))
+            reader.resume(topic_partition)
+            fetched = await reader.getmany(
+                topic_partition, timeout_ms=POLL_TIMEOUT_MS, max_records=self._run_records_max
+            )
+            position = await reader.position(topic_partition)
+            reader.pause(topic_partition)
+        records = fetched.get(topic_partition, [])
+        run = [
+            Record(record.offset, record.timestamp, record.key, record.value)
+            for record in records
+            if record.offset < stop
+        ]
+        return run, position
+
+    def _assign(self, partition: TopicPartition) -> None:
+        """Every partition once asked for stays assigned and paused: assigning anew costs a second each time."""
+        assigned = self._reader.assignment()
+        if partition not in assigned:
+            self._reader.assign([*assigned, partition])
+
+    def produce(self, records: Sequence[Outgoing]) -> Awaitable[None]:
+        """See `agents.ports.Log`."""
+        return asyncio.ensure_future(self._produce(records))
+
+    async def _produce(self, records: Sequence[Outgoing]) -> None:
+        acknowledged = [
+            await self._producer.send(
+                record.topic, record.key, record.value, record.partition, record.headers
+            )
+            for record in records
+        ]
+        await asyncio.gather(*acknowledged)
+
+
+async def _persist(call: Callable[[], Awaitable[Answer]]) -> Answer:
+    """The answer of a call to Kafka, however long Kafka is away."""
+    while True:
+        try:
+            return await call()
+        except (KafkaError, OSError) as error:
+            logger.warning("Kafka: %r; trying again", error)
+            await asyncio.sleep(RETRY_INTERVAL_S)

@@ -1,0 +1,155 @@
+"""The partitions this worker owns: one task each, from its inbox through its driver."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from agents.driver import PartitionDriver
+from agents.ports import Log, Record
+
+logger = logging.getLogger(__name__)
+
+# Runs that wait for a partition: one being folded and one ready to overlap with its flush is enough; more only
+# delays the moment a worker notices that it fell behind.
+INBOX_RUNS_MAX = 4
+TEND_INTERVAL_S = 1.0
+
+NewDriver = Callable[[int], PartitionDriver[Any]]
+
+
+class PartitionTask:
+    """One partition: takes runs from its inbox, folds them, tends the driver once a second."""
+
+    def __init__(
+        self, driver: PartitionDriver[Any], log: Log, on_started: Callable[[], None]
+    ) -> None:
+        """Starts at once; `on_started` is called when the partition's state is loaded."""
+        self.driver, self._log, self._on_started = driver, log, on_started
+        self._inbox: asyncio.Queue[Sequence[Record]] = asyncio.Queue(INBOX_RUNS_MAX)
+        self._closing = asyncio.Event()
+        self.task = asyncio.create_task(self._run(), name=str(driver.partition))
+
+    async def put(self, run: Sequence[Record]) -> None:
+        """Hand over a run; waits while the inbox is full, unless the partition is being released."""
+        putting = asyncio.ensure_future(self._inbox.put(run))
+        closing = asyncio.ensure_future(self._closing.wait())
+        await asyncio.wait((putting, closing, self.task), return_when=asyncio.FIRST_COMPLETED)
+        putting.cancel()
+        closing.cancel()
+
+    async def close(self, timeout_s: float) -> None:
+        """Finish the run being folded and let go; give up after `timeout_s` (the next owner goes on)."""
+        self._closing.set()
+        try:
+            await asyncio.wait_for(asyncio.shield(self.task), timeout_s)
+        except TimeoutError:
+            logger.warning(
+                "%s: still busy after %.0f s; letting go", self.driver.partition, timeout_s
+            )
+            self.task.cancel()
+            await asyncio.wait((self.task,))
+
+    async def _run(self) -> None:
+        try:
+            await self.driver.start()
+            self._on_started()
+            tended = time.monotonic()
+            while not self._closing.is_set():
+                run = await self._next_run(tended + TEND_INTERVAL_S - time.monotonic())
+                if run is not None:
+                    await self.driver.process(run)
+                if time.monotonic() - tended >= TEND_INTERVAL_S:
+                    await self.driver.tend()
+                    tended = time.monotonic()
+                elif self._inbox.empty():
+                    await self.driver.settle()  # nothing to overlap with the flush
+                await self._tick()
+        finally:
+            await self.driver.close()
+
+    async def _next_run(self, timeout_s: float) -> Sequence[Record] | None:
+        """The next run, or None when it is time to tend or to close."""
+        if not self._inbox.empty():
+            return self._inbox.get_nowait()
+        getting = asyncio.ensure_future(self._inbox.get())
+        closing = asyncio.ensure_future(self._closing.wait())
+        await asyncio.wait(
+            (getting, closing), timeout=max(timeout_s, 0), return_when=asyncio.FIRST_COMPLETED
+        )
+        closing.cancel()
+        if getting.done():
+            return getting.result()
+        getting.cancel()
+        return None
+
+    async def _tick(self) -> None:
+        tick = self.driver.tick(int(time.time() * 1000))
+        if tick is not None:
+            await self._log.produce([tick])
+
+
+class Partitions:
+    """All partitions of one agent that this process owns."""
+
+    def __init__(
+        self,
+        new_driver: NewDriver,
+        log: Log,
+        release_timeout_s: float,
+        on_ready: Callable[[], None],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        """`on_ready` is called when all that was assigned is loaded, `on_failure` when a partition cannot go on."""
+        self._new_driver, self._log, self._release_timeout_s = new_driver, log, release_timeout_s
+        self._on_ready, self._on_failure = on_ready, on_failure
+        self._tasks: dict[int, PartitionTask] = {}
+        self._released: dict[int, PartitionTask] = {}
+        self._loading: set[int] = set()
+
+    def assign(self, numbers: set[int]) -> None:
+        """Begin with these partitions; those already owned go on."""
+        for number in sorted(numbers - self._tasks.keys()):
+            self._loading.add(number)
+            self._tasks[number] = owned = PartitionTask(
+                self._new_driver(number), self._log, partial(self._loaded, number)
+            )
+            owned.task.add_done_callback(self._ended)
+        if not self._loading:
+            self._on_ready()
+
+    async def put(self, number: int, run: Sequence[Record]) -> None:
+        """A run of a partition; one that is no longer ours is dropped: its next owner reads it."""
+        owned = self._tasks.get(number)
+        if owned is not None:
+            await owned.put(run)
+
+    async def release(self, numbers: set[int]) -> None:
+        """Finish and let go. `committable` still answers for them until they are assigned anew."""
+        owned = [self._tasks[number] for number in numbers if number in self._tasks]
+        await asyncio.gather(*(task.close(self._release_timeout_s) for task in owned))
+        self._released = {}
+        for number in numbers:
+            self._loading.discard(number)
+        for number in numbers & self._tasks.keys():
+            self._released[number] = self._tasks.pop(number)
+
+    def committable(self) -> dict[int, int]:
+        """The offset that may be committed, per partition that has one."""
+        tasks = {**self._released, **self._tasks}
+        offsets = {number: owned.driver.committable for number, owned in tasks.items()}
+        return {number: offset for number, offset in offsets.items() if offset is not None}
+
+    def _loaded(self, number: int) -> None:
+        self._loading.discard(number)
+        if not self._loading:
+            self._on_ready()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._on_failure(error)

@@ -1,0 +1,257 @@
+"""Settings: defaults, then the file, then the environment; the rules come along from the same file.
+
+One table of Kafka settings serves workers, bridges and tools alike. Secrets are named by file and read when a
+connection is made: they are never in a setting, a log line or a command line.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+from schemas.errors import ConfigError
+from schemas.pool import REDIS_PORT
+from schemas.rules import Pool, Rules, default_rules
+from schemas.rules_conf import parse_conf
+from schemas.rules_toml import parse_toml
+
+ENVIRONMENT_PREFIX: Final = "MILLPOND_"
+PORT_MAX: Final = 65_535
+Port = Annotated[int, Meta(ge=0, le=PORT_MAX)]  # 0: any free one
+Count = Annotated[int, Meta(ge=1)]
+
+
+class KafkaSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to reach Kafka, and how its topics are made.
+
+    `partitions` is for life: which partition a topic's records are in depends on it. `retention_hours` is how long
+    the log can rebuild Redis; `message_bytes_max` bounds one record, and with it one MQTT payload.
+    """
+
+    bootstrap_servers: tuple[str, ...] = ("127.0.0.1:9092",)
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "PLAIN"
+    username: str | None = None
+    password_file: str | None = None
+    ca_file: str | None = None
+    certificate_file: str | None = None
+    key_file: str | None = None
+    partitions: Count = 24
+    replication_factor: Count = 1
+    min_insync_replicas: Count = 1
+    retention_hours: Count = 168
+    message_bytes_max: Count = 4 * 1024 * 1024
+
+    def client_options(self) -> dict[str, Any]:
+        """The connection arguments of every aiokafka client.
+
+        Raises:
+            ConfigError: a file that is named cannot be read.
+        """
+        options: dict[str, Any] = {
+            "bootstrap_servers": list(self.bootstrap_servers),
+            "security_protocol": self.security_protocol,
+        }
+        if self.security_protocol.endswith("SSL"):
+            options["ssl_context"] = self._ssl_context()
+        if self.security_protocol.startswith("SASL"):
+            options["sasl_mechanism"] = self.sasl_mechanism
+            options["sasl_plain_username"] = self.username
+            options["sasl_plain_password"] = self._password()
+        return options
+
+    def _ssl_context(self) -> ssl.SSLContext:
+        try:
+            context = ssl.create_default_context(cafile=self.ca_file)
+            if self.certificate_file is not None:
+                context.load_cert_chain(self.certificate_file, self.key_file)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"[kafka] ca_file, certificate_file, key_file: {error}") from error
+        return context
+
+    def _password(self) -> str:
+        if self.username is None or self.password_file is None:
+            raise ConfigError(
+                f"[kafka] {self.security_protocol} needs a username and a password_file"
+            )
+        return read_secret(self.password_file, "[kafka] password_file")
+
+
+class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much a worker takes at once, and how soon its partitions move when it dies.
+
+    A batch never waits to fill. `release_timeout_s` is how long a worker that is asked to stop, or loses a
+    partition, may take to finish the batch in hand; `session_timeout_s` must be longer.
+    """
+
+    batch_records_max: Count = 2_000
+    batch_bytes_max: Count = 4 * 1024 * 1024
+    session_timeout_s: Annotated[float, Meta(ge=6)] = 12.0
+    commit_interval_s: Annotated[float, Meta(gt=0)] = 1.0
+    release_timeout_s: Annotated[float, Meta(gt=0)] = 5.0
+
+
+class StackSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The ports of `millpond up`, all on 127.0.0.1."""
+
+    mqtt_port: Port = 1883
+    websocket_port: Port = 8083
+    kafka_port: Port = 9092
+    redis_port: Port = 6379
+
+
+class BridgeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the embedded broker listens, and what its node is called in events."""
+
+    host: str = "127.0.0.1"
+    mqtt_port: Port = 1883
+    websocket_port: Port = 8083
+    node: str = "embedded@127.0.0.1"
+
+
+class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything but the rules. `app` names consumer groups and private keys.
+
+    `rules_file` holds the rules if this file does not; `redis` overrides the address of every pool.
+    """
+
+    app: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "millpond"
+    rules_file: str | None = None
+    redis: str | None = None
+    kafka: KafkaSettings = field(default_factory=KafkaSettings)
+    worker: WorkerSettings = field(default_factory=WorkerSettings)
+    stack: StackSettings = field(default_factory=StackSettings)
+    bridge: BridgeSettings = field(default_factory=BridgeSettings)
+
+
+def read_secret(path: str, what: str) -> str:
+    """The first line of a file that holds a secret.
+
+    Raises:
+        ConfigError: it cannot be read; `what` names the setting.
+    """
+    try:
+        return Path(path).read_text().splitlines()[0]
+    except (OSError, IndexError) as error:
+        raise ConfigError(f"{what}: cannot read {path}: {error}") from error
+
+
+def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> tuple[Settings, Rules]:
+    """Settings and rules of a `millpond.toml` or an `emqx_backend_redis.conf`; of None, the defaults.
+
+    Raises:
+        ConfigError: with file and line where there are any.
+    """
+    text = "" if path is None else _read(path)
+    tables: dict[str, Any] = {}
+    if path is not None and not _is_conf(path, text):
+        tables = _toml(text, str(path))
+    rules = _rules(path, text, tables)
+    _override(tables, environment)
+    settings = _convert(tables, path, text)
+    if rules is None and settings.rules_file is not None:
+        rules = load(Path(settings.rules_file), {})[1]
+    rules = default_rules() if rules is None else rules
+    if settings.worker.session_timeout_s <= settings.worker.release_timeout_s:
+        raise ConfigError("[worker] session_timeout_s must be longer than release_timeout_s")
+    return settings, rules if settings.redis is None else _at(rules, settings.redis)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read: {error}", file=str(path)) from error
+
+
+def _is_conf(path: Path, text: str) -> bool:
+    """An old broker backend's file, by its name or by what it says."""
+    lines = (line.strip() for line in text.splitlines())
+    return path.suffix == ".conf" or any(line.startswith("backend.redis.") for line in lines)
+
+
+def _toml(text: str, file: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        parse_toml(text, file)  # says it with its line
+        raise
+
+
+def _rules(path: Path | None, text: str, tables: dict[str, Any]) -> Rules | None:
+    """The rules in this very file, taken out of `tables`; None if it has none."""
+    if path is None:
+        return None
+    if _is_conf(path, text):
+        return parse_conf(text, str(path))
+    own = [tables.pop(name, None) for name in ("rule", "pool")]
+    return parse_toml(text, str(path)) if any(own) else None
+
+
+def _override(tables: dict[str, Any], environment: Mapping[str, str]) -> None:
+    """`MILLPOND_APP`, `MILLPOND_KAFKA_BOOTSTRAP_SERVERS` (comma separated), and so on for every setting."""
+    for info in msgspec.structs.fields(Settings):
+        name = f"{ENVIRONMENT_PREFIX}{info.name}".upper()
+        if not (isinstance(info.type, type) and issubclass(info.type, Struct)):
+            if name in environment:
+                tables[info.name] = environment[name]
+            continue
+        for setting in msgspec.structs.fields(info.type):
+            value: Any = environment.get(f"{name}_{setting.name}".upper())
+            if value is not None:
+                listed = setting.name == "bootstrap_servers"
+                tables.setdefault(info.name, {})[setting.name] = (
+                    value.split(",") if listed else value
+                )
+
+
+def _convert(tables: dict[str, Any], path: Path | None, text: str) -> Settings:
+    try:
+        return msgspec.convert(tables, Settings, strict=False)
+    except msgspec.ValidationError as error:
+        reason = str(error)
+        raise ConfigError(
+            reason, file=str(path) if path else None, line=_line(reason, text)
+        ) from error
+
+
+def _line(reason: str, text: str) -> int | None:
+    """The line of the key that a validation error is about: the last name it quotes."""
+    quoted = reason.replace("`$.", "`").split("`")[1::2]
+    names = [part for name in quoted for part in name.split(".")]
+    for number, line in enumerate(text.splitlines(), start=1):
+        if names and line.split("=")[0].strip() == names[0]:
+            return number
+    return None
+
+
+def _at(rules: Rules, url: str) -> Rules:
+    """The rules with every pool at one address, `redis://[user@]host[:port][/database]`."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("redis", "rediss") or not parts.hostname:
+        raise ConfigError(f"redis: {url!r} is not redis://[user@]host[:port][/database]")
+    if parts.password is not None:
+        raise ConfigError("redis: a URL shows its password to everyone: use a pool's password_file")
+    database = parts.path.strip("/")
+    if database and not database.isdigit():
+        raise ConfigError(f"redis: the database of {url!r} is not a number")
+
+    def moved(pool: Pool) -> Pool:
+        return msgspec.structs.replace(
+            pool,
+            type="single",
+            servers=((parts.hostname or "", parts.port or REDIS_PORT),),
+            database=int(database or 0),
+            username=parts.username or pool.username,
+            tls=parts.scheme == "rediss",
+        )
+
+    return Rules(rules.rules, tuple(moved(pool) for pool in rules.pools))

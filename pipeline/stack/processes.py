@@ -1,0 +1,41 @@
+"""Processes that are surely the ones we started: a pid alone may by now be somebody else's."""
+
+from __future__ import annotations
+
+import contextlib
+
+import psutil
+from msgspec import Struct
+
+
+class Process(Struct, frozen=True):
+    """A process, told from later ones with the same pid by when it was created (seconds since the epoch)."""
+
+    pid: int
+    created_at: float
+
+    def running(self) -> psutil.Process | None:
+        """The process, if it still runs."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found = psutil.Process(self.pid)
+            if found.create_time() == self.created_at and found.status() != psutil.STATUS_ZOMBIE:
+                return found
+        return None
+
+    def stop(self, timeout_s: float) -> None:
+        """SIGTERM, and SIGKILL if it still runs after `timeout_s`."""
+        found = self.running()
+        if found is None:
+            return
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.terminate()
+            try:
+                found.wait(timeout_s)
+            except psutil.TimeoutExpired:
+                found.kill()
+                found.wait(timeout_s)
+
+
+def identify(pid: int) -> Process:
+    """The process that has this pid now."""
+    return Process(pid, psutil.Process(pid).create_time())

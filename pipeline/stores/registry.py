@@ -1,0 +1,86 @@
+"""From a pool of the user's file to a store."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
+
+from agents.ports import Store
+from pipeline.stores.cluster import ClusterStore
+from pipeline.stores.redis import RedisStore
+from pipeline.stores.wire import Access, Address, Wire
+from schemas.errors import ConfigError, StoreDown, StoreRefused
+from schemas.keys import Partition
+from schemas.pool import Pool
+
+
+def open_store(pool: Pool, partition: Partition) -> Store[Any]:
+    """The store of a partition in a pool. Nothing is connected before `load`.
+
+    Raises:
+        ConfigError: the password or certificate file of the pool cannot be read.
+    """
+    if pool.type == "cluster":
+        return ClusterStore(partition, addresses(pool), access_of(pool))
+    return RedisStore(partition, connector(pool))
+
+
+def addresses(pool: Pool) -> list[Address]:
+    """The servers of a pool."""
+    return [Address(host, port) for host, port in pool.servers]
+
+
+def access_of(pool: Pool) -> Access:
+    """What a pool says about being let in. See `open_store` for what is raised."""
+    password = pool.password
+    try:
+        if pool.password_file is not None:
+            password = Path(pool.password_file).read_text(encoding="utf-8").split("\n", 1)[0]
+        tls = ssl.create_default_context(cafile=pool.ca_file) if pool.tls else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"pool {pool.name!r}: {error}") from error
+    return Access(pool.username, password and password.rstrip("\r"), pool.database, tls)
+
+
+def connector(pool: Pool) -> Callable[[], Awaitable[Wire]]:
+    """Opens connections to the one server of a pool that takes writes (of a cluster: to some node)."""
+    access = access_of(pool)
+
+    async def connect() -> Wire:
+        address = addresses(pool)[0]
+        if pool.type == "sentinel":
+            address = await primary(pool, access)
+        return await Wire.open(address, access)
+
+    return connect
+
+
+async def primary(pool: Pool, access: Access) -> Address:
+    """Where the sentinels say that the primary is.
+
+    Raises:
+        StoreDown: none answers, or none knows a primary that is up.
+        StoreRefused: the sentinels want a password.
+    """
+    tls = {"ssl": True, "ssl_ca_certs": pool.ca_file} if pool.tls else {}
+    settings = {"socket_timeout": access.connect_timeout_s, "retry": Retry(NoBackoff(), 0), **tls}
+    sentinel = Sentinel(list(pool.servers), sentinel_kwargs=settings)  # type: ignore[no-untyped-call]
+    servers = ", ".join(map(str, addresses(pool)))
+    try:
+        host, port = await sentinel.discover_master(pool.sentinel or "")
+    except (AuthenticationError, AuthorizationError) as error:
+        raise StoreRefused(f"the sentinels {servers} refuse: {error}") from error
+    except (RedisError, OSError) as error:
+        reason = f"no primary {pool.sentinel!r} according to the sentinels {servers}"
+        raise StoreDown(f"{reason}: {error}") from error
+    finally:
+        for client in sentinel.sentinels:
+            await client.aclose()
+    return Address(host.decode() if isinstance(host, bytes) else host, int(port))

@@ -1,0 +1,199 @@
+"""A worker: one Faust app with one agent, the only place besides the transport that knows Faust."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import faust
+import uvloop
+from faust.types import TP, StreamT
+from faust.types.tuples import Message
+from yarl import URL
+
+from agents.driver import PartitionDriver
+from agents.ports import Store
+from agents.registry import MACHINES
+from pipeline.log import KafkaLog
+from pipeline.partitions import Partitions
+from pipeline.producer import Producer
+from pipeline.settings import Settings
+from pipeline.stores.checking import check_commands
+from pipeline.stores.registry import open_store
+from pipeline.transport import Consumer, Transport
+from schemas import keys
+from schemas.events import AgentName
+from schemas.keys import Partition
+from schemas.rules import Rules
+
+logger = logging.getLogger(__name__)
+
+
+class RunSchema(faust.Schema[Any, Any]):
+    """Hands a run of records over as it is: the driver decodes what its agent owns, and only that."""
+
+    def loads_key(self, app: Any, message: Message, **_: Any) -> None:
+        """A run has many keys, and so none."""
+
+    def loads_value(self, app: Any, message: Message, **_: Any) -> Any:
+        """The list of records."""
+        return message.value
+
+
+class Worker:
+    """One process of one agent: wires Kafka, store and machine together, and ends them in order."""
+
+    def __init__(self, agent: AgentName, settings: Settings, rules: Rules) -> None:
+        """Nothing is opened before `run`."""
+        self.agent, self.settings, self.rules = agent, settings, rules
+        self._stopping = asyncio.Event()
+        self._failure: BaseException | None = None
+        kafka = settings.kafka
+        self._producer = Producer(kafka.client_options(), kafka.message_bytes_max)
+        self._log = KafkaLog(
+            self._producer,
+            kafka.client_options(),
+            keys.group_id(settings.app, agent),
+            settings.worker.batch_records_max,
+        )
+        self._partitions = Partitions(
+            self._new_driver,
+            self._log,
+            settings.worker.release_timeout_s,
+            self._ready,
+            self._fail,
+        )
+
+    async def run(self) -> None:
+        """Work until SIGTERM or SIGINT.
+
+        Raises:
+            MillpondError: what made it impossible to go on; nothing beyond it was committed.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopping.set)
+        await check_commands(self.rules.pool(self.agent), self.rules)
+        await self._producer.start()
+        await self._log.start()
+        app = self._app()
+        try:
+            await app.start()
+            await self._stopping.wait()
+        finally:
+            await app.stop()
+            await self._log.stop()
+            await self._producer.stop()
+        if self._failure is not None:
+            raise self._failure
+
+    def _app(self) -> faust.App:
+        worker, kafka = self.settings.worker, self.settings.kafka
+        brokers = [URL(f"kafka://{server}") for server in kafka.bootstrap_servers]
+        app = faust.App(
+            keys.group_id(self.settings.app, self.agent),
+            broker=brokers,
+            broker_credentials=_credentials(kafka.client_options()),
+            broker_session_timeout=worker.session_timeout_s,
+            broker_heartbeat_interval=worker.session_timeout_s / 4,
+            broker_commit_interval=worker.commit_interval_s,
+            broker_max_poll_records=worker.batch_records_max,
+            consumer_auto_offset_reset="earliest",
+            stream_buffer_maxsize=16,
+            table_standby_replicas=0,
+            topic_disable_leader=True,
+            topic_allow_declare=False,
+            web_enabled=False,
+            autodiscover=False,
+        )
+        app.transport = self._transport(app, brokers)
+        topic = app.topic(keys.SOURCE_TOPIC[self.agent], schema=RunSchema())
+        app.agent(topic, name=self.agent)(self._fold)
+        app.on_partitions_assigned.connect(self._assigned, weak=False)
+        return app
+
+    def _transport(self, app: faust.App, brokers: list[URL]) -> Transport:
+        """Our transport, with a consumer that knows whom to ask: Faust makes it from a class."""
+        worker = self.settings.worker
+
+        class WorkerConsumer(Consumer):
+            run_records_max = worker.batch_records_max
+            run_bytes_max = worker.batch_bytes_max
+            release = staticmethod(self._release)
+            committable = staticmethod(self._committable)
+
+        class WorkerTransport(Transport):
+            Consumer = WorkerConsumer
+
+        return WorkerTransport(brokers, app)
+
+    async def _fold(self, runs: StreamT[Any]) -> None:
+        """The agent: every run to its partition's task."""
+        async for event in runs.events():
+            await self._partitions.put(event.message.partition, event.value)
+
+    def _new_driver(self, number: int) -> PartitionDriver[Any]:
+        partition = Partition(self.settings.app, self.agent, number)
+        store: Store[Any] = open_store(self.rules.pool(self.agent), partition)
+        machine = MACHINES[self.agent]()
+        return PartitionDriver(partition, machine, store, self._log, self.rules, logger.warning)
+
+    async def _assigned(self, _: Any, /, *assigned: Any, **__: Any) -> None:
+        self._partitions.assign({tp.partition for tp in assigned[0]})
+
+    async def _release(self, revoked: set[TP]) -> None:
+        await self._partitions.release({tp.partition for tp in revoked})
+
+    def _committable(self) -> dict[TP, int]:
+        topic = keys.SOURCE_TOPIC[self.agent]
+        return {TP(topic, number): at for number, at in self._partitions.committable().items()}
+
+    def _ready(self) -> None:
+        logger.info("worker %s is ready", self.agent)
+        ready_file = os.environ.get("MILLPOND_READY_FILE")
+        if ready_file:
+            Path(ready_file).touch()
+
+    def _fail(self, error: BaseException) -> None:
+        """A partition cannot go on: the process stops, and commits nothing beyond."""
+        logger.error("worker %s stops: %s", self.agent, error)
+        self._failure = self._failure or error
+        self._stopping.set()
+
+
+def _credentials(options: dict[str, Any]) -> Any:
+    """Faust's form of the connection options that every other client takes as they are."""
+    if options["security_protocol"] == "PLAINTEXT":
+        return None
+    context = options.get("ssl_context")
+    if options["security_protocol"] == "SSL":
+        return faust.SSLCredentials(context)
+    return faust.SASLCredentials(
+        username=options["sasl_plain_username"],
+        password=options["sasl_plain_password"],
+        mechanism=options["sasl_mechanism"],
+        ssl_context=context,
+    )
+
+
+def run(agent: AgentName, settings: Settings, rules: Rules) -> None:
+    """Run a worker until SIGTERM or SIGINT.
+
+    Raises:
+        MillpondError: it could not go on; the message says why.
+    """
+    # What lives here is a batch, thousands of objects without cycles, or for ever: collecting after every 700
+    # allocations, as Python does, costs a fifth of the time and finds nothing.
+    gc.set_threshold(50_000, 20, 50)
+    # As policy, not for one loop: Faust's consumer has a loop of its own, in its own thread.
+    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+    asyncio.run(_run(agent, settings, rules))
+
+
+async def _run(agent: AgentName, settings: Settings, rules: Rules) -> None:
+    await Worker(agent, settings, rules).run()

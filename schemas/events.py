@@ -1,0 +1,176 @@
+"""Canonical events: what a broker saw, as one JSON object per Kafka record (README, "Events").
+
+Times are milliseconds since the epoch. Unknown fields are ignored, so that a newer bridge may write them.
+Every type is named in `Event`; nothing else decodes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from msgspec import Meta, Struct, field
+
+# Bounds of what is accepted from outside. The latest time is the last millisecond of the year 9999.
+TIME_MS_MAX = 253_402_300_799_999
+TEXT_BYTES_MAX = 65_535  # [MQTT-1.5.4]: a UTF-8 string is at most 65,535 bytes
+MESSAGE_ID_LENGTH_MAX = 256  # EMQX writes 32 hex characters; others may be longer
+
+TimeMs = Annotated[int, Meta(ge=0, le=TIME_MS_MAX)]
+QoS = Annotated[int, Meta(ge=0, le=2)]
+Text = Annotated[str, Meta(max_length=TEXT_BYTES_MAX)]
+Topic = Annotated[str, Meta(min_length=1, max_length=TEXT_BYTES_MAX)]
+MessageId = Annotated[str, Meta(min_length=1, max_length=MESSAGE_ID_LENGTH_MAX)]
+PayloadEncoding = Literal["utf-8", "base64"]
+AgentName: TypeAlias = Literal["sessions", "messages", "queue", "pubsub"]
+
+
+class Base(Struct, frozen=True, kw_only=True, gc=False, tag_field="type"):
+    """What every event says: when the bridge stamped it, and which broker node it came from."""
+
+    at: TimeMs
+    node: Text
+
+
+class ClientConnected(Base, frozen=True, kw_only=True, tag="client.connected"):
+    """A connection was accepted. `connection_id` tells it from every other one of that client."""
+
+    client_id: Text
+    username: Text | None = None
+    connection_id: Text
+    connected_at: TimeMs
+    clean_start: bool = True
+    session_expiry_s: Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)] = 0
+    protocol: Text = "MQTT"
+
+
+class ClientDisconnected(Base, frozen=True, kw_only=True, tag="client.disconnected"):
+    """The connection named by `connection_id` is gone."""
+
+    client_id: Text
+    connection_id: Text
+    reason: Text
+
+
+class SessionCreated(Base, frozen=True, kw_only=True, tag="session.created"):
+    """A session began without earlier state."""
+
+    client_id: Text
+
+
+class SessionResumed(Base, frozen=True, kw_only=True, tag="session.resumed"):
+    """A client came back to its session and keeps its subscriptions."""
+
+    client_id: Text
+
+
+class SessionSubscribed(Base, frozen=True, kw_only=True, tag="session.subscribed"):
+    """One filter was granted; shared subscriptions keep their `$share/{group}/` prefix."""
+
+    client_id: Text
+    topic_filter: Topic
+    qos: QoS
+
+
+class SessionUnsubscribed(Base, frozen=True, kw_only=True, tag="session.unsubscribed"):
+    """One filter was given up."""
+
+    client_id: Text
+    topic_filter: Topic
+
+
+class SessionTerminated(Base, frozen=True, kw_only=True, tag="session.terminated"):
+    """A session ended for good, with its subscriptions."""
+
+    client_id: Text
+    reason: Text
+
+
+class SessionDiscarded(Base, frozen=True, kw_only=True, tag="session.discarded"):
+    """A clean start threw the client's earlier session away."""
+
+    client_id: Text
+
+
+class SessionTakenOver(Base, frozen=True, kw_only=True, tag="session.takenover"):
+    """A newer connection of the client took its session."""
+
+    client_id: Text
+
+
+class NodeStarted(Base, frozen=True, kw_only=True, tag="node.started"):
+    """A broker node came up; written to every partition."""
+
+
+class NodeStopped(Base, frozen=True, kw_only=True, tag="node.stopped"):
+    """A broker node went down; written to every partition."""
+
+
+class NodeSyncStarted(Base, frozen=True, kw_only=True, tag="node.sync.started"):
+    """A snapshot of the node's clients and subscriptions follows, up to its `completed`."""
+
+    sync_id: Text
+
+
+class NodeSyncCompleted(Base, frozen=True, kw_only=True, tag="node.sync.completed"):
+    """The snapshot `sync_id` is whole."""
+
+    sync_id: Text
+
+
+class MessagePublished(Base, frozen=True, kw_only=True, tag="message.published"):
+    """A client published. `message_id` is the broker's own and is kept as it is."""
+
+    message_id: MessageId
+    topic: Topic
+    qos: QoS
+    retain: bool
+    client_id: Text
+    username: Text | None = None
+    payload: str
+    payload_encoding: PayloadEncoding = "utf-8"
+    published_at: TimeMs
+    expires_at: TimeMs | None = None
+    user_properties: dict[str, str] = field(default_factory=dict)
+
+
+class MessageDelivered(Base, frozen=True, kw_only=True, tag="message.delivered"):
+    """The broker handed one message to one client."""
+
+    message_id: MessageId
+    topic: Topic
+    client_id: Text
+    from_client_id: Text | None = None
+    qos: QoS
+
+
+class MessageAcked(Base, frozen=True, kw_only=True, tag="message.acked"):
+    """One client acknowledged one message (PUBACK, or PUBREC at QoS 2)."""
+
+    message_id: MessageId
+    topic: Topic
+    client_id: Text
+    from_client_id: Text | None = None
+    qos: QoS
+
+
+class RulesChanged(Base, frozen=True, kw_only=True, tag="rules.changed"):
+    """From this record on, `agent` folds its partition by `rules` (canonical JSON of the rule set)."""
+
+    agent: AgentName
+    rules: str
+
+
+class Tick(Base, frozen=True, kw_only=True, tag="tick"):
+    """Time in the log: `agent` does what is due at this record's timestamp."""
+
+    agent: AgentName
+
+
+# fmt: off
+Event: TypeAlias = (
+    ClientConnected | ClientDisconnected | SessionCreated | SessionResumed | SessionSubscribed
+    | SessionUnsubscribed | SessionTerminated | SessionDiscarded | SessionTakenOver | NodeStarted
+    | NodeStopped | NodeSyncStarted | NodeSyncCompleted | MessagePublished | MessageDelivered
+    | MessageAcked | RulesChanged | Tick
+)
+# fmt: on

@@ -1,0 +1,156 @@
+"""Every Kafka topic and Redis key, in one table; built here and nowhere else.
+
+Public keys (`mqtt:`): any Redis client may read them. Private keys (`millpond:`) hold what the agents
+know; they carry application, agent and partition as hash tag, so that one partition's state shares a
+Redis Cluster slot and can be written in one transaction.
+
+| key | type | content | owner | lifetime |
+|---|---|---|---|---|
+| `mqtt:msg:{topic}` | zset | message ids, score = log time in µs, never a tie | the topic's agent | an entry: `expired_time` |
+| `mqtt:msg:{message_id}` | hash | `id from qos topic payload ts retain` | the topic's agent | until index and retained entry let go |
+| `mqtt:retain:{topic}` | zset | the one retained message id | the topic's agent | until replaced, cleared or expired |
+| `mqtt:receipt:{message_id}` | hash | `delivered:{client_id}`, `acked:{client_id}` → epoch seconds | the topic's agent | `expired_time` of the rule |
+| `mqtt:client:{client_id}` | hash | `state online_at offline_at` | sessions | grows with the clients |
+| `mqtt:node:{node}` | hash | client id → online timestamp | sessions | grows with the clients online |
+| `mqtt:sub:{client_id}` | hash | topic filter → QoS | your applications | yours |
+| `mqtt:acked:{client_id}:{topic}` | string | last message id of a read offset (a view) | pubsub | with the offset |
+| `millpond:{app:agent:partition}:applied` | string | the fence: applied offset, sequence and partition-wide state, as JSON | the agent | for ever |
+| `millpond:{app:agent:partition}:journal` | hash | sequence → what must still be produced, as JSON | the agent | until produced |
+| the same, on a Redis Cluster | | `remove:{sequence}` → what runs after the fence, as MessagePack | the agent | until it has run |
+| `millpond:{app:agent:partition}:rules` | string | the rules in force, as JSON | the agent | for ever |
+| `millpond:{app:agent:partition}:seen:{0,1}` | string | two generations of message ids seen, a JSON string per line | the agent | two `dedup_window_s` |
+| `millpond:{app:agent:partition}:topics` | hash | topic → its state, as JSON | the agent | while the topic has state |
+| `millpond:{app:agent:partition}:due` | zset | what falls due, score = ms since the epoch | the agent | until done |
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from schemas.events import (
+    AgentName,
+    Event,
+    MessageAcked,
+    MessageDelivered,
+    MessagePublished,
+    NodeStarted,
+    NodeStopped,
+    NodeSyncCompleted,
+    NodeSyncStarted,
+    RulesChanged,
+    Tick,
+)
+
+CLIENTS_TOPIC: Final = "mqtt.clients"
+MESSAGES_TOPIC: Final = "mqtt.messages"
+DELIVERIES_TOPIC: Final = "mqtt.deliveries"
+DEAD_LETTERS_TOPIC: Final = "mqtt.dead-letters"
+TOPICS: Final = (CLIENTS_TOPIC, MESSAGES_TOPIC, DELIVERIES_TOPIC, DEAD_LETTERS_TOPIC)
+
+# What is Millpond's own: no client may publish below it, no user command may touch a key below it.
+RESERVED_TOPIC_PREFIX: Final = "$millpond/"
+PRIVATE_PREFIX: Final = "millpond:"
+
+SOURCE_TOPIC: Final[dict[AgentName, str]] = {
+    "sessions": CLIENTS_TOPIC,
+    "messages": MESSAGES_TOPIC,
+    "queue": MESSAGES_TOPIC,
+    "pubsub": MESSAGES_TOPIC,
+}
+
+
+class Partition(NamedTuple):
+    """One partition as one agent sees it: whose state, of which application."""
+
+    app: str
+    agent: AgentName
+    number: int
+
+    @property
+    def topic(self) -> str:
+        """The Kafka topic that this agent reads."""
+        return SOURCE_TOPIC[self.agent]
+
+    def __str__(self) -> str:
+        return f"{self.topic}[{self.number}] ({self.app}.{self.agent})"
+
+
+def group_id(app: str, agent: AgentName) -> str:
+    """The Kafka consumer group of an agent."""
+    return f"{app}.{agent}"
+
+
+def agent_record_key(agent: AgentName) -> str:
+    """The Kafka key of records that concern an agent rather than an MQTT topic."""
+    return f"{RESERVED_TOPIC_PREFIX}{agent}"
+
+
+def record_key(event: Event) -> str:
+    """The Kafka key of an event's record: it decides the partition, and so what the event is ordered with."""
+    if type(event) is MessagePublished or isinstance(event, MessageAcked | MessageDelivered):
+        return event.topic  # the type is compared first because nearly every record is a publish
+    if isinstance(event, RulesChanged | Tick):
+        return agent_record_key(event.agent)
+    if isinstance(event, NodeStarted | NodeStopped | NodeSyncStarted | NodeSyncCompleted):
+        return agent_record_key("sessions")  # one per partition, named explicitly
+    return event.client_id
+
+
+def message_index(topic: str) -> str:
+    """The zset of a topic's stored message ids, in log order."""
+    return f"mqtt:msg:{topic}"
+
+
+def message_body(message_id: str) -> str:
+    """The hash of one stored message."""
+    return f"mqtt:msg:{message_id}"
+
+
+def retained(topic: str) -> str:
+    """The zset with a topic's retained message id."""
+    return f"mqtt:retain:{topic}"
+
+
+def receipt(message_id: str) -> str:
+    """The hash of who got and who acknowledged a message."""
+    return f"mqtt:receipt:{message_id}"
+
+
+def _private(partition: Partition, name: str) -> str:
+    app, agent, number = partition
+    return f"{PRIVATE_PREFIX}{{{app}:{agent}:{number}}}:{name}"
+
+
+def applied(partition: Partition) -> str:
+    """The fence of a partition's state."""
+    return _private(partition, "applied")
+
+
+def journal(partition: Partition) -> str:
+    """What a partition must still produce."""
+    return _private(partition, "journal")
+
+
+def removal_field(sequence: int) -> str:
+    """The field of the journal, on a Redis Cluster, with what a transaction still removes after its fence."""
+    return f"remove:{sequence}"
+
+
+def rules(partition: Partition) -> str:
+    """The rules in force in a partition."""
+    return _private(partition, "rules")
+
+
+def seen(partition: Partition, generation: int) -> str:
+    """One of the two generations of seen message ids (0 or 1)."""
+    return _private(partition, f"seen:{generation & 1}")
+
+
+def topic_states(partition: Partition) -> str:
+    """The packed state of each topic of a partition that has any."""
+    return _private(partition, "topics")
+
+
+def due(partition: Partition) -> str:
+    """What falls due in a partition, and when."""
+    return _private(partition, "due")

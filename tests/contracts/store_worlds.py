@@ -1,0 +1,157 @@
+"""Where a store keeps things, one way for every kind: open stores, put foreign keys, look at everything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import redis
+
+from agents.effects import Effect, Output, Refusal
+from agents.ports import Applied, Store, Transaction
+from pipeline.stores.cluster import ClusterStore
+from pipeline.stores.memory import MemoryStore
+from pipeline.stores.memory_server import Entry, Hash, MemoryServer, Zset
+from pipeline.stores.redis import RedisStore
+from pipeline.stores.wire import Access, Address, Wire
+from schemas.keys import Partition
+from tests.contracts.redis_servers import RedisProcess
+
+PARTITION = Partition("app", "messages", 7)
+
+
+class World(Protocol):
+    """One kind of store and its content."""
+
+    def store(self, partition: Partition = PARTITION) -> Store[Any]:
+        """A new store; several of one partition fence each other."""
+        ...
+
+    def put(self, key: str, value: bytes) -> None:
+        """Somebody else's string."""
+        ...
+
+    def clear(self) -> None:
+        """Empty it, as an operator would."""
+        ...
+
+    def dump(self) -> dict[str, Entry]:
+        """Everything it holds."""
+        ...
+
+
+class MemoryWorld:
+    """In memory."""
+
+    def __init__(self) -> None:
+        self.server = MemoryServer()
+
+    def store(self, partition: Partition = PARTITION) -> Store[Any]:
+        return MemoryStore(partition, self.server)
+
+    def put(self, key: str, value: bytes) -> None:
+        self.server.values[key] = value
+
+    def clear(self) -> None:
+        self.server.values.clear()
+        self.server.expires_at.clear()
+
+    def dump(self) -> dict[str, Entry]:
+        return self.server.dump()
+
+
+class RedisWorld:
+    """One Redis server."""
+
+    def __init__(self, process: RedisProcess, access: Access | None = None) -> None:
+        self.address, self.access = Address("127.0.0.1", process.port), access or Access()
+        self.clients = [process.client]
+
+    def store(self, partition: Partition = PARTITION) -> Store[Any]:
+        return RedisStore(partition, lambda: Wire.open(self.address, self.access))
+
+    def put(self, key: str, value: bytes) -> None:
+        self.clients[0].set(key, value)
+
+    def clear(self) -> None:
+        for client in self.clients:
+            client.flushall()
+
+    def dump(self) -> dict[str, Entry]:
+        found = {
+            key.decode(): entry_of(client, key)
+            for client in self.clients
+            for key in client.scan_iter(count=1000)
+        }
+        return dict(sorted(found.items()))
+
+
+class ClusterWorld(RedisWorld):
+    """A Redis Cluster."""
+
+    def __init__(self, processes: Sequence[RedisProcess]) -> None:
+        super().__init__(processes[0])
+        self.seeds = [Address("127.0.0.1", process.port) for process in processes]
+        self.clients = [process.client for process in processes]
+
+    def store(self, partition: Partition = PARTITION) -> Store[Any]:
+        return ClusterStore(partition, self.seeds, self.access)
+
+    def put(self, key: str, value: bytes) -> None:
+        for client in self.clients:
+            try:
+                client.set(key, value)
+            except redis.ResponseError:  # MOVED: another node's
+                continue
+            return
+        raise AssertionError("no node took it")
+
+
+def entry_of(client: Any, key: bytes) -> Entry:
+    """One key of a Redis server."""
+    kind = client.type(key)
+    expires_at = client.pexpiretime(key)
+    value: Any
+    match kind:
+        case b"hash":
+            fields = client.hgetall(key)
+            value = {field.decode(): each for field, each in fields.items()}
+        case b"zset":
+            pairs = client.zrange(key, 0, -1, withscores=True)
+            value = [(member.decode(), int(score)) for member, score in pairs]
+        case _:
+            value = client.get(key)
+    return Entry(value, None if expires_at < 0 else expires_at)
+
+
+def applied(sequence: int, **fields: Any) -> Applied:
+    """The fence after transaction `sequence`."""
+    values: dict[str, Any] = {
+        "offset": sequence * 10, "timestamp": 1_700_000_000_000, "cluster_id": "kafka",
+        "partition_count": 24, "produced": 0, "now_ms": 1_700_000_000_000, "score": sequence,
+        "machine": {"seen_generation": sequence}, **fields,
+    }  # fmt: skip
+    return Applied(sequence=sequence, **values)
+
+
+def transaction(
+    sequence: int,
+    *effects: Effect,
+    outputs: Sequence[Output] = (),
+    produced: Sequence[int] = (),
+) -> Transaction:
+    """Transaction number `sequence` of a partition, from 1 on; the one before it is expected."""
+    expected = applied(sequence - 1) if sequence > 1 else None
+    return Transaction(expected, applied(sequence), effects, outputs, produced)
+
+
+async def commit(store: Store[Any], sent: Transaction) -> list[Refusal]:
+    """Pack, commit, and what was refused."""
+    refused = await store.commit(store.pack(sent))
+    return sorted(refused, key=lambda refusal: (refusal.offset, refusal.part))
+
+
+__all__ = [
+    "PARTITION", "ClusterWorld", "Entry", "Hash", "MemoryWorld", "RedisWorld", "World", "Zset",
+    "applied", "commit", "transaction",
+]  # fmt: skip

@@ -1,0 +1,172 @@
+"""What is particular to a Redis Cluster: slots that move, nodes that die, and what runs after the fence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.crc import key_slot
+
+from agents.effects import ClearRetained, DropBody, RunCommand, SetTopicState, Unindex
+from agents.ports import ReadIndex, ReadTopicStates
+from pipeline.stores.cluster import ClusterStore
+from schemas import keys
+from schemas.errors import StoreDown
+from tests.contracts.redis_servers import RedisProcess, cluster_processes, until
+from tests.contracts.store_worlds import PARTITION, ClusterWorld, applied, commit, transaction
+from tests.contracts.test_stores import kept
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[list[RedisProcess]]:
+    """A cluster to break."""
+    with cluster_processes(tmp_path) as processes:
+        yield processes
+
+
+def owner(nodes: list[RedisProcess], slot: int) -> RedisProcess:
+    """The node that says a slot is its own."""
+    for node in nodes:
+        for first, last, (_, port, *_rest), *_ in node.client.execute_command("CLUSTER SLOTS"):
+            if first <= slot <= last and port == node.port:
+                return node
+    raise AssertionError(slot)
+
+
+def node_id(node: RedisProcess) -> str:
+    """Its name in the cluster."""
+    return str(node.client.execute_command("CLUSTER", "MYID").decode())
+
+
+def begin_move(nodes: list[RedisProcess], slot: int) -> tuple[RedisProcess, RedisProcess]:
+    """From now on keys of the slot that are not there any more are asked for at the second node."""
+    source = owner(nodes, slot)
+    target = next(node for node in nodes if node is not source)
+    target.client.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", node_id(source))
+    source.client.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", node_id(target))
+    return source, target
+
+
+def move(nodes: list[RedisProcess], slot: int) -> None:
+    """A slot, with its keys, goes to another node."""
+    source, target = begin_move(nodes, slot)
+    moving = source.client.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 1000)
+    if moving:
+        arguments = ["127.0.0.1", target.port, "", 0, 5_000, "KEYS", *moving]
+        source.client.execute_command("MIGRATE", *arguments)
+    for node in (target, source):
+        node.client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", node_id(target))
+
+
+async def test_a_message_whose_slot_moved_is_followed(nodes: list[RedisProcess]) -> None:
+    store = ClusterWorld(nodes).store()
+    await store.load()
+    await commit(store, transaction(1, kept(1, "m1", "t")))
+    move(nodes, key_slot(keys.message_index("t").encode()))
+    assert await commit(store, transaction(2, kept(2, "m2", "t"))) == []
+    assert await store.read([ReadIndex("t", 5)]) == [[("m1", 1_000_001), ("m2", 1_000_002)]]
+    assert await commit(store, transaction(3, Unindex(3, "t", ("m1", "m2")))) == []
+    assert await store.read([ReadIndex("t", 5)]) == [[]]
+    await store.close()
+
+
+async def test_a_message_whose_slot_is_moving_is_asked_for(nodes: list[RedisProcess]) -> None:
+    store = ClusterWorld(nodes).store()
+    await store.load()
+    begin_move(nodes, key_slot(keys.message_index("t").encode()))
+    assert await commit(store, transaction(1, kept(1, "m1", "t"))) == []
+    assert await store.read([ReadIndex("t", 5)]) == [[("m1", 1_000_001)]]
+    await store.close()
+
+
+async def test_when_the_states_own_slot_moved_the_store_is_down_until_loaded_anew(
+    nodes: list[RedisProcess],
+) -> None:
+    store = ClusterWorld(nodes).store()
+    await store.load()
+    await commit(store, transaction(1, SetTopicState("t", b"1")))
+    move(nodes, key_slot(keys.applied(PARTITION).encode()))
+    with pytest.raises(StoreDown):
+        await commit(store, transaction(2, SetTopicState("t", b"2")))
+    until(
+        lambda: all(owner_seen_by(node) == owner_seen_by(nodes[0]) for node in nodes),
+        "every node knows the new owner",
+    )
+    assert (await store.load()).applied == applied(1)
+    assert await commit(store, transaction(2, SetTopicState("t", b"2"))) == []
+    assert await store.read([ReadTopicStates(("t",))]) == [{"t": b"2"}]
+    await store.close()
+
+
+def owner_seen_by(node: RedisProcess) -> Any:
+    """The port of the owner of the state's slot, according to one node."""
+    slot = key_slot(keys.applied(PARTITION).encode())
+    for first, last, (_, port, *_rest), *_ in node.client.execute_command("CLUSTER SLOTS"):
+        if first <= slot <= last:
+            return port
+    return None
+
+
+async def test_without_one_node_nothing_is_fenced(nodes: list[RedisProcess]) -> None:
+    store = ClusterWorld(nodes).store()
+    await store.load()
+    home = owner(nodes, key_slot(keys.applied(PARTITION).encode()))
+    other = next(node for node in nodes if node is not home)
+    messages = [kept(number, f"m{number}", f"t{number}") for number in range(50)]
+    other.kill()
+    with pytest.raises(StoreDown):
+        await commit(store, transaction(1, *messages, SetTopicState("t", b"s")))
+    assert home.client.get(keys.applied(PARTITION)) is None
+    await store.close()
+
+
+class CrashingStore(ClusterStore):
+    """An owner that dies right after its fence was written."""
+
+    async def _spread(self, commands: Any) -> Any:
+        if any(isinstance(source, Unindex | DropBody) for source in commands.sources):
+            raise StoreDown("killed")
+        return await super()._spread(commands)
+
+
+async def test_what_an_owner_could_not_remove_the_next_one_removes_once(
+    three_nodes: list[RedisProcess],
+) -> None:
+    world = ClusterWorld(three_nodes)
+    world.clear()
+    crashing = CrashingStore(PARTITION, world.seeds, world.access)
+    await crashing.load()
+    await commit(crashing, transaction(1, kept(1, "m1", "t")))
+    removals = (
+        Unindex(2, "t", ("m1",)),
+        DropBody("m1"),
+        ClearRetained(2, "t"),
+        RunCommand(2, (b"INCR", b"seen:\xff")),
+    )
+    with pytest.raises(StoreDown):
+        await commit(crashing, transaction(2, *removals))
+    assert keys.message_body("m1") in world.dump()
+    await crashing.close()
+    for _ in range(2):
+        successor = world.store()
+        assert (await successor.load()).applied == applied(2)
+        await successor.close()
+    content = {
+        key: client.get(key)
+        for client in world.clients
+        for key in client.scan_iter()
+        if not key.startswith(b"millpond:")
+    }
+    assert content == {b"seen:\xff": b"1"}
+    assert not any(
+        key.endswith(b":journal") for client in world.clients for key in client.scan_iter()
+    )
+
+
+async def test_a_single_server_is_no_cluster(single_redis: RedisProcess) -> None:
+    store = ClusterWorld([single_redis]).store()
+    with pytest.raises(Exception, match="cluster"):
+        await store.load()
+    await store.close()

@@ -1,0 +1,168 @@
+"""From a pool of the user's file to a store: credentials, TLS, Sentinel, and the check of users' commands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from agents.effects import SetTopicState
+from agents.ports import ReadTopicStates
+from pipeline.stores.checking import check_commands
+from pipeline.stores.registry import open_store
+from schemas.errors import ConfigError, StoreDown, StoreRefused
+from schemas.pool import Pool
+from schemas.rule import Rule
+from schemas.ruleset import Rules
+from tests.contracts.redis_servers import RedisProcess, redis_process, until
+from tests.contracts.store_worlds import PARTITION, applied, commit, transaction
+from tests.contracts.tls import certificate, tls_front
+
+HOST = "127.0.0.1"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RedisProcess]:
+    """A server with a user of its own, and a file with that user's password."""
+    (tmp_path / "password").write_text("correct horse\nnot this line\n")
+    with redis_process(tmp_path / "redis") as process:
+        process.client.acl_setuser(
+            "millpond",
+            enabled=True,
+            passwords="+correct horse",
+            keys=["mqtt:*", "millpond:*"],
+            commands=["+@all", "-@admin", "-@dangerous"],
+        )
+        process.client.config_set("requirepass", "for the operator only")
+        yield process
+
+
+async def test_a_pool_with_a_user_and_a_password_file_on_database_3_works_over_tls(
+    server: RedisProcess, tmp_path: Path
+) -> None:
+    files = certificate(tmp_path)
+    async with tls_front(files, server.port) as port:
+        pool = Pool(
+            name="p",
+            servers=((HOST, port),),
+            database=3,
+            username="millpond",
+            password_file=str(tmp_path / "password"),
+            tls=True,
+            ca_file=str(files.certificate),
+        )
+        store = open_store(pool, PARTITION)
+        await store.load()
+        assert await commit(store, transaction(1, SetTopicState("t", b"s"))) == []
+        assert await store.read([ReadTopicStates(("t",))]) == [{"t": b"s"}]
+        await store.close()
+    assert server.client.info("keyspace").keys() == {"db3"}
+
+
+async def test_a_certificate_of_an_unknown_authority_is_refused(
+    server: RedisProcess, tmp_path: Path
+) -> None:
+    async with tls_front(certificate(tmp_path), server.port) as port:
+        store = open_store(Pool(name="p", servers=((HOST, port),), tls=True), PARTITION)
+        with pytest.raises(StoreRefused, match="certificate"):
+            await store.load()
+        await store.close()
+
+
+@pytest.mark.parametrize(("username", "password"), [("millpond", "wrong"), (None, None)])
+async def test_wrong_or_missing_credentials_are_refused_and_not_shown(
+    server: RedisProcess, username: str | None, password: str | None
+) -> None:
+    servers = ((HOST, server.port),)
+    pool = Pool(name="p", servers=servers, username=username, password=password)
+    store = open_store(pool, PARTITION)
+    with pytest.raises(StoreRefused) as raised:
+        await store.load()
+    assert "wrong" not in str(raised.value)
+    await store.close()
+
+
+def test_a_password_file_that_is_not_there_is_named() -> None:
+    pool = Pool(name="p", servers=((HOST, 1),), password_file="/not/there")
+    with pytest.raises(ConfigError, match="/not/there"):
+        open_store(pool, PARTITION)
+
+
+async def test_sentinels_lead_to_the_primary_and_after_a_failover_to_the_new_one(
+    tmp_path: Path,
+) -> None:
+    with ExitStack() as stack:
+        first = stack.enter_context(redis_process(tmp_path / "first"))
+        second = stack.enter_context(
+            redis_process(tmp_path / "second", replicaof=f"{HOST} {first.port}")
+        )
+        config = (
+            f"sentinel monitor mymaster {HOST} {first.port} 1\n"
+            "sentinel down-after-milliseconds mymaster 500\n"
+            "sentinel failover-timeout mymaster 2000\n"
+        )
+        sentinel = stack.enter_context(redis_process(tmp_path / "sentinel", sentinel=config))
+        until(lambda: sentinel.client.sentinel_slaves("mymaster") != [], "the replica is known")
+        pool = Pool(
+            name="p",
+            type="sentinel",
+            servers=((HOST, 1), (HOST, sentinel.port)),
+            sentinel="mymaster",
+        )
+        store = open_store(pool, PARTITION)
+        await store.load()
+        await commit(store, transaction(1, SetTopicState("t", b"s")))
+        first.client.wait(1, 5_000)
+        first.kill()
+        with pytest.raises(StoreDown):
+            await commit(store, transaction(2))
+        assert (await store.load()).applied == applied(1)
+        assert await commit(store, transaction(2, SetTopicState("t", b"new"))) == []
+        assert second.client.role()[0] == b"master"
+        await store.close()
+
+
+def rules(*fields: str) -> Rules:
+    """One rule with one command."""
+    rule = Rule(hook="message.publish", commands=(fields,), pool="p", file="a.toml", line=7)
+    return Rules((rule,))
+
+
+async def test_commands_that_the_server_knows_pass(single_redis: RedisProcess) -> None:
+    pool = Pool(name="p", servers=((HOST, single_redis.port),))
+    for command in (
+        ("INCR", "a"),
+        ("hset", "a", "b", "c"),
+        ("LPUSH", "a", "b", "c", "d"),
+        ("XADD", "a", "*", "b", "c"),
+        ("DEL", "a"),
+        ("XGROUP", "CREATE", "a", "b", "$"),
+    ):
+        await check_commands(pool, rules(*command))
+    await check_commands(pool, Rules())
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        (("NOSUCH", "a"), "does not know the command NOSUCH"),
+        (("XGROUP", "NOSUCH", "a"), "does not know the command XGROUP NOSUCH"),
+        (("INCR", "a", "b"), "INCR takes 1 arguments, not 2"),
+        (("HSET", "a", "b"), "HSET takes at least 3 arguments, not 2"),
+        (("CONFIG", "GET", "x"), "administers"),
+        (("BLPOP", "a", "0"), "waits"),
+        (("WATCH", "a"), "transaction"),
+        (("SELECT", "1"), "connection"),
+        (("SUBSCRIBE", "a"), "subscribes"),
+        (("EVAL", "return 1", "0"), "script"),
+    ],
+)
+async def test_commands_that_must_not_run_are_named_with_file_and_line(
+    single_redis: RedisProcess, command: tuple[str, ...], reason: str
+) -> None:
+    pool = Pool(name="p", servers=((HOST, single_redis.port),))
+    with pytest.raises(ConfigError, match=reason) as raised:
+        await check_commands(pool, rules(*command))
+    assert str(raised.value).startswith("a.toml:7: ")

@@ -1,0 +1,80 @@
+"""Random batches leave the same content and the same refusals in every kind of store as in memory."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from agents.effects import (
+    ClearRetained,
+    DeadLetter,
+    DropBody,
+    Effect,
+    KeepReceipt,
+    Retain,
+    RunCommand,
+    SetDue,
+    SetRules,
+    SetTopicState,
+    SpareBody,
+    Unindex,
+    WriteSeen,
+)
+from schemas import keys
+from tests.contracts.store_worlds import MemoryWorld, World, commit, transaction
+from tests.contracts.test_stores import FAR_MS, kept
+
+IDS = ("m0", "m1", "m 2", "mé3")
+TOPICS = ("t0", "t/1", "m0")  # one is also a message id: an index where a body may be
+FOREIGN = (keys.message_body("m1"), keys.retained("t0"), keys.receipt("m0"), "counter:1")
+
+
+def some_effect(random: Random, offset: int) -> Effect:
+    """Any effect, over few ids and topics."""
+    message_id, topic = random.choice(IDS), random.choice(TOPICS)
+    other_topic = random.choice(TOPICS[:2])  # what is removed here is never a body by that name
+    expires_at = random.choice((None, FAR_MS + offset))
+    removed = random.choice((None, b"state %d" % offset))
+    return random.choice(
+        (
+            kept(offset, message_id, topic, expires_at=expires_at, retain=random.random() < 0.5),
+            Retain(offset, topic, message_id, offset),
+            KeepReceipt(offset, message_id, "acked", random.choice(IDS), offset, FAR_MS + offset),
+            SetTopicState(topic, removed),
+            SetRules(f"rules {offset}"),
+            WriteSeen(offset, random.random() < 0.3, (message_id, topic)),
+            SetDue(topic, random.choice((None, 10 + offset % 7))),
+            Unindex(offset, other_topic, (message_id, random.choice(IDS))),
+            ClearRetained(offset, other_topic),
+            DropBody(random.choice(IDS[1:])),
+            SpareBody(message_id),
+            RunCommand(offset, (b"INCR", b"counter:%d" % random.randrange(2))),
+            RunCommand(offset, (b"HSET", b"hash", topic.encode(), b"%d" % offset)),
+        )
+    )
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_every_store_holds_what_the_model_holds(world: World, seed: int) -> None:
+    random, model = Random(seed), MemoryWorld()
+    for key in random.sample(FOREIGN, random.randrange(len(FOREIGN))):
+        for each in (model, world):
+            each.put(key, b"foreign")
+    stores = [each.store() for each in (model, world)]
+    for store in stores:
+        await store.load()
+    for sequence in range(1, 9):
+        offset = sequence * 100
+        effects = [some_effect(random, offset + number) for number in range(random.randrange(25))]
+        letters = [DeadLetter(offset, "reason")] if random.random() < 0.5 else []
+        batch = transaction(sequence, *effects, outputs=letters, produced=[sequence - 3])
+        expected, refused = [await commit(store, batch) for store in stores]
+        assert [(each.offset, each.part) for each in refused] == [
+            (each.offset, each.part) for each in expected
+        ]
+        assert world.dump() == model.dump()
+    expected_state, state = [await store.load() for store in stores]
+    assert state == expected_state
+    for store in stores:
+        await store.close()

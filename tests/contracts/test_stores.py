@@ -1,0 +1,433 @@
+"""What every store does, whatever it is made of."""
+
+from __future__ import annotations
+
+import pytest
+
+from agents.effects import (
+    NO_SOURCE,
+    ClearRetained,
+    DeadLetter,
+    DropBody,
+    KeepReceipt,
+    Retain,
+    RunCommand,
+    SetDue,
+    SetRules,
+    SetTopicState,
+    SpareBody,
+    StoreMessage,
+    Unindex,
+    WriteSeen,
+)
+from agents.ports import ReadDue, ReadIndex, ReadTopicStates, Stored
+from pipeline.stores.packing import BODY_GRACE_MS
+from schemas import keys
+from schemas.errors import Fenced
+from tests.contracts.store_worlds import PARTITION, Entry, World, applied, commit, transaction
+from tests.given import published
+
+FAR_MS = 4_000_000_000_000  # the year 2096: no server expires it meanwhile
+
+
+def kept(
+    offset: int, message_id: str, topic: str, *, expires_at: int | None = None, **fields: object
+) -> StoreMessage:
+    """Keep a message, indexed by its offset."""
+    event = published(message_id, topic, **fields)
+    return StoreMessage(offset, event, 1_000_000 + offset, indexed=True, expires_at=expires_at)
+
+
+async def test_an_empty_partition_holds_nothing(world: World) -> None:
+    store = world.store()
+    assert await store.load() == Stored(None, {}, None, ((), ()))
+    assert await store.read([ReadDue(5), ReadIndex("t", 5), ReadTopicStates(("t",))]) == [
+        [], [], {"t": None},
+    ]  # fmt: skip
+    await store.close()
+
+
+async def test_a_message_is_kept_as_a_hash_and_an_index_entry_in_log_order(world: World) -> None:
+    store = world.store()
+    await store.load()
+    messages = [
+        kept(offset, f"m{9 - offset}", "queue/a", payload=f"p{offset}") for offset in range(3)
+    ]
+    assert await commit(store, transaction(1, *messages)) == []
+    dump = world.dump()
+    assert dump[keys.message_index("queue/a")] == Entry(
+        [("m9", 1_000_000), ("m8", 1_000_001), ("m7", 1_000_002)], None
+    )
+    assert dump[keys.message_body("m9")] == Entry(
+        {
+            "id": b"m9", "from": b"pub", "qos": b"1", "topic": b"queue/a", "payload": b"p0",
+            "ts": b"1", "retain": b"false",
+        },
+        None,
+    )  # fmt: skip
+    assert await store.read([ReadIndex("queue/a", 2)]) == [[("m9", 1_000_000), ("m8", 1_000_001)]]
+    await store.close()
+
+
+async def test_a_body_expires_a_grace_period_after_its_message(world: World) -> None:
+    store = world.store()
+    await store.load()
+    await commit(store, transaction(1, kept(0, "m1", "t", expires_at=FAR_MS)))
+    assert world.dump()[keys.message_body("m1")].expires_at == FAR_MS + BODY_GRACE_MS
+    assert world.dump()[keys.message_index("t")].expires_at is None
+    await store.close()
+
+
+async def test_an_index_entry_keeps_its_first_score(world: World) -> None:
+    store = world.store()
+    await store.load()
+    await commit(store, transaction(1, kept(0, "m1", "t")))
+    await commit(store, transaction(2, kept(5, "m1", "t")))
+    assert await store.read([ReadIndex("t", 9)]) == [[("m1", 1_000_000)]]
+    await store.close()
+
+
+@pytest.mark.parametrize(
+    ("foreign", "part"),
+    [
+        (keys.message_body("bad"), "body"),
+        (keys.message_index("bad/topic"), "index"),
+        (keys.retained("bad/topic"), "retained"),
+        (keys.receipt("bad"), "receipt"),
+        ("bad-counter", "command"),
+        (keys.message_index("bad/removal"), "removal"),
+    ],
+)
+async def test_a_foreign_key_in_the_way_refuses_one_part_and_the_rest_is_kept(
+    world: World, foreign: str, part: str
+) -> None:
+    world.put(foreign, b"somebody else's")
+    store = world.store()
+    await store.load()
+    refused = await commit(
+        store,
+        transaction(
+            1,
+            kept(10, "good", "good/topic"),
+            kept(11, "bad", "other/topic"),
+            kept(12, "other", "bad/topic"),
+            Retain(13, "bad/topic", "other", 7),
+            Retain(14, "good/topic", "good", 8),
+            KeepReceipt(15, "bad", "acked", "sub", 5, FAR_MS),
+            KeepReceipt(16, "good", "acked", "sub", 5, FAR_MS),
+            SetTopicState("good/topic", b"state"),
+            Unindex(17, "bad/removal", ("m",)),
+            RunCommand(18, (b"HSET", b"bad-counter", b"f", b"1")),
+            RunCommand(19, (b"HSET", b"good-counter", b"f", b"1")),
+        ),
+    )
+    offset = {"body": 11, "index": 12, "retained": 13, "receipt": 15, "command": 18, "removal": 17}
+    assert [(each.offset, each.part) for each in refused] == [(offset[part], part)]
+    assert refused[0].reason.startswith("WRONGTYPE")
+    dump = world.dump()
+    assert dump.pop(foreign).value == b"somebody else's"
+    assert {
+        "good-counter", keys.applied(PARTITION), keys.message_body("good"), keys.receipt("good"),
+        keys.message_index("good/topic"), keys.retained("good/topic"), keys.topic_states(PARTITION),
+    } <= dump.keys()  # fmt: skip
+    await store.close()
+
+
+async def test_every_message_of_a_refused_index_is_refused(world: World) -> None:
+    world.put(keys.message_index("t"), b"foreign")
+    store = world.store()
+    await store.load()
+    refused = await commit(store, transaction(1, kept(1, "a", "t"), kept(2, "b", "t")))
+    assert [(each.offset, each.part) for each in refused] == [(1, "index"), (2, "index")]
+    await store.close()
+
+
+async def test_a_topic_shaped_like_a_message_id_refuses_the_index_and_keeps_the_body(
+    world: World,
+) -> None:
+    store = world.store()
+    await store.load()
+    refused = await commit(store, transaction(1, kept(1, "m1", "m2"), kept(2, "m2", "t")))
+    assert [(each.offset, each.part) for each in refused] == [(1, "index")]
+    assert await commit(store, transaction(2, DropBody("m1"))) == []
+    assert await store.read([ReadIndex("m2", 5), ReadIndex("t", 5)]) == [[], [("m2", 1_000_002)]]
+    await store.close()
+
+
+async def test_dropping_a_body_spares_another_key_of_that_name(world: World) -> None:
+    store = world.store()
+    await store.load()
+    await commit(store, transaction(1, kept(1, "m1", "m2")))
+    refused = await commit(store, transaction(2, DropBody("m2")))
+    assert [(each.offset, each.part) for each in refused] == [(NO_SOURCE, "removal")]
+    assert await store.read([ReadIndex("m2", 5)]) == [[("m1", 1_000_001)]]
+    await store.close()
+
+
+async def test_a_spared_foreign_key_has_no_lifetime(world: World) -> None:
+    world.put(keys.message_body("m1"), b"foreign")
+    store = world.store()
+    await store.load()
+    await commit(store, transaction(1, kept(1, "m1", "t", expires_at=FAR_MS)))
+    await commit(store, transaction(2, Unindex(NO_SOURCE, "t", ("m1",)), SpareBody("m1")))
+    assert world.dump()[keys.message_body("m1")] == Entry(b"foreign", None)
+    assert keys.message_index("t") not in world.dump()
+    await store.close()
+
+
+async def test_what_is_removed_leaves_no_key_behind(world: World) -> None:
+    store = world.store()
+    await store.load()
+    await commit(
+        store,
+        transaction(
+            1, kept(1, "m1", "t"), Retain(1, "t", "m1", 1), SetTopicState("t", b"s"), SetDue("d", 5)
+        ),
+    )
+    removals = (Unindex(2, "t", ("m1",)), ClearRetained(2, "t"), DropBody("m1"))
+    assert (
+        await commit(store, transaction(2, *removals, SetTopicState("t", None), SetDue("d", None)))
+        == []
+    )
+    assert list(world.dump()) == [keys.applied(PARTITION)]
+    await store.close()
+
+
+async def test_a_topic_retains_the_newest_message_only(world: World) -> None:
+    store = world.store()
+    await store.load()
+    await commit(store, transaction(1, Retain(1, "t", "m1", 9)))
+    await commit(store, transaction(2, Retain(2, "t", "m2", 5)))
+    assert world.dump()[keys.retained("t")].value == [("m2", 5)]
+    await store.close()
+
+
+async def test_topic_states_and_rules_are_replaced_and_found_again(world: World) -> None:
+    store = world.store()
+    await store.load()
+    await commit(
+        store,
+        transaction(
+            1, SetRules("old"), SetTopicState("a", b"1"), SetTopicState("b", b"\xff\x00"),
+        ),
+    )  # fmt: skip
+    await commit(
+        store,
+        transaction(
+            2, SetRules("new"), SetTopicState("a", None), SetTopicState("c", None),
+            SetTopicState("c", b"3"),
+        ),
+    )  # fmt: skip
+    assert await store.read([ReadTopicStates(("c", "a", "b")), ReadTopicStates(())]) == [
+        {"c": b"3", "a": None, "b": b"\xff\x00"}, {},
+    ]  # fmt: skip
+    assert (await store.load()).rules == "new"
+    await store.close()
+
+
+async def test_the_earliest_time_stays_until_a_removal_starts_a_member_anew(world: World) -> None:
+    store = world.store()
+    await store.load()
+    await commit(
+        store,
+        transaction(1, *(SetDue(member, 50) for member in ("b", "a", "earlier", "later", "gone"))),
+    )
+    await commit(
+        store,
+        transaction(
+            2,
+            SetDue("earlier", 60), SetDue("earlier", 40), SetDue("later", None), SetDue("later", 90),
+            SetDue("later", 95), SetDue("gone", 10), SetDue("gone", None), SetDue("new", 70),
+        ),
+    )  # fmt: skip
+    everything = [("earlier", 40), ("a", 50), ("b", 50), ("new", 70), ("later", 90)]
+    assert await store.read([ReadDue(9), ReadDue(2)]) == [everything, everything[:2]]
+    await store.close()
+
+
+async def test_seen_ids_are_kept_by_generation_whatever_they_hold(world: World) -> None:
+    odd = ("a b", "line\nbreak", 'quo"te', "\0", "é\u2028😀", "\\n")
+    store = world.store()
+    await store.load()
+    await commit(store, transaction(1, WriteSeen(0, False, odd), WriteSeen(1, True, ("x",))))
+    await commit(store, transaction(2, WriteSeen(0, False, ("more",))))
+    assert (await store.load()).seen == ((*odd, "more"), ("x",))
+    await commit(store, transaction(3, WriteSeen(2, True, ()), WriteSeen(3, False, ("y",))))
+    assert (await store.load()).seen == ((), ("x", "y"))
+    await store.close()
+
+
+async def test_the_journal_is_kept_until_it_is_produced(world: World) -> None:
+    letters = [DeadLetter(3, "not JSON"), DeadLetter(4, "é\n")]
+    store = world.store()
+    await store.load()
+    await commit(store, transaction(1, outputs=letters[:1]))
+    await commit(store, transaction(2, outputs=letters))
+    await store.close()
+    successor = world.store()
+    stored = await successor.load()
+    assert stored.applied == applied(2)
+    assert {sequence: list(each) for sequence, each in stored.journal.items()} == {
+        1: letters[:1], 2: letters,
+    }  # fmt: skip
+    await commit(successor, transaction(3, produced=[1]))
+    assert list((await successor.load()).journal) == [2]
+    await commit(successor, transaction(4, produced=[2]))
+    assert (await successor.load()).journal == {}
+    await successor.close()
+
+
+async def test_of_two_owners_the_slower_is_fenced_and_nothing_of_its_batch_is_there(
+    world: World,
+) -> None:
+    slower, faster = world.store(), world.store()
+    await slower.load()
+    await faster.load()
+    await commit(faster, transaction(1, kept(1, "m1", "t")))
+    before = world.dump()
+    late = transaction(1, SetTopicState("t", b"late"), RunCommand(1, (b"INCR", b"seen:m1")))
+    with pytest.raises(Fenced):
+        await commit(slower, late)
+    assert world.dump() == before
+    assert (await slower.load()).applied == applied(1)
+    assert await commit(slower, transaction(2, kept(2, "m2", "t"))) == []
+    with pytest.raises(Fenced):
+        await commit(faster, transaction(2, SetTopicState("t", b"late")))
+    await slower.close()
+    await faster.close()
+
+
+async def test_a_transaction_on_another_fence_than_the_loaded_one_is_fenced(world: World) -> None:
+    store = world.store()
+    await store.load()
+    with pytest.raises(Fenced):
+        await commit(store, transaction(5, kept(1, "m1", "t")))
+    assert world.dump() == {}
+    await store.close()
+
+
+async def test_an_emptied_store_fences_and_then_shows_nothing(world: World) -> None:
+    store = world.store()
+    await store.load()
+    await commit(store, transaction(1, kept(1, "m1", "t")))
+    world.clear()
+    with pytest.raises(Fenced):
+        await commit(store, transaction(2, SetTopicState("t", b"s")))
+    assert (await store.load()).applied is None
+    assert await commit(store, transaction(1, kept(1, "m1", "t"))) == []
+    await store.close()
+
+
+async def test_a_check_finds_out_that_the_fence_is_not_what_was_last_written(world: World) -> None:
+    store, other = world.store(), world.store()
+    await store.load()
+    await store.check()
+    await commit(store, transaction(1, SetTopicState("t", b"1")))
+    await store.check()
+    await other.load()
+    await commit(other, transaction(2))
+    with pytest.raises(Fenced):
+        await store.check()
+    assert (await store.load()).applied == applied(2)
+    world.clear()
+    with pytest.raises(Fenced):
+        await store.check()
+    await store.close()
+    await other.close()
+
+
+async def test_after_a_failure_nothing_is_committed_before_a_load(world: World) -> None:
+    store = world.store()
+    with pytest.raises(AssertionError):
+        store.commit(store.pack(transaction(1)))
+    await store.load()
+    with pytest.raises(Fenced):
+        await commit(store, transaction(5))
+    with pytest.raises(AssertionError):
+        store.commit(store.pack(transaction(1)))
+    await store.close()
+
+
+async def test_a_command_is_run_once_and_what_is_wrong_with_it_is_told(world: World) -> None:
+    store = world.store()
+    await store.load()
+    commands = [
+        RunCommand(1, (b"INCR", b"seen:m1")),
+        RunCommand(2, (b"SET", b"text", b"\xff\x00 spaces")),
+        RunCommand(3, (b"INCR", b"text")),
+        RunCommand(4, (b"NOSUCHCOMMAND", b"key")),
+        RunCommand(5, (b"INCR", b"seen:m1")),
+    ]
+    refused = await commit(store, transaction(1, kept(6, "m1", "t"), *commands))
+    assert [(each.offset, each.part) for each in refused] == [(3, "command"), (4, "command")]
+    assert "integer" in refused[0].reason and "NOSUCHCOMMAND" in refused[1].reason
+    assert world.dump()["seen:m1"].value == b"2"
+    assert (await store.load()).applied == applied(1)
+    assert world.dump()["seen:m1"].value == b"2"
+    await store.close()
+
+
+@pytest.mark.parametrize("topic", ["a b", "a:b:c", "😀/é", "{a}b", "$share", "line\nbreak", '"'])
+async def test_any_text_is_a_topic_and_an_id(world: World, topic: str) -> None:
+    store = world.store()
+    await store.load()
+    message_id = f"id of {topic}"
+    effects = (
+        kept(1, message_id, topic, client_id=topic),
+        Retain(1, topic, message_id, 1),
+        KeepReceipt(1, message_id, "delivered", topic, 3, FAR_MS),
+        SetTopicState(topic, b"s"),
+        SetDue(f"index\0{topic}", 5),
+    )
+    assert await commit(store, transaction(1, *effects)) == []
+    assert await store.read([ReadIndex(topic, 1), ReadDue(1), ReadTopicStates((topic,))]) == [
+        [(message_id, 1_000_001)], [(f"index\0{topic}", 5)], {topic: b"s"},
+    ]  # fmt: skip
+    assert world.dump()[keys.receipt(message_id)].value == {f"delivered:{topic}": b"3"}
+    await store.close()
+
+
+@pytest.mark.parametrize(
+    ("payload", "encoding", "raw"),
+    [
+        ("", "utf-8", b""),
+        ("é😀\r\n", "utf-8", "é😀\r\n".encode()),
+        ("/wAKDQ==", "base64", b"\xff\x00\n\r"),
+        ("x" * (1 << 20), "utf-8", b"x" * (1 << 20)),
+    ],
+    ids=["empty", "text", "bytes", "1 MiB"],
+)
+async def test_a_payload_is_kept_byte_by_byte(
+    world: World, payload: str, encoding: str, raw: bytes
+) -> None:
+    store = world.store()
+    await store.load()
+    message = kept(1, "m1", "t", payload=payload, payload_encoding=encoding)
+    await commit(store, transaction(1, message))
+    body = world.dump()[keys.message_body("m1")].value
+    assert isinstance(body, dict) and body["payload"] == raw
+    await store.close()
+
+
+async def test_reads_are_answered_while_a_commit_is_on_its_way_and_after_it_see_it(
+    world: World,
+) -> None:
+    store = world.store()
+    await store.load()
+    on_its_way = store.commit(store.pack(transaction(1, SetTopicState("t", b"1"))))
+    assert (await store.read([ReadTopicStates(("t",))]))[0]["t"] in (None, b"1")
+    assert list(await on_its_way) == []
+    assert await store.read([ReadTopicStates(("t",))]) == [{"t": b"1"}]
+    await store.close()
+
+
+async def test_partitions_do_not_share_state(world: World) -> None:
+    one, other = world.store(), world.store(PARTITION._replace(number=8))
+    await one.load()
+    await other.load()
+    await commit(one, transaction(1, SetTopicState("t", b"1"), SetDue("d", 1)))
+    await commit(other, transaction(1, SetTopicState("t", b"2")))
+    assert await one.read([ReadTopicStates(("t",)), ReadDue(1)]) == [{"t": b"1"}, [("d", 1)]]
+    assert await other.read([ReadTopicStates(("t",)), ReadDue(1)]) == [{"t": b"2"}, []]
+    await one.close()
+    await other.close()

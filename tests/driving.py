@@ -1,0 +1,164 @@
+"""A partition in memory, for tests of the driver: a log, a server, owners of it. No event loop and no clock."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from typing import Any, TypeVar
+
+from agents.driver import PartitionDriver
+from agents.messages.machine import MessagesMachine
+from agents.ports import Applied, Outgoing, Record, Transaction
+from pipeline.memory_log import MemoryLog
+from pipeline.stores.memory import MemoryStore
+from pipeline.stores.memory_server import MemoryServer, Moment
+from schemas import codec, keys
+from schemas.errors import StoreDown
+from schemas.events import Event
+from schemas.keys import Partition
+from schemas.rules import Rules
+from tests import given
+
+PARTITION = Partition("millpond", "messages", 0)
+Driver = PartitionDriver[Transaction]
+Result = TypeVar("Result")
+
+
+def run(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """The result of a coroutine that never has to wait."""
+    try:
+        coroutine.send(None)
+    except StopIteration as finished:
+        result: Result = finished.value
+        return result
+    coroutine.close()
+    raise AssertionError("it waits")
+
+
+def waits(coroutine: Coroutine[Any, Any, Any]) -> bool:
+    """Go on with a coroutine; whether it still waits."""
+    try:
+        coroutine.send(None)
+    except StopIteration:
+        return False
+    return True
+
+
+class Log(MemoryLog):
+    """Kafka, which acknowledges at once unless told to wait."""
+
+    acknowledges = True
+
+    def produce(self, records: Sequence[Outgoing]) -> Awaitable[None]:
+        super().produce(records)
+        return _Acknowledged(self)
+
+
+class _Acknowledged(Awaitable[None]):
+    def __init__(self, log: Log) -> None:
+        self._log = log
+
+    def __await__(self) -> Generator[None, None, None]:
+        while not self._log.acknowledges:
+            yield
+
+
+async def _wait(awaitable: Awaitable[None]) -> None:
+    await awaitable
+
+
+class World:
+    """One partition. The log's clock is `now_ms`."""
+
+    def __init__(self, *tables: str) -> None:
+        self.now_ms = 10_000
+        self.log = Log(lambda: self.now_ms)
+        self.server = MemoryServer()
+        self.rules = given.rules(*tables)
+        self.notices: list[str] = []
+
+    def append(self, *events: Event) -> list[Record]:
+        """Events, as the bridge writes them."""
+        return [self.append_raw(*given.key_and_value(event)) for event in events]
+
+    def append_raw(self, key: bytes | None, value: bytes | None) -> Record:
+        return self.log.append(PARTITION.topic, 0, key, value)
+
+    def append_tick(self, driver: Driver, wall_ms: int) -> None:
+        """The tick that an owner sends at this time."""
+        tick = driver.tick(wall_ms)
+        assert tick is not None
+        run(_wait(self.log.produce([tick])))
+
+    def owner(self, rules: Rules | None = None) -> Driver:
+        """A new owner of the partition."""
+        store = MemoryStore(PARTITION, self.server)
+        machine = MessagesMachine()
+        configured = self.rules if rules is None else rules
+        return PartitionDriver(PARTITION, machine, store, self.log, configured, self.notices.append)
+
+    def started(self, rules: Rules | None = None) -> Driver:
+        """A new owner that has loaded, with its rules in the log."""
+        driver = self.owner(rules)
+        run(driver.start())
+        return driver
+
+    def unread(self, driver: Driver) -> list[Record]:
+        log = self.log.records[PARTITION.topic, 0]
+        return [record for record in log if record.offset >= driver.next_offset]
+
+    def feed(self, driver: Driver) -> None:
+        """All that the log holds, folded and settled."""
+        run(driver.process(self.unread(driver)))
+        run(driver.settle())
+
+    def commit(self, driver: Driver) -> None:
+        """What the worker does from time to time."""
+        if driver.committable is not None:
+            self.log.committed[PARTITION] = driver.committable
+
+    @property
+    def applied(self) -> Applied | None:
+        return run(MemoryStore(PARTITION, self.server).load()).applied
+
+    @property
+    def journal(self) -> list[int]:
+        return list(run(MemoryStore(PARTITION, self.server).load()).journal)
+
+    def stored(self, topic: str = "t") -> list[str]:
+        """The ids in a topic's index, each with its body."""
+        index = self.server.values.get(keys.message_index(topic), {})
+        assert isinstance(index, dict)
+        assert all(keys.message_body(message_id) in self.server.values for message_id in index)
+        return list(index)
+
+    def text(self, key: str) -> str | None:
+        value = self.server.text(key)
+        return None if value is None else value.decode()
+
+    @property
+    def letters(self) -> Counter[int]:
+        """How many dead letters there are of each offset."""
+        return Counter(int(dict(letter.headers)["source-offset"]) for letter in self.dead_letters)
+
+    @property
+    def dead_letters(self) -> list[Outgoing]:
+        return [sent for sent in self.log.produced if sent.topic == keys.DEAD_LETTERS_TOPIC]
+
+    @property
+    def written(self) -> list[Event]:
+        """What the agents wrote into the partition themselves."""
+        own = [sent for sent in self.log.produced if sent.topic == PARTITION.topic]
+        return [codec.decode(sent.value) for sent in own]
+
+
+def once(moment: Moment) -> Callable[[Moment, Partition], None]:
+    """A fault: the store is down at the first such moment."""
+    left = [moment]
+
+    def fault(at: Moment, partition: Partition) -> None:
+        if left and at == left[0]:
+            left.clear()
+            raise StoreDown(f"down at {at}")
+
+    return fault

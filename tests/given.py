@@ -1,0 +1,89 @@
+"""What tests are given: rules, events and records, in few words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from agents.ports import Record
+from schemas import codec, keys
+from schemas.events import Event, MessageAcked, MessageDelivered, MessagePublished
+from schemas.rules import Rules
+from schemas.rules_toml import parse_toml
+
+POOL = '[pool.pool1]\nserver = "127.0.0.1:6379"\n'
+
+
+def a_rule(**settings: Any) -> str:
+    """One `[[rule]]`, its values written as TOML."""
+    lines = ["[[rule]]"]
+    for name, value in {"pool": "pool1", **settings}.items():
+        match value:
+            case bool():
+                text = "true" if value else "false"
+            case str():
+                text = '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+            case _:
+                text = repr(value)
+        lines.append(f"{name} = {text}")
+    return "\n".join(lines) + "\n"
+
+
+def rules(*tables: str) -> Rules:
+    """A rule set of these `[[rule]]` tables."""
+    return parse_toml(POOL + "".join(tables), "millpond.toml")
+
+
+def store(topic: str = "#", **settings: Any) -> str:
+    """Messages of the topic are kept."""
+    return a_rule(hook="message.publish", topic=topic, action="on_message_publish", **settings)
+
+
+def retain(topic: str = "#", **settings: Any) -> str:
+    """The topic's retained message is kept."""
+    return a_rule(hook="message.publish", topic=topic, action="on_message_retain", **settings)
+
+
+def clear_retained(topic: str = "#") -> str:
+    """An empty retained publish clears what the topic retains."""
+    return a_rule(hook="message.publish", topic=topic, action="on_retain_delete")
+
+
+def receipt(hook: str = "message.acked", topic: str = "#", **settings: Any) -> str:
+    """Who got a message, and when."""
+    return a_rule(hook=hook, topic=topic, action="on_message_receipt", **settings)
+
+
+def command(text: str, hook: str = "message.publish", topic: str = "#") -> str:
+    """A command of the user's own."""
+    return a_rule(hook=hook, topic=topic, commands=[text])
+
+
+def published(message_id: str = "m1", topic: str = "t", **fields: Any) -> MessagePublished:
+    """A QoS 1 publish."""
+    values: dict[str, Any] = {
+        "at": 1_000, "node": "n", "qos": 1, "retain": False, "client_id": "pub",
+        "payload": "hello", "published_at": 1_000, **fields,
+    }  # fmt: skip
+    return MessagePublished(message_id=message_id, topic=topic, **values)
+
+
+def acked(message_id: str = "m1", topic: str = "t", **fields: Any) -> MessageAcked:
+    """An acknowledgement by one subscriber."""
+    values: dict[str, Any] = {"at": 5_000, "node": "n", "client_id": "sub", "qos": 1, **fields}
+    return MessageAcked(message_id=message_id, topic=topic, **values)
+
+
+def delivered(message_id: str = "m1", topic: str = "t", **fields: Any) -> MessageDelivered:
+    """A delivery to one subscriber."""
+    values: dict[str, Any] = {"at": 4_000, "node": "n", "client_id": "sub", "qos": 1, **fields}
+    return MessageDelivered(message_id=message_id, topic=topic, **values)
+
+
+def key_and_value(event: Event) -> tuple[bytes, bytes]:
+    """The key and value of an event's record."""
+    return keys.record_key(event).encode(), codec.encode(event)
+
+
+def record(event: Event, offset: int, timestamp: int) -> Record:
+    """An event as it is read from the log."""
+    return Record(offset, timestamp, *key_and_value(event))

@@ -1,0 +1,35 @@
+"""Where a simulated worker may be interrupted: every await of the outside world is one step of its life."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Generator
+
+
+class Pause(Awaitable[None]):
+    """Gives the world one turn."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield
+
+
+class Reply(Awaitable[object]):
+    """Something on its way: awaited until the world has decided what came of it."""
+
+    def __init__(self) -> None:
+        self.decided = False
+        self._result: object = None
+        self._error: Exception | None = None
+
+    def answer(self, result: object) -> None:
+        self.decided, self._result = True, result
+
+    def fail(self, error: Exception) -> None:
+        self.decided, self._error = True, error
+
+    def __await__(self) -> Generator[None, None, object]:
+        yield
+        while not self.decided:
+            yield
+        if self._error is not None:
+            raise self._error
+        return self._result

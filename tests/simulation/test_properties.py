@@ -1,0 +1,263 @@
+"""Properties of whole logs: however a log is cut into batches and owners, the content of the store is the same, and it
+is what a ten-line model says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from agents import seen
+from agents.messages import machine
+from agents.ports import Record
+from agents.seen import SeenIds
+from pipeline.memory_log import MemoryLog
+from pipeline.stores.memory_server import MemoryServer, Zset
+from schemas import keys
+from schemas.events import Event, MessagePublished, RulesChanged, Tick
+from tests import given as given_
+from tests.driving import PARTITION, run
+from tests.simulation import judge
+
+LIMIT_MS = 2_000  # lifetime of the index; the retained entry's is a second longer
+WINDOW_MS = 3_000
+START_MS = 100_000
+RULES = given_.rules(
+    given_.store("t/#", expired_time=2), given_.retain("t/#", expired_time=3),
+    given_.clear_retained(), given_.retain("kept"), given_.store("kept"),
+    given_.command("INCR seen:${msgid}"), given_.receipt(expired_time=2),
+)  # fmt: skip
+OTHER_RULES = given_.rules(
+    given_.store("t/#"), given_.retain("t/#", expired_time=1), given_.store("kept", expired_time=1)
+)
+Kind = Literal["publish", "tick", "ack", "other rules", "rules", "poison"]
+# An id always stands for the same message, as it does in a broker.
+MESSAGES: dict[str, dict[str, object]] = {
+    "a": {"topic": "t/0", "retain": True},
+    "b": {"topic": "t/0", "retain": True, "qos": 0},
+    "c": {"topic": "t/0"},
+    "d": {"topic": "t/0", "retain": True, "payload": ""},
+    "e": {"topic": "t/0", "retain": True, "expires": 0},
+    "f": {"topic": "t/1", "expires": LIMIT_MS},
+    "g": {"topic": "t/1"},
+    "h": {"topic": "kept", "retain": True},
+    "i": {"topic": "kept", "retain": True, "qos": 0},
+}
+
+
+class Step(NamedTuple):
+    kind: Kind
+    message_id: str
+    later_ms: int
+
+
+steps = st.lists(
+    st.builds(
+        Step,
+        st.sampled_from(
+            ["publish"] * 12 + ["tick"] * 4 + ["ack", "other rules", "rules", "poison"]
+        ),
+        st.sampled_from("aaabbbccdeefghi"),
+        st.sampled_from([0, 0, 0, 0, 1, LIMIT_MS - 1, LIMIT_MS, LIMIT_MS + 1, WINDOW_MS, -1]),
+    ),
+    max_size=30,
+)
+cuts = st.lists(st.integers(1, 5), min_size=1, max_size=8)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_limits() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seen, "DEDUP_WINDOW_MS", WINDOW_MS)
+        patch.setattr(seen, "GENERATION_IDS_MAX", 3)
+        patch.setattr(machine, "SWEEP_DUE_MAX", 2)
+        patch.setattr(machine, "SWEEP_ENTRIES_MAX", 3)
+        patch.setattr(machine, "TOPICS_HELD_MAX", 1)
+        yield
+
+
+def expand(log: Sequence[Step]) -> list[tuple[int, Event | bytes]]:
+    """The events with their times in the log."""
+    now_ms, events, known = START_MS, list[tuple[int, Event | bytes]](), dict[str, Event]()
+    for kind, message_id, later_ms in log:
+        now_ms += later_ms
+        event: Event | bytes
+        match kind:
+            case "publish":
+                event = known.setdefault(message_id, message(message_id, now_ms))
+            case "tick":
+                event = Tick(at=0, node="n", agent="messages")
+            case "ack":
+                event = given_.acked(message_id)
+            case "poison":
+                event = b"poison"
+            case _:
+                rules = (OTHER_RULES if kind == "other rules" else RULES).canonical()
+                event = RulesChanged(at=0, node="n", agent="messages", rules=rules)
+        events.append((now_ms, event))
+    return events
+
+
+def message(message_id: str, now_ms: int) -> MessagePublished:
+    fields = dict(MESSAGES[message_id])
+    expires = fields.pop("expires", None)
+    if isinstance(expires, int):
+        fields["expires_at"] = now_ms + expires
+    return given_.published(message_id, **fields)  # type: ignore[arg-type]
+
+
+def records(events: Sequence[tuple[int, Event | bytes]]) -> list[Record]:
+    pairs = [
+        (b"t", event) if isinstance(event, bytes) else given_.key_and_value(event)
+        for _, event in events
+    ]
+    times = [at for at, _ in events]
+    return (
+        [
+            Record(at, *rest)
+            for at, rest in enumerate(zip(times, *zip(*pairs, strict=True), strict=True))
+        ]
+        if pairs
+        else []
+    )
+
+
+def fold_with_restarts(held: Sequence[Record], sizes: Sequence[int], owners: bool) -> MemoryServer:
+    """Cut into runs of these sizes in turn; each run with a new owner, or all with one."""
+    log, server = MemoryLog(lambda: START_MS), MemoryServer()
+    log.records[PARTITION.topic, 0] = list(held)
+    driver = judge.new_driver(PARTITION, server, log, RULES)
+    run(driver.start())
+    at, turn = 0, 0
+    while at < len(held):
+        size = sizes[turn % len(sizes)]
+        run(driver.process(held[max(0, at - 2) : at + size]))  # some are handed over again
+        at, turn = at + size, turn + 1
+        if owners:
+            run(driver.close())
+            driver = judge.new_driver(PARTITION, server, log, RULES)
+            run(driver.start())
+    run(driver.tend())
+    return server
+
+
+@given(steps, cuts)
+@settings(deadline=None)
+def test_batches_and_owners_never_decide(log: list[Step], sizes: list[int]) -> None:
+    held = records(expand(log))
+    assume(held)
+    at_once = judge.clean_fold(held, RULES)
+    judge.check_equal(judge.clean_fold(held, RULES, run_records_max=1), at_once)
+    judge.check_equal(fold_with_restarts(held, sizes, owners=False), at_once)
+    judge.check_equal(fold_with_restarts(held, sizes, owners=True), at_once)
+
+
+@given(steps)
+@settings(deadline=None)
+def test_every_prefix_of_a_log_leaves_a_sound_store(log: list[Step]) -> None:
+    held = records(expand(log))
+    for end in range(len(held) + 1):
+        judge.check_conservation(judge.clean_fold(held[:end], RULES))
+
+
+def with_final_ticks(events: list[tuple[int, Event | bytes]]) -> list[tuple[int, Event | bytes]]:
+    """So many ticks at the last moment that no unfinished work is left."""
+    latest_ms = max((at for at, _ in events), default=START_MS)
+    return events + [(latest_ms, Tick(at=0, node="n", agent="messages"))] * (2 * len(events) + 2)
+
+
+@given(steps)
+@settings(deadline=None)
+def test_nothing_is_overdue_once_the_ticks_have_no_unfinished_work(log: list[Step]) -> None:
+    events = with_final_ticks(expand(log))
+    server = judge.clean_fold(records(events), RULES)
+    judge.check_nothing_overdue(server, max(at for at, _ in events))
+
+
+@given(steps)
+@settings(deadline=None)
+def test_a_repeated_publish_changes_nothing(log: list[Step]) -> None:
+    once = expand(log)
+    twice = [event for event in once for _ in range(1 + isinstance(event[1], MessagePublished))]
+    assert without_scores(judge.clean_fold(records(twice), RULES)) == without_scores(
+        judge.clean_fold(records(once), RULES)
+    )
+
+
+def without_scores(server: MemoryServer) -> dict[str, object]:
+    """What readers see, and what falls due; a repeat may move the scores of what follows by a microsecond."""
+    left_out = {keys.applied(PARTITION), keys.journal(PARTITION), keys.topic_states(PARTITION)}
+    return {
+        name: list(value) if isinstance(value, Zset) else value
+        for name, value in sorted(server.values.items())
+        if name not in left_out
+    }
+
+
+class Model:
+    """What should be kept, in few words: index and retained entry, each with its end; a body while one of them is."""
+
+    def __init__(self) -> None:
+        self.index: dict[str, dict[str, int | None]] = {}
+        self.retained: dict[str, tuple[str, int | None]] = {}
+        self.now_ms = 0
+        self.seen = SeenIds()
+
+    def fold(self, at: int, event: Event | bytes) -> None:
+        self.now_ms = max(self.now_ms, at)
+        if isinstance(event, MessagePublished) and self.seen.add(event.message_id, self.now_ms):
+            if event.expires_at is None or event.expires_at > self.now_ms:
+                self.publish(event, expires="kept" not in event.topic)
+        elif isinstance(event, Tick):
+            self.tick()
+
+    def publish(self, event: MessagePublished, expires: bool) -> None:
+        topic, own = event.topic, event.expires_at
+
+        def end(lifetime_ms: int) -> int | None:
+            ends = [
+                x for x in (self.now_ms + lifetime_ms if expires else None, own) if x is not None
+            ]
+            return min(ends, default=None)
+
+        if event.qos:
+            self.index.setdefault(topic, {}).setdefault(event.message_id, end(LIMIT_MS))
+        if event.retain and event.payload:
+            self.retained[topic] = event.message_id, end(LIMIT_MS + 1_000)
+        elif event.retain:
+            self.retained.pop(topic, None)
+
+    def tick(self) -> None:
+        def over(end: int | None) -> bool:
+            return end is not None and end <= self.now_ms
+
+        for topic, entries in self.index.items():
+            self.index[topic] = {name: end for name, end in entries.items() if not over(end)}
+        self.retained = {topic: held for topic, held in self.retained.items() if not over(held[1])}
+
+    @property
+    def bodies(self) -> set[str]:
+        held = {message_id for message_id, _ in self.retained.values()}
+        return held.union(*self.index.values())
+
+
+@given(steps)
+@settings(deadline=None)
+def test_the_store_holds_what_the_model_says(log: list[Step]) -> None:
+    fixed = [step for step in log if step.kind not in ("other rules", "rules", "tick")]
+    events, model = with_final_ticks(expand(fixed)), Model()
+    for at, event in events:
+        model.fold(at, event)
+    server = judge.clean_fold(records(events), RULES)
+    for topic in ("t/0", "t/1", "kept"):
+        index = server.of(keys.message_index(topic), Zset)
+        assert [name for name, _ in index.ordered()] == list(model.index.get(topic, {}))
+        retained = server.of(keys.retained(topic), Zset)
+        assert list(retained) == [
+            message_id for message_id, _ in [model.retained.get(topic, ("", 0))] if message_id
+        ]
+    bodies = {name for name in MESSAGES if keys.message_body(name) in server.values}
+    assert bodies == model.bodies

@@ -1,0 +1,76 @@
+"""Names of topics and keys: golden, because other programs and stored data rely on them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from schemas import keys
+from schemas.keys import Partition
+from tests.unit.test_codec import GOLDEN
+
+PARTITION = Partition("mill", "queue", 7)
+
+
+def test_keys_are_the_documented_ones() -> None:
+    assert keys.message_index("a/b") == "mqtt:msg:a/b"
+    assert keys.message_body("0005") == "mqtt:msg:0005"
+    assert keys.retained("a/b") == "mqtt:retain:a/b"
+    assert keys.receipt("0005") == "mqtt:receipt:0005"
+    assert keys.applied(PARTITION) == "millpond:{mill:queue:7}:applied"
+    assert keys.journal(PARTITION) == "millpond:{mill:queue:7}:journal"
+    assert keys.removal_field(12) == "remove:12"
+    assert keys.rules(PARTITION) == "millpond:{mill:queue:7}:rules"
+    assert keys.seen(PARTITION, 0) == "millpond:{mill:queue:7}:seen:0"
+    assert keys.seen(PARTITION, 3) == "millpond:{mill:queue:7}:seen:1"
+    assert keys.topic_states(PARTITION) == "millpond:{mill:queue:7}:topics"
+    assert keys.due(PARTITION) == "millpond:{mill:queue:7}:due"
+
+
+def test_every_built_key_has_a_row_in_the_table() -> None:
+    rows = re.findall(r"^\| `([^`]+)` \|", keys.__doc__ or "", re.MULTILINE)
+    patterns = [
+        re.compile(re.sub(r"\\\{[a-z_:]+\\\}|\\\{0,1\\\}", "[^:]+", re.escape(row))) for row in rows
+    ]
+    built = [
+        *(keys.message_index("t"), keys.message_body("m"), keys.retained("t"), keys.receipt("m")),
+        *(keys.applied(PARTITION), keys.journal(PARTITION), keys.rules(PARTITION)),
+        *(keys.seen(PARTITION, 1), keys.topic_states(PARTITION), keys.due(PARTITION)),
+    ]
+    for key in built:
+        shown = key.replace("{mill:queue:7}", "mill")  # the tag stands for one word of the table
+        assert any(pattern.fullmatch(shown) for pattern in patterns), key
+
+
+def test_private_keys_of_a_partition_share_one_hash_tag() -> None:
+    private = (keys.applied, keys.journal, keys.rules, keys.topic_states, keys.due)
+    tags = {key(PARTITION).partition("{")[2].partition("}")[0] for key in private}
+    assert tags == {"mill:queue:7"}
+    assert all(key(PARTITION).startswith(keys.PRIVATE_PREFIX) for key in private)
+
+
+def test_a_partition_knows_its_topic_and_says_who_reads_it() -> None:
+    assert PARTITION.topic == keys.MESSAGES_TOPIC
+    assert Partition("mill", "sessions", 0).topic == keys.CLIENTS_TOPIC
+    assert str(PARTITION) == "mqtt.messages[7] (mill.queue)"
+    assert keys.group_id("mill", "queue") == "mill.queue"
+
+
+KEYS = {
+    "message.published": "queue/a",
+    "message.delivered": "queue/a",
+    "message.acked": "queue/a",
+    "node.started": "$millpond/sessions",
+    "node.stopped": "$millpond/sessions",
+    "node.sync.started": "$millpond/sessions",
+    "node.sync.completed": "$millpond/sessions",
+    "rules.changed": "$millpond/queue",
+    "tick": "$millpond/queue",
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_record_is_keyed_by_its_topic_its_client_or_its_agent(name: str) -> None:
+    event, _ = GOLDEN[name]
+    assert keys.record_key(event) == KEYS.get(name, "sub")
