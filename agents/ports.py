@@ -200,7 +200,7 @@ class Machine(Protocol):
         """The oldest batch finished and not yet settled is in the store: what was held for it may go."""
         ...
 
-    def refused(self, event: Event | None, refusal: Refusal) -> Sequence[Effect]:
+    def refused(self, event: Event, refusal: Refusal) -> Sequence[Effect]:
         """What to remove after the store refused a part of what `event` asked for."""
         ...
 

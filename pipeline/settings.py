@@ -7,6 +7,7 @@ connection is made: they are never in a setting, a log line or a command line.
 from __future__ import annotations
 
 import os
+import re
 import ssl
 import tomllib
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from schemas.pool import REDIS_PORT
 from schemas.rules import Pool, Rules, default_rules
 from schemas.rules_conf import parse_conf
 from schemas.rules_toml import parse_toml
+from schemas.toml_lines import TomlLines
 
 ENVIRONMENT_PREFIX: Final = "MILLPOND_"
 PORT_MAX: Final = 65_535
@@ -155,8 +157,9 @@ def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> tupl
     if path is not None and not _is_conf(path, text):
         tables = _toml(text, str(path))
     rules = _rules(path, text, tables)
+    _checked(tables, str(path), text)
     _override(tables, environment)
-    settings = _convert(tables, path, text)
+    settings = _convert(tables)
     if rules is None and settings.rules_file is not None:
         rules = load(Path(settings.rules_file), {})[1]
     rules = default_rules() if rules is None else rules
@@ -213,24 +216,29 @@ def _override(tables: dict[str, Any], environment: Mapping[str, str]) -> None:
                 )
 
 
-def _convert(tables: dict[str, Any], path: Path | None, text: str) -> Settings:
+def _checked(tables: dict[str, Any], file: str, text: str) -> None:
+    """What the file says, before the environment speaks: a number is a number there, not text."""
+    try:
+        msgspec.convert(tables, Settings)
+    except msgspec.ValidationError as error:
+        line = TomlLines(text).of(*_path(str(error)))
+        raise ConfigError(str(error), file=file, line=line) from error
+
+
+def _convert(tables: dict[str, Any]) -> Settings:
+    """The settings of a file that was right by itself: what is wrong now comes from the environment."""
     try:
         return msgspec.convert(tables, Settings, strict=False)
     except msgspec.ValidationError as error:
-        reason = str(error)
-        raise ConfigError(
-            reason, file=str(path) if path else None, line=_line(reason, text)
-        ) from error
+        variable = "_".join((ENVIRONMENT_PREFIX[:-1], *_path(str(error)))).upper()
+        raise ConfigError(f"the environment's {variable}: {error}") from error
 
 
-def _line(reason: str, text: str) -> int | None:
-    """The line of the key that a validation error is about: the last name it quotes."""
-    quoted = reason.replace("`$.", "`").split("`")[1::2]
-    names = [part for name in quoted for part in name.split(".")]
-    for number, line in enumerate(text.splitlines(), start=1):
-        if names and line.split("=")[0].strip() == names[0]:
-            return number
-    return None
+def _path(reason: str) -> tuple[str, ...]:
+    """Which key a validation error is about: "Expected `int`, got `str` - at `$.kafka.partitions`"."""
+    at, unknown = re.search(r"at `\$\.([^`\[]+)", reason), re.search(r"field `([^`]+)`", reason)
+    table = tuple(at[1].split(".")) if at else ()
+    return (*table, unknown[1]) if unknown else table
 
 
 def _at(rules: Rules, url: str) -> Rules:

@@ -8,6 +8,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError, for_code
 
+from pipeline.reach import unreachable
 from pipeline.settings import KafkaSettings
 from schemas import keys
 from schemas.errors import ConfigError
@@ -114,6 +115,5 @@ async def _admin(settings: KafkaSettings) -> AIOKafkaAdminClient:
         await admin.start()
     except KafkaError as error:
         await admin.close()
-        servers = ", ".join(settings.bootstrap_servers)
-        raise ConfigError(f"Kafka at {servers} cannot be reached: {error}") from error
+        raise await unreachable(settings) from error
     return admin

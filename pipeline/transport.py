@@ -49,10 +49,11 @@ class Consumer(stock.Consumer):
     def _runs(self, records: list[Any]) -> list[list[Record]]:
         """Bounded in records and bytes; a record that is larger than the bound is a run of its own."""
         runs: list[list[Record]] = []
-        size = self.run_bytes_max
+        size = 0
         for record in records:
-            size += max(record.serialized_value_size, 0)
-            if size > self.run_bytes_max or len(runs[-1]) >= self.run_records_max:
+            size += max(record.serialized_value_size, 0)  # -1: no value
+            full = not runs or size > self.run_bytes_max or len(runs[-1]) >= self.run_records_max
+            if full:
                 runs.append([])
                 size = max(record.serialized_value_size, 0)
             runs[-1].append(Record(record.offset, record.timestamp, record.key, record.value))

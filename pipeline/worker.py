@@ -27,6 +27,7 @@ from pipeline.stores.checking import check_commands
 from pipeline.stores.registry import open_store
 from pipeline.transport import Consumer, Transport
 from schemas import keys
+from schemas.errors import MillpondError
 from schemas.events import AgentName
 from schemas.keys import Partition
 from schemas.rules import Rules
@@ -84,13 +85,24 @@ class Worker:
         app = self._app()
         try:
             await app.start()
-            await self._stopping.wait()
+            await self._until_stopping(app)
         finally:
             await app.stop()
             await self._log.stop()
             await self._producer.stop()
-        if self._failure is not None:
+        if isinstance(self._failure, MillpondError):
             raise self._failure
+        if self._failure is not None:
+            raise MillpondError(f"worker {self.agent} failed: {self._failure!r}") from self._failure
+
+    async def _until_stopping(self, app: faust.App) -> None:
+        """Until a signal, a partition that cannot go on, or a part of Faust that crashed."""
+        ends = [asyncio.ensure_future(end) for end in (self._stopping.wait(), app.wait())]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
+        if app.crashed:
+            self._failure = self._failure or app.crash_reason
 
     def _app(self) -> faust.App:
         worker, kafka = self.settings.worker, self.settings.kafka

@@ -11,7 +11,7 @@ from agents.messages.machine import MessagesMachine
 from agents.ports import Applied, Outgoing, Record, Transaction
 from pipeline.memory_log import MemoryLog
 from pipeline.stores.memory import MemoryStore
-from pipeline.stores.memory_server import MemoryServer, Moment
+from pipeline.stores.memory_server import MemoryServer, Moment, Zset
 from schemas import codec, keys
 from schemas.errors import StoreDown
 from schemas.events import Event
@@ -127,14 +127,17 @@ class World:
 
     def stored(self, topic: str = "t") -> list[str]:
         """The ids in a topic's index, each with its body."""
-        index = self.server.values.get(keys.message_index(topic), {})
-        assert isinstance(index, dict)
+        index = self.server.of(keys.message_index(topic), Zset)
         assert all(keys.message_body(message_id) in self.server.values for message_id in index)
         return list(index)
 
     def text(self, key: str) -> str | None:
         value = self.server.text(key)
         return None if value is None else value.decode()
+
+    def counted_once(self, *names: str) -> bool:
+        """Whether a rule `INCR seen:${msgid}` ran once for each of these ids."""
+        return all(self.text(f"seen:{name}") == "1" for name in names)
 
     @property
     def letters(self) -> Counter[int]:

@@ -10,7 +10,6 @@ due goes, a bounded piece at a time. ON rules changed: go on by the new ones.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -18,17 +17,14 @@ import msgspec
 
 from agents.effects import (
     NO_SOURCE,
-    ClearRetained,
     DeadLetter,
     DropBody,
     Effect,
     KeepReceipt,
     Refusal,
-    Retain,
     RunCommand,
     SetDue,
     SetRules,
-    SetTopicState,
     SpareBody,
     StoreMessage,
     Unindex,
@@ -37,13 +33,14 @@ from agents.messages.state import (
     INDEX,
     RETAINED,
     TopicState,
+    earliest,
     index_due,
+    later,
     message_due,
-    pack,
     retained_due,
     split_due,
-    unpack,
 )
+from agents.messages.topics import Topics
 from agents.plans import MessageHook, Plan, Plans
 from agents.ports import Read, ReadDue, ReadIndex, ReadTopicStates, Stored
 from agents.seen import SeenIds
@@ -64,7 +61,6 @@ from schemas.user_commands import command_values, forbidden_key, substitute
 # over is still due, so that another tick follows at once.
 SWEEP_DUE_MAX: Final = 32
 SWEEP_ENTRIES_MAX: Final = 4_096
-TOPICS_HELD_MAX: Final = 10_000  # states remembered beyond their batch: some MiB
 
 
 class MessagesMachine:
@@ -83,15 +79,11 @@ class MessagesMachine:
 
     def _clear(self) -> None:
         self.next_due_ms: int | None = None
-        self._topics: dict[str, TopicState | None] = {}
-        # Of this batch: topic → last offset and the state before; bodies that nothing refers to any more.
-        self._touched: dict[str, tuple[int, TopicState | None]] = {}
-        self._dropped: dict[str, None] = {}
+        self._topics = Topics()
+        self._dropped: dict[str, None] = {}  # bodies that nothing refers to after this batch
         # Supplied for a tick: what is due; the oldest index entries, and how many were asked for.
         self._due: list[tuple[str, int]] | None = None
         self._entries: dict[str, tuple[list[tuple[str, int]], int]] = {}
-        # The topics of each batch that is not yet in the store.
-        self._unsettled: deque[tuple[str, ...]] = deque()
 
     # -- what the driver asks ---------------------------------------------------------------------------
 
@@ -143,8 +135,7 @@ class MessagesMachine:
         """See `agents.ports.Machine`."""
         match read:
             case ReadTopicStates():
-                for topic, packed in answer.items():
-                    self._topics[topic] = unpack(packed)
+                self._topics.supply(answer)
             case ReadDue():
                 self._due = answer
             case _:
@@ -173,28 +164,12 @@ class MessagesMachine:
 
         A body that was let go and stored again within the batch stays: what is removed is removed last.
         """
-        effects: list[Effect] = [DropBody(message_id) for message_id in self._dropped]
-        self._dropped = {}
-        for topic, (offset, before) in self._touched.items():
-            after = self._topics[topic]
-            if after == before:
-                continue
-            effects.append(SetTopicState(topic, pack(after)))
-            if after is None:
-                effects.append(ClearRetained(offset, topic))
-            elif before is None or after.score != before.score:
-                effects.append(Retain(offset, topic, after.message_id, after.score))
-        self._unsettled.append(tuple(self._touched))
-        self._touched = {}
-        if len(self._topics) > TOPICS_HELD_MAX:
-            unsettled = {topic: self._topics[topic] for batch in self._unsettled for topic in batch}
-            self._topics = unsettled
-        effects.extend(self._seen.finish())
-        return effects
+        dropped, self._dropped = self._dropped, {}
+        return [*map(DropBody, dropped), *self._topics.finish(), *self._seen.finish()]
 
     def settled(self) -> None:
         """See `agents.ports.Machine`."""
-        self._unsettled.popleft()
+        self._topics.settled()
 
     def partition_state(self) -> dict[str, int]:
         """See `agents.ports.Machine`."""
@@ -253,16 +228,11 @@ class MessagesMachine:
         elif event.retain and plan.clear_retained and event.payload == "":
             effects.extend(self._retain(offset, event.topic, None))
 
-    def _touch(self, offset: int, topic: str, after: TopicState | None) -> None:
-        before = self._topics[topic]
-        self._touched[topic] = offset, self._touched.get(topic, (offset, before))[1]
-        self._topics[topic] = after
-
     def _retain(self, offset: int, topic: str, after: TopicState | None) -> list[Effect]:
         """Replace what a topic retains. The old body goes with its last reference."""
         before = self._topics[topic]
         effects: list[Effect] = []
-        self._touch(offset, topic, after)
+        self._topics.touch(offset, topic, after)
         if before is not None and (after is None or after.message_id != before.message_id):
             if not before.indexed:
                 self._dropped[before.message_id] = None
@@ -369,7 +339,7 @@ class MessagesMachine:
         """The index holds a body no longer; the retained entry still may."""
         held = self._topics[topic]
         if held is not None and held.message_id == message_id:
-            self._touch(NO_SOURCE, topic, msgspec.structs.replace(held, indexed=False))
+            self._topics.touch(NO_SOURCE, topic, msgspec.structs.replace(held, indexed=False))
         else:
             self._dropped[message_id] = None
 
@@ -386,43 +356,32 @@ class MessagesMachine:
         self._dropped[message_id] = None
         held = self._topics[topic]
         if held is not None and held.message_id == message_id:
-            self._touch(NO_SOURCE, topic, None)
+            self._topics.touch(NO_SOURCE, topic, None)
         return [Unindex(NO_SOURCE, topic, (message_id,))]
 
     # -- after a refusal --------------------------------------------------------------------------------
 
-    def refused(self, event: Event | None, refusal: Refusal) -> Sequence[Effect]:
+    def refused(self, event: Event, refusal: Refusal) -> Sequence[Effect]:
         """A foreign key was in the way: what was half written of the message goes."""
         if not isinstance(event, MessagePublished):
             return ()
         topic, message_id = event.topic, event.message_id
         held = self._topics.get(topic) if event.retain else None
-        retained = held is not None and held.message_id == message_id
-        plan = self._plans.of(topic)
-        indexed = plan.store and (event.qos > 0 or plan.store_qos0)
+        if held is not None and held.message_id != message_id:
+            held = None  # replaced meanwhile, and its body let go by that
         match refusal.part:
             case "body":
-                if retained:
-                    self._touch(refusal.offset, topic, None)
+                if held is not None:
+                    self._topics.touch(refusal.offset, topic, None)
                 return (Unindex(NO_SOURCE, topic, (message_id,)), SpareBody(message_id))
+            case "index" if held is not None:
+                self._topics.touch(
+                    refusal.offset, topic, msgspec.structs.replace(held, indexed=False)
+                )
             case "index":
-                return self._let_go(topic, message_id) if retained else (DropBody(message_id),)
-            case "retained":
-                if retained:
-                    self._touch(refusal.offset, topic, None)
-                return () if indexed else (DropBody(message_id),)
-            case _:
-                return ()
-
-
-def earliest(log_ms: int, lifetime_ms: int | None, expires_at: int | None) -> int | None:
-    """When something kept since `log_ms` ends: by its rule's lifetime or its own expiry, the sooner."""
-    if lifetime_ms is None:
-        return expires_at
-    end = log_ms + lifetime_ms
-    return end if expires_at is None else min(end, expires_at)
-
-
-def later(end: int | None, other: int | None) -> int | None:
-    """The later of two ends; None is never."""
-    return None if end is None or other is None else max(end, other)
+                self._dropped[message_id] = None
+            case "retained" if held is not None:
+                self._topics.touch(refusal.offset, topic, None)
+                if not held.indexed:
+                    self._dropped[message_id] = None
+        return ()

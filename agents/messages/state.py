@@ -55,3 +55,16 @@ def split_due(member: str) -> tuple[str, str, str]:
     kind, _, rest = member.partition("\0")
     topic, _, message_id = rest.partition("\0")
     return kind, topic, message_id
+
+
+def earliest(log_ms: int, lifetime_ms: int | None, expires_at: int | None) -> int | None:
+    """When something kept since `log_ms` ends: by its rule's lifetime or its own expiry, the sooner."""
+    if lifetime_ms is None:
+        return expires_at
+    end = log_ms + lifetime_ms
+    return end if expires_at is None else min(end, expires_at)
+
+
+def later(end: int | None, other: int | None) -> int | None:
+    """The later of two ends; None is never."""
+    return None if end is None or other is None else max(end, other)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import typer
+from aiokafka.errors import KafkaError
 
 from pipeline.cli import mqtt_commands, part_commands, redis_command, stack_commands
-from pipeline.cli.common import errors
+from pipeline.cli.common import errors, quiet_libraries
 from schemas.errors import ConfigError, MillpondError
 
 USAGE_EXIT_CODE, FAILURE_EXIT_CODE = 2, 1
@@ -34,11 +36,18 @@ app.command(
 
 def main() -> None:
     """Run one command; what went wrong is one sentence on stderr, never a traceback."""
+    # What the libraries would say beside our one line; the processes that run for long turn it up again.
+    quiet_libraries(logging.CRITICAL)
     try:
         app()
     except ConfigError as error:
-        errors.print(f"millpond: {error}", markup=False)
-        sys.exit(USAGE_EXIT_CODE)
+        _fail(str(error), USAGE_EXIT_CODE)
     except MillpondError as error:
-        errors.print(f"millpond: {error}", markup=False)
-        sys.exit(FAILURE_EXIT_CODE)
+        _fail(str(error), FAILURE_EXIT_CODE)
+    except KafkaError as error:
+        _fail(f"Kafka: {error}", FAILURE_EXIT_CODE)
+
+
+def _fail(reason: str, exit_code: int) -> None:
+    errors.print(f"millpond: {reason}", markup=False, soft_wrap=True)
+    sys.exit(exit_code)

@@ -97,5 +97,5 @@ def config_check(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) -
         )
     console.print(table)
     for line in asyncio.run(weaknesses(settings, rules)):
-        console.print(f"note: {line}", markup=False)
+        console.print(f"note: {line}", markup=False, soft_wrap=True)
     console.print("the configuration is valid")

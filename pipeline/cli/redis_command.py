@@ -52,5 +52,7 @@ def _lines(reply: Any) -> list[bytes]:
             return [line for pair in reply.items() for item in pair for line in _lines(item)]
         case list() | tuple() | set():
             return [line for item in reply for line in _lines(item)]
+        case float():  # a score, which Redis writes without ".0"
+            return [repr(reply).removesuffix(".0").encode()]
         case _:
             return [str(reply).encode()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import subprocess
 import sys
 import time
@@ -24,7 +23,6 @@ from pipeline.cli.common import (
     DataOption,
     console,
     errors,
-    quiet_libraries,
 )
 from pipeline.lag import lag
 from pipeline.settings import load
@@ -65,8 +63,9 @@ def up(
     if detach:
         _detach(directory, [part for part in sys.argv[1:] if part != "--detach"])
         return
-    quiet_libraries(logging.CRITICAL)  # a Kafka that is not up yet is what we wait for, not news
-    stack = Stack(directory, options, lambda line: console.print(line, markup=False))
+    stack = Stack(
+        directory, options, lambda line: console.print(line, markup=False, soft_wrap=True)
+    )
     asyncio.run(stack.run(lambda: _say_ready(stack.addresses, data)))
 
 

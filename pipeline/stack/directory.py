@@ -40,7 +40,8 @@ class DataDirectory:
 
     def create(self) -> None:
         """Readable by its owner only: it holds everybody's messages."""
-        (self.root / "log").mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (self.root / "log").mkdir(exist_ok=True)
 
     @property
     def configuration(self) -> Path:

@@ -27,6 +27,7 @@ from pipeline.stack.processes import identify
 from pipeline.stack.redis import redis_command
 from pipeline.stack.supervisor import STOP_TIMEOUT_S, Child, Supervisor
 from schemas.errors import ConfigError
+from schemas.rules import default_rules
 
 EMBEDDED = "embedded"
 
@@ -61,11 +62,12 @@ class Stack:
                 f"a stack already runs in {directory.root}: `millpond status`, `millpond down`,"
                 " or another --data"
             )
-        self._leftovers = before
-        settings, _ = load(options.config)
-        self._own_kafka = options.kafka is None and settings.kafka == KafkaSettings()
+        if before is not None:
+            stop_children(before)  # of a supervisor that was killed: they hold our ports
+        settings, rules = load(options.config)
+        self._own_kafka = options.kafka is None and _reached_alike(settings.kafka, KafkaSettings())
         self._own_redis = options.redis == EMBEDDED or (
-            options.redis is None and options.config is None and settings.redis is None
+            options.redis is None and settings.redis is None and rules == default_rules()
         )
         self.settings = self._resolve(settings, options)
         self.supervisor = Supervisor(say, self._write_state)
@@ -131,8 +133,6 @@ class Stack:
             loop.add_signal_handler(number, stop.set)
         self._directory.create()
         self._directory.write_configuration(self.settings)
-        if self._leftovers is not None:
-            await asyncio.to_thread(stop_children, self._leftovers)
         starting = asyncio.create_task(self._start())
         stopping = asyncio.create_task(stop.wait())
         try:
@@ -211,6 +211,11 @@ class Stack:
         self._directory.write_state(
             StackState(self._process, self.addresses, children, self._ready)
         )
+
+
+def _reached_alike(one: KafkaSettings, other: KafkaSettings) -> bool:
+    """Whether they name the same Kafka; how its topics are made may differ."""
+    return one.client_options() == other.client_options()
 
 
 def stop_children(state: StackState) -> None:

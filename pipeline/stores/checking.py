@@ -15,10 +15,10 @@ FORBIDDEN: Final = {
     b"admin": "administers the server",
     b"blocking": "waits",
     b"pubsub": "publishes or subscribes",
-    b"noscript": "is not allowed inside scripts and transactions",
     b"@connection": "acts on the connection",
     b"@transaction": "acts on the transaction",
     b"@scripting": "runs a script",
+    b"noscript": "is not allowed inside scripts and transactions",
 }
 
 
@@ -52,9 +52,9 @@ def check(rule: Rule, fields: tuple[str, ...], info: list[Any] | None) -> None:
         raise rule.fault(f"the server does not know the command {' '.join(fields[:2])}")
     # https://redis.io/docs/latest/commands/command/: name, arity, flags, keys (3), categories, …
     _, arity, flags, _, _, _, categories, *_ = info
-    for forbidden in (*flags, *categories):
-        if forbidden in FORBIDDEN:
-            raise rule.fault(f"the command {name} {FORBIDDEN[forbidden]}: a rule must not do that")
+    for forbidden, reason in FORBIDDEN.items():
+        if forbidden in flags or forbidden in categories:
+            raise rule.fault(f"the command {name} {reason}: a rule must not do that")
     count = len(fields)
     if count != arity if arity >= 0 else count < -arity:
         wanted = f"{arity - 1}" if arity >= 0 else f"at least {-arity - 1}"

@@ -7,17 +7,19 @@ from typing import Any, Protocol
 
 import redis
 
-from agents.effects import Effect, Output, Refusal
+from agents.effects import Effect, Output, Refusal, StoreMessage
 from agents.ports import Applied, Store, Transaction
 from pipeline.stores.cluster import ClusterStore
 from pipeline.stores.memory import MemoryStore
-from pipeline.stores.memory_server import Entry, Hash, MemoryServer, Zset
+from pipeline.stores.memory_server import Entry, MemoryServer
 from pipeline.stores.redis import RedisStore
 from pipeline.stores.wire import Access, Address, Wire
 from schemas.keys import Partition
 from tests.contracts.redis_servers import RedisProcess
+from tests.given import published
 
 PARTITION = Partition("app", "messages", 7)
+FAR_MS = 4_000_000_000_000  # the year 2096: no server expires it meanwhile
 
 
 class World(Protocol):
@@ -145,13 +147,15 @@ def transaction(
     return Transaction(expected, applied(sequence), effects, outputs, produced)
 
 
+def kept(
+    offset: int, message_id: str, topic: str, *, expires_at: int | None = None, **fields: object
+) -> StoreMessage:
+    """Keep a message, indexed by its offset."""
+    event = published(message_id, topic, **fields)
+    return StoreMessage(offset, event, 1_000_000 + offset, indexed=True, expires_at=expires_at)
+
+
 async def commit(store: Store[Any], sent: Transaction) -> list[Refusal]:
     """Pack, commit, and what was refused."""
     refused = await store.commit(store.pack(sent))
     return sorted(refused, key=lambda refusal: (refusal.offset, refusal.part))
-
-
-__all__ = [
-    "PARTITION", "ClusterWorld", "Entry", "Hash", "MemoryWorld", "RedisWorld", "World", "Zset",
-    "applied", "commit", "transaction",
-]  # fmt: skip

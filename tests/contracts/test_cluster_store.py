@@ -15,8 +15,7 @@ from pipeline.stores.cluster import ClusterStore
 from schemas import keys
 from schemas.errors import StoreDown
 from tests.contracts.redis_servers import RedisProcess, cluster_processes, until
-from tests.contracts.store_worlds import PARTITION, ClusterWorld, applied, commit, transaction
-from tests.contracts.test_stores import kept
+from tests.contracts.store_worlds import PARTITION, ClusterWorld, applied, commit, kept, transaction
 
 
 @pytest.fixture

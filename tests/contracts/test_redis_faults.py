@@ -14,8 +14,7 @@ from pipeline.stores.wire import Access
 from schemas import keys
 from schemas.errors import Fenced, StoreDown, StoreRefused
 from tests.contracts.redis_servers import RedisProcess, redis_process, until
-from tests.contracts.store_worlds import PARTITION, RedisWorld, applied, commit, transaction
-from tests.contracts.test_stores import kept
+from tests.contracts.store_worlds import PARTITION, RedisWorld, applied, commit, kept, transaction
 
 
 @pytest.fixture

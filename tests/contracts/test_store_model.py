@@ -22,8 +22,7 @@ from agents.effects import (
     WriteSeen,
 )
 from schemas import keys
-from tests.contracts.store_worlds import MemoryWorld, World, commit, transaction
-from tests.contracts.test_stores import FAR_MS, kept
+from tests.contracts.store_worlds import FAR_MS, MemoryWorld, World, commit, kept, transaction
 
 IDS = ("m0", "m1", "m 2", "mé3")
 TOPICS = ("t0", "t/1", "m0")  # one is also a message id: an index where a body may be

@@ -16,26 +16,22 @@ from agents.effects import (
     SetRules,
     SetTopicState,
     SpareBody,
-    StoreMessage,
     Unindex,
     WriteSeen,
 )
 from agents.ports import ReadDue, ReadIndex, ReadTopicStates, Stored
+from pipeline.stores.memory_server import Entry
 from pipeline.stores.packing import BODY_GRACE_MS
 from schemas import keys
-from schemas.errors import Fenced
-from tests.contracts.store_worlds import PARTITION, Entry, World, applied, commit, transaction
-from tests.given import published
-
-FAR_MS = 4_000_000_000_000  # the year 2096: no server expires it meanwhile
-
-
-def kept(
-    offset: int, message_id: str, topic: str, *, expires_at: int | None = None, **fields: object
-) -> StoreMessage:
-    """Keep a message, indexed by its offset."""
-    event = published(message_id, topic, **fields)
-    return StoreMessage(offset, event, 1_000_000 + offset, indexed=True, expires_at=expires_at)
+from tests.contracts.store_worlds import (
+    FAR_MS,
+    PARTITION,
+    World,
+    applied,
+    commit,
+    kept,
+    transaction,
+)
 
 
 async def test_an_empty_partition_holds_nothing(world: World) -> None:
@@ -277,77 +273,6 @@ async def test_the_journal_is_kept_until_it_is_produced(world: World) -> None:
     await successor.close()
 
 
-async def test_of_two_owners_the_slower_is_fenced_and_nothing_of_its_batch_is_there(
-    world: World,
-) -> None:
-    slower, faster = world.store(), world.store()
-    await slower.load()
-    await faster.load()
-    await commit(faster, transaction(1, kept(1, "m1", "t")))
-    before = world.dump()
-    late = transaction(1, SetTopicState("t", b"late"), RunCommand(1, (b"INCR", b"seen:m1")))
-    with pytest.raises(Fenced):
-        await commit(slower, late)
-    assert world.dump() == before
-    assert (await slower.load()).applied == applied(1)
-    assert await commit(slower, transaction(2, kept(2, "m2", "t"))) == []
-    with pytest.raises(Fenced):
-        await commit(faster, transaction(2, SetTopicState("t", b"late")))
-    await slower.close()
-    await faster.close()
-
-
-async def test_a_transaction_on_another_fence_than_the_loaded_one_is_fenced(world: World) -> None:
-    store = world.store()
-    await store.load()
-    with pytest.raises(Fenced):
-        await commit(store, transaction(5, kept(1, "m1", "t")))
-    assert world.dump() == {}
-    await store.close()
-
-
-async def test_an_emptied_store_fences_and_then_shows_nothing(world: World) -> None:
-    store = world.store()
-    await store.load()
-    await commit(store, transaction(1, kept(1, "m1", "t")))
-    world.clear()
-    with pytest.raises(Fenced):
-        await commit(store, transaction(2, SetTopicState("t", b"s")))
-    assert (await store.load()).applied is None
-    assert await commit(store, transaction(1, kept(1, "m1", "t"))) == []
-    await store.close()
-
-
-async def test_a_check_finds_out_that_the_fence_is_not_what_was_last_written(world: World) -> None:
-    store, other = world.store(), world.store()
-    await store.load()
-    await store.check()
-    await commit(store, transaction(1, SetTopicState("t", b"1")))
-    await store.check()
-    await other.load()
-    await commit(other, transaction(2))
-    with pytest.raises(Fenced):
-        await store.check()
-    assert (await store.load()).applied == applied(2)
-    world.clear()
-    with pytest.raises(Fenced):
-        await store.check()
-    await store.close()
-    await other.close()
-
-
-async def test_after_a_failure_nothing_is_committed_before_a_load(world: World) -> None:
-    store = world.store()
-    with pytest.raises(AssertionError):
-        store.commit(store.pack(transaction(1)))
-    await store.load()
-    with pytest.raises(Fenced):
-        await commit(store, transaction(5))
-    with pytest.raises(AssertionError):
-        store.commit(store.pack(transaction(1)))
-    await store.close()
-
-
 async def test_a_command_is_run_once_and_what_is_wrong_with_it_is_told(world: World) -> None:
     store = world.store()
     await store.load()
@@ -407,27 +332,3 @@ async def test_a_payload_is_kept_byte_by_byte(
     body = world.dump()[keys.message_body("m1")].value
     assert isinstance(body, dict) and body["payload"] == raw
     await store.close()
-
-
-async def test_reads_are_answered_while_a_commit_is_on_its_way_and_after_it_see_it(
-    world: World,
-) -> None:
-    store = world.store()
-    await store.load()
-    on_its_way = store.commit(store.pack(transaction(1, SetTopicState("t", b"1"))))
-    assert (await store.read([ReadTopicStates(("t",))]))[0]["t"] in (None, b"1")
-    assert list(await on_its_way) == []
-    assert await store.read([ReadTopicStates(("t",))]) == [{"t": b"1"}]
-    await store.close()
-
-
-async def test_partitions_do_not_share_state(world: World) -> None:
-    one, other = world.store(), world.store(PARTITION._replace(number=8))
-    await one.load()
-    await other.load()
-    await commit(one, transaction(1, SetTopicState("t", b"1"), SetDue("d", 1)))
-    await commit(other, transaction(1, SetTopicState("t", b"2")))
-    assert await one.read([ReadTopicStates(("t",)), ReadDue(1)]) == [{"t": b"1"}, [("d", 1)]]
-    assert await other.read([ReadTopicStates(("t",)), ReadDue(1)]) == [{"t": b"2"}, []]
-    await one.close()
-    await other.close()

@@ -50,7 +50,8 @@ class Content(NamedTuple):
         return cls(MemoryServer(), frozenset(), {})
 
     def copy(self) -> Content:
-        server = MemoryServer(copy.deepcopy(self.server.values), dict(self.server.expires_at))
+        values = {name: copy.copy(value) for name, value in self.server.values.items()}
+        server = MemoryServer(values, dict(self.server.expires_at))
         return Content(server, self.missing, dict(self.writers))
 
 
@@ -62,7 +63,7 @@ class Store:
         self.snapshots: list[Content] = []
         self.wire: list[OnTheWire] = []
         self.down = False
-        self.failovers = 0
+        self.failovers = self.fenced = 0
         self.version = 0  # of the fence: a WATCH notices any write of it, even of the same value
 
     @property
@@ -77,6 +78,7 @@ class Store:
         """The transaction is applied or fenced off; the worker hears of it, or not."""
         self.wire.remove(sent)
         if sent.session.watched != self.version:
+            self.fenced += 1
             self._tell(
                 sent, lambda: sent.reply.fail(Fenced("somebody else wrote its state")), reply_lost
             )

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from agents import seen
-from agents.messages import machine
+from agents.messages import machine, topics
 from agents.ports import Record
 from agents.seen import SeenIds
 from pipeline.memory_log import MemoryLog
@@ -75,7 +75,7 @@ def _small_limits() -> Iterator[None]:
         patch.setattr(seen, "GENERATION_IDS_MAX", 3)
         patch.setattr(machine, "SWEEP_DUE_MAX", 2)
         patch.setattr(machine, "SWEEP_ENTRIES_MAX", 3)
-        patch.setattr(machine, "TOPICS_HELD_MAX", 1)
+        patch.setattr(topics, "TOPICS_HELD_MAX", 1)
         yield
 
 

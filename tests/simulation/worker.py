@@ -79,6 +79,7 @@ class Worker:
                 self._hand(self._run)
                 position = self._run[-1].offset + 1
                 await driver.process(self._run)
+                self._run = ()
             elif random.random() < 0.5:
                 await driver.settle()
             if random.random() < 0.3:

@@ -67,6 +67,8 @@ class World:
         self._settle()
         self._judge()
         judge.check_nothing_overdue(self.store.content.server, self._log_ms)
+        self.happened["fenced"] = self.store.fenced
+        self.happened["records lost"] = self.workers[0].driver.records_lost
 
     def _rest(self) -> None:
         """No faults any more, and one owner."""
@@ -159,8 +161,10 @@ class World:
             return
         sent = self.random.choice(self.store.wire)
         fate = self.random.random()
-        if fate < 0.9:
-            self.store.arrive(sent, reply_lost=fate < 0.06)
+        if fate < 0.06:
+            self._happens("reply lost", lambda: self.store.arrive(sent, reply_lost=True))
+        elif fate < 0.9:
+            self.store.arrive(sent, reply_lost=False)
         elif fate < 0.95:
             self._happens("lost before it was applied", lambda: self.store.lose(sent))
         else:

@@ -21,6 +21,7 @@ from schemas import keys
 from schemas.events import Event
 from tests import given
 
+PARTITIONS = 4
 WAIT_S = 60.0  # for a condition that comes true; generous, since machines are shared
 
 
@@ -108,13 +109,12 @@ class Pipeline:
     async def dead_letters(self) -> list[Any]:
         """All dead letters of this test's Kafka so far."""
         consumer = AIOKafkaConsumer(
-            bootstrap_servers=self.bootstrap, group_id=None, auto_offset_reset="earliest",
+            bootstrap_servers=self.bootstrap, group_id="tests", enable_auto_commit=False,
             max_partition_fetch_bytes=8 << 20,
         )  # fmt: skip
         await consumer.start()
         try:
-            partitions = consumer.partitions_for_topic(keys.DEAD_LETTERS_TOPIC) or ()
-            parts = [TopicPartition(keys.DEAD_LETTERS_TOPIC, number) for number in partitions]
+            parts = [TopicPartition(keys.DEAD_LETTERS_TOPIC, at) for at in range(PARTITIONS)]
             consumer.assign(parts)
             ends = await consumer.end_offsets(parts)
             letters = []
@@ -145,7 +145,7 @@ async def running(
     await admin.start()
     topics = [
         NewTopic(
-            name, 4, 1,
+            name, PARTITIONS, 1,
             topic_configs={"message.timestamp.type": "LogAppendTime", "max.message.bytes": str(4 << 20)},
         )
         for name in keys.TOPICS

@@ -252,6 +252,37 @@ def test_replacing_a_retained_message_takes_its_due_time_along() -> None:
     ]  # fmt: skip
 
 
+def test_a_body_let_go_and_stored_again_in_one_batch_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Found by the properties: the removals of a batch come after all that it stores."""
+    monkeypatch.setattr("agents.seen.GENERATION_IDS_MAX", 1)
+    running = Running(given.retain())
+    effects = running.fold(*(given.published(name, retain=True) for name in "abca"))
+    assert of_kind(effects, DropBody) == [DropBody("b"), DropBody("c")]
+    assert of_kind(effects, Retain) == [Retain(3, "t", "a", 10_000_003)]
+
+
+def test_a_message_retained_again_after_others_has_its_new_score(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Found by the properties: the same id before and after a batch is not the same entry."""
+    monkeypatch.setattr("agents.seen.GENERATION_IDS_MAX", 1)
+    running = Running(given.retain())
+    running.fold(given.published("a", retain=True))
+    effects = running.fold(*(given.published(name, retain=True) for name in "bca"))
+    assert of_kind(effects, Retain) == [Retain(3, "t", "a", 10_000_003)]
+
+
+def test_a_message_of_which_index_and_retained_entry_are_refused_leaves_no_body() -> None:
+    running = Running(given.store(), given.retain())
+    event = given.published(retain=True)
+    running.fold(event)
+    running.machine.refused(event, Refusal(0, "index", "WRONGTYPE"))
+    running.machine.refused(event, Refusal(0, "retained", "WRONGTYPE"))
+    assert of_kind(running.fold(), DropBody) == [DropBody("m1")]
+
+
 def test_the_same_message_published_again_after_the_window_keeps_its_body() -> None:
     running = Running(given.retain())
     running.fold(given.published("a", retain=True))
@@ -306,8 +337,8 @@ def test_a_tick_removes_what_expired_with_its_body_and_knows_what_is_next() -> N
     assert running.fold(TICK, now_ms=70_000) == [
         SetDue(index_due("t"), None),
         Unindex(NO_SOURCE, "t", ("a",)),
-        DropBody("a"),
         SetDue(index_due("t"), 80_000),
+        DropBody("a"),
     ]
     assert running.machine.next_due_ms == 80_000
 
@@ -367,6 +398,17 @@ def test_a_due_time_outlived_by_a_change_of_rules_does_nothing() -> None:
     running.fold(RulesChanged(at=0, node="n", agent="messages", rules=lasting.canonical()))
     effects = running.fold(TICK, now_ms=70_000)
     assert of_kind(effects, Unindex) == []
+
+
+def test_messages_that_new_rules_keep_longer_fall_due_again_later() -> None:
+    running = Running(given.store(expired_time=60))
+    running.fold(given.published("a"))
+    longer = given.rules(given.store(expired_time=120))
+    running.fold(RulesChanged(at=0, node="n", agent="messages", rules=longer.canonical()))
+    assert running.fold(TICK, now_ms=70_000) == [
+        SetDue(index_due("t"), None), SetDue(index_due("t"), 130_000),
+    ]  # fmt: skip
+    assert running.machine.next_due_ms == 130_000
 
 
 def test_a_retained_message_that_was_replaced_is_not_swept_by_the_old_due_time() -> None:
@@ -439,7 +481,7 @@ def test_a_machine_without_rules_keeps_nothing() -> None:
 def test_states_beyond_the_bound_are_forgotten_and_read_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(messages, "TOPICS_HELD_MAX", 1)
+    monkeypatch.setattr("agents.messages.topics.TOPICS_HELD_MAX", 1)
     running = Running(given.retain())
     running.fold(
         given.published("a", topic="a", retain=True), given.published("b", topic="b", retain=True)
@@ -470,7 +512,8 @@ def test_what_was_half_written_of_a_refused_message_goes(
     running = Running(*tables)
     event = given.published(retain=retained)
     running.fold(event)
-    assert list(running.machine.refused(event, Refusal(0, part, "WRONGTYPE"))) == cleaning
+    effects = [*running.machine.refused(event, Refusal(0, part, "WRONGTYPE")), *running.fold()]
+    assert of_kind(effects, Unindex, SpareBody, DropBody) == cleaning
 
 
 def test_a_refused_body_is_not_left_as_the_topics_retained_message() -> None:
@@ -484,7 +527,6 @@ def test_a_refused_body_is_not_left_as_the_topics_retained_message() -> None:
 def test_a_refusal_of_something_else_than_a_publish_needs_no_cleaning() -> None:
     machine = Running(given.receipt()).machine
     assert machine.refused(given.acked(), Refusal(0, "receipt", "WRONGTYPE")) == ()
-    assert machine.refused(None, Refusal(NO_SOURCE, "removal", "WRONGTYPE")) == ()
 
 
 def test_a_refused_retained_entry_that_was_replaced_meanwhile_is_left_alone() -> None:

@@ -1,0 +1,96 @@
+"""Style is a test: what the linters do not measure."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("schemas", "agents", "pipeline", "tests")
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+SHIPPED = [path for path in SOURCES if ROOT / "tests" not in path.parents]
+
+FILE_LINES_MAX = 400
+FUNCTION_LINES_MAX = 70
+FUNCTION_LINES_MEDIAN_MAX = 10
+SUPERVISOR_LINES_MAX = 200
+# Whole words that would tie the code to one machine or one package registry.
+FOREIGN = re.compile(
+    r"/(?:root|home|work)/|pypi\.org|pythonhosted|repo1?\.maven|artifactory", re.IGNORECASE
+)
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def functions(path: Path) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
+            yield node.name, node.end_lineno - node.lineno + 1
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=named)
+def test_no_shipped_file_is_longer_than_a_reader_has_patience_for(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= FILE_LINES_MAX
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=named)
+def test_no_function_is_longer_than_a_screen(path: Path) -> None:
+    assert [
+        f"{name}: {lines}" for name, lines in functions(path) if lines > FUNCTION_LINES_MAX
+    ] == []
+
+
+def test_most_functions_are_short() -> None:
+    lengths = [lines for path in SHIPPED for _, lines in functions(path)]
+    assert median(lengths) < FUNCTION_LINES_MEDIAN_MAX
+
+
+def test_the_supervisor_stays_small() -> None:
+    supervisor = ROOT / "pipeline" / "stack" / "supervisor.py"
+    assert len(supervisor.read_text().splitlines()) < SUPERVISOR_LINES_MAX
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=named)
+def test_every_file_says_what_lives_there(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=named)
+def test_nothing_names_a_machine_or_a_registry(path: Path) -> None:
+    if path != Path(__file__):
+        assert FOREIGN.findall(path.read_text()) == []
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt", "Makefile", ".ci/run"])
+def test_nothing_in_the_build_names_a_machine_or_a_registry(name: str) -> None:
+    assert FOREIGN.findall((ROOT / name).read_text()) == []
+
+
+def test_every_ignored_lint_rule_has_its_reason_beside_it() -> None:
+    lines = (ROOT / "pyproject.toml").read_text().splitlines()
+    begin = lines.index("[tool.ruff.lint]")
+    ignored = [line for line in lines[begin:] if re.match(r'\s*"[A-Z]+[0-9]*",', line)]
+    assert ignored
+    unreasoned = [line for line in ignored if "#" not in line]
+    assert unreasoned == []
+
+
+def test_every_constraint_is_exact() -> None:
+    lines = (ROOT / "constraints.txt").read_text().split()
+    assert [
+        line for line in lines if not re.fullmatch(r"[a-z0-9._-]+==[0-9][0-9a-z.]*", line)
+    ] == []
+
+
+def test_what_is_pinned_for_its_inner_workings_is_pinned_to_its_minor() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = {"faust-streaming~=0.15.3", "mode-streaming~=0.7.1", "aiokafka~=0.14.0"}
+    assert pinned <= set(project["dependencies"])
