@@ -69,7 +69,7 @@ def kafka_check(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) ->
     settings, _ = load_settings(config, data)
     deviations = asyncio.run(topics.check(settings.kafka))
     for deviation in deviations:
-        errors.print(deviation, markup=False)
+        errors.print(deviation, markup=False, soft_wrap=True)
     if deviations:
         raise typer.Exit(1)
     console.print("all topics are as they should be")

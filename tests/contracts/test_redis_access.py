@@ -94,7 +94,7 @@ async def test_sentinels_lead_to_the_primary_and_after_a_failover_to_the_new_one
     tmp_path: Path,
 ) -> None:
     with ExitStack() as stack:
-        first = stack.enter_context(redis_process(tmp_path / "first"))
+        first = stack.enter_context(redis_process(tmp_path / "first", repl_diskless_sync_delay=0))
         second = stack.enter_context(
             redis_process(tmp_path / "second", replicaof=f"{HOST} {first.port}")
         )
@@ -105,6 +105,10 @@ async def test_sentinels_lead_to_the_primary_and_after_a_failover_to_the_new_one
         )
         sentinel = stack.enter_context(redis_process(tmp_path / "sentinel", sentinel=config))
         until(lambda: sentinel.client.sentinel_slaves("mymaster") != [], "the replica is known")
+        until(
+            lambda: second.client.info("replication")["master_link_status"] == "up",
+            "the replica has everything",
+        )
         pool = Pool(
             name="p",
             type="sentinel",
@@ -114,7 +118,7 @@ async def test_sentinels_lead_to_the_primary_and_after_a_failover_to_the_new_one
         store = open_store(pool, PARTITION)
         await store.load()
         await commit(store, transaction(1, SetTopicState("t", b"s")))
-        first.client.wait(1, 5_000)
+        assert first.client.wait(1, 20_000) == 1
         first.kill()
         with pytest.raises(StoreDown):
             await commit(store, transaction(2))

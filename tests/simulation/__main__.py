@@ -8,9 +8,11 @@ from collections import Counter
 
 from tests.simulation.world import World
 
+PROGRESS_SEEDS = 500
+
 
 def main() -> None:
-    """Print each failing seed, and what happened in all worlds."""
+    """Print the failing seed, if any, and what happened in all worlds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0)
@@ -18,6 +20,8 @@ def main() -> None:
     happened: Counter[str] = Counter()
     started = time.monotonic()
     for seed in range(arguments.first, arguments.first + arguments.seeds):
+        if seed % PROGRESS_SEEDS == 0:
+            print(f"from seed {seed} on ({time.monotonic() - started:.0f} s)", flush=True)
         world = World(seed)
         try:
             world.live()

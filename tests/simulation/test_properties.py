@@ -31,7 +31,10 @@ RULES = given_.rules(
     given_.command("INCR seen:${msgid}"), given_.receipt(expired_time=2),
 )  # fmt: skip
 OTHER_RULES = given_.rules(
-    given_.store("t/#"), given_.retain("t/#", expired_time=1), given_.store("kept", expired_time=1)
+    given_.a_rule(hook="session.subscribed", topic="t/1", action="on_message_fetch_for_queue"),
+    given_.store("t/#"),
+    given_.retain("t/#", expired_time=1),
+    given_.store("kept", expired_time=1),
 )
 Kind = Literal["publish", "tick", "ack", "other rules", "rules", "poison"]
 # An id always stands for the same message, as it does in a broker.

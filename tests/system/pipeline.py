@@ -16,6 +16,8 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ConstantBackoff
 
 from schemas import keys
 from schemas.events import Event
@@ -75,7 +77,8 @@ class Pipeline:
             redis_url,
             directory,
         )
-        self.redis: Redis = Redis.from_url(redis_url)
+        # Tests kill their Redis: a connection that broke is made anew.
+        self.redis: Redis = Redis.from_url(redis_url, retry=Retry(ConstantBackoff(0.1), 50))
         self.workers: list[Worker] = []
         self.producer = AIOKafkaProducer(bootstrap_servers=bootstrap, max_request_size=4 << 20)
 

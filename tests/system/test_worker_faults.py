@@ -9,6 +9,7 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
@@ -34,9 +35,7 @@ async def counted(pipeline: Pipeline, count: int) -> dict[bytes, int]:
     """How often each message was applied."""
     names = [f"seen:m{number}" for number in range(count)]
     values = await pipeline.redis.mget(names)
-    return {
-        name.encode(): int(value) for name, value in zip(names, values, strict=True) if value
-    }
+    return {name.encode(): int(value) for name, value in zip(names, values, strict=True) if value}
 
 
 async def all_applied_once(pipeline: Pipeline, count: int) -> None:
@@ -49,7 +48,7 @@ async def all_applied_once(pipeline: Pipeline, count: int) -> None:
     assert set((await counted(pipeline, count)).values()) == {1}
     indexed: list[bytes] = []
     for number in range(TOPICS):
-        entries = await pipeline.redis.zrange(keys.message_index(f"t/{number}"), 0, -1)
+        entries: Any = await pipeline.redis.zrange(keys.message_index(f"t/{number}"), 0, -1)
         assert entries == sorted(entries, key=lambda entry: int(entry[1:]))
         indexed += entries
     assert len(indexed) == len(set(indexed)) == count

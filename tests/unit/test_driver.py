@@ -6,6 +6,7 @@ import pytest
 
 from agents import intake
 from agents.messages.machine import MessagesMachine
+from pipeline.stores.memory_server import Zset
 from schemas import codec, keys
 from schemas.errors import BrokenInvariant
 from schemas.events import Event, RulesChanged, Tick
@@ -210,6 +211,16 @@ def test_what_the_store_holds_says_which_record_it_came_to() -> None:
     assert (applied.offset, applied.timestamp) == (record.offset, 12_345)
     assert (applied.cluster_id, applied.partition_count) == ("memory", 1)
     assert (applied.now_ms, applied.score) == (12_345, 12_345_000)
+
+
+def test_messages_of_the_same_moment_keep_their_order() -> None:
+    world = World(given.store())
+    driver = world.started()
+    world.append(*(given.published(name) for name in "cba"))
+    world.feed(driver)
+    index = world.server.of(keys.message_index("t"), Zset)
+    assert [name for name, _ in index.ordered()] == ["c", "b", "a"]
+    assert len(set(index.values())) == 3
 
 
 def test_the_logs_clock_never_goes_back() -> None:
