@@ -1,31 +1,50 @@
-"""What the settings allow that weakens a guarantee: named by `millpond config check`, decided by the user."""
+"""What weakens a guarantee, in the settings and in the servers: named by `millpond config check`, decided by the user."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Final
+
+from hiredis import ReplyError
+
 from agents.registry import AGENT_NAMES
-from pipeline.settings import Settings
-from schemas.events import AgentName
+from pipeline import topics
+from pipeline.settings import KafkaSettings, Settings
+from pipeline.stores.checking import check_commands
+from pipeline.stores.registry import connector
+from schemas.errors import ConfigError, StoreError
+from schemas.keys import SOURCE_TOPIC
+from schemas.pool import Pool
 from schemas.rules import Rules
 
-AGENTS: tuple[AgentName, ...] = ("sessions", "messages", "queue", "pubsub")
+# A payload up to this long leaves its message's hash in the compact encoding: about half the memory.
+LISTPACK_VALUE_BYTES: Final = 1_024
+ASKED_OF_REDIS: Final = ("maxmemory-policy", "appendonly", "save", "hash-max-listpack-value")
 
 
 async def weaknesses(settings: Settings, rules: Rules) -> list[str]:
-    """One sentence each."""
-    return [*_missing_agents(rules), *_kafka(settings, rules)]
+    """One sentence each; a server that cannot be asked is one of them.
+
+    Raises:
+        ConfigError: a user's command is one that the server does not know or that a rule must not use.
+    """
+    found = [*_missing_agents(rules), *_kafka_settings(settings.kafka, rules)]
+    found += await _kafka(settings.kafka)
+    for pool in rules.pools:
+        found += await _redis(pool, rules)
+    return found
 
 
 def _missing_agents(rules: Rules) -> list[str]:
     return [
         f"rules for the agent {agent} are accepted, but this version has no such agent:"
         " what it would do waits in Kafka"
-        for agent in AGENTS
+        for agent in SOURCE_TOPIC
         if agent not in AGENT_NAMES and rules.run_by(agent)
     ]
 
 
-def _kafka(settings: Settings, rules: Rules) -> list[str]:
-    kafka = settings.kafka
+def _kafka_settings(kafka: KafkaSettings, rules: Rules) -> list[str]:
     found = []
     if kafka.min_insync_replicas < 2:
         found.append(
@@ -36,5 +55,63 @@ def _kafka(settings: Settings, rules: Rules) -> list[str]:
         found.append(
             f"[kafka] retention_hours is {kafka.retention_hours}, but messages are kept {longest} s:"
             " Redis can be rebuilt only as far back as the log goes"
+        )
+    return found
+
+
+async def _kafka(settings: KafkaSettings) -> list[str]:
+    """Whether the topics are as `millpond kafka init` makes them."""
+    try:
+        return await topics.check(settings)
+    except ConfigError as error:
+        return [str(error)]
+
+
+async def _redis(pool: Pool, rules: Rules) -> list[str]:
+    where = f"[pool.{pool.name}]"
+    try:
+        await check_commands(pool, rules)
+        answers = await _asked(pool)
+    except StoreError as error:
+        return [f"{where} {error}"]
+    if answers is None:
+        return [
+            f"{where} CONFIG GET is not allowed: see for yourself that it keeps what it is given"
+        ]
+    return [f"{where} {reason}" for reason in redis_weaknesses(answers)]
+
+
+async def _asked(pool: Pool) -> dict[str, str] | None:
+    """The server's own settings; None if we may not read them."""
+    wire = await connector(pool)()
+    answers: dict[str, str] = {}
+    try:
+        for name in ASKED_OF_REDIS:
+            (reply,) = await wire.call("CONFIG", "GET", name)
+            if isinstance(reply, ReplyError):
+                return None
+            answers |= {key.decode(): value.decode() for key, value in zip(*[iter(reply)] * 2)}  # noqa: B905
+    finally:
+        await wire.close()
+    return answers
+
+
+def redis_weaknesses(answers: Mapping[str, str]) -> list[str]:
+    """What a Redis server's settings mean for what it is given; a setting it does not have is no weakness."""
+    found = []
+    policy = answers.get("maxmemory-policy", "noeviction")
+    if policy != "noeviction":
+        found.append(
+            f"maxmemory-policy is {policy}: a full server forgets what was stored; set noeviction"
+        )
+    if answers.get("appendonly") == "no":
+        kept = "snapshots only" if answers.get("save") else "nothing on disk"
+        found.append(
+            f"appendonly is no, {kept}: a restart loses writes, which are then folded again from Kafka"
+        )
+    if int(answers.get("hash-max-listpack-value", LISTPACK_VALUE_BYTES)) < LISTPACK_VALUE_BYTES:
+        found.append(
+            f"hash-max-listpack-value is {answers['hash-max-listpack-value']}: with"
+            f" {LISTPACK_VALUE_BYTES} a stored message of some 100 bytes takes about half the memory"
         )
     return found

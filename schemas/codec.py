@@ -6,15 +6,17 @@ from base64 import b64decode, b64encode
 
 import msgspec
 
+from schemas.commands import Command, Deliver
 from schemas.errors import DecodeError
 from schemas.events import TEXT_BYTES_MAX, Event, MessagePublished, PayloadEncoding
 
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
+_command_decoder: msgspec.json.Decoder[Command] = msgspec.json.Decoder(Command)
 
 
-def encode(event: Event) -> bytes:
-    """The canonical JSON of an event: `type` first, then its fields in the order they are declared."""
+def encode(event: Event | Command) -> bytes:
+    """The canonical JSON of an event or command: `type` first, then its fields in the order they are declared."""
     return _encoder.encode(event)
 
 
@@ -36,8 +38,25 @@ def decode(value: bytes | None) -> Event:
     return event
 
 
-def payload_bytes(event: MessagePublished) -> bytes:
-    """The payload as the publisher sent it. A decoded event always has one."""
+def decode_command(value: bytes | None) -> Command:
+    """The command in a record's value.
+
+    Raises:
+        DecodeError: as `decode`.
+    """
+    if value is None:
+        raise DecodeError("the record has no value")
+    try:
+        command = _command_decoder.decode(value)
+        if isinstance(command, Deliver):
+            payload_bytes(command)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise DecodeError(str(error)) from error
+    return command
+
+
+def payload_bytes(event: MessagePublished | Deliver) -> bytes:
+    """The payload as the publisher sent it. What was decoded always has one."""
     if event.payload_encoding == "base64":
         return b64decode(event.payload, validate=True)
     return event.payload.encode()

@@ -19,6 +19,7 @@ TimeMs = Annotated[int, Meta(ge=0, le=TIME_MS_MAX)]
 QoS = Annotated[int, Meta(ge=0, le=2)]
 Text = Annotated[str, Meta(max_length=TEXT_BYTES_MAX)]
 Topic = Annotated[str, Meta(min_length=1, max_length=TEXT_BYTES_MAX)]
+Offset = Annotated[int, Meta(ge=0)]
 MessageId = Annotated[str, Meta(min_length=1, max_length=MESSAGE_ID_LENGTH_MAX)]
 PayloadEncoding = Literal["utf-8", "base64"]
 AgentName: TypeAlias = Literal["sessions", "messages", "queue", "pubsub"]
@@ -153,6 +154,57 @@ class MessageAcked(Base, frozen=True, kw_only=True, tag="message.acked"):
     qos: QoS
 
 
+class SubscriberJoined(Base, frozen=True, kw_only=True, tag="subscriber.joined"):
+    """A client may now be served by the delivery agents; written by sessions.
+
+    `topic_filter` is the client's own, with `$share/{group}/` if it has one. `session` names the session: the
+    offset, in the client's partition of mqtt.clients, of the connect that created it. `source_offset` is that of
+    the event which this follows from; of two records about one client and filter the higher one holds.
+    """
+
+    client_id: Text
+    topic_filter: Topic
+    qos: QoS
+    session: Offset
+    source_offset: Offset
+
+
+class SubscriberLeft(Base, frozen=True, kw_only=True, tag="subscriber.left"):
+    """A client is no longer to be served; see `SubscriberJoined`."""
+
+    client_id: Text
+    topic_filter: Topic
+    reason: Literal["unsubscribed", "session_ended", "disconnected"]
+    session: Offset
+    source_offset: Offset
+
+
+class Sent(Struct, frozen=True, array_like=True, gc=False):
+    """One copy that the broker has: `alias` is the id that it gave the copy, if that is another than the message's."""
+
+    lease: Text
+    client_id: Text
+    message_id: MessageId
+    alias: MessageId | None = None
+
+
+class DeliveriesSent(Base, frozen=True, kw_only=True, tag="deliveries.sent"):
+    """A bridge has handed these copies to its broker, in this order."""
+
+    agent: AgentName
+    sent: tuple[Sent, ...]
+
+
+class DeliveryFailed(Base, frozen=True, kw_only=True, tag="delivery.failed"):
+    """A bridge could not hand over a copy: the client is not there, the command came too late, or the broker refused."""
+
+    agent: AgentName
+    lease: Text
+    client_id: Text
+    message_id: MessageId
+    reason: Literal["no_client", "stale", "bridge"]
+
+
 class RulesChanged(Base, frozen=True, kw_only=True, tag="rules.changed"):
     """From this record on, `agent` folds its partition by `rules` (canonical JSON of the rule set)."""
 
@@ -171,6 +223,7 @@ Event: TypeAlias = (
     ClientConnected | ClientDisconnected | SessionCreated | SessionResumed | SessionSubscribed
     | SessionUnsubscribed | SessionTerminated | SessionDiscarded | SessionTakenOver | NodeStarted
     | NodeStopped | NodeSyncStarted | NodeSyncCompleted | MessagePublished | MessageDelivered
-    | MessageAcked | RulesChanged | Tick
+    | MessageAcked | SubscriberJoined | SubscriberLeft | DeliveriesSent | DeliveryFailed
+    | RulesChanged | Tick
 )
 # fmt: on

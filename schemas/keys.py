@@ -29,6 +29,8 @@ from typing import Final, NamedTuple
 
 from schemas.events import (
     AgentName,
+    DeliveriesSent,
+    DeliveryFailed,
     Event,
     MessageAcked,
     MessageDelivered,
@@ -38,8 +40,11 @@ from schemas.events import (
     NodeSyncCompleted,
     NodeSyncStarted,
     RulesChanged,
+    SubscriberJoined,
+    SubscriberLeft,
     Tick,
 )
+from schemas.filters import split_share
 
 CLIENTS_TOPIC: Final = "mqtt.clients"
 MESSAGES_TOPIC: Final = "mqtt.messages"
@@ -89,8 +94,12 @@ def record_key(event: Event) -> str:
     """The Kafka key of an event's record: it decides the partition, and so what the event is ordered with."""
     if type(event) is MessagePublished or isinstance(event, MessageAcked | MessageDelivered):
         return event.topic  # the type is compared first because nearly every record is a publish
-    if isinstance(event, RulesChanged | Tick):
+    if isinstance(event, RulesChanged | Tick | DeliveriesSent | DeliveryFailed):
         return agent_record_key(event.agent)
+    if isinstance(event, SubscriberJoined | SubscriberLeft):
+        return split_share(event.topic_filter)[
+            1
+        ]  # a topic's partition, or every one for a wildcard
     if isinstance(event, NodeStarted | NodeStopped | NodeSyncStarted | NodeSyncCompleted):
         return agent_record_key("sessions")  # one per partition, named explicitly
     return event.client_id

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, load_settings
-from schemas.errors import MillpondError
+from schemas.codec import topic_name_error
+from schemas.errors import ConfigError, MillpondError
+from schemas.filters import filter_error
+
+IN_FLIGHT_MAX: Final = 20  # publishes that wait for their acknowledgement, as most clients have it
 
 HostOption = Annotated[str | None, typer.Option("--host", "-h", help="The broker's host.")]
 PortOption = Annotated[int | None, typer.Option("--port", "-p", help="The broker's port.")]
@@ -23,6 +28,11 @@ def _address(
 ) -> tuple[str, int]:
     settings, _ = load_settings(config, data)
     return host or settings.bridge.host, port or settings.bridge.mqtt_port
+
+
+def _right(error: str | None) -> None:
+    if error is not None:
+        raise ConfigError(f"--topic: {error}")
 
 
 def pub(
@@ -44,18 +54,38 @@ def pub(
     """Publish one message, or one for each line of stdin; returns when the broker has acknowledged them."""
     import aiomqtt  # noqa: PLC0415  needs the extra [local]
 
+    _right(topic_name_error(topic))
     address = _address(host, port, config, data)
 
     async def publish() -> None:
-        async with aiomqtt.Client(*address, identifier=client_id) as client:
-            payloads = (line.rstrip("\n") for line in sys.stdin) if lines else [message or ""]
-            for payload in payloads:
-                await client.publish(topic, payload, qos=qos, retain=retain)
+        async with (
+            aiomqtt.Client(*address, identifier=client_id) as client,
+            asyncio.TaskGroup() as publishes,
+        ):
+            room = asyncio.Semaphore(IN_FLIGHT_MAX)
+            client.pending_calls_threshold = IN_FLIGHT_MAX  # more is what it would warn of
+            async for payload in _lines_of_stdin() if lines else _one(message or ""):
+                await room.acquire()
+                acknowledged = publishes.create_task(
+                    client.publish(topic, payload, qos=qos, retain=retain)
+                )
+                acknowledged.add_done_callback(lambda _: room.release())
 
     try:
         asyncio.run(publish())
-    except aiomqtt.MqttError as error:
-        raise MillpondError(f"MQTT at {address[0]}:{address[1]}: {error}") from error
+    except* aiomqtt.MqttError as errors:
+        reason = f"MQTT at {address[0]}:{address[1]}: {errors.exceptions[0]}"
+        raise MillpondError(reason) from errors
+
+
+async def _one(payload: str) -> AsyncIterator[str]:
+    yield payload
+
+
+async def _lines_of_stdin() -> AsyncIterator[str]:
+    """The connection stays alive while nothing comes."""
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        yield line.removesuffix("\n")
 
 
 def sub(
@@ -64,6 +94,9 @@ def sub(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print topics too.")] = False,
     keep_session: Annotated[
         bool, typer.Option("--keep-session", "-c", help="Not a clean one.")
+    ] = False,
+    exit_subscribed: Annotated[
+        bool, typer.Option("--exit", "-E", help="Leave once the broker has the subscription.")
     ] = False,
     qos: QosOption = 0,
     client_id: IdOption = None,
@@ -75,6 +108,7 @@ def sub(
     """Print what is published, a line each, until Ctrl-C."""
     import aiomqtt  # noqa: PLC0415  needs the extra [local]
 
+    _right(filter_error(topic))
     address = _address(host, port, config, data)
 
     async def subscribe() -> None:
@@ -82,6 +116,8 @@ def sub(
             *address, identifier=client_id, clean_session=not keep_session
         ) as client:
             await client.subscribe(topic, qos=qos)
+            if exit_subscribed:
+                return
             received = 0
             async for message in client.messages:
                 prefix = f"{message.topic} ".encode() if verbose else b""

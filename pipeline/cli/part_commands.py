@@ -82,6 +82,8 @@ def config_check(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) -
 
     settings, rules = load_settings(config, data)
     table = Table("hook", "topic", "action", "expires", "agent", box=None)
+    for column in table.columns:
+        column.overflow = "fold"
     for rule in rules.rules:
         agents = [
             name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import subprocess
 import sys
 import time
@@ -87,15 +88,24 @@ def _say_ready(addresses: dict[str, str], data: Path) -> None:
     for name, address in addresses.items():
         table.add_row(name, address)
     console.print(table)
-    where = "" if data == DEFAULT_DATA else f" --data {data}"
+    millpond, where = _as_typed(), "" if data == DEFAULT_DATA else f" --data {data}"
     console.print("Try, in another terminal:", markup=False)
     for command in (
-        f"millpond pub{where} -q 1 -t sensors/kitchen -m 21.5",
-        f"millpond redis{where} ZRANGE mqtt:msg:sensors/kitchen 0 -1 WITHSCORES",
-        f"millpond status{where}",
+        f"pub{where} -q 1 -t sensors/kitchen -m 21.5",
+        f"redis{where} ZRANGE mqtt:msg:sensors/kitchen 0 -1 WITHSCORES",
+        f"status{where}",
     ):
-        console.print(f"  {command}", markup=False, soft_wrap=True)
+        console.print(f"  {millpond} {command}", markup=False, soft_wrap=True)
     console.print("millpond is ready")
+
+
+def _as_typed() -> str:
+    """How this command is called from here: by its name if that leads to it, else by its path."""
+    own = Path(sys.executable).with_name("millpond")
+    on_path = shutil.which("millpond")
+    if on_path is not None and Path(on_path).samefile(own):
+        return "millpond"
+    return str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own)
 
 
 def _detach(directory: Any, arguments: list[str]) -> None:
@@ -143,10 +153,15 @@ def down(data: DataOption = DEFAULT_DATA) -> None:
 def status(
     data: DataOption = DEFAULT_DATA,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+    pid_of: Annotated[
+        str | None, typer.Option("--pid", metavar="NAME", help="Only the pid of one process.")
+    ] = None,
 ) -> None:
     """Addresses, processes, readiness, and how many records each agent is behind."""
     found = _status(data)
-    if as_json:
+    if pid_of is not None:
+        console.print(_pid(found, pid_of))
+    elif as_json:
         sys.stdout.buffer.write(orjson.dumps(found, option=orjson.OPT_INDENT_2) + b"\n")
     else:
         _print_status(found)
@@ -187,6 +202,15 @@ def _status(data: Path) -> dict[str, Any]:
         "lag": asyncio.run(lags()),
         "supervisor": msgspec.to_builtins(state.supervisor),
     }
+
+
+def _pid(found: dict[str, Any], name: str) -> int:
+    pids = {
+        process["name"]: int(process["pid"]) for process in found["processes"] if process["pid"]
+    }
+    if name not in pids:
+        raise MillpondError(f"no process {name!r} runs here: there are {', '.join(pids) or 'none'}")
+    return pids[name]
 
 
 def _print_status(found: dict[str, Any]) -> None:

@@ -9,8 +9,16 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from schemas import events
-from schemas.codec import decode, encode, payload_bytes, payload_text, topic_name_error
+from schemas import commands, events
+from schemas.codec import (
+    decode,
+    decode_command,
+    encode,
+    payload_bytes,
+    payload_text,
+    topic_name_error,
+)
+from schemas.commands import Command
 from schemas.errors import DecodeError
 from schemas.events import Event
 
@@ -73,6 +81,35 @@ GOLDEN: dict[str, tuple[Event, str]] = {
         (f'{STAMP},"message_id":"0005","topic":"queue/a","client_id":"sub","from_client_id":"pub",'
         '"qos":1'),
     ),
+    "subscriber.joined": (
+        events.SubscriberJoined(
+            **CLIENT, topic_filter="$share/g/queue/+", qos=1, session=8, source_offset=9
+        ),
+        (f'{STAMP},"client_id":"sub","topic_filter":"$share/g/queue/+","qos":1,"session":8,'
+        '"source_offset":9'),
+    ),
+    "subscriber.left": (
+        events.SubscriberLeft(
+            **CLIENT, topic_filter="queue/a", reason="disconnected", session=8, source_offset=9
+        ),
+        (f'{STAMP},"client_id":"sub","topic_filter":"queue/a","reason":"disconnected","session":8,'
+        '"source_offset":9'),
+    ),
+    "deliveries.sent": (
+        events.DeliveriesSent(
+            **AT, agent="queue",
+            sent=(events.Sent("queue/7/1", "sub", "0005"), events.Sent("queue/7/2", "s", "6", "7")),
+        ),
+        (f'{STAMP},"agent":"queue",'
+        '"sent":[["queue/7/1","sub","0005",null],["queue/7/2","s","6","7"]]'),
+    ),
+    "delivery.failed": (
+        events.DeliveryFailed(
+            **CLIENT, agent="queue", lease="queue/7/1", message_id="0005", reason="stale"
+        ),
+        (f'{STAMP},"agent":"queue","lease":"queue/7/1","client_id":"sub","message_id":"0005",'
+        '"reason":"stale"'),
+    ),
     "rules.changed": (
         events.RulesChanged(**AT, agent="queue", rules="[]"),
         f'{STAMP},"agent":"queue","rules":"[]"',
@@ -91,6 +128,49 @@ def test_an_event_is_written_and_read_as_these_bytes(name: str) -> None:
 
 def test_every_event_has_golden_bytes() -> None:
     assert {type(event) for event, _ in GOLDEN.values()} == set(get_args(Event))
+
+
+COMMANDS: dict[str, tuple[Command, str]] = {
+    "deliver": (
+        commands.Deliver(
+            client_id="sub", lease="queue/7/18823", valid_for_s=60, attempt=1, message_id="0005",
+            topic="queue/a", qos=1, retain=False, payload="/w==", payload_encoding="base64",
+        ),
+        ('"client_id":"sub","lease":"queue/7/18823","valid_for_s":60,"attempt":1,'
+        '"message_id":"0005","topic":"queue/a","qos":1,"retain":false,"payload":"/w==",'
+        '"payload_encoding":"base64","expires_at":null'),
+    ),
+    "subscribe": (
+        commands.Subscribe(client_id="sub", topic_filters=(("a/+", 1), ("b", 0))),
+        '"client_id":"sub","topic_filters":[["a/+",1],["b",0]]',
+    ),
+    "unsubscribe": (
+        commands.Unsubscribe(client_id="sub", topic_filters=("a/+",)),
+        '"client_id":"sub","topic_filters":["a/+"]',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_written_and_read_as_these_bytes(name: str) -> None:
+    command, fields = COMMANDS[name]
+    value = f'{{"type":"{name}",{fields}}}'.encode()
+    assert encode(command) == value
+    assert decode_command(value) == command
+
+
+def test_every_command_has_golden_bytes() -> None:
+    assert {type(command) for command, _ in COMMANDS.values()} == set(get_args(Command))
+
+
+@pytest.mark.parametrize(
+    "value", [None, b"", b"{}", b'{"type":"tick"}', b"[" * 100_000, b"base64"], ids=range(6)
+)
+def test_a_command_that_cannot_be_read_is_a_decode_error(value: bytes | None) -> None:
+    if value == b"base64":
+        value = encode(COMMANDS["deliver"][0]).replace(b"/w==", b"%")
+    with pytest.raises(DecodeError):
+        decode_command(value)
 
 
 def test_unknown_fields_are_ignored_and_missing_ones_have_their_defaults() -> None:

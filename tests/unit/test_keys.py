@@ -65,6 +65,10 @@ KEYS = {
     "node.stopped": "$millpond/sessions",
     "node.sync.started": "$millpond/sessions",
     "node.sync.completed": "$millpond/sessions",
+    "subscriber.joined": "queue/+",
+    "subscriber.left": "queue/a",
+    "deliveries.sent": "$millpond/queue",
+    "delivery.failed": "$millpond/queue",
     "rules.changed": "$millpond/queue",
     "tick": "$millpond/queue",
 }

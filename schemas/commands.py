@@ -1,0 +1,50 @@
+"""What a bridge is to do on its broker: the records of `mqtt.deliveries`, keyed by client id."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+from msgspec import Meta, Struct
+
+from schemas.events import MessageId, PayloadEncoding, QoS, Text, TimeMs, Topic
+
+VALID_FOR_S_MAX = (
+    3_600  # a command that lay an hour in Kafka says nothing about the client any more
+)
+ATTEMPTS_MAX = 1_000_000
+
+
+class Deliver(Struct, frozen=True, kw_only=True, tag_field="type", tag="deliver"):
+    """Hand one message to one client, within `valid_for_s` seconds of the record's own log time.
+
+    `lease` names this copy in the bridge's reports; `attempt` counts from 1.
+    """
+
+    client_id: Text
+    lease: Text
+    valid_for_s: Annotated[int, Meta(ge=1, le=VALID_FOR_S_MAX)]
+    attempt: Annotated[int, Meta(ge=1, le=ATTEMPTS_MAX)]
+    message_id: MessageId
+    topic: Topic
+    qos: QoS
+    retain: bool
+    payload: str
+    payload_encoding: PayloadEncoding = "utf-8"
+    expires_at: TimeMs | None = None
+
+
+class Subscribe(Struct, frozen=True, kw_only=True, tag_field="type", tag="subscribe"):
+    """Subscribe a client's session to these filters, each with its QoS."""
+
+    client_id: Text
+    topic_filters: tuple[tuple[Topic, QoS], ...]
+
+
+class Unsubscribe(Struct, frozen=True, kw_only=True, tag_field="type", tag="unsubscribe"):
+    """End these subscriptions of a client's session."""
+
+    client_id: Text
+    topic_filters: tuple[Topic, ...]
+
+
+Command: TypeAlias = Deliver | Subscribe | Unsubscribe
