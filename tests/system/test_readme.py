@@ -1,0 +1,100 @@
+"""The README's examples, typed as printed into one shell, against a stack as `make up` starts it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+README = Path(__file__).parents[2] / "README.md"
+WAIT_S = 60.0  # for what an example shows to come true; generous, since machines are shared
+MARK = "== done"
+# Examples show the default ports; two test runs beside each other need others.
+FREE_PORTS = {
+    f"MILLPOND_STACK_{name}_PORT": "0" for name in ("MQTT", "WEBSOCKET", "KAFKA", "REDIS")
+}
+
+
+class Example(NamedTuple):
+    """One command, with the lines of what it reads, and what it prints; `…` there is anything."""
+
+    command: str
+    output: str
+
+    def shown_by(self, said: str) -> bool:
+        """Whether this is what the README shows."""
+        pattern = re.escape(self.output.rstrip("\n")).replace("…", ".*")
+        return re.fullmatch(pattern, said.rstrip("\n"), re.DOTALL) is not None
+
+    @property
+    def only_reads(self) -> bool:
+        """Whether it may be typed again until it shows what was just published."""
+        return self.command.startswith("millpond redis ")
+
+
+def examples() -> Iterator[Example]:
+    """Every example of the README, in order."""
+    for block in re.findall(r"```console\n(.*?)```", README.read_text(), re.DOTALL):
+        for shown in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            heredoc = re.match(r"[^\n]*<<'(\w+)'\n.*?^\1\n", shown, re.DOTALL | re.MULTILINE)
+            command = heredoc[0] if heredoc else shown.partition("\n")[0]
+            yield Example(command, shown[len(command) :].lstrip("\n"))
+
+
+class Shell:
+    """A shell that somebody types into, with `millpond` on its path."""
+
+    def __init__(self, directory: Path) -> None:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        self._process = subprocess.Popen(
+            ["bash"], cwd=directory, env={**os.environ, **FREE_PORTS, "PATH": path}, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def type(self, command: str) -> str:
+        """What a command prints; it must succeed."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        stdin.write(f"{{ {command}\n}} </dev/null; echo $'\\n{MARK}' $?\n")
+        stdin.flush()
+        # The mark is on a line of its own, whether the command ended its last one or not.
+        said: list[str] = []
+        for line in stdout:
+            if line.startswith(MARK):
+                assert line == f"{MARK} 0\n", command + "\n" + "".join(said)
+                return "".join(said)
+            said.append(line)
+        raise AssertionError(f"the shell ended at: {command}\n{''.join(said)}")
+
+    def close(self) -> None:
+        self._process.communicate(timeout=WAIT_S)
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[Shell]:
+    """A shell in a directory where millpond is up."""
+    shell = Shell(tmp_path)
+    try:
+        shell.type("millpond up --detach")
+        yield shell
+    finally:
+        shell.type("millpond down")
+        shell.close()
+
+
+def test_every_example_works_as_printed(shell: Shell) -> None:
+    shown = list(examples())
+    assert len(shown) > 20
+    for example in shown:
+        deadline = time.monotonic() + WAIT_S
+        while not example.shown_by(said := shell.type(example.command)):
+            assert example.only_reads, (example, said)
+            assert time.monotonic() < deadline, (example, said)
