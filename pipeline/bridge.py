@@ -7,13 +7,15 @@ import logging
 import os
 import signal
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 import uvloop
+from aiokafka.errors import KafkaError
 
 from pipeline.brokers.embedded.broker import EmbeddedBroker
 from pipeline.brokers.embedded.recorder import Recorder
 from pipeline.producer import Producer
+from pipeline.reach import unreachable
 from pipeline.settings import Settings
 from schemas.rules import Rules
 
@@ -21,12 +23,16 @@ logger = logging.getLogger(__name__)
 
 # How often everything connected and subscribed is told anew: what an event missed is put right by then.
 SYNC_INTERVAL_S: Final = 300.0
-# How long a bridge that is asked to stop waits for Kafka to acknowledge what it has entered.
-DRAIN_TIMEOUT_S: Final = 10.0
+# How long a bridge that is asked to stop waits for Kafka to take what is left: less than `millpond down` gives it.
+STOP_TIMEOUT_S: Final = 10.0
 
 
 def run_embedded(settings: Settings, rules: Rules) -> None:
-    """Run the embedded broker and its bridge until SIGTERM or SIGINT."""
+    """Run the embedded broker and its bridge until SIGTERM or SIGINT.
+
+    Raises:
+        MillpondError: Kafka cannot be reached at the start, or a port is in use.
+    """
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     asyncio.run(_run_embedded(settings, rules))
 
@@ -36,23 +42,48 @@ async def _run_embedded(settings: Settings, rules: Rules) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     producer = Producer(settings.kafka.client_options(), settings.kafka.message_bytes_max)
-    await producer.start()
     recorder = Recorder(producer, rules, settings.bridge.node, settings.kafka.partitions)
     broker = EmbeddedBroker(settings.bridge, recorder)
+    # Any of its steps may wait for Kafka as long as Kafka is away, and a signal must not.
+    serving = asyncio.create_task(_serve(settings, producer, recorder, broker))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
     try:
-        await broker.start()
-        await recorder.drain(DRAIN_TIMEOUT_S)
-        _say_ready()
-        while not stop.is_set():
-            try:
-                async with asyncio.timeout(SYNC_INTERVAL_S):
-                    await stop.wait()
-            except TimeoutError:
-                await broker.snapshot()
-        await broker.shutdown()
-        await recorder.drain(DRAIN_TIMEOUT_S)
+        if serving.done():
+            await serving  # it never returns: this raises what ended it
+        serving.cancel()
     finally:
-        await producer.stop()
+        await _end(producer, recorder, broker)
+
+
+async def _serve(
+    settings: Settings, producer: Producer, recorder: Recorder, broker: EmbeddedBroker
+) -> NoReturn:
+    try:
+        await producer.start()
+    except KafkaError as error:
+        raise await unreachable(settings.kafka) from error
+    await broker.start()
+    await recorder.drain()
+    _say_ready()
+    while True:
+        await asyncio.sleep(SYNC_INTERVAL_S)
+        await broker.snapshot()
+
+
+async def _end(producer: Producer, recorder: Recorder, broker: EmbeddedBroker) -> None:
+    """Close the connections and tell of it; without Kafka no longer than `STOP_TIMEOUT_S`."""
+    try:
+        async with asyncio.timeout(STOP_TIMEOUT_S):
+            if broker.transitions.is_started():
+                await broker.shutdown()
+            await producer.stop()
+    except TimeoutError:
+        lost = len(recorder.unacknowledged)
+        logger.warning("Kafka has not acknowledged %d events in time; not waiting longer", lost)
+        for library in ("amqtt", "asyncio"):  # which would show a traceback for all that is cut off
+            logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
 def _say_ready() -> None:

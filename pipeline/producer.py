@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaTimeoutError
+from aiokafka.producer.transaction_manager import NO_PRODUCER_EPOCH, NO_PRODUCER_ID, PidAndEpoch
 
 # Records wait this long for company. Kafka acknowledges in about as long; more would only be felt.
 LINGER_MS: Final = 1
@@ -23,7 +24,7 @@ class Producer:
     def __init__(self, client_options: dict[str, Any], message_bytes_max: int) -> None:
         """`client_options` are those of every aiokafka client; nothing is opened before `start`."""
         self._options = client_options
-        self._message_bytes_max = message_bytes_max
+        self.message_bytes_max = message_bytes_max
         self._producer: AIOKafkaProducer | None = None
 
     async def start(self) -> None:
@@ -33,7 +34,7 @@ class Producer:
             enable_idempotence=True,
             linger_ms=LINGER_MS,
             max_batch_size=BATCH_BYTES_MAX,
-            max_request_size=self._message_bytes_max,
+            max_request_size=self.message_bytes_max,
             **self._options,
         )
         # aiokafka drops a batch that found no leader for request_timeout_ms, and with it the order of a key.
@@ -59,6 +60,8 @@ class Producer:
             MessageSizeTooLargeError: the record is larger than `message_bytes_max`.
         """
         assert self._producer is not None, "start() comes first"
+        if key is None and value is None:
+            value = b""  # aiokafka's assertion; Kafka itself would take a record of headers alone
         while True:
             with contextlib.suppress(
                 KafkaTimeoutError
@@ -66,4 +69,17 @@ class Producer:
                 acknowledged: asyncio.Future[Any] = await self._producer.send(
                     topic, value=value, key=key, partition=partition, headers=list(headers)
                 )
+                acknowledged.add_done_callback(self._answered)
                 return acknowledged
+
+    def _answered(self, acknowledged: asyncio.Future[Any]) -> None:
+        """A record that Kafka refused left a gap in its partition's sequence, and Kafka would refuse everything after
+        the gap: go on as a new producer. Batches under way keep their numbers, and one is under way per partition.
+        """
+        if acknowledged.cancelled() or acknowledged.exception() is None:
+            return
+        assert self._producer is not None, "it has sent"
+        numbers = self._producer._txn_manager  # noqa: SLF001  aiokafka has no way to
+        numbers._pid_and_epoch = PidAndEpoch(NO_PRODUCER_ID, NO_PRODUCER_EPOCH)  # noqa: SLF001
+        numbers._pid_waiter = asyncio.get_running_loop().create_future()  # noqa: SLF001
+        numbers._sequence_numbers.clear()  # noqa: SLF001

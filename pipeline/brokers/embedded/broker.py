@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+import ssl
 from typing import Any, Final
 from uuid import uuid4
 
-from amqtt.adapters import ReaderAdapter, WriterAdapter
+import websockets
+import websockets.asyncio.server
+from amqtt.adapters import ReaderAdapter, WebSocketsWriter, WriterAdapter
 from amqtt.broker import Broker, Server
+from amqtt.contexts import ListenerType
+from amqtt.errors import AMQTTError, BrokerError
+from amqtt.mqtt.constants import QOS_2
 from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
 from amqtt.plugins.base import BaseAuthPlugin
 from amqtt.session import Session
 
 from pipeline.brokers.embedded.handler import Handler, Payload, refused_topic
 from pipeline.brokers.embedded.recorder import NEVER_EXPIRES_S, Recorder, now_ms
+from pipeline.brokers.embedded.wire import WebSocketReader, Writer
 from pipeline.settings import BridgeSettings
+from schemas.errors import MillpondError
 from schemas.events import (
     ClientConnected,
     ClientDisconnected,
@@ -37,7 +44,16 @@ from schemas.filters import filter_error
 logger = logging.getLogger(__name__)
 
 SUBSCRIBE_FAILURE: Final = 0x80  # [MQTT-3.9.3-2]
-CLOSE_TIMEOUT_S: Final = 5.0  # for the connection that a newer one of the same client replaces
+CONNECT_TIMEOUT_S: Final = 10.0  # from an accepted connection to its CONNECT
+END_TIMEOUT_S: Final = 5.0  # for the connection that a newer one of the same client replaces
+FIXED_HEADER_BYTES_MAX: Final = 5
+ROUTED_MAX: Final = 1_000  # messages on their way to subscribers' connections; publishers wait
+AWAY_MAX: Final = 1_000  # messages kept for a session without a connection; the oldest go
+# What a session that goes on takes from its new connection.
+OF_THE_CONNECTION: Final = (
+    "remote_address", "remote_port", "username", "keep_alive",
+    "will_flag", "will_topic", "will_message", "will_qos", "will_retain",
+)  # fmt: skip
 
 
 class AcceptEveryone(BaseAuthPlugin):
@@ -59,16 +75,38 @@ class EmbeddedBroker(Broker):
         }
         plugins: dict[str, dict[str, Any]] = {f"{__name__}.{AcceptEveryone.__name__}": {}}
         super().__init__({"listeners": listeners, "plugins": plugins})
+        self._broadcast_queue = asyncio.Queue(ROUTED_MAX)
         self._recorder = recorder
+        self._opening: set[Writer] = set()  # connections without a CONNECT so far
 
     async def start(self) -> None:
-        """Accept connections; the snapshot tells that there are none yet."""
+        """Accept connections; the snapshot tells that there are none yet.
+
+        Raises:
+            MillpondError: a port is in use.
+        """
         await self._recorder.node_event(NodeStarted)
         await self.snapshot()
-        await super().start()
+        level = self.logger.level
+        self.logger.setLevel(logging.CRITICAL)  # it would show a traceback beside our one line
+        try:
+            await super().start()
+        except BrokerError as error:
+            raise MillpondError(f"the embedded broker: {error}") from error
+        finally:
+            self.logger.setLevel(level)
 
     async def shutdown(self) -> None:
         """Close every connection and say so."""
+        for server in self._servers.values():
+            server.instance.close()
+        handlers = self._handlers()
+        await asyncio.gather(
+            *(writer.close() for writer in self._opening),
+            *(handler.drop("server_shutdown") for handler in handlers),
+        )
+        for handler in handlers:
+            await handler.ended.wait()
         await super().shutdown()
         await self._recorder.node_event(NodeStopped)
 
@@ -76,15 +114,46 @@ class EmbeddedBroker(Broker):
         """Everything connected and subscribed, between `node.sync.started` and `.completed`."""
         sync_id = uuid4().hex
         await self._recorder.node_event(NodeSyncStarted, sync_id=sync_id)
-        for session, handler in list(self._sessions.values()):
-            if isinstance(handler, Handler) and not handler.ended.is_set():
-                await self._tell_connected(session, handler)
+        for handler in self._handlers():
+            if handler.connected and handler.session is not None:
+                await self._tell_connected(handler.session, handler)
         for topic_filter, subscriptions in list(self._subscriptions.items()):
             for session, qos in list(subscriptions):
-                await self._tell_subscribed(session, topic_filter, qos)
+                if (session, qos) in self._holders(topic_filter):  # still
+                    await self._tell_subscribed(session, topic_filter, qos)
         await self._recorder.node_event(NodeSyncCompleted, sync_id=sync_id)
 
     # -- clients come and go
+
+    def _handlers(self) -> list[Handler]:
+        """The connections there are, and the last one of each session that goes on without."""
+        return [handler for _, handler in self._sessions.values() if isinstance(handler, Handler)]
+
+    async def _create_server_instance(
+        self,
+        listener_name: str,
+        listener_type: ListenerType,
+        address: str | None,
+        port: int,
+        ssl_context: ssl.SSLContext | None,
+    ) -> asyncio.Server | websockets.asyncio.server.Server:
+        """See amqtt, where a WebSocket frame is at most 1 MiB."""
+        if listener_type is not ListenerType.WS:
+            return await super()._create_server_instance(
+                listener_name, listener_type, address, port, ssl_context
+            )
+        return await websockets.asyncio.server.serve(
+            lambda connection: self.ws_connected(connection, listener_name), address, port,
+            subprotocols=[websockets.Subprotocol("mqtt")],  # [MQTT-6.0.0-4]
+            max_size=self._recorder.packet_bytes_max + FIXED_HEADER_BYTES_MAX,
+        )  # fmt: skip
+
+    async def ws_connected(
+        self, websocket: websockets.asyncio.server.ServerConnection, listener_name: str
+    ) -> None:
+        """See amqtt."""
+        reader, writer = WebSocketReader(websocket), WebSocketsWriter(websocket)
+        await self._client_connected(listener_name, reader, writer)
 
     async def _initialize_client_session(
         self,
@@ -93,21 +162,54 @@ class EmbeddedBroker(Broker):
         remote_address: str,
         remote_port: int,
     ) -> tuple[BrokerProtocolHandler, Session]:
-        _, session = await super()._initialize_client_session(
-            reader, writer, remote_address, remote_port
-        )
-        # A session that goes on keeps the address of its old connection otherwise.
-        session.remote_address, session.remote_port = remote_address, remote_port
-        session.keep_alive = session.keep_alive * 3 // 2  # [MQTT-3.1.2-24]
-        return Handler(self.plugins_manager, self._recorder, self._route), session
+        """See amqtt, which lets a new connection change the session under an old one."""
+        opening = Writer(writer)
+        self._opening.add(opening)
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                _, incoming = await BrokerProtocolHandler.init_from_connect(
+                    reader, writer, self.plugins_manager
+                )
+        except Exception as error:
+            # Foreign bytes: whatever amqtt raises for them.
+            logger.warning("%s:%d: no valid CONNECT: %r", remote_address, remote_port, error)
+            await opening.close()
+            raise AMQTTError("no valid CONNECT") from error
+        finally:
+            self._opening.discard(opening)
+        handler = Handler(self.plugins_manager, self._recorder, self._route)
+        try:
+            return handler, await self._session_for(incoming, handler)
+        except TimeoutError as error:
+            # Its events wait for Kafka. Whoever is cut off comes again.
+            logger.warning("%s: its connection before has not ended yet", incoming.client_id)
+            await opening.close()
+            raise AMQTTError("the connection before has not ended") from error
 
-    async def _delete_session(self, client_id: str) -> None:
-        """A clean start: the session before ends, and so does its connection ([MQTT-3.1.4-2])."""
-        existed = client_id in self._sessions
-        await self._close_connection(client_id, "discarded")
-        await super()._delete_session(client_id)
-        if existed:
+    async def _session_for(self, incoming: Session, handler: Handler) -> Session:
+        """The session of a CONNECT, once no other connection has it ([MQTT-3.1.4-2], [MQTT-3.1.2-4 to 6])."""
+        client_id = incoming.client_id
+        assert client_id, "amqtt makes one up"
+        async with asyncio.timeout(END_TIMEOUT_S):
+            while True:
+                session, before = self._sessions.get(client_id, (None, None))
+                if not isinstance(before, Handler) or before.ended.is_set():
+                    break
+                await before.drop("discarded" if incoming.clean_session else "takenover")
+                await before.ended.wait()
+        # From here to the new entry nothing is awaited: of two CONNECTs at once, one comes after the other.
+        if session is not None and not incoming.clean_session:
+            for name in OF_THE_CONNECTION:
+                setattr(session, name, getattr(incoming, name))
+            session.parent = 1  # amqtt's word for "session present"
+            self._sessions[client_id] = session, handler
+            return session
+        if session is not None:
+            await super()._delete_session(client_id)
+        self._sessions[client_id] = incoming, handler
+        if session is not None:
             await self._recorder.client(SessionDiscarded, client_id)
+        return incoming
 
     async def _handle_client_session(
         self,
@@ -118,44 +220,44 @@ class EmbeddedBroker(Broker):
         server: Server,
         listener_name: str,
     ) -> None:
-        """A session that is still connected is taken over ([MQTT-3.1.4-2])."""
-        client_id = client_session.client_id or ""
-        if await self._close_connection(client_id, "takenover"):
-            await self._recorder.client(SessionTakenOver, client_id)
-        await super()._handle_client_session(
-            reader, writer, client_session, handler, server, listener_name
-        )
-
-    async def _close_connection(self, client_id: str, reason: str) -> bool:
-        """Close a client's connection and wait until it has ended; whether there was one."""
-        _, handler = self._sessions.get(client_id, (None, None))
-        if not isinstance(handler, Handler) or handler.ended.is_set():
-            return False
-        await handler.drop(reason)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await handler.ended.wait()
-        return True
+        assert isinstance(handler, Handler), "_initialize_client_session makes no other"
+        try:
+            await super()._handle_client_session(
+                reader, writer, client_session, handler, server, listener_name
+            )
+        finally:
+            client_session.transitions.disconnect()
+            handler.ended.set()
 
     async def _client_message_loop(
         self, client_session: Session, handler: BrokerProtocolHandler
     ) -> None:
         assert isinstance(handler, Handler), "_initialize_client_session makes no other"
-        client_id, connection_id = handler.client_id, handler.connection_id
-        handler.connected_at_ms = now_ms()
+        handler.connected_at_ms, handler.connected = now_ms(), True
         kind = SessionResumed if client_session.parent else SessionCreated
-        await self._recorder.client(kind, client_id)
+        await self._recorder.client(kind, handler.client_id)
         await self._tell_connected(client_session, handler)
         try:
             await super()._client_message_loop(client_session, handler)
         finally:
-            reason = handler.reason
-            await self._recorder.client(
-                ClientDisconnected, client_id, connection_id=connection_id, reason=reason
-            )
-            if client_session.clean_session:
-                await self._recorder.client(SessionTerminated, client_id, reason=reason)
-            handler.ended.set()
+            await self._connection_ended(client_session, handler)
+
+    async def _connection_ended(self, session: Session, handler: Handler) -> None:
+        """What becomes of the session is told after the disconnect."""
+        client_id, reason = handler.client_id, handler.reason
+        handler.connected = False
+        discarded = reason == "discarded"
+        if session.clean_session or discarded:
+            await super()._delete_session(client_id)
+        await self._recorder.client(
+            ClientDisconnected, client_id, connection_id=handler.connection_id, reason=reason
+        )
+        if discarded:
+            await self._recorder.client(SessionDiscarded, client_id)
+        elif session.clean_session:
+            await self._recorder.client(SessionTerminated, client_id, reason=reason)
+        elif reason == "takenover":
+            await self._recorder.client(SessionTakenOver, client_id)
 
     async def _tell_connected(self, session: Session, handler: Handler) -> None:
         clean = bool(session.clean_session)
@@ -175,8 +277,9 @@ class EmbeddedBroker(Broker):
     async def add_subscription(self, subscription: tuple[str, int], session: Session) -> int:
         """See amqtt; a filter that is none is refused."""
         topic_filter, qos = subscription
-        if filter_error(topic_filter) is not None:
+        if filter_error(topic_filter) is not None or qos > QOS_2:
             return SUBSCRIBE_FAILURE
+        self._del_subscription(topic_filter, session)  # [MQTT-3.8.4-3]: amqtt keeps the old QoS
         granted = await super().add_subscription((topic_filter, qos), session)
         if granted != SUBSCRIBE_FAILURE:
             await self._tell_subscribed(session, topic_filter, granted)
@@ -200,6 +303,8 @@ class EmbeddedBroker(Broker):
         ]
         await super()._handle_unsubscription(client_session, handler, unsubscribe_waiter)
         for topic_filter in held:
+            if not self._holders(topic_filter):
+                self._subscriptions.pop(topic_filter, None)  # amqtt keeps them for ever
             await self._recorder.client(
                 SessionUnsubscribed, client_session.client_id or "", topic_filter=topic_filter
             )
@@ -224,6 +329,24 @@ class EmbeddedBroker(Broker):
         if retain:
             await self.retain_message(session, topic, payload, payload.event.qos)
 
+    async def _retain_broadcast_message(
+        self, broadcast: dict[str, Any], qos: int, target_session: Session
+    ) -> None:
+        """Keep a message for a client that is away; amqtt keeps any number."""
+        while target_session.retained_messages.qsize() >= AWAY_MAX:
+            target_session.retained_messages.get_nowait()
+        await super()._retain_broadcast_message(broadcast, qos, target_session)
+
+    async def _publish_session_retained_messages(self, session: Session) -> None:
+        """What came while the client was away. amqtt waits for its acknowledgements before anything else, and calls
+        the messages retained ([MQTT-3.3.1-9]).
+        """
+        handler = self._get_handler(session)
+        while handler is not None and not session.retained_messages.empty():
+            message = session.retained_messages.get_nowait()
+            publish = handler.mqtt_publish(message.topic, message.data, message.qos, retain=False)
+            self._tasks_queue.append(asyncio.ensure_future(publish))
+
     async def _broadcast_message(
         self,
         session: Session | None,
@@ -235,11 +358,13 @@ class EmbeddedBroker(Broker):
         if session is not None and topic is not None and not isinstance(data, Payload):
             if refused_topic(topic):
                 logger.warning("%s has a will for %r: not published", session.client_id, topic)
+                session.will_retain = False
                 return
             payload = bytes(data or b"")
             event, _ = await self._recorder.publish(
                 topic, payload, force_qos or 0, bool(session.will_retain),
                 session.client_id or "", session.username,
             )  # fmt: skip
-            data = Payload.of(payload, event)
+            data = session.will_message = Payload.of(payload, event)  # which amqtt may retain
+            force_qos = None  # the subscribers' own, at most the will's
         await super()._broadcast_message(session, topic, data, force_qos)

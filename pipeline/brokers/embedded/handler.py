@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
 
 from aiokafka.errors import KafkaError
 from amqtt.adapters import ReaderAdapter, WriterAdapter
+from amqtt.errors import MQTTError
 from amqtt.mqtt.constants import QOS_1, QOS_2
 from amqtt.mqtt.disconnect import DisconnectPacket
+from amqtt.mqtt.pingreq import PingReqPacket
 from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
 from amqtt.mqtt.puback import PubackPacket
 from amqtt.mqtt.pubcomp import PubcompPacket
-from amqtt.mqtt.publish import PublishPacket
 from amqtt.mqtt.pubrec import PubrecPacket
 from amqtt.mqtt.pubrel import PubrelPacket
+from amqtt.mqtt.subscribe import SubscribePacket
+from amqtt.mqtt.unsubscribe import UnsubscribePacket
 from amqtt.session import OutgoingApplicationMessage, Session
 
 from pipeline.brokers.embedded.recorder import Recorder
+from pipeline.brokers.embedded.wire import Publish, Writer, read_packet
 from schemas.codec import topic_name_error
 from schemas.events import MessagePublished
 
@@ -28,6 +32,12 @@ logger = logging.getLogger(__name__)
 # How much of one client may wait for Kafka. Beyond either, its socket is not read: it is held back by TCP.
 WAITING_PUBLISHES_MAX: Final = 1_000
 WAITING_BYTES_MAX: Final = 16 * 1024 * 1024
+WAITING_SUBSCRIPTIONS_MAX: Final = 100  # SUBSCRIBEs, and UNSUBSCRIBEs, of one client: the same
+# How much may be on its way to one client. One that is slower is cut off: there is no limit otherwise to what it makes
+# the broker keep. A message counts for its payload and what it costs to keep one.
+SENDING_BYTES_MAX: Final = 64 * 1024 * 1024
+SENDING_OVERHEAD_BYTES: Final = 2_048
+OPEN: Final = ""  # the reason why a connection ended that has not
 
 
 class Payload(bytes):
@@ -72,26 +82,9 @@ class Gate:
             self.open.clear()
 
 
-class GatedReader(ReaderAdapter):
-    """A reader that waits at the gate before each read."""
-
-    def __init__(self, reader: ReaderAdapter, gate: Gate) -> None:
-        """`reader` does the reading."""
-        self._reader, self._gate = reader, gate
-
-    async def read(self, n: int = -1) -> bytes:
-        """See amqtt."""
-        await self._gate.open.wait()
-        return await self._reader.read(n)
-
-    def feed_eof(self) -> None:
-        """See amqtt."""
-        self._reader.feed_eof()
-
-
 class Handler(BrokerProtocolHandler):
-    """One client's connection. amqtt starts a task for each packet, in order, and cancels them when the client goes;
-    a publish goes on in a task of ours, since Kafka may have it already.
+    """One client's connection: its packets are taken in order; a publish goes on in a task of ours, since Kafka may
+    have it already when the client goes.
     """
 
     def __init__(self, plugins_manager: Any, recorder: Recorder, route: Route) -> None:
@@ -101,81 +94,144 @@ class Handler(BrokerProtocolHandler):
         self._gate = Gate()
         self._turn: asyncio.Future[None] | None = None  # done when the last publish was passed on
         self._publishing: set[asyncio.Task[None]] = set()
+        self._sending_bytes = 0  # on their way to this client
+        self._pending_subscriptions = asyncio.Queue(WAITING_SUBSCRIPTIONS_MAX)
+        self._pending_unsubscriptions = asyncio.Queue(WAITING_SUBSCRIPTIONS_MAX)
+        self.client_id = self.connection_id = ""
         self.connected_at_ms = 0
-        self.reason = "closed"  # why the connection ended, as far as is known
+        # From just before its connect is told to just before its disconnect is.
+        self.connected = False
+        self.reason = OPEN  # why the connection ended
         self.ended = asyncio.Event()
 
     def attach(self, session: Session, reader: ReaderAdapter, writer: WriterAdapter) -> None:
         """See amqtt."""
-        super().attach(session, GatedReader(reader, self._gate), writer)
+        super().attach(session, reader, Writer(writer))
+        self.client_id = session.client_id or ""
+        peer = f"{session.remote_address}:{session.remote_port}"
+        self.connection_id = f"{self._recorder.node}/{peer}"
 
-    @property
-    def client_id(self) -> str:
-        """Whose connection it is."""
-        return (self.session.client_id if self.session is not None else None) or ""
-
-    @property
-    def connection_id(self) -> str:
-        """The connection's identity: node and peer address."""
-        assert self.session is not None, "attach() comes first"
-        peer = f"{self.session.remote_address}:{self.session.remote_port}"
-        return f"{self._recorder.node}/{peer}"
+    async def start(self) -> None:
+        """See amqtt, which would wait for ever for a client that was gone before this is done."""
+        await super().start()
+        if self.reason != OPEN:
+            await self.handle_connection_closed()
 
     # -- in
 
-    async def handle_publish(self, publish_packet: PublishPacket) -> None:
-        """Kafka first; then routing and PUBACK or PUBREC, in the order in which the publishes came."""
-        topic, data = publish_packet.topic_name, publish_packet.data
-        repeated = publish_packet.qos == QOS_2 and publish_packet.packet_id in self._receiving
-        if repeated:
-            # [MQTT-4.3.3-2]: until PUBREL, the same packet id is the same message.
-            await self._send(PubrecPacket.build(_id(publish_packet)))
-            return
-        if topic is None or data is None or refused_topic(topic):
-            logger.warning("%s published to %r: connection closed", self.client_id, topic)
-            await self.drop("protocol_error")
-            return
-        if publish_packet.qos == QOS_2:
-            self._receiving[_id(publish_packet)] = None
-        before, self._turn = self._turn, asyncio.get_running_loop().create_future()
-        publish = self._publish(publish_packet, topic, data, before, self._turn)
-        task = asyncio.create_task(publish)
-        self._publishing.add(task)
-        task.add_done_callback(self._publishing.discard)
+    async def _reader_loop(self) -> None:
+        """Instead of amqtt's, which goes on reading in the middle of a packet that it could not make out."""
+        assert self._reader_ready is not None, "start() makes it"
+        self._reader_ready.set()
+        reason = "closed"
+        try:
+            while self.reason == OPEN and await self._take_packet():
+                pass
+        except TimeoutError:
+            reason = "keepalive_timeout"  # [MQTT-3.1.2-24]
+        except MQTTError as error:
+            logger.warning("%s: connection closed: %s", self.client_id, error)
+            reason = "protocol_error"
+        except (asyncio.CancelledError, OSError):
+            pass
+        self._over(reason)
+        await self.handle_connection_closed()
+        self._reader_stopped.set()
+        await self.stop()
+
+    async def _take_packet(self) -> bool:
+        """Read one packet and do what it asks for; whether there was one."""
+        assert self.reader is not None, "attach() comes first"
+        assert self.session is not None, "attach() comes first"
+        await self._gate.open.wait()
+        async with asyncio.timeout(self.session.keep_alive * 1.5 or None):
+            packet = await read_packet(self.reader, self._recorder.packet_bytes_max)
+        match packet:
+            case None:
+                return False
+            case Publish():
+                self._take_publish(packet)
+            case PubackPacket():
+                await self.handle_puback(packet)
+            case PubrecPacket():
+                await self.handle_pubrec(packet)
+            case PubcompPacket():
+                await self.handle_pubcomp(packet)
+            case PubrelPacket():
+                await self.handle_pubrel(packet)
+            case SubscribePacket():
+                await self.handle_subscribe(packet)
+            case UnsubscribePacket():
+                await self.handle_unsubscribe(packet)
+            case PingReqPacket():
+                await self.handle_pingreq(packet)
+            case DisconnectPacket():
+                await self.handle_disconnect(packet)
+            case _:
+                raise MQTTError(f"a client sends no {type(packet).__name__} here")
+        return True
+
+    def _take_publish(self, publish: Publish) -> None:
+        """Kafka first; then routing and PUBACK or PUBREC, in the order in which the publishes came.
+
+        Raises:
+            MQTTError: nobody may publish to this topic.
+        """
+        if refused_topic(publish.topic):
+            raise MQTTError(f"a publish to {publish.topic!r}")
+        turn = asyncio.get_running_loop().create_future()
+        if publish.qos == QOS_2:
+            received = self._receiving.setdefault(publish.packet_id, turn)
+            if (
+                received is not turn
+            ):  # [MQTT-4.3.3-2]: until PUBREL, the same id is the same message
+                self._start(self._answer_again(publish, received))
+                return
+        before, self._turn = self._turn, turn
+        self._gate.enter(len(publish.payload))
+        self._start(self._publish(publish, before, turn))
+
+    def _start(self, task: Coroutine[Any, Any, None]) -> None:
+        started = asyncio.create_task(task)
+        self._publishing.add(started)
+        started.add_done_callback(self._publishing.discard)
 
     async def _publish(
-        self,
-        packet: PublishPacket,
-        topic: str,
-        data: bytes,
-        before: asyncio.Future[None] | None,
-        turn: asyncio.Future[None],
+        self, publish: Publish, before: asyncio.Future[None] | None, turn: asyncio.Future[None]
     ) -> None:
         session = self.session
         assert session is not None, "a publish comes over an attached connection"
-        qos, retain = packet.qos or 0, packet.retain_flag
-        self._gate.enter(len(data))
+        topic, payload, qos, retain, packet_id = publish
         try:
             event, acknowledged = await self._recorder.publish(
-                topic, data, qos, retain, self.client_id, session.username
+                topic, payload, qos, retain, self.client_id, session.username
             )
             await acknowledged
             if before is not None:
                 await before
+            await self._route(session, Payload.of(payload, event), retain)
         except KafkaError as error:
             # There is no negative PUBACK in MQTT 3.1.1; whoever is cut off knows that it must try again.
             logger.warning("%s: a publish to %r is refused: %r", self.client_id, topic, error)
+            if qos == QOS_2:
+                self._receiving.pop(packet_id, None)
             await self.drop("publish_refused")
             return
         finally:
-            self._gate.leave(len(data))
-            if not turn.done():
-                turn.set_result(None)
-        await self._route(session, Payload.of(data, event), retain)
+            self._gate.leave(len(payload))
+            turn.set_result(None)
         if qos == QOS_1:
-            await self._send(PubackPacket.build(_id(packet)))
+            await self._send(PubackPacket.build(packet_id))
         elif qos == QOS_2:
-            await self._send(PubrecPacket.build(_id(packet)))
+            await self._send(PubrecPacket.build(packet_id))
+
+    async def _answer_again(self, publish: Publish, received: asyncio.Future[None]) -> None:
+        """A QoS 2 publish that came before, perhaps over another connection: Kafka first here, too."""
+        await received
+        if publish.packet_id in self._receiving:
+            await self._send(PubrecPacket.build(publish.packet_id))
+        else:
+            await self.drop("publish_refused")
 
     async def handle_pubrel(self, pubrel: PubrelPacket) -> None:
         """[MQTT-4.3.3-2]: PUBREL ends the packet id's message and is answered in any case."""
@@ -183,10 +239,14 @@ class Handler(BrokerProtocolHandler):
         await self._send(PubcompPacket.build(pubrel.packet_id))
 
     @property
-    def _receiving(self) -> dict[int, None]:
-        """QoS 2 packet ids between PUBLISH and PUBREL: part of the session, not of the connection."""
+    def _receiving(self) -> dict[int, asyncio.Future[None]]:
+        """QoS 2 packet ids between PUBLISH and PUBREL, done when Kafka has the message: part of the session, not of
+        the connection.
+        """
         assert self.session is not None, "attach() comes first"
-        receiving: dict[int, None] = self.session.attributes.setdefault("receiving", {})
+        receiving: dict[int, asyncio.Future[None]] = self.session.attributes.setdefault(
+            "receiving", {}
+        )
         return receiving
 
     # -- out
@@ -204,8 +264,21 @@ class Handler(BrokerProtocolHandler):
         if event is None:
             return await super().mqtt_publish(topic, data, qos, retain, ack_timeout)
         effective = min(qos or 0, event.qos)  # [MQTT-3.8.4-6]
-        await self._recorder.delivered(event, self.client_id, effective)
-        message = await super().mqtt_publish(topic, data, effective, retain, ack_timeout)
+        size = len(data) + SENDING_OVERHEAD_BYTES
+        if self._sending_bytes + size > SENDING_BYTES_MAX and self.reason == OPEN:
+            logger.warning("%s reads too slowly: connection closed", self.client_id)
+            self._start(self.drop("too_slow"))
+        if self.reason != OPEN:
+            return OutgoingApplicationMessage(None, topic, effective, data, retain)
+        self._sending_bytes += size
+        try:
+            await self._recorder.delivered(event, self.client_id, effective)
+            message = await super().mqtt_publish(topic, data, effective, retain, ack_timeout)
+        except TimeoutError:  # amqtt waits for 5 s
+            logger.warning("%s has not acknowledged a message of %r", self.client_id, topic)
+            return OutgoingApplicationMessage(None, topic, effective, data, retain)
+        finally:
+            self._sending_bytes -= size
         if effective:
             await self._recorder.acked(event, self.client_id, effective)
         return message
@@ -218,31 +291,25 @@ class Handler(BrokerProtocolHandler):
 
     async def handle_disconnect(self, disconnect: DisconnectPacket | None) -> None:
         """See amqtt."""
-        if disconnect is not None and self.reason == "closed":
-            self.reason = "normal"
+        if disconnect is not None:
+            self._over("normal")
+            if self.session is not None:
+                self.session.will_flag = False  # [MQTT-3.14.4-3]
         await super().handle_disconnect(disconnect)
-
-    def handle_read_timeout(self) -> None:
-        """[MQTT-3.1.2-24]: one and a half keep-alives without a packet; amqtt only takes note."""
-        if self._gate.open.is_set():
-            task = asyncio.ensure_future(self.drop("keepalive_timeout"))
-            self._publishing.add(task)
-            task.add_done_callback(self._publishing.discard)
 
     async def drop(self, reason: str) -> None:
         """Close the connection from this side."""
-        self.reason = reason
-        await super().handle_disconnect(None)
+        self._over(reason)
+        await self.handle_connection_closed()
         if self.writer is not None:
             await self.writer.close()
+
+    def _over(self, reason: str) -> None:
+        """The first reason is the one that counts."""
+        if self.reason == OPEN:
+            self.reason = reason
 
 
 def refused_topic(topic: str) -> bool:
     """What no client may publish to: not a topic name, or reserved ([MQTT-4.7.2-1])."""
     return topic_name_error(topic) is not None or topic.startswith("$")
-
-
-def _id(packet: PublishPacket) -> int:
-    packet_id = packet.packet_id
-    assert packet_id is not None, "amqtt reads one for QoS 1 and 2"
-    return packet_id

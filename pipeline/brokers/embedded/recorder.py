@@ -12,6 +12,7 @@ from pipeline.brokers.embedded.message_id import MessageIds
 from pipeline.producer import Producer
 from schemas import codec, keys
 from schemas.events import (
+    TEXT_BYTES_MAX,
     ClientConnected,
     ClientDisconnected,
     Event,
@@ -63,6 +64,8 @@ class Recorder:
         self._ids = MessageIds(node, os.getpid())
         self._entering = asyncio.Lock()
         self._wanted: dict[tuple[Hook, str], bool] = {}
+        # A larger packet cannot become a record: what a payload is in JSON is never shorter.
+        self.packet_bytes_max = producer.message_bytes_max + 2 + TEXT_BYTES_MAX + 2
         self.unacknowledged: set[asyncio.Future[Any]] = set()
 
     # -- publishes
@@ -148,13 +151,10 @@ class Recorder:
         acknowledged.add_done_callback(self._done)
         return acknowledged
 
-    async def drain(self, timeout_s: float) -> None:
-        """Wait until Kafka has acknowledged everything entered so far, at most `timeout_s`."""
-        waiting = set(self.unacknowledged)
-        if waiting:
-            _, left = await asyncio.wait(waiting, timeout=timeout_s)
-            if left:
-                logger.error("Kafka has not acknowledged %d events; not waiting longer", len(left))
+    async def drain(self) -> None:
+        """Wait until Kafka has acknowledged everything entered so far."""
+        if self.unacknowledged:
+            await asyncio.wait(set(self.unacknowledged))
 
     def _done(self, acknowledged: asyncio.Future[Any]) -> None:
         self.unacknowledged.discard(acknowledged)
