@@ -21,8 +21,6 @@ from schemas.rules import Rules
 
 logger = logging.getLogger(__name__)
 
-# How often everything connected and subscribed is told anew: what an event missed is put right by then.
-SYNC_INTERVAL_S: Final = 300.0
 # How long a bridge that is asked to stop waits for Kafka to take what is left: less than `millpond down` gives it.
 STOP_TIMEOUT_S: Final = 10.0
 
@@ -68,7 +66,7 @@ async def _serve(
     await recorder.drain()
     _say_ready()
     while True:
-        await asyncio.sleep(SYNC_INTERVAL_S)
+        await asyncio.sleep(settings.bridge.sync_interval_s)
         await broker.snapshot()
 
 

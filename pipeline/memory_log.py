@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 
+from aiokafka.partitioner import murmur2
+
 from agents.ports import LogBounds, Outgoing, Record
 from schemas.keys import Partition
 
@@ -37,8 +39,9 @@ class MemoryLog:
 
     def forget(self, topic: str, number: int, before: int) -> None:
         """Retention: drop the records below `before`."""
-        kept = [record for record in self.records[topic, number] if record.offset >= before]
-        self.records[topic, number], self.started_at[topic, number] = kept, before
+        place = topic, number
+        self.records[place] = [held for held in self.records[place] if held.offset >= before]
+        self.started_at[place] = max(self.started_at[place], before)
 
     async def bounds(self, partition: Partition) -> LogBounds:
         """See `agents.ports.Log`."""
@@ -62,7 +65,10 @@ class MemoryLog:
         """See `agents.ports.Log`."""
         for record in records:
             self.produced.append(record)
-            self.append(record.topic, record.partition or 0, record.key, record.value)
+            number = record.partition
+            if number is None:
+                number = murmur2(record.key or b"") % self.partition_count
+            self.append(record.topic, number, record.key, record.value)
         return _Acknowledged()
 
 

@@ -45,9 +45,9 @@ class PartitionTask:
     async def close(self, timeout_s: float) -> None:
         """Finish the run being folded and let go; give up after `timeout_s` (the next owner goes on)."""
         self._closing.set()
-        try:
-            await asyncio.wait_for(asyncio.shield(self.task), timeout_s)
-        except TimeoutError:
+        # What went wrong in the task is said where the task ends; here the others must be able to finish.
+        _, busy = await asyncio.wait((self.task,), timeout=timeout_s)
+        if busy:
             logger.warning(
                 "%s: still busy after %.0f s; letting go", self.driver.partition, timeout_s
             )
@@ -108,7 +108,6 @@ class Partitions:
         self._new_driver, self._log, self._release_timeout_s = new_driver, log, release_timeout_s
         self._on_ready, self._on_failure = on_ready, on_failure
         self._tasks: dict[int, PartitionTask] = {}
-        self._released: dict[int, PartitionTask] = {}
         self._loading: set[int] = set()
 
     def assign(self, numbers: set[int]) -> None:
@@ -128,21 +127,20 @@ class Partitions:
         if owned is not None:
             await owned.put(run)
 
-    async def release(self, numbers: set[int]) -> None:
-        """Finish and let go. `committable` still answers for them until they are assigned anew."""
-        owned = [self._tasks[number] for number in numbers if number in self._tasks]
-        await asyncio.gather(*(task.close(self._release_timeout_s) for task in owned))
-        self._released = {}
-        for number in numbers:
+    async def release(self, numbers: set[int]) -> dict[int, int]:
+        """Finish and let go: the last offsets that may be committed. Nothing here knows them afterwards, so that
+        they cannot be committed again after another owner went on.
+        """
+        owned = {number: self._tasks[number] for number in numbers & self._tasks.keys()}
+        await asyncio.gather(*(task.close(self._release_timeout_s) for task in owned.values()))
+        for number in owned:
             self._loading.discard(number)
-        for number in numbers & self._tasks.keys():
-            self._released[number] = self._tasks.pop(number)
+            self._tasks.pop(number, None)  # a rebalance and our own end may both let go
+        return _committable(owned)
 
     def committable(self) -> dict[int, int]:
         """The offset that may be committed, per partition that has one."""
-        tasks = {**self._released, **self._tasks}
-        offsets = {number: owned.driver.committable for number, owned in tasks.items()}
-        return {number: offset for number, offset in offsets.items() if offset is not None}
+        return _committable(self._tasks)
 
     def _loaded(self, number: int) -> None:
         self._loading.discard(number)
@@ -153,3 +151,8 @@ class Partitions:
         error = None if task.cancelled() else task.exception()
         if error is not None:
             self._on_failure(error)
+
+
+def _committable(tasks: dict[int, PartitionTask]) -> dict[int, int]:
+    offsets = {number: owned.driver.committable for number, owned in tasks.items()}
+    return {number: offset for number, offset in offsets.items() if offset is not None}

@@ -111,12 +111,16 @@ class StackSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class BridgeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the embedded broker listens, and what its node is called in events."""
+    """Where the embedded broker listens, and what its node is called in events.
+
+    Every `sync_interval_s` all that is connected and subscribed is told anew: what an event missed is right by then.
+    """
 
     host: str = "127.0.0.1"
     mqtt_port: Port = 1883
     websocket_port: Port = 8083
     node: str = "embedded@127.0.0.1"
+    sync_interval_s: Annotated[float, Meta(ge=1)] = 300.0
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

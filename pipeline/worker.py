@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ from schemas.rules import Rules
 logger = logging.getLogger(__name__)
 
 
+class App(faust.App):
+    """Faust's, without the directories for tables that it makes wherever it is started: we have no tables."""
+
+    def _create_directories(self) -> None:
+        """Write nothing."""
+
+
 class RunSchema(faust.Schema[Any, Any]):
     """Hands a run of records over as it is: the driver decodes what its agent owns, and only that."""
 
@@ -53,6 +61,9 @@ class Worker:
         """Nothing is opened before `run`."""
         self.agent, self.settings, self.rules = agent, settings, rules
         self._stopping = asyncio.Event()
+        # Who has not been heard of for a session is gone for Kafka: no use in saying good-bye any longer.
+        self._patience = threading.Timer(settings.worker.session_timeout_s, self._give_up)
+        self._patience.daemon = True
         self._failure: BaseException | None = None
         kafka = settings.kafka
         self._producer = Producer(kafka.client_options(), kafka.message_bytes_max)
@@ -78,7 +89,7 @@ class Worker:
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stopping.set)
+            loop.add_signal_handler(number, self._stop)
         await check_commands(self.rules.pool(self.agent), self.rules)
         await self._producer.start()
         await self._log.start()
@@ -87,9 +98,11 @@ class Worker:
             await app.start()
             await self._until_stopping(app)
         finally:
+            self._stop()
             await app.stop()
             await self._log.stop()
             await self._producer.stop()
+            self._patience.cancel()
         if isinstance(self._failure, MillpondError):
             raise self._failure
         if self._failure is not None:
@@ -104,10 +117,26 @@ class Worker:
         if app.crashed:
             self._failure = self._failure or app.crash_reason
 
+    def _stop(self) -> None:
+        if not self._stopping.is_set():
+            self._stopping.set()
+            self._patience.start()
+
+    def _give_up(self) -> None:
+        """In a thread of its own: Faust and aiokafka wait for a Kafka that is away, some of it for ever."""
+        logger.error(
+            "worker %s: no clean end within %.0f s%s; leaving: the next owner goes on from what the store holds",
+            self.agent,
+            self.settings.worker.session_timeout_s,
+            f" after {self._failure!r}" if self._failure else "",
+        )
+        logging.shutdown()
+        os._exit(1)
+
     def _app(self) -> faust.App:
         worker, kafka = self.settings.worker, self.settings.kafka
         brokers = [URL(f"kafka://{server}") for server in kafka.bootstrap_servers]
-        app = faust.App(
+        app = App(
             keys.group_id(self.settings.app, self.agent),
             broker=brokers,
             broker_credentials=_credentials(kafka.client_options()),
@@ -124,7 +153,7 @@ class Worker:
             autodiscover=False,
         )
         app.transport = self._transport(app, brokers)
-        topic = app.topic(keys.SOURCE_TOPIC[self.agent], schema=RunSchema())
+        topic = app.topic(keys.SOURCE_TOPIC[self.agent], schema=RunSchema(), acks=False)
         app.agent(topic, name=self.agent)(self._fold)
         app.on_partitions_assigned.connect(self._assigned, weak=False)
         return app
@@ -158,12 +187,15 @@ class Worker:
     async def _assigned(self, _: Any, /, *assigned: Any, **__: Any) -> None:
         self._partitions.assign({tp.partition for tp in assigned[0]})
 
-    async def _release(self, revoked: set[TP]) -> None:
-        await self._partitions.release({tp.partition for tp in revoked})
+    async def _release(self, revoked: set[TP]) -> dict[TP, int]:
+        return self._by_partition(await self._partitions.release({tp.partition for tp in revoked}))
 
     def _committable(self) -> dict[TP, int]:
+        return self._by_partition(self._partitions.committable())
+
+    def _by_partition(self, offsets: dict[int, int]) -> dict[TP, int]:
         topic = keys.SOURCE_TOPIC[self.agent]
-        return {TP(topic, number): at for number, at in self._partitions.committable().items()}
+        return {TP(topic, number): offset for number, offset in offsets.items()}
 
     def _ready(self) -> None:
         logger.info("worker %s is ready", self.agent)
@@ -175,7 +207,7 @@ class Worker:
         """A partition cannot go on: the process stops, and commits nothing beyond."""
         logger.error("worker %s stops: %s", self.agent, error)
         self._failure = self._failure or error
-        self._stopping.set()
+        self._stop()
 
 
 def _credentials(options: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,10 +28,6 @@ from tests.system.pipeline import PARTITIONS, WAIT_S, until
 NODE = "bridge@test"
 MESSAGE_BYTES_MAX = 2 * 1024 * 1024
 READ = (keys.CLIENTS_TOPIC, keys.MESSAGES_TOPIC)
-# A bridge that tells its snapshot every second, otherwise as it is.
-OFTEN = (
-    "import pipeline.bridge, pipeline.cli; pipeline.bridge.SYNC_INTERVAL_S = 1; pipeline.cli.main()"
-)
 
 E = TypeVar("E")
 
@@ -67,7 +63,7 @@ class Bridge:
     """One `millpond bridge embedded` process on free ports."""
 
     def __init__(
-        self, bootstrap: str, directory: Path, *rules: str, arguments: Sequence[str] = (),
+        self, bootstrap: str, directory: Path, *rules: str, sync_interval_s: int = 300,
         port: int | None = None,
     ) -> None:  # fmt: skip
         directory.mkdir(parents=True, exist_ok=True)
@@ -80,12 +76,11 @@ class Bridge:
             f'[kafka]\nbootstrap_servers = ["{bootstrap}"]\npartitions = {PARTITIONS}\n'
             f"message_bytes_max = {MESSAGE_BYTES_MAX}\n"
             f'[bridge]\nnode = "{NODE}"\nmqtt_port = {self.port}\n'
-            f"websocket_port = {self.websocket_port}\n" + given.POOL + "".join(rules or [given.store()])
+            f"websocket_port = {self.websocket_port}\nsync_interval_s = {sync_interval_s}\n" + given.POOL + "".join(rules or [given.store()])
         )  # fmt: skip
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, *(arguments or ("-m", "pipeline.cli")), "bridge", "embedded",
-                 "--config", str(config)],
+                [sys.executable, "-m", "pipeline.cli", "bridge", "embedded", "--config", str(config)],
                 stdout=output, stderr=output,
                 env={**os.environ, "MILLPOND_READY_FILE": str(self._ready)},
             )  # fmt: skip

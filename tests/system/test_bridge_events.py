@@ -35,7 +35,7 @@ from schemas.events import (
     SessionUnsubscribed,
 )
 from tests import given
-from tests.system.bridge import NODE, OFTEN, Bridge, Log, reading, running
+from tests.system.bridge import NODE, Bridge, Log, reading, running
 from tests.system.mqtt import PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL, Client, Will, delivered
 from tests.system.pipeline import PARTITIONS
 
@@ -357,7 +357,7 @@ async def test_a_snapshot_tells_who_is_connected_and_sigterm_ends_it_all(
     bridge: Bridge, log: Log, tmp_path: Path
 ) -> None:
     # Given a bridge with one client connected and one whose session waits
-    other = Bridge(bridge.bootstrap, tmp_path, arguments=("-c", OFTEN)).until_ready()
+    other = Bridge(bridge.bootstrap, tmp_path, sync_interval_s=1).until_ready()
     try:
         here = await other.connect("here", clean=False)
         await here.subscribe("here/#", 1)

@@ -235,6 +235,25 @@ def test_the_logs_clock_never_goes_back() -> None:
     assert world.stored() == ["a", "b"]
 
 
+def test_times_that_go_back_change_no_order_and_nothing_expires_early_or_twice() -> None:
+    world = World(given.store(expired_time=60))
+    driver = world.started()
+    for world.now_ms, name in ((70_000, "a"), (10_000, "b"), (50_000, "c")):
+        world.append(given.published(name))
+    world.feed(driver)
+    index = world.server.of(keys.message_index("t"), Zset)
+    assert [name for name, _ in index.ordered()] == ["a", "b", "c"]
+    for world.now_ms, left in ((129_999, ["a", "b", "c"]), (130_000, []), (60_000, [])):
+        world.append(Tick(at=0, node="n", agent="messages"))
+        world.feed(driver)
+        assert world.stored() == left
+    world.append(given.published("d"))
+    world.now_ms = 189_999
+    world.append(Tick(at=0, node="n", agent="messages"))
+    world.feed(driver)
+    assert world.stored() == ["d"]
+
+
 def test_skipped_records_move_the_clock() -> None:
     world = World(
         given.a_rule(hook="session.subscribed", topic="q", action="on_message_fetch_for_queue")

@@ -1,0 +1,157 @@
+"""Faust apps with our transport over a real Kafka: members of a group whose work is what a test says it is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import faust
+from aiokafka import AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.records_to_delete import RecordsToDelete
+from aiokafka.structs import TopicPartition
+from faust.types import TP
+from yarl import URL
+
+from agents.ports import Record
+from pipeline.transport import Consumer, Transport
+from pipeline.worker import App, RunSchema
+from tests.system.pipeline import until
+
+RUN_RECORDS_MAX = 50
+RUN_BYTES_MAX = 10_000
+# So long that no test sees the periodic commit, and so short that it sees many.
+NEVER_S, ALL_THE_TIME_S = 3_600.0, 0.1
+
+
+class Member:
+    """One app of the group. It does nothing with its runs; a test says what of them is done."""
+
+    def __init__(self, group: Group, consumer: type[Consumer], commit_interval_s: float) -> None:
+        self.runs: dict[int, list[list[Record]]] = defaultdict(list)
+        self.done: dict[TP, int] = {}  # what may be committed while owned
+        self.last: dict[TP, int] = {}  # what may be committed once released
+        self.releasing = asyncio.Event()
+        self.may_release = asyncio.Event()
+        self.may_release.set()
+        self.app = self._app(group, consumer, commit_interval_s)
+
+    def _app(self, group: Group, consumer: type[Consumer], commit_interval_s: float) -> faust.App:
+        url = [URL(f"kafka://{group.bootstrap}")]
+        app = App(
+            group.name, broker=url, broker_commit_interval=commit_interval_s,
+            broker_session_timeout=6.0, broker_heartbeat_interval=0.2,
+            consumer_auto_offset_reset="earliest", stream_buffer_maxsize=16,
+            table_standby_replicas=0, topic_disable_leader=True, topic_allow_declare=False,
+            web_enabled=False, autodiscover=False,
+        )  # fmt: skip
+
+        class MemberConsumer(consumer):  # type: ignore[misc,valid-type]
+            run_records_max, run_bytes_max = RUN_RECORDS_MAX, RUN_BYTES_MAX
+            release = staticmethod(self._release)
+            committable = staticmethod(lambda: self.done)
+
+        class MemberTransport(Transport):
+            Consumer = MemberConsumer
+
+        app.transport = MemberTransport(url, app)
+
+        async def take(runs: Any) -> None:
+            async for event in runs.events():
+                self.runs[event.message.partition].append(event.value)
+
+        app.agent(app.topic(group.topic, schema=RunSchema(), acks=False), name="take")(take)
+        return app
+
+    async def _release(self, partitions: set[TP]) -> Mapping[TP, int]:
+        self.releasing.set()
+        await self.may_release.wait()
+        self.done = {tp: offset for tp, offset in self.done.items() if tp not in partitions}
+        return {tp: offset for tp, offset in self.last.items() if tp in partitions}
+
+    @property
+    def consumer(self) -> Consumer:
+        consumer: Any = self.app.consumer
+        assert isinstance(consumer, Consumer)
+        return consumer
+
+    @property
+    def assignment(self) -> set[TP]:
+        return set() if self.app.rebalancing else self.consumer.assignment()
+
+    def offsets(self, partition: int) -> list[int]:
+        """Of all records handed over so far, in the order they were."""
+        return [record.offset for run in self.runs[partition] for record in run]
+
+    async def has(self, partition: int, offset: int) -> None:
+        """Wait until a record was handed over."""
+
+        async def there() -> bool:
+            return offset in self.offsets(partition)
+
+        await until(there, f"offset {offset} of partition {partition}")
+
+    async def owns(self, count: int) -> None:
+        """Wait until the rebalance is over and it has so many partitions."""
+
+        async def owned() -> bool:
+            return len(self.assignment) == count
+
+        await until(owned, f"{count} partitions to be assigned")
+
+
+class Group:
+    """A consumer group over a topic of its own."""
+
+    def __init__(self, name: str, bootstrap: str, admin: AIOKafkaAdminClient) -> None:
+        self.name, self.bootstrap, self.admin = name, bootstrap, admin
+        self.topic = f"{name}.runs"
+        self.members: list[Member] = []
+
+    def tp(self, partition: int) -> TP:
+        return TP(self.topic, partition)
+
+    async def create(self, partitions: int) -> None:
+        await self.admin.create_topics([NewTopic(self.topic, partitions, 1)])
+
+    async def fill(
+        self, partition: int, values: list[bytes | None], transactional_id: str | None = None
+    ) -> None:
+        """Append these values; with an id as one transaction, which leaves a marker behind them."""
+        producer = AIOKafkaProducer(
+            bootstrap_servers=self.bootstrap, transactional_id=transactional_id
+        )
+        await producer.start()
+        if transactional_id:
+            await producer.begin_transaction()
+        sent = [await producer.send(self.topic, value, b"key", partition) for value in values]
+        await asyncio.gather(*sent)
+        if transactional_id:
+            await producer.commit_transaction()
+        await producer.stop()
+
+    async def delete_below(self, partition: int, offset: int) -> None:
+        await self.admin.delete_records(
+            {TopicPartition(self.topic, partition): RecordsToDelete(offset)}
+        )
+
+    async def member(
+        self, consumer: type[Consumer] = Consumer, commit_interval_s: float = NEVER_S
+    ) -> Member:
+        """One more app, started."""
+        member = Member(self, consumer, commit_interval_s)
+        self.members.append(member)
+        await member.app.start()
+        return member
+
+    async def committed(self) -> dict[int, int]:
+        """What Kafka says is committed, by partition."""
+        offsets = await self.admin.list_consumer_group_offsets(self.name)
+        return {at.partition: found.offset for at, found in offsets.items() if found.offset >= 0}
+
+    async def stop(self) -> None:
+        for member in self.members:
+            member.may_release.set()
+            await member.app.stop()

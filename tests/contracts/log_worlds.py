@@ -1,0 +1,180 @@
+"""The two logs that one contract suite is run over, and what happens to them behind their backs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.records_to_delete import RecordsToDelete
+
+from agents.ports import Log
+from pipeline.log import KafkaLog
+from pipeline.memory_log import MemoryLog
+from pipeline.producer import Producer
+from schemas.keys import Partition, group_id
+from tests.system.pipeline import until
+
+PARTITION_COUNT = 3
+RUN_RECORDS_MAX = 5
+MESSAGE_BYTES_MAX = 1 << 20
+
+
+class Kept(NamedTuple):
+    """A record as any consumer sees it."""
+
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes], ...]
+
+
+class World(Protocol):
+    """A log whose topic has `PARTITION_COUNT` empty partitions."""
+
+    app: str
+
+    @property
+    def log(self) -> Log:
+        """The log itself."""
+
+    async def append(self, partition: Partition, values: Sequence[bytes]) -> None:
+        """Somebody else writes these values."""
+
+    async def append_and_leave_a_hole(self, partition: Partition, values: Sequence[bytes]) -> None:
+        """The same, and the offset after them holds no record."""
+
+    async def forget(self, partition: Partition, before: int) -> None:
+        """Retention drops what is below `before`."""
+
+    async def commit(self, partition: Partition, offset: int) -> None:
+        """The agent's group commits."""
+
+    async def kept(self, topic: str) -> list[list[Kept]]:
+        """All records of a topic, partition by partition."""
+
+
+class MemoryWorld:
+    """In memory."""
+
+    def __init__(self, app: str) -> None:
+        self.app = app
+        self.log = MemoryLog(lambda: int(time.time() * 1_000), PARTITION_COUNT, RUN_RECORDS_MAX)
+
+    async def append(self, partition: Partition, values: Sequence[bytes]) -> None:
+        for value in values:
+            self.log.append(partition.topic, partition.number, b"key", value)
+
+    async def append_and_leave_a_hole(self, partition: Partition, values: Sequence[bytes]) -> None:
+        await self.append(partition, [*values, b"hole", b"after it"])
+        del self.log.records[partition.topic, partition.number][-2]
+
+    async def forget(self, partition: Partition, before: int) -> None:
+        self.log.forget(partition.topic, partition.number, before)
+
+    async def commit(self, partition: Partition, offset: int) -> None:
+        self.log.committed[partition] = offset
+
+    async def kept(self, topic: str) -> list[list[Kept]]:
+        headers = {sent.value: sent.headers for sent in self.log.produced if sent.topic == topic}
+        return [
+            [
+                Kept(record.key, record.value, headers[record.value])
+                for record in self.log.records[topic, number]
+            ]
+            for number in range(PARTITION_COUNT)
+        ]
+
+
+class KafkaWorld:
+    """A real Kafka; `topic` is made for this world."""
+
+    def __init__(self, app: str, bootstrap: str, topic: str) -> None:
+        self.app, self._bootstrap, self._topic = app, bootstrap, topic
+        self._admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+        self._options = {"bootstrap_servers": bootstrap}
+        self._producer = Producer(self._options, MESSAGE_BYTES_MAX)
+        group = group_id(app, "messages")
+        self.log = KafkaLog(self._producer, self._options, group, RUN_RECORDS_MAX)
+
+    async def start(self) -> None:
+        await self._admin.start()
+        config = {"message.timestamp.type": "LogAppendTime"}
+        await self._admin.create_topics(
+            [NewTopic(self._topic, PARTITION_COUNT, 1, topic_configs=config)]
+        )
+        await self._producer.start()
+        await self.log.start()
+
+    async def stop(self) -> None:
+        await self.log.stop()
+        await self._producer.stop()
+        await self._admin.close()
+
+    @contextlib.asynccontextmanager
+    async def _writer(self, **options: Any) -> AsyncIterator[AIOKafkaProducer]:
+        writer = AIOKafkaProducer(**self._options, **options)
+        await writer.start()
+        try:
+            yield writer
+        finally:
+            await writer.stop()
+
+    async def _write(
+        self, writer: AIOKafkaProducer, partition: Partition, values: Sequence[bytes]
+    ) -> None:
+        sent = [
+            await writer.send(partition.topic, value, b"key", partition.number) for value in values
+        ]
+        await asyncio.gather(*sent)
+
+    async def append(self, partition: Partition, values: Sequence[bytes]) -> None:
+        async with self._writer() as writer:
+            await self._write(writer, partition, values)
+
+    async def append_and_leave_a_hole(self, partition: Partition, values: Sequence[bytes]) -> None:
+        """The end of a transaction is an offset of its own, which no consumer is shown."""
+        end = (await self.log.bounds(partition)).end + len(values)
+        async with self._writer(transactional_id=self._topic) as writer, writer.transaction():
+            await self._write(writer, partition, values)
+
+        async def marked() -> bool:
+            return (await self.log.bounds(partition)).end > end
+
+        await until(marked, "the end of the transaction")
+        await self.append(partition, [b"after it"])
+
+    async def forget(self, partition: Partition, before: int) -> None:
+        place = TopicPartition(partition.topic, partition.number)
+        await self._admin.delete_records({place: RecordsToDelete(before)})
+
+    async def commit(self, partition: Partition, offset: int) -> None:
+        place = TopicPartition(partition.topic, partition.number)
+        consumer = AIOKafkaConsumer(
+            group_id=group_id(self.app, partition.agent), enable_auto_commit=False, **self._options
+        )
+        await consumer.start()
+        consumer.assign([place])
+        await consumer.commit({place: offset})
+        await consumer.stop()
+
+    async def kept(self, topic: str) -> list[list[Kept]]:
+        consumer = AIOKafkaConsumer(auto_offset_reset="earliest", **self._options)
+        await consumer.start()
+        found: list[list[Kept]] = []
+        for number in range(PARTITION_COUNT):
+            place = TopicPartition(topic, number)
+            consumer.assign([place])
+            end = (await consumer.end_offsets([place]))[place]
+            records: list[Kept] = []
+            while await consumer.position(place) < end:
+                fetched = await consumer.getmany(place, timeout_ms=500)
+                records += [
+                    Kept(read.key, read.value, read.headers) for read in fetched.get(place, ())
+                ]
+            found.append(records)
+        await consumer.stop()
+        return found

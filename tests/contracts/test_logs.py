@@ -1,0 +1,199 @@
+"""What the driver may expect of a log, of Kafka and of the one in memory alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+from agents.ports import LogBounds, Outgoing, Record
+from schemas import keys
+from schemas.keys import Partition
+from tests.contracts.log_worlds import (
+    PARTITION_COUNT,
+    RUN_RECORDS_MAX,
+    KafkaWorld,
+    Kept,
+    MemoryWorld,
+    World,
+)
+
+TWELVE = [b"%d" % number for number in range(12)]
+
+
+@pytest.fixture(params=["kafka", "memory"])
+async def world(
+    request: pytest.FixtureRequest, app_name: str, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[World]:
+    topic = f"log-{app_name}"  # of its own: nothing has to be deleted, which takes Kafka a while
+    monkeypatch.setitem(keys.SOURCE_TOPIC, "messages", topic)
+    if request.param == "memory":
+        yield MemoryWorld(app_name)
+        return
+    world = KafkaWorld(app_name, request.getfixturevalue("kafka"), topic)
+    await world.start()
+    yield world
+    await world.stop()
+
+
+@pytest.fixture
+def first(world: World) -> Partition:
+    return Partition(world.app, "messages", 0)
+
+
+@pytest.fixture
+def second(world: World) -> Partition:
+    return Partition(world.app, "messages", 1)
+
+
+async def read(world: World, partition: Partition, start: int, stop: int) -> list[Record]:
+    """The records, after a look at how they come."""
+    runs = [run async for run in world.log.read(partition, start, stop)]
+    assert all(1 <= len(run) <= RUN_RECORDS_MAX for run in runs)
+    return [record for run in runs for record in run]
+
+
+async def offsets(world: World, partition: Partition, start: int, stop: int) -> list[int]:
+    return [record.offset for record in await read(world, partition, start, stop)]
+
+
+async def test_bounds_tell_cluster_partitions_begin_end_and_what_the_group_committed(
+    world: World, first: Partition, second: Partition
+) -> None:
+    fresh = await world.log.bounds(first)
+    assert fresh == LogBounds(fresh.cluster_id, PARTITION_COUNT, 0, 0, None)
+    assert fresh.cluster_id
+    await world.append(first, TWELVE)
+    assert await world.log.bounds(first) == fresh._replace(end=12)
+    await world.commit(first, 7)
+    assert await world.log.bounds(first) == fresh._replace(end=12, committed=7)
+    await world.forget(first, 5)
+    assert await world.log.bounds(first) == fresh._replace(start=5, end=12, committed=7)
+    await world.forget(first, 3)
+    assert await world.log.bounds(first) == fresh._replace(start=5, end=12, committed=7)
+    await world.forget(first, 12)
+    assert await world.log.bounds(first) == fresh._replace(start=12, end=12, committed=7)
+    await world.append(first, [b"next"])
+    assert await world.log.bounds(first) == fresh._replace(start=12, end=13, committed=7)
+    assert await world.log.bounds(second) == fresh
+
+
+async def test_a_range_is_read_in_order_and_whole_with_its_end_left_out(
+    world: World, first: Partition
+) -> None:
+    await world.append(first, TWELVE)
+    records = await read(world, first, 0, 12)
+    assert [record.value for record in records] == TWELVE
+    assert [record.offset for record in records] == list(range(12))
+    assert {record.key for record in records} == {b"key"}
+    assert await offsets(world, first, 3, 8) == [3, 4, 5, 6, 7]
+    assert await offsets(world, first, 11, 12) == [11]
+    assert await offsets(world, first, 4, 4) == []
+
+
+async def test_what_retention_dropped_is_passed_over(world: World, first: Partition) -> None:
+    await world.append(first, TWELVE)
+    await world.forget(first, 9)
+    assert await offsets(world, first, 0, 12) == [9, 10, 11]
+    assert await offsets(world, first, 2, 9) == []
+    await world.forget(first, 12)
+    assert await offsets(world, first, 0, 12) == []
+
+
+async def test_offsets_that_hold_no_record_are_passed_over(world: World, first: Partition) -> None:
+    await world.append_and_leave_a_hole(first, [b"a", b"b", b"c"])
+    await world.append(first, TWELVE)
+    assert await offsets(world, first, 0, 8) == [0, 1, 2, 4, 5, 6, 7]
+    assert await offsets(world, first, 2, 4) == [2]
+    assert await offsets(world, first, 3, 4) == []
+
+
+async def test_two_partitions_can_be_read_in_turn(
+    world: World, first: Partition, second: Partition
+) -> None:
+    await world.append(first, TWELVE)
+    await world.append(second, TWELVE[::-1])
+    reading = world.log.read(first, 0, 12), world.log.read(second, 0, 12)
+    values: tuple[list[bytes | None], ...] = [], []
+    for _ in range(2):
+        for run, read_so_far in zip(reading, values, strict=True):
+            read_so_far += [record.value for record in await anext(run)]
+    for run, read_so_far in zip(reading, values, strict=True):
+        async for records in run:
+            read_so_far += [record.value for record in records]
+    assert values == (TWELVE, TWELVE[::-1])
+
+
+async def test_the_time_of_a_record_is_when_the_log_took_it(world: World, first: Partition) -> None:
+    begin_ms = int(time.time() * 1_000)
+    for value in TWELVE[:3]:
+        await world.append(first, [value])
+    await world.log.produce([Outgoing(first.topic, b"k", b"v", partition=0)])
+    times = [record.timestamp for record in await read(world, first, 0, 4)]
+    assert times == sorted(times)
+    assert begin_ms <= times[0]
+    assert times[-1] <= time.time() * 1_000
+
+
+async def test_what_is_produced_is_kept_whole_where_it_was_sent(
+    world: World, first: Partition
+) -> None:
+    headers = (("reason", b"\xff\x00"), ("reason", b"twice"), ("empty", b""))
+    await world.log.produce([
+        Outgoing(first.topic, b"k", b"v", headers, 2),
+        Outgoing(first.topic, None, b"no key", (), 2),
+        Outgoing(first.topic, b"no value", None, (), 2),
+    ])  # fmt: skip
+    assert await world.kept(first.topic) == [
+        [], [],
+        [Kept(b"k", b"v", headers), Kept(None, b"no key", ()), Kept(b"no value", None, ())],
+    ]  # fmt: skip
+
+
+async def test_a_record_with_neither_key_nor_value_can_be_produced(
+    world: World, first: Partition
+) -> None:
+    # The dead letter of a record that is gone, or was empty to begin with, has only headers.
+    await world.log.produce([Outgoing(first.topic, None, None, (("reason", b"r"),), 1)])
+    (letter,) = (await world.kept(first.topic))[1]
+    assert not letter.key
+    assert not letter.value
+    assert letter.headers == (("reason", b"r"),)
+
+
+async def test_the_key_decides_where_no_partition_is_named(world: World, first: Partition) -> None:
+    names = [b"key %d" % number for number in range(30)]
+    await world.log.produce([
+        Outgoing(first.topic, name, b"%s, %d" % (name, turn)) for turn in range(3) for name in names
+    ])  # fmt: skip
+    partitions = await world.kept(first.topic)
+    assert all(partitions)
+    for name in names:
+        (held,) = [
+            values
+            for kept in partitions
+            if (values := [record.value for record in kept if record.key == name])
+        ]
+        assert held == [b"%s, %d" % (name, turn) for turn in range(3)]
+
+
+async def test_batches_are_produced_in_the_order_in_which_they_were_begun(
+    world: World, first: Partition
+) -> None:
+    # Far more than fits into the producer's buffer; and where a large record has to wait, a small one would not.
+    sizes = [200_000, 100] * 5
+    batches = [
+        [b"%d.%d " % (batch, at) + b"x" * size for at in range(4)]
+        for batch, size in enumerate(sizes)
+    ]
+    under_way = [
+        world.log.produce([Outgoing(first.topic, b"k", value, (), 0) for value in batch])
+        for batch in batches
+    ]
+    for acknowledged in under_way:
+        await acknowledged
+        await acknowledged  # again is allowed
+    kept = (await world.kept(first.topic))[0]
+    labels = [(record.value or b"").partition(b" ")[0].decode() for record in kept]
+    assert labels == [f"{batch}.{at}" for batch in range(10) for at in range(4)]
