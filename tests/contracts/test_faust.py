@@ -23,6 +23,7 @@ from aiokafka.producer.message_accumulator import MessageAccumulator, MessageBat
 from aiokafka.protocol.group import LeaveGroupRequest
 from faust.streams import Stream
 from faust.transport import consumer as base
+from faust.transport.conductor import ConductorCompiler
 from faust.transport.drivers import aiokafka as stock
 from faust.types import TP
 
@@ -109,6 +110,9 @@ def test_what_we_call_and_is_private_takes_what_we_give(
         (stock.AIOKafkaConsumerThread._commit, 'if "already rebalanced" in str(exc)'),
         # Runs that wait in a stream at a rebalance are dropped, by their generation.
         (Stream._py_aiter, "message.generation_id != self.app.consumer_generation_id"),
+        # Our `on_buffer_full` does nothing: a full buffer must make the fetch loop wait by itself.
+        (ConductorCompiler.build, "if queue.full():"),
+        (ConductorCompiler.build, "asyncio.ensure_future(dest_chan.put(dest_event))"),
         # What a batch without a leader lives for.
         (MessageAccumulator._append_batch, "self._batch_ttl"),
         (MessageAccumulator.drain_by_nodes, ".expired()"),
@@ -181,6 +185,16 @@ async def test_only_active_and_buffered_partitions_are_handed_over(idle: Member)
     idle.consumer._buffered_partitions.add(B)
     assert [tp async for tp, _ in hand_over(idle, (answer, {A}))] == [A, B]
     assert [tp async for tp, _ in hand_over(idle, (answer, None))] == [A, B]
+
+
+async def test_a_partition_whose_buffer_is_full_is_still_asked_for(idle: Member) -> None:
+    # Guards against: `on_buffer_full` no longer being what takes a partition out, for a second at least.
+    consumer = idle.consumer
+    consumer._active_partitions = {A, B}
+    consumer.on_buffer_full(A)
+    assert consumer._active_partitions == {A, B}
+    stock.Consumer.on_buffer_full(consumer, A)
+    assert consumer._active_partitions == {B}
 
 
 async def test_nothing_is_handed_over_of_an_older_generation_or_while_the_flow_is_stopped(
