@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from msgspec import Struct, field
 
-from agents.effects import DeadLetter, Output, Refusal
+from agents.effects import DeadLetter, Refusal
 from agents.ports import Record, Transaction
 from schemas.events import Event
 
@@ -59,7 +59,7 @@ class InFlight(NamedTuple):
 
 def sort_out(
     batch: Batch, refusals: Sequence[Refusal]
-) -> tuple[list[HalfWritten], list[Output], list[str]]:
+) -> tuple[list[HalfWritten], list[DeadLetter], list[str]]:
     """What refusals come to: the half written events, one dead letter for each, and what no event asked for."""
     events = {folded.record.offset: folded.event for folded in batch.folded}
     half_written: list[HalfWritten] = []
@@ -75,5 +75,5 @@ def sort_out(
         else:
             half_written.append(HalfWritten(event, refusal))
             reasons.setdefault(refusal.offset, []).append(reason)
-    letters: list[Output] = [DeadLetter(offset, "; ".join(why)) for offset, why in reasons.items()]
+    letters = [DeadLetter(offset, "; ".join(why)) for offset, why in reasons.items()]
     return half_written, letters, others

@@ -22,6 +22,7 @@ from agents.effects import DeadLetter, Effect, Output
 from agents.fence import compare
 from agents.intake import Intake
 from agents.outbox import Outbox
+from agents.outputs import Outputs
 from agents.ports import (
     Applied,
     Log,
@@ -40,7 +41,6 @@ from schemas.events import Event, RulesChanged, Tick
 from schemas.keys import Partition
 from schemas.rules import Rules
 
-NODE: Final = "millpond"  # who stamps the records that agents write
 NOTHING: Final = Record(-1, 0, None, None)
 
 
@@ -61,7 +61,8 @@ class PartitionDriver(Generic[Packed]):
         self._notice = notice
         self._rules = RulesInForce(rules)
         self._intake = Intake(partition, machine.owns)
-        self._outbox = Outbox(partition, log)
+        self._outputs = Outputs(partition, store.read)
+        self._outbox = Outbox(partition, log, self._outputs)
         self._ticks = Ticks()
         self._loaded = False
         self._cluster_id, self._partition_count = "", 0
@@ -120,7 +121,9 @@ class PartitionDriver(Generic[Packed]):
         """The tick to produce now: if something is due by the owner's clock and no tick is under way."""
         if not self._ticks.send(self.machine.next_due_ms, wall_ms):
             return None
-        return self._to_own_partition(Tick(at=wall_ms, node=NODE, agent=self.partition.agent))
+        return self._to_own_partition(
+            Tick(at=wall_ms, node=keys.AGENT_NODE, agent=self.partition.agent)
+        )
 
     @property
     def committable(self) -> int | None:
@@ -186,6 +189,7 @@ class PartitionDriver(Generic[Packed]):
         applied = self._applied = stored.applied
         await compare(self.partition, applied, bounds, self.log)
         self._cluster_id, self._partition_count = bounds.cluster_id, bounds.partition_count
+        self._outputs.partition_count = bounds.partition_count
         self._position, self._last = bounds.start, NOTHING
         self._now_ms = self._score = 0
         if applied is not None:
@@ -286,7 +290,7 @@ class PartitionDriver(Generic[Packed]):
         await self._supply([folded.event for folded in batch.folded])
         for folded in batch.folded:
             for item in self._decide(folded):
-                if not isinstance(item, DeadLetter):
+                if not isinstance(item, Output):
                     effects.append(item)
                 elif folded.record.offset >= out_until:
                     outputs.append(item)
@@ -358,7 +362,7 @@ class PartitionDriver(Generic[Packed]):
         rules = self._rules.to_announce()
         if rules is not None:
             event = RulesChanged(
-                at=self._now_ms, node=NODE, agent=self.partition.agent, rules=rules
+                at=self._now_ms, node=keys.AGENT_NODE, agent=self.partition.agent, rules=rules
             )
             await self.log.produce([self._to_own_partition(event)])
 

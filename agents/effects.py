@@ -4,7 +4,7 @@ A store carries out three lists, in this order (`Effect.stage`):
 
 1. ``STORE``  — message bodies and index entries: written before anything refers to them;
 2. ``STATE``  — the partition's private state, fenced together with the applied offset;
-3. ``REMOVE`` — deletes, and the user's own commands.
+3. ``REMOVE`` — deletes, presence, and the user's own commands: what only the owner may do.
 
 Within a batch a key is stored at most once and removed after it was stored, so the order of the lists is the
 only order that matters. On one Redis server all three are one transaction.
@@ -17,7 +17,8 @@ from typing import ClassVar, Literal, TypeAlias
 
 from msgspec import Struct
 
-from schemas.events import MessagePublished
+from schemas.commands import Subscribe, Unsubscribe
+from schemas.events import MessagePublished, SubscriberJoined, SubscriberLeft
 
 # The source of an effect that no single record asked for (expiry, cleaning up after a refusal).
 NO_SOURCE = -1
@@ -67,12 +68,21 @@ class KeepReceipt(Struct, frozen=True, gc=False):
     expires_at: int
 
 
-class SetTopicState(Struct, frozen=True, gc=False):
-    """Replace the packed state of a topic; None removes it."""
+class SetState(Struct, frozen=True, gc=False):
+    """Replace the packed state of a record key (an MQTT topic, a client id); None removes it."""
 
     stage: ClassVar[Stage] = Stage.STATE
-    topic: str
+    key: str
     state: bytes | None
+
+
+class SetIndex(Struct, frozen=True, gc=False):
+    """Place a record key in one of the partition's indexes; None takes it out."""
+
+    stage: ClassVar[Stage] = Stage.STATE
+    index: str
+    key: str
+    score: int | None
 
 
 class SetRules(Struct, frozen=True, gc=False):
@@ -130,6 +140,19 @@ class SpareBody(Struct, frozen=True, gc=False):
     message_id: str
 
 
+class SetPresence(Struct, frozen=True, gc=False):
+    """Show whether a client is online. Times are ms; the nodes are where it was and is connected, as far as known."""
+
+    stage: ClassVar[Stage] = Stage.REMOVE
+    offset: int
+    client_id: str
+    online: bool
+    online_at: int
+    offline_at: int | None
+    left_node: str | None
+    node: str | None
+
+
 class RunCommand(Struct, frozen=True, gc=False):
     """A command of the user's own, substituted and checked."""
 
@@ -138,18 +161,49 @@ class RunCommand(Struct, frozen=True, gc=False):
     arguments: tuple[bytes, ...]
 
 
-class DeadLetter(Struct, frozen=True, gc=False):
+class DeadLetter(Struct, frozen=True, gc=False, tag="dead_letter"):
     """An output: the record at `offset` was given up on, for this reason."""
 
     offset: int
     reason: str
 
 
+class Announce(Struct, frozen=True, gc=False, tag="announce"):
+    """An output: tell the owners of delivery rules of a member that came or went."""
+
+    offset: int
+    event: SubscriberJoined | SubscriberLeft
+
+
+class SendCommand(Struct, frozen=True, gc=False, tag="command"):
+    """An output: have the bridge change a client's subscriptions."""
+
+    offset: int
+    command: Subscribe | Unsubscribe
+
+
+class LookUpSubscriptions(Struct, frozen=True, gc=False, tag="look_up_subscriptions"):
+    """An output: have the bridge subscribe a client to what its `mqtt:sub` says by then."""
+
+    offset: int
+    client_id: str
+
+
+class LookUpRetained(Struct, frozen=True, gc=False, tag="look_up_retained"):
+    """An output: have the bridge deliver the retained messages that match a filter by then, to one client."""
+
+    offset: int
+    client_id: str
+    topic_filter: str
+    qos: int
+
+
 Effect: TypeAlias = (
     StoreMessage
     | Retain
     | KeepReceipt
-    | SetTopicState
+    | SetState
+    | SetIndex
     | SetRules
     | WriteSeen
     | SetDue
@@ -157,14 +211,17 @@ Effect: TypeAlias = (
     | ClearRetained
     | DropBody
     | SpareBody
+    | SetPresence
     | RunCommand
 )
 """What a store carries out."""
 
-Output: TypeAlias = DeadLetter
+Output: TypeAlias = DeadLetter | Announce | SendCommand | LookUpSubscriptions | LookUpRetained
 """What is produced to Kafka once the store has the effects; kept in the journal until then."""
 
-RefusedPart: TypeAlias = Literal["body", "index", "retained", "receipt", "command", "removal"]
+RefusedPart: TypeAlias = Literal[
+    "body", "index", "retained", "receipt", "presence", "command", "removal"
+]
 
 
 class Refusal(Struct, frozen=True):

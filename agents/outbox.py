@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Final, NamedTuple
 
-from agents.dead_letters import dead_letter
-from agents.effects import Output
-from agents.ports import Applied, Log, Record, Stored
+from agents.effects import DeadLetter, Output
+from agents.outputs import WITH_SOURCE, Outputs
+from agents.ports import Applied, Log, Outgoing, Record, Stored
 from schemas.keys import Partition
 
 # Batches whose outputs may be on their way to Kafka at once: enough to hide its latency, few enough that a
@@ -17,11 +17,11 @@ UNDER_WAY_MAX: Final = 4
 
 
 class UnderWay(NamedTuple):
-    """A batch in the store. `acknowledged` is None if it had nothing to produce; `journaled` is what the store
-    keeps of its outputs until it is told that they are out.
+    """Outputs of a batch in the store. `applied` is its fence if they are its last, else None. `acknowledged` is None
+    if there was nothing to produce; `journaled` is what the store keeps of them until it is told that they are out.
     """
 
-    applied: Applied
+    applied: Applied | None
     journaled: Sequence[Output]
     acknowledged: Awaitable[None] | None
 
@@ -29,9 +29,9 @@ class UnderWay(NamedTuple):
 class Outbox:
     """The outputs of one partition, in the order of its batches."""
 
-    def __init__(self, partition: Partition, log: Log) -> None:
+    def __init__(self, partition: Partition, log: Log, outputs: Outputs) -> None:
         """`finish_journal` comes first."""
-        self._partition, self._log = partition, log
+        self._partition, self._log, self._outputs = partition, log, outputs
         self._under_way: deque[UnderWay] = deque()
         self._done: dict[int, Sequence[Output]] = {}  # journal entries that are out and still kept
         self.produced = 0  # transactions up to this sequence have nothing left to produce
@@ -46,8 +46,9 @@ class Outbox:
         assert not self._under_way, "wait() comes first"
         for sequence, outputs in sorted(stored.journal.items()):
             if self._done.get(sequence) != outputs:
-                records = {output.offset: await self._read(output.offset) for output in outputs}
-                await self._produce(outputs, records)
+                offsets = {each.offset for each in outputs if isinstance(each, WITH_SOURCE)}
+                records = {offset: await self._read(offset) for offset in sorted(offsets)}
+                await (await self._produce(outputs, records))
         self._done = dict(stored.journal)
         if stored.applied is not None:
             self.produced = stored.applied.sequence
@@ -60,26 +61,31 @@ class Outbox:
             found = run[0]
         return found
 
-    def _produce(
+    async def _produce(
         self, outputs: Sequence[Output], records: Mapping[int, Record | None]
     ) -> Awaitable[None]:
-        self.dead_letters += len(outputs)
-        return self._log.produce(
-            [dead_letter(self._partition, output, records.get(output.offset)) for output in outputs]
-        )
+        """What they refer to is read; then they are on their way, in order."""
+        outgoing: list[Outgoing] = []
+        for output in outputs:
+            outgoing += await self._outputs.records(output, records.get(output.offset))
+        self.dead_letters += sum(isinstance(output, DeadLetter) for output in outputs)
+        return self._log.produce(outgoing)
 
     async def put(
         self,
         applied: Applied,
         journaled: Sequence[Output],
-        refused: Sequence[Output],
+        refused: Sequence[DeadLetter],
         records: Sequence[Record],
     ) -> None:
         """Start to produce what a batch in the store owes; `refused` came up only when it was written."""
         acknowledged = None
-        if journaled or refused:
-            by_offset = {record.offset: record for record in records}
-            acknowledged = self._produce([*journaled, *refused], by_offset)
+        by_offset = {record.offset: record for record in records} if journaled or refused else {}
+        if refused:
+            # Nobody else knows of them: they are on their way before a store that is down can interrupt us.
+            self._under_way.append(UnderWay(None, (), await self._produce(refused, by_offset)))
+        if journaled:
+            acknowledged = await self._produce(journaled, by_offset)
         self._under_way.append(UnderWay(applied, journaled, acknowledged))
         await self.wait(UNDER_WAY_MAX)
 
@@ -91,6 +97,8 @@ class Outbox:
             if acknowledged is not None:
                 await acknowledged
             waiting.popleft()
+            if applied is None:
+                continue
             if journaled:
                 self._done[applied.sequence] = journaled
             self.produced = applied.sequence

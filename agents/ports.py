@@ -74,7 +74,7 @@ class Applied(Struct, frozen=True, kw_only=True):
     produced: int
     now_ms: int
     score: int
-    machine: dict[str, int]
+    machine: dict[str, Any]
 
 
 class Stored(NamedTuple):
@@ -96,10 +96,24 @@ class Transaction(NamedTuple):
     produced: Sequence[int]  # journal entries to remove
 
 
-class ReadTopicStates(NamedTuple):
-    """The packed states of topics; answered by `dict[str, bytes | None]`."""
+class ReadStates(NamedTuple):
+    """The packed states of record keys; answered by `dict[str, bytes | None]`."""
 
-    topics: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+class ReadAllStates(NamedTuple):
+    """Some of all packed states, from a cursor on (0 to begin); answered by `(next cursor or 0, dict[key, bytes])`."""
+
+    cursor: int
+
+
+class ReadBelow(NamedTuple):
+    """The first keys of an index with a score below `before`; answered by `list[tuple[key, score]]` in order."""
+
+    name: str
+    before: int
+    limit: int
 
 
 class ReadDue(NamedTuple):
@@ -115,7 +129,43 @@ class ReadIndex(NamedTuple):
     limit: int
 
 
-Read: TypeAlias = ReadTopicStates | ReadDue | ReadIndex
+class ReadSubscriptions(NamedTuple):
+    """What the user's applications wrote for a client; answered by `dict[topic filter, QoS as text]`, both bytes."""
+
+    client_id: str
+
+
+class ReadRetainedTopics(NamedTuple):
+    """The first topics that begin with `prefix` of those that a partition retains something for; `list[str]`."""
+
+    partition: Partition
+    prefix: str
+    limit: int
+
+
+class ReadRetained(NamedTuple):
+    """The id of a topic's retained message; answered by `str | None`."""
+
+    topic: str
+
+
+class ReadBody(NamedTuple):
+    """A stored message; answered by `dict[field, bytes]`, empty if it is gone."""
+
+    message_id: str
+
+
+Read: TypeAlias = (
+    ReadStates
+    | ReadAllStates
+    | ReadBelow
+    | ReadDue
+    | ReadIndex
+    | ReadSubscriptions
+    | ReadRetainedTopics
+    | ReadRetained
+    | ReadBody
+)
 
 Packed = TypeVar("Packed")
 
@@ -165,14 +215,18 @@ class Machine(Protocol):
     alone: frozenset[
         type
     ]  # the events that need all before them in the store, and are stepped by themselves
-    next_due_ms: int | None  # when the earliest known thing falls due
+
+    @property
+    def next_due_ms(self) -> int | None:
+        """When the earliest known thing falls due."""
+        ...
 
     @property
     def rules(self) -> Rules:
         """The rules in force."""
         ...
 
-    def restore(self, partition_state: Mapping[str, int], stored: Stored, rules: Rules) -> None:
+    def restore(self, partition_state: Mapping[str, Any], stored: Stored, rules: Rules) -> None:
         """Start anew from what the store holds; `rules` are in force."""
         ...
 
@@ -204,6 +258,6 @@ class Machine(Protocol):
         """What to remove after the store refused a part of what `event` asked for."""
         ...
 
-    def partition_state(self) -> dict[str, int]:
+    def partition_state(self) -> dict[str, Any]:
         """The small state that travels in the fence."""
         ...

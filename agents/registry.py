@@ -7,7 +7,11 @@ from typing import Final
 
 from agents.messages.machine import MessagesMachine
 from agents.ports import Machine
+from agents.sessions.machine import SessionsMachine
 from schemas.events import AgentName
 
-MACHINES: Final[Mapping[AgentName, Callable[[], Machine]]] = {"messages": MessagesMachine}
+MACHINES: Final[Mapping[AgentName, Callable[[], Machine]]] = {
+    "sessions": SessionsMachine,
+    "messages": MessagesMachine,
+}
 AGENT_NAMES: Final = tuple(MACHINES)

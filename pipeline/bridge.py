@@ -13,6 +13,7 @@ import uvloop
 from aiokafka.errors import KafkaError
 
 from pipeline.brokers.embedded.broker import EmbeddedBroker
+from pipeline.brokers.embedded.commander import Commander
 from pipeline.brokers.embedded.recorder import Recorder
 from pipeline.producer import Producer
 from pipeline.reach import unreachable
@@ -65,6 +66,13 @@ async def _serve(
     await broker.start()
     await recorder.drain()
     _say_ready()
+    async with asyncio.TaskGroup() as parts:
+        parts.create_task(Commander(settings, broker, recorder).run())
+        parts.create_task(_tell_snapshots(settings, broker))
+    raise AssertionError("neither ever returns")
+
+
+async def _tell_snapshots(settings: Settings, broker: EmbeddedBroker) -> NoReturn:
     while True:
         await asyncio.sleep(settings.bridge.sync_interval_s)
         await broker.snapshot()

@@ -40,8 +40,8 @@ class KafkaLog:
 
     async def start(self) -> None:
         """Connect; the producer is started by who owns it."""
-        await _persist(self._admin.start)
-        await _persist(self._reader.start)
+        await persist(self._admin.start)
+        await persist(self._reader.start)
 
     async def stop(self) -> None:
         """Disconnect."""
@@ -50,7 +50,7 @@ class KafkaLog:
 
     async def bounds(self, partition: Partition) -> LogBounds:
         """See `agents.ports.Log`."""
-        return await _persist(lambda: self._bounds(partition))
+        return await persist(lambda: self._bounds(partition))
 
     async def _bounds(self, partition: Partition) -> LogBounds:
         topic_partition = TopicPartition(partition.topic, partition.number)
@@ -70,7 +70,7 @@ class KafkaLog:
         """See `agents.ports.Log`."""
         position = start
         while position < stop:
-            run, position = await _persist(partial(self._run, partition, position, stop))
+            run, position = await persist(partial(self._run, partition, position, stop))
             if run:
                 yield run
 
@@ -120,7 +120,7 @@ class KafkaLog:
         await asyncio.gather(*acknowledged)
 
 
-async def _persist(call: Callable[[], Awaitable[Answer]]) -> Answer:
+async def persist(call: Callable[[], Awaitable[Answer]]) -> Answer:
     """The answer of a call to Kafka, however long Kafka is away."""
     while True:
         try:

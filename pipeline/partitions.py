@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 from typing import Any
 
@@ -137,6 +137,10 @@ class Partitions:
             self._loading.discard(number)
             self._tasks.pop(number, None)  # a rebalance and our own end may both let go
         return _committable(owned)
+
+    def owned(self) -> Container[int]:
+        """The partitions that are this worker's now."""
+        return self._tasks.keys()
 
     def committable(self) -> dict[int, int]:
         """The offset that may be committed, per partition that has one."""

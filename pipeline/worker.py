@@ -20,6 +20,7 @@ from yarl import URL
 from agents.driver import PartitionDriver
 from agents.ports import Store
 from agents.registry import MACHINES
+from pipeline.control import ControlChannel
 from pipeline.log import KafkaLog
 from pipeline.partitions import Partitions
 from pipeline.producer import Producer
@@ -94,11 +95,13 @@ class Worker:
         await self._producer.start()
         await self._log.start()
         app = self._app()
+        listening = asyncio.ensure_future(self._control())
         try:
             await app.start()
             await self._until_stopping(app)
         finally:
             self._stop()
+            listening.cancel()
             await app.stop()
             await self._log.stop()
             await self._producer.stop()
@@ -116,6 +119,17 @@ class Worker:
             end.cancel()
         if app.crashed:
             self._failure = self._failure or app.crash_reason
+
+    async def _control(self) -> None:
+        """The sessions agent also hears what applications ask for."""
+        if self.agent == "sessions":
+            channel = ControlChannel(
+                self.rules.pool(self.agent),
+                self._producer,
+                self.settings.kafka.partitions,
+                self._partitions.owned,
+            )
+            await channel.run()
 
     def _stop(self) -> None:
         if not self._stopping.is_set():

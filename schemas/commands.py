@@ -17,7 +17,8 @@ ATTEMPTS_MAX = 1_000_000
 class Deliver(Struct, frozen=True, kw_only=True, tag_field="type", tag="deliver"):
     """Hand one message to one client, within `valid_for_s` seconds of the record's own log time.
 
-    `lease` names this copy in the bridge's reports; `attempt` counts from 1.
+    `lease` names this copy in the bridge's reports; it is empty for a retained message, of which nobody wants a
+    report. `attempt` counts from 1.
     """
 
     client_id: Text

@@ -65,11 +65,15 @@ class SessionResumed(Base, frozen=True, kw_only=True, tag="session.resumed"):
 
 
 class SessionSubscribed(Base, frozen=True, kw_only=True, tag="session.subscribed"):
-    """One filter was granted; shared subscriptions keep their `$share/{group}/` prefix."""
+    """One filter was granted; shared subscriptions keep their `$share/{group}/` prefix.
+
+    `proxied` if the bridge subscribed the client to it, by a command.
+    """
 
     client_id: Text
     topic_filter: Topic
     qos: QoS
+    proxied: bool = False
 
 
 class SessionUnsubscribed(Base, frozen=True, kw_only=True, tag="session.unsubscribed"):
@@ -96,6 +100,21 @@ class SessionTakenOver(Base, frozen=True, kw_only=True, tag="session.takenover")
     """A newer connection of the client took its session."""
 
     client_id: Text
+
+
+class ControlSubscribe(Base, frozen=True, kw_only=True, tag="control.subscribe"):
+    """An application wants a client subscribed; written by the worker that heard of it."""
+
+    client_id: Text
+    topic_filter: Topic
+    qos: QoS
+
+
+class ControlUnsubscribe(Base, frozen=True, kw_only=True, tag="control.unsubscribe"):
+    """An application wants a client's subscription ended; written by the worker that heard of it."""
+
+    client_id: Text
+    topic_filter: Topic
 
 
 class NodeStarted(Base, frozen=True, kw_only=True, tag="node.started"):
@@ -221,8 +240,8 @@ class Tick(Base, frozen=True, kw_only=True, tag="tick"):
 # fmt: off
 Event: TypeAlias = (
     ClientConnected | ClientDisconnected | SessionCreated | SessionResumed | SessionSubscribed
-    | SessionUnsubscribed | SessionTerminated | SessionDiscarded | SessionTakenOver | NodeStarted
-    | NodeStopped | NodeSyncStarted | NodeSyncCompleted | MessagePublished | MessageDelivered
+    | SessionUnsubscribed | SessionTerminated | SessionDiscarded | SessionTakenOver
+    | ControlSubscribe | ControlUnsubscribe | NodeStarted | NodeStopped | NodeSyncStarted | NodeSyncCompleted | MessagePublished | MessageDelivered
     | MessageAcked | SubscriberJoined | SubscriberLeft | DeliveriesSent | DeliveryFailed
     | RulesChanged | Tick
 )

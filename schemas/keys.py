@@ -19,7 +19,10 @@ Redis Cluster slot and can be written in one transaction.
 | the same, on a Redis Cluster | | `remove:{sequence}` → what runs after the fence, as MessagePack | the agent | until it has run |
 | `millpond:{app:agent:partition}:rules` | string | the rules in force, as JSON | the agent | for ever |
 | `millpond:{app:agent:partition}:seen:{0,1}` | string | two generations of message ids seen, a JSON string per line | the agent | two `dedup_window_s` |
-| `millpond:{app:agent:partition}:topics` | hash | topic → its state, as JSON | the agent | while the topic has state |
+| `millpond:{app:agent:partition}:states` | hash | topic or client id → its state, as JSON | the agent | while it has state |
+| `millpond:{app:agent:partition}:retained` | zset | topics that retain a message, by name | the topic's agent | with the message |
+| `millpond:{app:sessions:partition}:seen:{node}` | zset | client ids, score = offset that last showed all of theirs | sessions | with the session |
+| `millpond:{app:sessions:partition}:announced` | zset | ids of clients with subscriptions, score = offset of the rules they were announced by | sessions | with the subscriptions |
 | `millpond:{app:agent:partition}:due` | zset | what falls due, score = ms since the epoch | the agent | until done |
 """
 
@@ -56,6 +59,8 @@ TOPICS: Final = (CLIENTS_TOPIC, MESSAGES_TOPIC, DELIVERIES_TOPIC, DEAD_LETTERS_T
 RESERVED_TOPIC_PREFIX: Final = "$millpond/"
 PRIVATE_PREFIX: Final = "millpond:"
 
+AGENT_NODE: Final = "millpond"  # the node in records that agents write
+
 SOURCE_TOPIC: Final[dict[AgentName, str]] = {
     "sessions": CLIENTS_TOPIC,
     "messages": MESSAGES_TOPIC,
@@ -83,6 +88,11 @@ class Partition(NamedTuple):
 def group_id(app: str, agent: AgentName) -> str:
     """The Kafka consumer group of an agent."""
     return f"{app}.{agent}"
+
+
+def bridge_group_id(app: str) -> str:
+    """The Kafka consumer group of the bridge that carries out commands."""
+    return f"{app}.bridge"
 
 
 def agent_record_key(agent: AgentName) -> str:
@@ -120,6 +130,21 @@ def retained(topic: str) -> str:
     return f"mqtt:retain:{topic}"
 
 
+def subscriptions(client_id: str) -> str:
+    """The hash of what the database subscribes a client to."""
+    return f"mqtt:sub:{client_id}"
+
+
+def presence(client_id: str) -> str:
+    """The hash that says whether a client is online."""
+    return f"mqtt:client:{client_id}"
+
+
+def node(name: str) -> str:
+    """The hash of the clients that are online at a broker node."""
+    return f"mqtt:node:{name}"
+
+
 def receipt(message_id: str) -> str:
     """The hash of who got and who acknowledged a message."""
     return f"mqtt:receipt:{message_id}"
@@ -155,9 +180,19 @@ def seen(partition: Partition, generation: int) -> str:
     return _private(partition, f"seen:{generation & 1}")
 
 
-def topic_states(partition: Partition) -> str:
-    """The packed state of each topic of a partition that has any."""
-    return _private(partition, "topics")
+def retained_topics(partition: Partition) -> str:
+    """The topics of a partition that retain a message."""
+    return _private(partition, "retained")
+
+
+def index(partition: Partition, name: str) -> str:
+    """One of an agent's own indexes of a partition."""
+    return _private(partition, name)
+
+
+def states(partition: Partition) -> str:
+    """The packed state of each topic or client of a partition that has any."""
+    return _private(partition, "states")
 
 
 def due(partition: Partition) -> str:

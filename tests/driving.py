@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from typing import Any, TypeVar
 
 from agents.driver import PartitionDriver
-from agents.messages.machine import MessagesMachine
 from agents.ports import Applied, Outgoing, Record, Transaction
+from agents.registry import MACHINES
 from pipeline.memory_log import MemoryLog
 from pipeline.stores.memory import MemoryStore
 from pipeline.stores.memory_server import MemoryServer, Moment, Zset
@@ -70,7 +70,8 @@ async def _wait(awaitable: Awaitable[None]) -> None:
 class World:
     """One partition. The log's clock is `now_ms`."""
 
-    def __init__(self, *tables: str) -> None:
+    def __init__(self, *tables: str, partition: Partition = PARTITION) -> None:
+        self.partition = partition
         self.now_ms = 10_000
         self.log = Log(lambda: self.now_ms)
         self.server = MemoryServer()
@@ -82,7 +83,7 @@ class World:
         return [self.append_raw(*given.key_and_value(event)) for event in events]
 
     def append_raw(self, key: bytes | None, value: bytes | None) -> Record:
-        return self.log.append(PARTITION.topic, 0, key, value)
+        return self.log.append(self.partition.topic, 0, key, value)
 
     def append_tick(self, driver: Driver, wall_ms: int) -> None:
         """The tick that an owner sends at this time."""
@@ -92,10 +93,12 @@ class World:
 
     def owner(self, rules: Rules | None = None) -> Driver:
         """A new owner of the partition."""
-        store = MemoryStore(PARTITION, self.server)
-        machine = MessagesMachine()
+        store = MemoryStore(self.partition, self.server)
+        machine = MACHINES[self.partition.agent]()
         configured = self.rules if rules is None else rules
-        return PartitionDriver(PARTITION, machine, store, self.log, configured, self.notices.append)
+        return PartitionDriver(
+            self.partition, machine, store, self.log, configured, self.notices.append
+        )
 
     def started(self, rules: Rules | None = None) -> Driver:
         """A new owner that has loaded, with its rules in the log."""
@@ -104,7 +107,7 @@ class World:
         return driver
 
     def unread(self, driver: Driver) -> list[Record]:
-        log = self.log.records[PARTITION.topic, 0]
+        log = self.log.records[self.partition.topic, 0]
         return [record for record in log if record.offset >= driver.next_offset]
 
     def feed(self, driver: Driver) -> None:
@@ -115,15 +118,15 @@ class World:
     def commit(self, driver: Driver) -> None:
         """What the worker does from time to time."""
         if driver.committable is not None:
-            self.log.committed[PARTITION] = driver.committable
+            self.log.committed[self.partition] = driver.committable
 
     @property
     def applied(self) -> Applied | None:
-        return run(MemoryStore(PARTITION, self.server).load()).applied
+        return run(MemoryStore(self.partition, self.server).load()).applied
 
     @property
     def journal(self) -> list[int]:
-        return list(run(MemoryStore(PARTITION, self.server).load()).journal)
+        return list(run(MemoryStore(self.partition, self.server).load()).journal)
 
     def stored(self, topic: str = "t") -> list[str]:
         """The ids in a topic's index, each with its body."""
@@ -151,7 +154,7 @@ class World:
     @property
     def written(self) -> list[Event]:
         """What the agents wrote into the partition themselves."""
-        own = [sent for sent in self.log.produced if sent.topic == PARTITION.topic]
+        own = [sent for sent in self.log.produced if sent.topic == self.partition.topic]
         return [codec.decode(sent.value) for sent in own]
 
 

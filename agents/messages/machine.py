@@ -15,20 +15,24 @@ from typing import Any, Final
 
 import msgspec
 
+from agents.commands import run_commands
 from agents.effects import (
     NO_SOURCE,
+    ClearRetained,
     DeadLetter,
     DropBody,
     Effect,
     KeepReceipt,
     Refusal,
-    RunCommand,
+    Retain,
     SetDue,
     SetRules,
+    SetState,
     SpareBody,
     StoreMessage,
     Unindex,
 )
+from agents.held import Changed, Held
 from agents.messages.state import (
     INDEX,
     RETAINED,
@@ -37,12 +41,13 @@ from agents.messages.state import (
     index_due,
     later,
     message_due,
+    pack,
     retained_due,
     split_due,
+    unpack,
 )
-from agents.messages.topics import Topics
 from agents.plans import MessageHook, Plan, Plans
-from agents.ports import Read, ReadDue, ReadIndex, ReadTopicStates, Stored
+from agents.ports import Read, ReadDue, ReadIndex, ReadStates, Stored
 from agents.seen import SeenIds
 from schemas.errors import DecodeError
 from schemas.events import (
@@ -55,7 +60,6 @@ from schemas.events import (
     Tick,
 )
 from schemas.rules import Rules
-from schemas.user_commands import command_values, forbidden_key, substitute
 
 # One tick looks at no more than this: 32 due things and 4,096 index entries are some ms of Redis. What is left
 # over is still due, so that another tick follows at once.
@@ -79,7 +83,7 @@ class MessagesMachine:
 
     def _clear(self) -> None:
         self.next_due_ms: int | None = None
-        self._topics = Topics()
+        self._topics: Held[TopicState | None] = Held(unpack)
         self._dropped: dict[str, None] = {}  # bodies that nothing refers to after this batch
         # Supplied for a tick: what is due; the oldest index entries, and how many were asked for.
         self._due: list[tuple[str, int]] | None = None
@@ -107,25 +111,23 @@ class MessagesMachine:
         """The states of topics whose retained message may change; for a tick, what is due and its entries."""
         if len(events) == 1 and isinstance(events[0], Tick):
             return self._wanted_by_tick(now_ms)
-        topics = {
-            event.topic: None
+        unknown = self._topics.unknown(
+            event.topic
             for event in events
             if isinstance(event, MessagePublished)
             and event.retain
-            and event.topic not in self._topics
             and self._plans.of(event.topic).touches_retained
-        }
-        return [ReadTopicStates(tuple(topics))] if topics else []
+        )
+        return [ReadStates(unknown)] if unknown else []
 
     def _wanted_by_tick(self, now_ms: int) -> list[Read]:
         if self._due is None:
             return [ReadDue(SWEEP_DUE_MAX + 1)]
         overdue = [split_due(member) for member, at in self._due[:SWEEP_DUE_MAX] if at <= now_ms]
-        topics = dict.fromkeys(topic for _, topic, _ in overdue)
         reads: list[Read] = []
-        unknown = tuple(topic for topic in topics if topic not in self._topics)
+        unknown = self._topics.unknown(topic for _, topic, _ in overdue)
         if unknown:
-            reads.append(ReadTopicStates(unknown))
+            reads.append(ReadStates(unknown))
         indexes = [topic for kind, topic, _ in overdue if kind == INDEX]
         limit = SWEEP_ENTRIES_MAX // max(len(indexes), 1) + 1
         reads.extend(ReadIndex(topic, limit) for topic in indexes if topic not in self._entries)
@@ -134,11 +136,12 @@ class MessagesMachine:
     def supply(self, read: Read, answer: Any) -> None:
         """See `agents.ports.Machine`."""
         match read:
-            case ReadTopicStates():
+            case ReadStates():
                 self._topics.supply(answer)
             case ReadDue():
                 self._due = answer
             case _:
+                assert isinstance(read, ReadIndex), "nothing else is wanted"
                 self._entries[read.topic] = answer, read.limit
 
     def step(
@@ -165,7 +168,8 @@ class MessagesMachine:
         A body that was let go and stored again within the batch stays: what is removed is removed last.
         """
         dropped, self._dropped = self._dropped, {}
-        return [*map(DropBody, dropped), *self._topics.finish(), *self._seen.finish()]
+        changed = [effect for change in self._topics.finish() for effect in _kept(change)]
+        return [*map(DropBody, dropped), *changed, *self._seen.finish()]
 
     def settled(self) -> None:
         """See `agents.ports.Machine`."""
@@ -192,7 +196,7 @@ class MessagesMachine:
         if event.expires_at is None or event.expires_at > now_ms:
             self._keep(effects, plan, offset, event, score)
         if plan.commands["message.publish"]:
-            effects.extend(self._commands(plan, "message.publish", offset, event))
+            effects.extend(run_commands(plan.commands["message.publish"], offset, event))
         return effects
 
     def _keep(
@@ -232,7 +236,7 @@ class MessagesMachine:
         """Replace what a topic retains. The old body goes with its last reference."""
         before = self._topics[topic]
         effects: list[Effect] = []
-        self._topics.touch(offset, topic, after)
+        self._topics.change(offset, topic, after)
         if before is not None and (after is None or after.message_id != before.message_id):
             if not before.indexed:
                 self._dropped[before.message_id] = None
@@ -269,26 +273,7 @@ class MessagesMachine:
                 )
             )
         if plan.commands[hook]:
-            effects.extend(self._commands(plan, hook, offset, event))
-        return effects
-
-    def _commands(
-        self,
-        plan: Plan,
-        hook: MessageHook,
-        offset: int,
-        event: MessagePublished | MessageAcked | MessageDelivered,
-    ) -> list[Effect | DeadLetter]:
-        """The user's commands, substituted; one that would touch our own keys is given up on."""
-        values = command_values(event)
-        effects: list[Effect | DeadLetter] = []
-        for fields in plan.commands[hook]:
-            arguments = substitute(fields, values)
-            error = forbidden_key(arguments)
-            if error is None:
-                effects.append(RunCommand(offset, tuple(arguments)))
-            else:
-                effects.append(DeadLetter(offset, error))
+            effects.extend(run_commands(plan.commands[hook], offset, event))
         return effects
 
     def _rules_changed(self, event: RulesChanged) -> Sequence[Effect]:
@@ -339,7 +324,7 @@ class MessagesMachine:
         """The index holds a body no longer; the retained entry still may."""
         held = self._topics[topic]
         if held is not None and held.message_id == message_id:
-            self._topics.touch(NO_SOURCE, topic, msgspec.structs.replace(held, indexed=False))
+            self._topics.change(NO_SOURCE, topic, msgspec.structs.replace(held, indexed=False))
         else:
             self._dropped[message_id] = None
 
@@ -356,7 +341,7 @@ class MessagesMachine:
         self._dropped[message_id] = None
         held = self._topics[topic]
         if held is not None and held.message_id == message_id:
-            self._topics.touch(NO_SOURCE, topic, None)
+            self._topics.change(NO_SOURCE, topic, None)
         return [Unindex(NO_SOURCE, topic, (message_id,))]
 
     # -- after a refusal --------------------------------------------------------------------------------
@@ -372,16 +357,27 @@ class MessagesMachine:
         match refusal.part:
             case "body":
                 if held is not None:
-                    self._topics.touch(refusal.offset, topic, None)
+                    self._topics.change(refusal.offset, topic, None)
                 return (Unindex(NO_SOURCE, topic, (message_id,)), SpareBody(message_id))
             case "index" if held is not None:
-                self._topics.touch(
+                self._topics.change(
                     refusal.offset, topic, msgspec.structs.replace(held, indexed=False)
                 )
             case "index":
                 self._dropped[message_id] = None
             case "retained" if held is not None:
-                self._topics.touch(refusal.offset, topic, None)
+                self._topics.change(refusal.offset, topic, None)
                 if not held.indexed:
                     self._dropped[message_id] = None
         return ()
+
+
+def _kept(change: Changed[TopicState | None]) -> list[Effect]:
+    """What becomes of a topic's retained message."""
+    offset, topic, before, after = change
+    effects: list[Effect] = [SetState(topic, pack(after))]
+    if after is None:
+        effects.append(ClearRetained(offset, topic))
+    elif before is None or after.score != before.score:
+        effects.append(Retain(offset, topic, after.message_id, after.score))
+    return effects

@@ -8,7 +8,13 @@ import sys
 import typer
 from aiokafka.errors import KafkaError
 
-from pipeline.cli import mqtt_commands, part_commands, redis_command, stack_commands
+from pipeline.cli import (
+    client_commands,
+    mqtt_commands,
+    part_commands,
+    redis_command,
+    stack_commands,
+)
 from pipeline.cli.common import errors, quiet_libraries
 from schemas.errors import ConfigError, MillpondError
 
@@ -25,6 +31,7 @@ app.command()(stack_commands.down)
 app.command()(stack_commands.status)
 app.command()(part_commands.worker)
 app.command()(part_commands.bridge)
+app.add_typer(client_commands.clients, name="clients")
 app.add_typer(part_commands.kafka, name="kafka")
 app.add_typer(part_commands.config, name="config")
 app.command()(mqtt_commands.pub)

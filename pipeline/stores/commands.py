@@ -15,6 +15,7 @@ from agents.effects import (
     RefusedPart,
     Retain,
     RunCommand,
+    SetPresence,
     StoreMessage,
 )
 from pipeline.stores.wire import Argument, Command, pack
@@ -26,6 +27,7 @@ _PART: Final[dict[type[Any], RefusedPart]] = {
     StoreMessage: "body",
     Retain: "retained",
     KeepReceipt: "receipt",
+    SetPresence: "presence",
     RunCommand: "command",
 }
 

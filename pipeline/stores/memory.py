@@ -8,8 +8,22 @@ from typing import Any
 import msgspec
 
 from agents.effects import Output, Refusal
-from agents.ports import Applied, Read, ReadDue, ReadIndex, ReadTopicStates, Stored, Transaction
-from pipeline.stores.memory_server import Hash, MemoryServer, Zset
+from agents.ports import (
+    Applied,
+    Read,
+    ReadAllStates,
+    ReadBelow,
+    ReadBody,
+    ReadDue,
+    ReadIndex,
+    ReadRetained,
+    ReadRetainedTopics,
+    ReadStates,
+    ReadSubscriptions,
+    Stored,
+    Transaction,
+)
+from pipeline.stores.memory_server import Hash, Kind, MemoryServer, Zset
 from pipeline.stores.memory_writer import Writer
 from schemas import keys
 from schemas.errors import Fenced, StoreError
@@ -69,14 +83,33 @@ class MemoryStore:
 
     def _answer(self, read: Read) -> Any:
         match read:
-            case ReadTopicStates(topics):
-                states = self._server.of(keys.topic_states(self._partition), Hash)
-                return {topic: states.get(topic) for topic in topics}
+            case ReadStates(names):
+                states = self._server.of(keys.states(self._partition), Hash)
+                return {name: states.get(name) for name in names}
+            case ReadAllStates():
+                return 0, dict(self._server.of(keys.states(self._partition), Hash))
+            case ReadBelow(index, before, limit):
+                entries = self._server.of(keys.index(self._partition, index), Zset).ordered()
+                return [entry for entry in entries if entry[1] < before][:limit]
             case ReadDue(limit):
                 return self._server.of(keys.due(self._partition), Zset).ordered()[:limit]
             case ReadIndex(topic, limit):
-                index = self._server.values.get(keys.message_index(topic))
-                return index.ordered()[:limit] if isinstance(index, Zset) else []
+                return self._public(keys.message_index(topic), Zset).ordered()[:limit]
+            case ReadSubscriptions(client_id):
+                table = self._public(keys.subscriptions(client_id), Hash)
+                return {name.encode(): value for name, value in table.items()}
+            case ReadRetainedTopics(other, prefix, limit):
+                topics = self._server.of(keys.retained_topics(other), Zset).ordered()
+                return [topic for topic, _ in topics if topic.startswith(prefix)][:limit]
+            case ReadRetained(topic):
+                return next(iter(self._public(keys.retained(topic), Zset)), None)
+            case ReadBody(message_id):
+                return dict(self._public(keys.message_body(message_id), Hash))
+
+    def _public(self, key: str, kind: type[Kind]) -> Kind:
+        """The value of a key that others may have written: of another type, it is as good as empty."""
+        value = self._server.values.get(key)
+        return value if isinstance(value, kind) else kind()
 
     def pack(self, transaction: Transaction) -> Transaction:
         """See `agents.ports.Store`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import msgspec
 
@@ -17,8 +18,10 @@ from agents.effects import (
     Retain,
     RunCommand,
     SetDue,
+    SetIndex,
+    SetPresence,
     SetRules,
-    SetTopicState,
+    SetState,
     SpareBody,
     Stage,
     StoreMessage,
@@ -26,7 +29,7 @@ from agents.effects import (
     WriteSeen,
 )
 from pipeline.stores.memory_server import Hash, Kind, MemoryServer, RefusedError, Zset
-from pipeline.stores.packing import BODY_GRACE_MS
+from pipeline.stores.packing import BODY_GRACE_MS, offline_at
 from schemas import keys
 from schemas.codec import payload_bytes
 from schemas.keys import Partition
@@ -55,6 +58,8 @@ class Writer:
             self._entry(effect)
         for effect in stages[Stage.STATE]:
             self._state(effect)
+        for effect in effects:
+            self._retains(effect)
         for effect in stages[Stage.REMOVE]:
             self._removal(effect)
 
@@ -84,14 +89,25 @@ class Writer:
 
     def _state(self, effect: Effect) -> None:
         match effect:
-            case SetTopicState(topic, state):
-                self._set_topic_state(topic, state)
+            case SetState(key, state):
+                self._set(keys.states(self._partition), {key: state})
+            case SetIndex(index, key, score):
+                self._set_index(keys.index(self._partition, index), key, score)
             case SetRules(canonical):
                 self._server.keep(keys.rules(self._partition), canonical.encode())
             case WriteSeen():
                 self._write_seen(effect)
             case SetDue(member, at):
                 self._set_due(member, at)
+
+    def _retains(self, effect: Effect) -> None:
+        """Keep the index of topics that retain something, whatever is in the way of their public keys."""
+        name = keys.retained_topics(self._partition)
+        match effect:
+            case Retain(topic=topic):
+                self._set_index(name, topic, 0)
+            case ClearRetained(topic=topic):
+                self._set_index(name, topic, None)
 
     def _removal(self, effect: Effect) -> None:
         match effect:
@@ -104,6 +120,8 @@ class Writer:
                 self._part(NO_SOURCE, "removal", lambda: self._clear(name, Hash))
             case SpareBody(message_id):
                 self._server.expires_at.pop(keys.message_body(message_id), None)
+            case SetPresence():
+                self._presence(effect)
             case RunCommand(offset, arguments):
                 self._part(offset, "command", lambda: self._run(*arguments))
 
@@ -141,6 +159,36 @@ class Writer:
         self._clear(name, Zset)
         self._server.keep(name, Zset({effect.message_id: effect.score}))
 
+    def _presence(self, effect: SetPresence) -> None:
+        client_id, online_at = effect.client_id, b"%d" % (effect.online_at // 1000)
+        shown: dict[str, bytes | None] = {
+            "state": b"%d" % effect.online,
+            "online_at": online_at,
+            "offline_at": offline_at(effect).encode(),
+        }
+        self._part(effect.offset, "presence", lambda: self._set(keys.presence(client_id), shown))
+        for node, at in ((effect.left_node, None), (effect.node, online_at)):
+            if node is not None:
+                name, field = keys.node(node), {client_id: at}
+                self._part(effect.offset, "presence", partial(self._set, name, field))
+
+    def _set(self, name: str, fields: Mapping[str, bytes | None]) -> None:
+        """Set fields of a hash; None removes one."""
+        values = self._server.of(name, Hash)
+        for field, value in fields.items():
+            if value is None:
+                values.pop(field, None)
+            else:
+                values[field] = value
+        self._server.keep(name, values)
+
+    def _set_index(self, name: str, key: str, score: int | None) -> None:
+        entries = self._server.of(name, Zset)
+        entries.pop(key, None)
+        if score is not None:
+            entries[key] = score
+        self._server.keep(name, entries)
+
     def _clear(self, name: str, kind: type[Kind]) -> None:
         self._server.of(name, kind)  # a foreign key is refused
         self._server.remove(name)
@@ -151,15 +199,6 @@ class Writer:
         for message_id in effect.message_ids:
             index.pop(message_id, None)
         self._server.keep(name, index)
-
-    def _set_topic_state(self, topic: str, state: bytes | None) -> None:
-        name = keys.topic_states(self._partition)
-        states = self._server.of(name, Hash)
-        if state is None:
-            states.pop(topic, None)
-        else:
-            states[topic] = state
-        self._server.keep(name, states)
 
     def _write_seen(self, effect: WriteSeen) -> None:
         name = keys.seen(self._partition, effect.generation)

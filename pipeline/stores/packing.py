@@ -19,8 +19,10 @@ from agents.effects import (
     Retain,
     RunCommand,
     SetDue,
+    SetIndex,
+    SetPresence,
     SetRules,
-    SetTopicState,
+    SetState,
     SpareBody,
     StoreMessage,
     Unindex,
@@ -60,7 +62,10 @@ class Commands:
         self.bodies, self.entries = CommandList(), CommandList()
         self.state, self.removals = CommandList(), CommandList()
         self.indexed: dict[str, list[StoreMessage]] = {}
-        self.topic_states: dict[str, bytes | None] = {}
+        self.states: dict[str, bytes | None] = {}
+        self.retained: dict[
+            str, bool
+        ] = {}  # topics that retain something from now on, or no longer
         self.due = Due()
         for effect in transaction.effects:
             _FOLD[type(effect)](self, effect)
@@ -76,13 +81,20 @@ class Commands:
             self.entries.add(tuple(messages), *zadd)
 
     def _states(self) -> None:
-        name = keys.topic_states(self.partition)
-        kept = [(topic, state) for topic, state in self.topic_states.items() if state is not None]
-        gone = [topic for topic, state in self.topic_states.items() if state is None]
+        name = keys.states(self.partition)
+        kept = [(key, state) for key, state in self.states.items() if state is not None]
+        gone = [key for key, state in self.states.items() if state is None]
         if kept:
             self.state.add(None, "HSET", name, *(part for pair in kept for part in pair))
         if gone:
             self.state.add(None, "HDEL", name, *gone)
+        name = keys.retained_topics(self.partition)
+        kept_topics = [topic for topic, retains in self.retained.items() if retains]
+        cleared = [topic for topic, retains in self.retained.items() if not retains]
+        if kept_topics:
+            self.state.add(None, "ZADD", name, *_scored(dict.fromkeys(kept_topics, 0)))
+        if cleared:
+            self.state.add(None, "ZREM", name, *cleared)
         name = keys.due(self.partition)
         if self.due.removed:
             self.state.add(None, "ZREM", name, *self.due.removed)
@@ -157,6 +169,7 @@ def _retain(commands: Commands, effect: Retain) -> None:
     name = keys.retained(effect.topic)
     commands.entries.add(effect, "ZREMRANGEBYRANK", name, 0, -1)
     commands.entries.add(effect, "ZADD", name, effect.score, effect.message_id)
+    commands.retained[effect.topic] = True
 
 
 def _keep_receipt(commands: Commands, effect: KeepReceipt) -> None:
@@ -165,8 +178,16 @@ def _keep_receipt(commands: Commands, effect: KeepReceipt) -> None:
     commands.bodies.add(effect, "PEXPIREAT", name, effect.expires_at)
 
 
-def _set_topic_state(commands: Commands, effect: SetTopicState) -> None:
-    commands.topic_states[effect.topic] = effect.state
+def _set_state(commands: Commands, effect: SetState) -> None:
+    commands.states[effect.key] = effect.state
+
+
+def _set_index(commands: Commands, effect: SetIndex) -> None:
+    name = keys.index(commands.partition, effect.index)
+    if effect.score is None:
+        commands.state.add(None, "ZREM", name, effect.key)
+    else:
+        commands.state.add(None, "ZADD", name, effect.score, effect.key)
 
 
 def _set_rules(commands: Commands, effect: SetRules) -> None:
@@ -191,6 +212,7 @@ def _unindex(commands: Commands, effect: Unindex) -> None:
 
 def _clear_retained(commands: Commands, effect: ClearRetained) -> None:
     commands.removals.add(effect, "ZREMRANGEBYRANK", keys.retained(effect.topic), 0, -1)
+    commands.retained[effect.topic] = False
 
 
 def _drop_body(commands: Commands, effect: DropBody) -> None:
@@ -201,6 +223,23 @@ def _spare_body(commands: Commands, effect: SpareBody) -> None:
     commands.removals.add(effect, "PERSIST", keys.message_body(effect.message_id))
 
 
+def _set_presence(commands: Commands, effect: SetPresence) -> None:
+    online_at = effect.online_at // 1000
+    commands.removals.add(
+        effect, "HSET", keys.presence(effect.client_id), "state", int(effect.online),
+        "online_at", online_at, "offline_at", offline_at(effect),
+    )  # fmt: skip
+    if effect.left_node is not None:
+        commands.removals.add(effect, "HDEL", keys.node(effect.left_node), effect.client_id)
+    if effect.node is not None:
+        commands.removals.add(effect, "HSET", keys.node(effect.node), effect.client_id, online_at)
+
+
+def offline_at(effect: SetPresence) -> str:
+    """When a client went offline, as public keys say it: in seconds, `undefined` if it never has."""
+    return "undefined" if effect.offline_at is None else str(effect.offline_at // 1000)
+
+
 def _run_command(commands: Commands, effect: RunCommand) -> None:
     commands.removals.add(effect, *effect.arguments)
 
@@ -209,7 +248,9 @@ _FOLD: Final[dict[type[Any], Callable[[Commands, Any], None]]] = {
     StoreMessage: _store_message,
     Retain: _retain,
     KeepReceipt: _keep_receipt,
-    SetTopicState: _set_topic_state,
+    SetState: _set_state,
+    SetIndex: _set_index,
+    SetPresence: _set_presence,
     SetRules: _set_rules,
     WriteSeen: _write_seen,
     SetDue: _set_due,

@@ -2,38 +2,89 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from hiredis import ReplyError
 
-from agents.ports import Read, ReadDue, ReadIndex, ReadTopicStates
+from agents.ports import (
+    Read,
+    ReadAllStates,
+    ReadBelow,
+    ReadBody,
+    ReadDue,
+    ReadIndex,
+    ReadRetained,
+    ReadRetainedTopics,
+    ReadStates,
+    ReadSubscriptions,
+)
 from pipeline.stores.wire import Command, checked, code
 from schemas import keys
 from schemas.keys import Partition
+
+SCANNED: Final = 500  # states of one answer, about
+# What others may have put something else in the place of: it is as good as empty then.
+PUBLIC: Final = (ReadIndex, ReadSubscriptions, ReadRetained, ReadBody)
 
 
 def read_command(partition: Partition, read: Read) -> Command:
     """The one command that answers a read; its second word is the key."""
     match read:
-        case ReadTopicStates(topics):
-            return ("HMGET", keys.topic_states(partition), *(topics or ("",)))
+        case ReadStates(names):
+            return ("HMGET", keys.states(partition), *(names or ("",)))
+        case ReadAllStates(cursor):
+            return ("HSCAN", keys.states(partition), cursor, "COUNT", SCANNED)
+        case ReadBelow(index, before, limit):
+            name = keys.index(partition, index)
+            below = f"({before}"
+            return ("ZRANGE", name, "-inf", below, "BYSCORE", "LIMIT", 0, limit, "WITHSCORES")
         case ReadDue(limit):
             return ("ZRANGE", keys.due(partition), 0, limit - 1, "WITHSCORES")
         case ReadIndex(topic, limit):
             return ("ZRANGE", keys.message_index(topic), 0, limit - 1, "WITHSCORES")
+        case ReadSubscriptions(client_id):
+            return ("HGETALL", keys.subscriptions(client_id))
+        case ReadRetainedTopics(other, prefix, limit):
+            first, last = b"[" + prefix.encode(), b"(" + after(prefix) if prefix else b"+"
+            name = keys.retained_topics(other)
+            return ("ZRANGE", name, first, last, "BYLEX", "LIMIT", 0, limit)
+        case ReadRetained(topic):
+            return ("ZRANGE", keys.retained(topic), 0, 0)
+        case ReadBody(message_id):
+            return ("HGETALL", keys.message_body(message_id))
+
+
+def after(prefix: str) -> bytes:
+    """The first bytes that sort behind all text that begins so; UTF-8 holds no 0xFF."""
+    return prefix.encode() + b"\xff"
 
 
 def answer(read: Read, reply: Any, where: object) -> Any:
-    """What the reply says. An index key that is of another type holds nothing of ours.
+    """What the reply says. A public key that is of another type holds nothing of ours.
 
     Raises:
         StoreDown, StoreRefused: it is an error that says so.
     """
-    if isinstance(read, ReadIndex) and isinstance(reply, ReplyError) and code(reply) == "WRONGTYPE":
-        return []
+    if isinstance(reply, ReplyError) and code(reply) == "WRONGTYPE" and isinstance(read, PUBLIC):
+        reply = []
     checked((reply,), where)
-    if isinstance(read, ReadTopicStates):
-        return dict(zip(read.topics, reply, strict=False))
+    match read:
+        case ReadStates(names):
+            return dict(zip(names, reply, strict=False))
+        case ReadAllStates():
+            cursor, pairs = reply
+            keys_ = (name.decode() for name in pairs[::2])
+            return int(cursor), dict(zip(keys_, pairs[1::2], strict=True))
+        case ReadSubscriptions():
+            return dict(zip(reply[::2], reply[1::2], strict=True))
+        case ReadBody():
+            return {
+                name.decode(): value for name, value in zip(reply[::2], reply[1::2], strict=True)
+            }
+        case ReadRetainedTopics():
+            return [topic.decode() for topic in reply]
+        case ReadRetained():
+            return reply[0].decode() if reply else None
     # Scores are whole numbers below 2**53, which a double holds exactly.
     return [
         (member.decode(), int(float(at)))

@@ -54,12 +54,14 @@ def connector(pool: Pool) -> Callable[[], Awaitable[Wire]]:
     access = access_of(pool)
 
     async def connect() -> Wire:
-        address = addresses(pool)[0]
-        if pool.type == "sentinel":
-            address = await primary(pool, access)
-        return await Wire.open(address, access)
+        return await Wire.open(await locate(pool, access), access)
 
     return connect
+
+
+async def locate(pool: Pool, access: Access) -> Address:
+    """The one server of a pool that takes writes; of a cluster, the first node named. See `primary`."""
+    return await primary(pool, access) if pool.type == "sentinel" else addresses(pool)[0]
 
 
 async def primary(pool: Pool, access: Access) -> Address:

@@ -145,6 +145,9 @@ class Wire(asyncio.Protocol):
         if self._transport is None or self._transport.is_closing():
             future.set_exception(self._lost())
             return future
+        if not replies:
+            future.set_result([])
+            return future
         self._due.append(_Exchange(replies, future))
         if self._silence is None:
             self._listen()

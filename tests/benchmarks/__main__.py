@@ -16,9 +16,10 @@ from typing import Final
 
 from redis import Redis
 
-from schemas import codec
-from tests.benchmarks import latency, limit, memory, race, scene, venvs
-from tests.benchmarks.events import PARTITIONS, TOPICS, event, fill
+from schemas import codec, keys
+from tests.benchmarks import clients, latency, limit, memory, race, scene, venvs
+from tests.benchmarks.clients import CLIENTS, SESSIONS
+from tests.benchmarks.events import PARTITIONS, TOPICS, event, fill, publishes
 from tests.benchmarks.latency import Latency
 from tests.benchmarks.neighbours import CORES_MAX, TRIES_MAX, undisturbed
 from tests.benchmarks.race import (
@@ -33,9 +34,9 @@ from tests.benchmarks.race import (
 )
 from tests.benchmarks.table import Row, most_row, progress, ratio_row, show, thousands
 
-LIMIT, LATENCY, MEMORY = "limit", "latency", "memory"
+LIMIT, LATENCY, MEMORY, PRESENCE, REGISTRY = "limit", "latency", "memory", "presence", "registry"
 RACERS: Final = (*SCRIPTS, TWO)
-PARTS: Final = (LIMIT, *(each.name for each in RACERS), LATENCY, MEMORY)
+PARTS: Final = (LIMIT, *(each.name for each in RACERS), LATENCY, MEMORY, PRESENCE, REGISTRY)
 
 
 def main() -> None:
@@ -59,6 +60,10 @@ def main() -> None:
         rows += _latency_rows(arguments.seconds)
     if MEMORY in asked:
         rows += _memory_rows(arguments.memory_events)
+    if PRESENCE in asked:
+        rows += _presence_rows(arguments.rounds)
+    if REGISTRY in asked:
+        rows += _registry_rows()
     show(rows, notes)
 
 
@@ -85,7 +90,7 @@ def _races(
         # More than one worker or peer stores: nobody's last batch waits to fill.
         waiting = int(events * TWO.share)
         progress(f"writing {waiting:,} events into Kafka")
-        asyncio.run(fill(settings.bootstrap_servers[0], waiting))
+        asyncio.run(fill(settings.bootstrap_servers[0], keys.MESSAGES_TOPIC, publishes(waiting)))
         for number in range(1, rounds + 1):
             for contestant in (MILLPOND, *races):
                 race_of = partial(race.run, contestant, settings, events)
@@ -160,6 +165,30 @@ def _memory_rows(events: int) -> list[Row]:
     progress(f"memory: {found.first:.0f}, {found.last:.0f} MiB; {thousands(found.rate)}")
     figures = f"{found.last:.0f} MiB : {found.first:.0f} MiB"
     return [most_row(what, figures, found.last / found.first, 1.2, "x")]
+
+
+def _presence_rows(rounds: int) -> list[Row]:
+    """Connects and disconnects, and the same commands through redis-benchmark."""
+    limit.program()
+    ours, theirs = [], []
+    for number in range(1, rounds + 1):
+        rate, others = undisturbed(clients.presence, partial(_tell, f"round {number}: presence"))
+        ours.append(rate)
+        progress(f"others used {others:.1f} cores")
+        theirs.append(undisturbed(clients.presence_limit, partial(_tell, "redis-benchmark"))[0])
+    what = f"connects and disconnects of {CLIENTS:,} clients : redis-benchmark"
+    return [ratio_row(what, ours, theirs, None)]
+
+
+def _registry_rows() -> list[Row]:
+    found = clients.registry()
+    what = f"RSS with {SESSIONS:,} sessions : {SESSIONS // 10:,}"
+    figures = f"{found.last:.0f} MiB : {found.first:.0f} MiB"
+    per_session = f"{found.redis_bytes:.0f} bytes"
+    return [
+        most_row(what, figures, found.last / found.first, 1.2, "x"),
+        Row(f"Redis, for each of {SESSIONS:,} sessions", "", per_session, "", None),
+    ]
 
 
 def _race_notes(events: int, rounds: int, disturbances: Sequence[float]) -> list[str]:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from aiokafka import AIOKafkaProducer
 
 from schemas import codec, keys
-from schemas.events import MessagePublished
+from schemas.events import (
+    ClientConnected,
+    ClientDisconnected,
+    Event,
+    MessagePublished,
+    SessionCreated,
+    SessionSubscribed,
+)
 
 PARTITIONS: Final = 4  # two cores: more partitions are only smaller batches
 TOPICS: Final = 1_000
@@ -45,8 +53,58 @@ def event(number: int, topics: int = TOPICS) -> MessagePublished:
     )
 
 
-async def fill(bootstrap: str, events: int, topics: int = TOPICS) -> None:
-    """Write events into Kafka, an MQTT topic always into the same partition."""
+def publishes(events: int, topics: int = TOPICS) -> Iterator[tuple[int, Event]]:
+    """Publishes, each with its partition: that of its MQTT topic."""
+    for number in range(events):
+        yield number % topics % PARTITIONS, event(number, topics)
+
+
+def connects_and_disconnects(clients: int) -> Iterator[tuple[int, Event]]:
+    """Every client connects, then every client disconnects."""
+    node = "emqx@10.0.0.1"
+    for number in range(clients):
+        connected = ClientConnected(
+            at=FIRST_MS + number, client_id=client_name(number), connection_id=peer(number),
+            connected_at=FIRST_MS + number, node=node,
+        )  # fmt: skip
+        yield number % PARTITIONS, connected
+    for number in range(clients):
+        at = FIRST_MS + clients + number
+        disconnected = ClientDisconnected(
+            at=at,
+            client_id=client_name(number),
+            connection_id=peer(number),
+            reason="normal",
+            node=node,
+        )
+        yield number % PARTITIONS, disconnected
+
+
+def registrations(clients: int) -> Iterator[tuple[int, Event]]:
+    """Every client begins a session, connects and subscribes to one filter."""
+    for number in range(clients):
+        fields: dict[str, Any] = {
+            "at": FIRST_MS + number, "node": "emqx@10.0.0.1", "client_id": client_name(number),
+        }  # fmt: skip
+        for told in (
+            SessionCreated(**fields),
+            ClientConnected(**fields, connection_id=peer(number), connected_at=FIRST_MS + number),
+            SessionSubscribed(**fields, topic_filter=topic_name(number), qos=1),
+        ):
+            yield number % PARTITIONS, told
+
+
+def client_name(number: int) -> str:
+    return f"device-{number:07d}"
+
+
+def peer(number: int) -> str:
+    """The identity of a client's connection."""
+    return f"emqx@10.0.0.1/10.1.{number // 60_000}.7:{number % 60_000 + 1_024}"
+
+
+async def fill(bootstrap: str, topic: str, events: Iterable[tuple[int, Event]]) -> None:
+    """Write events into Kafka, each into its partition."""
     producer = AIOKafkaProducer(
         bootstrap_servers=bootstrap, max_batch_size=BATCH_BYTES_MAX, linger_ms=5
     )
@@ -58,17 +116,13 @@ async def fill(bootstrap: str, events: int, topics: int = TOPICS) -> None:
         async def send(partition: int) -> None:
             batch = batches[partition]
             if batch.record_count():
-                under_way.append(
-                    await producer.send_batch(batch, keys.MESSAGES_TOPIC, partition=partition)
-                )
+                under_way.append(await producer.send_batch(batch, topic, partition=partition))
                 batches[partition] = producer.create_batch()
             while len(under_way) > BATCHES_UNDER_WAY_MAX:
                 await under_way.popleft()
 
-        for number in range(events):
-            published = event(number, topics)
-            partition = number % topics % PARTITIONS
-            key, value = published.topic.encode(), codec.encode(published)
+        for partition, told in events:
+            key, value = keys.record_key(told).encode(), codec.encode(told)
             if batches[partition].append(key=key, value=value, timestamp=None) is None:
                 await send(partition)
                 batches[partition].append(key=key, value=value, timestamp=None)

@@ -50,13 +50,13 @@ def run(events: int, entries: int) -> float:
         index += [f"1700{RANDOM}", RANDOM_ID]
     with TemporaryDirectory() as name, scene.redis(Path(name) / "redis") as redis:
         address = scene.address(redis)
-        seconds = events / _rate(address, events, body)
+        seconds = events / rate(address, events, body)
         commands = events // entries
-        seconds += commands / _rate(address, commands, index)
+        seconds += commands / rate(address, commands, index)
     return events / seconds
 
 
-def _rate(address: str, commands: int, command: list[str]) -> float:
+def rate(address: str, commands: int, command: list[str]) -> float:
     """Commands per second."""
     port = address.rpartition(":")[2]
     # fmt: off

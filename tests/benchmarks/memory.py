@@ -13,8 +13,9 @@ from typing import Final, NamedTuple
 import psutil
 from redis import Redis
 
+from schemas import keys
 from tests.benchmarks import scene
-from tests.benchmarks.events import fill
+from tests.benchmarks.events import fill, publishes
 from tests.benchmarks.scene import Process
 from tests.benchmarks.table import progress
 
@@ -54,7 +55,8 @@ def run(first: int, last: int) -> Memory:
         scene.redis(Path(name) / "redis") as redis,
     ):
         progress(f"memory: writing {last:,} events into Kafka")
-        asyncio.run(fill(settings.bootstrap_servers[0], last, TOPICS))
+        publishes_ = publishes(last, TOPICS)
+        asyncio.run(fill(settings.bootstrap_servers[0], keys.MESSAGES_TOPIC, publishes_))
         scene.configure(Path(name), "bench-memory", settings, scene.address(redis))
         process = scene.millpond("worker", "worker", "messages", directory=Path(name))
         try:

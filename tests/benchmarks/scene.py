@@ -101,13 +101,18 @@ def millpond(name: str, *arguments: str, directory: Path) -> Process:
 
 
 def configure(
-    directory: Path, app: str, settings: KafkaSettings, redis_address: str, more: str = ""
+    directory: Path,
+    app: str,
+    settings: KafkaSettings,
+    redis_address: str,
+    more: str = "",
+    rules: str = "",
 ) -> None:
-    """A `millpond.toml` that stores every message: hash and index."""
+    """A `millpond.toml` with these rules; without, it stores every message: hash and index."""
     (directory / "millpond.toml").write_text(
         f'app = "{app}"\n'
         f'[kafka]\nbootstrap_servers = ["{settings.bootstrap_servers[0]}"]\n'
         f"partitions = {settings.partitions}\n"
         f"{more}"
-        f'[pool.pool1]\nserver = "{redis_address}"\n' + given.store()
+        f'[pool.pool1]\nserver = "{redis_address}"\n' + (rules or given.store())
     )

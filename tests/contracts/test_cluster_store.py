@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from redis.crc import key_slot
 
-from agents.effects import ClearRetained, DropBody, RunCommand, SetTopicState, Unindex
-from agents.ports import ReadIndex, ReadTopicStates
+from agents.effects import ClearRetained, DropBody, RunCommand, SetState, Unindex
+from agents.ports import ReadIndex, ReadStates
 from pipeline.stores.cluster import ClusterStore
 from schemas import keys
 from schemas.errors import StoreDown
@@ -85,17 +85,17 @@ async def test_when_the_states_own_slot_moved_the_store_is_down_until_loaded_ane
 ) -> None:
     store = ClusterWorld(nodes).store()
     await store.load()
-    await commit(store, transaction(1, SetTopicState("t", b"1")))
+    await commit(store, transaction(1, SetState("t", b"1")))
     move(nodes, key_slot(keys.applied(PARTITION).encode()))
     with pytest.raises(StoreDown):
-        await commit(store, transaction(2, SetTopicState("t", b"2")))
+        await commit(store, transaction(2, SetState("t", b"2")))
     until(
         lambda: all(owner_seen_by(node) == owner_seen_by(nodes[0]) for node in nodes),
         "every node knows the new owner",
     )
     assert (await store.load()).applied == applied(1)
-    assert await commit(store, transaction(2, SetTopicState("t", b"2"))) == []
-    assert await store.read([ReadTopicStates(("t",))]) == [{"t": b"2"}]
+    assert await commit(store, transaction(2, SetState("t", b"2"))) == []
+    assert await store.read([ReadStates(("t",))]) == [{"t": b"2"}]
     await store.close()
 
 
@@ -116,7 +116,7 @@ async def test_without_one_node_nothing_is_fenced(nodes: list[RedisProcess]) -> 
     messages = [kept(number, f"m{number}", f"t{number}") for number in range(50)]
     other.kill()
     with pytest.raises(StoreDown):
-        await commit(store, transaction(1, *messages, SetTopicState("t", b"s")))
+        await commit(store, transaction(1, *messages, SetState("t", b"s")))
     assert home.client.get(keys.applied(PARTITION)) is None
     await store.close()
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from agents.effects import SetTopicState
-from agents.ports import ReadTopicStates
+from agents.effects import SetState
+from agents.ports import ReadStates
 from pipeline.stores.checking import check_commands
 from pipeline.stores.registry import open_store
 from schemas.errors import ConfigError, StoreDown, StoreRefused
@@ -55,8 +55,8 @@ async def test_a_pool_with_a_user_and_a_password_file_on_database_3_works_over_t
         )
         store = open_store(pool, PARTITION)
         await store.load()
-        assert await commit(store, transaction(1, SetTopicState("t", b"s"))) == []
-        assert await store.read([ReadTopicStates(("t",))]) == [{"t": b"s"}]
+        assert await commit(store, transaction(1, SetState("t", b"s"))) == []
+        assert await store.read([ReadStates(("t",))]) == [{"t": b"s"}]
         await store.close()
     assert server.client.info("keyspace").keys() == {"db3"}
 
@@ -117,13 +117,13 @@ async def test_sentinels_lead_to_the_primary_and_after_a_failover_to_the_new_one
         )
         store = open_store(pool, PARTITION)
         await store.load()
-        await commit(store, transaction(1, SetTopicState("t", b"s")))
+        await commit(store, transaction(1, SetState("t", b"s")))
         assert first.client.wait(1, 20_000) == 1
         first.kill()
         with pytest.raises(StoreDown):
             await commit(store, transaction(2))
         assert (await store.load()).applied == applied(1)
-        assert await commit(store, transaction(2, SetTopicState("t", b"new"))) == []
+        assert await commit(store, transaction(2, SetState("t", b"new"))) == []
         assert second.client.role()[0] == b"master"
         await store.close()
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from agents.effects import RunCommand, SetTopicState
-from agents.ports import ReadTopicStates
+from agents.effects import RunCommand, SetState
+from agents.ports import ReadStates
 from pipeline.stores.wire import Access
 from schemas import keys
 from schemas.errors import Fenced, StoreDown, StoreRefused
@@ -32,9 +32,9 @@ async def test_a_server_killed_mid_flight_holds_the_whole_batch_or_nothing_of_it
         world.clear()
         store = world.store()
         await store.load()
-        await commit(store, transaction(1, SetTopicState("t", b"old")))
+        await commit(store, transaction(1, SetState("t", b"old")))
         messages = [kept(offset, f"m{offset}", f"topic/{offset}") for offset in range(3_000)]
-        new = store.pack(transaction(2, *messages, SetTopicState("t", b"new")))
+        new = store.pack(transaction(2, *messages, SetState("t", b"new")))
         on_its_way = asyncio.ensure_future(store.commit(new))
         await asyncio.sleep(0.002 * number)  # another moment each time; every outcome is checked
         server.kill()
@@ -49,7 +49,7 @@ async def test_a_server_killed_mid_flight_holds_the_whole_batch_or_nothing_of_it
         assert sequence in ([applied(2)] if answered else [applied(1), applied(2)])
         whole = sequence == applied(2)
         assert len(world.dump()) == 2 + (6_000 if whole else 0)
-        states = await store.read([ReadTopicStates(("t",))])
+        states = await store.read([ReadStates(("t",))])
         assert states == [{"t": b"new" if whole else b"old"}]
         await store.close()
 
@@ -62,16 +62,16 @@ async def test_a_silent_server_is_down_and_what_it_does_later_fences_nobody_unse
     await store.load()
     server.pause()
     with pytest.raises(StoreDown, match="no reply"):
-        await commit(store, transaction(1, SetTopicState("t", b"late")))
+        await commit(store, transaction(1, SetState("t", b"late")))
     server.resume()
     stored = await store.load()  # before the late EXEC or after it: then it is fenced, or done
     try:
         sequence = 1 if stored.applied is None else 2
-        await commit(store, transaction(sequence, SetTopicState("t", b"mine")))
+        await commit(store, transaction(sequence, SetState("t", b"mine")))
     except Fenced:
         assert (await store.load()).applied == applied(1)
-        await commit(store, transaction(2, SetTopicState("t", b"mine")))
-    assert await store.read([ReadTopicStates(("t",))]) == [{"t": b"mine"}]
+        await commit(store, transaction(2, SetState("t", b"mine")))
+    assert await store.read([ReadStates(("t",))]) == [{"t": b"mine"}]
     await store.close()
 
 
@@ -94,7 +94,7 @@ async def test_a_full_server_applies_nothing_and_is_down(server: RedisProcess) -
     store = RedisWorld(server).store()
     await store.load()
     server.client.config_set("maxmemory", "1")
-    batch = transaction(1, kept(1, "m1", "t"), SetTopicState("t", b"s"))
+    batch = transaction(1, kept(1, "m1", "t"), SetState("t", b"s"))
     with pytest.raises(StoreDown, match="OOM"):
         await commit(store, batch)
     assert server.client.dbsize() == 0
@@ -191,10 +191,10 @@ async def test_keys_that_millpond_did_not_write_are_named(server: RedisProcess) 
     with pytest.raises(StoreRefused, match="app:messages:7"):
         await store.load()
     server.client.delete(keys.applied(PARTITION))
-    server.client.set(keys.topic_states(PARTITION), "a string")
+    server.client.set(keys.states(PARTITION), "a string")
     await store.load()
     with pytest.raises(StoreRefused, match="WRONGTYPE"):
-        await commit(store, transaction(1, SetTopicState("t", b"s")))
+        await commit(store, transaction(1, SetState("t", b"s")))
     await store.close()
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from agents.effects import RunCommand, SetDue, SetTopicState
-from agents.ports import ReadDue, ReadTopicStates
+from agents.effects import RunCommand, SetDue, SetState
+from agents.ports import ReadDue, ReadStates
 from schemas.errors import Fenced
 from tests.contracts.store_worlds import PARTITION, World, applied, commit, kept, transaction
 
@@ -18,14 +18,14 @@ async def test_of_two_owners_the_slower_is_fenced_and_nothing_of_its_batch_is_th
     await faster.load()
     await commit(faster, transaction(1, kept(1, "m1", "t")))
     before = world.dump()
-    late = transaction(1, SetTopicState("t", b"late"), RunCommand(1, (b"INCR", b"seen:m1")))
+    late = transaction(1, SetState("t", b"late"), RunCommand(1, (b"INCR", b"seen:m1")))
     with pytest.raises(Fenced):
         await commit(slower, late)
     assert world.dump() == before
     assert (await slower.load()).applied == applied(1)
     assert await commit(slower, transaction(2, kept(2, "m2", "t"))) == []
     with pytest.raises(Fenced):
-        await commit(faster, transaction(2, SetTopicState("t", b"late")))
+        await commit(faster, transaction(2, SetState("t", b"late")))
     await slower.close()
     await faster.close()
 
@@ -45,7 +45,7 @@ async def test_an_emptied_store_fences_and_then_shows_nothing(world: World) -> N
     await commit(store, transaction(1, kept(1, "m1", "t")))
     world.clear()
     with pytest.raises(Fenced):
-        await commit(store, transaction(2, SetTopicState("t", b"s")))
+        await commit(store, transaction(2, SetState("t", b"s")))
     assert (await store.load()).applied is None
     assert await commit(store, transaction(1, kept(1, "m1", "t"))) == []
     await store.close()
@@ -55,7 +55,7 @@ async def test_a_check_finds_out_that_the_fence_is_not_what_was_last_written(wor
     store, other = world.store(), world.store()
     await store.load()
     await store.check()
-    await commit(store, transaction(1, SetTopicState("t", b"1")))
+    await commit(store, transaction(1, SetState("t", b"1")))
     await store.check()
     await other.load()
     await commit(other, transaction(2))
@@ -85,10 +85,10 @@ async def test_partitions_do_not_share_state(world: World) -> None:
     one, other = world.store(), world.store(PARTITION._replace(number=8))
     await one.load()
     await other.load()
-    await commit(one, transaction(1, SetTopicState("t", b"1"), SetDue("d", 1)))
-    await commit(other, transaction(1, SetTopicState("t", b"2")))
-    assert await one.read([ReadTopicStates(("t",)), ReadDue(1)]) == [{"t": b"1"}, [("d", 1)]]
-    assert await other.read([ReadTopicStates(("t",)), ReadDue(1)]) == [{"t": b"2"}, []]
+    await commit(one, transaction(1, SetState("t", b"1"), SetDue("d", 1)))
+    await commit(other, transaction(1, SetState("t", b"2")))
+    assert await one.read([ReadStates(("t",)), ReadDue(1)]) == [{"t": b"1"}, [("d", 1)]]
+    assert await other.read([ReadStates(("t",)), ReadDue(1)]) == [{"t": b"2"}, []]
     await one.close()
     await other.close()
 
@@ -98,8 +98,8 @@ async def test_reads_are_answered_while_a_commit_is_on_its_way_and_after_it_see_
 ) -> None:
     store = world.store()
     await store.load()
-    on_its_way = store.commit(store.pack(transaction(1, SetTopicState("t", b"1"))))
-    assert (await store.read([ReadTopicStates(("t",))]))[0]["t"] in (None, b"1")
+    on_its_way = store.commit(store.pack(transaction(1, SetState("t", b"1"))))
+    assert (await store.read([ReadStates(("t",))]))[0]["t"] in (None, b"1")
     assert list(await on_its_way) == []
-    assert await store.read([ReadTopicStates(("t",))]) == [{"t": b"1"}]
+    assert await store.read([ReadStates(("t",))]) == [{"t": b"1"}]
     await store.close()

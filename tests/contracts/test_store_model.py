@@ -15,8 +15,10 @@ from agents.effects import (
     Retain,
     RunCommand,
     SetDue,
+    SetIndex,
+    SetPresence,
     SetRules,
-    SetTopicState,
+    SetState,
     SpareBody,
     Unindex,
     WriteSeen,
@@ -26,7 +28,11 @@ from tests.contracts.store_worlds import FAR_MS, MemoryWorld, World, commit, kep
 
 IDS = ("m0", "m1", "m 2", "mé3")
 TOPICS = ("t0", "t/1", "m0")  # one is also a message id: an index where a body may be
-FOREIGN = (keys.message_body("m1"), keys.retained("t0"), keys.receipt("m0"), "counter:1")
+NODES = (None, "n1", "n2")
+FOREIGN = (
+    *(keys.message_body("m1"), keys.retained("t0"), keys.receipt("m0"), "counter:1"),
+    *(keys.presence("m0"), keys.node("n1")),
+)
 
 
 def some_effect(random: Random, offset: int) -> Effect:
@@ -40,7 +46,19 @@ def some_effect(random: Random, offset: int) -> Effect:
             kept(offset, message_id, topic, expires_at=expires_at, retain=random.random() < 0.5),
             Retain(offset, topic, message_id, offset),
             KeepReceipt(offset, message_id, "acked", random.choice(IDS), offset, FAR_MS + offset),
-            SetTopicState(topic, removed),
+            SetState(topic, removed),
+            SetIndex(
+                random.choice(("seen:n 1", "announced")), topic, random.choice((None, offset))
+            ),
+            SetPresence(
+                offset,
+                message_id,
+                random.random() < 0.5,
+                offset,
+                random.choice((None, 7_000)),
+                random.choice(NODES),
+                random.choice(NODES),
+            ),
             SetRules(f"rules {offset}"),
             WriteSeen(offset, random.random() < 0.3, (message_id, topic)),
             SetDue(topic, random.choice((None, 10 + offset % 7))),

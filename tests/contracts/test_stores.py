@@ -13,13 +13,26 @@ from agents.effects import (
     Retain,
     RunCommand,
     SetDue,
+    SetIndex,
+    SetPresence,
     SetRules,
-    SetTopicState,
+    SetState,
     SpareBody,
     Unindex,
     WriteSeen,
 )
-from agents.ports import ReadDue, ReadIndex, ReadTopicStates, Stored
+from agents.ports import (
+    ReadAllStates,
+    ReadBelow,
+    ReadBody,
+    ReadDue,
+    ReadIndex,
+    ReadRetained,
+    ReadRetainedTopics,
+    ReadStates,
+    ReadSubscriptions,
+    Stored,
+)
 from pipeline.stores.memory_server import Entry
 from pipeline.stores.packing import BODY_GRACE_MS
 from schemas import keys
@@ -37,7 +50,7 @@ from tests.contracts.store_worlds import (
 async def test_an_empty_partition_holds_nothing(world: World) -> None:
     store = world.store()
     assert await store.load() == Stored(None, {}, None, ((), ()))
-    assert await store.read([ReadDue(5), ReadIndex("t", 5), ReadTopicStates(("t",))]) == [
+    assert await store.read([ReadDue(5), ReadIndex("t", 5), ReadStates(("t",))]) == [
         [], [], {"t": None},
     ]  # fmt: skip
     await store.close()
@@ -111,7 +124,7 @@ async def test_a_foreign_key_in_the_way_refuses_one_part_and_the_rest_is_kept(
             Retain(14, "good/topic", "good", 8),
             KeepReceipt(15, "bad", "acked", "sub", 5, FAR_MS),
             KeepReceipt(16, "good", "acked", "sub", 5, FAR_MS),
-            SetTopicState("good/topic", b"state"),
+            SetState("good/topic", b"state"),
             Unindex(17, "bad/removal", ("m",)),
             RunCommand(18, (b"HSET", b"bad-counter", b"f", b"1")),
             RunCommand(19, (b"HSET", b"good-counter", b"f", b"1")),
@@ -124,7 +137,7 @@ async def test_a_foreign_key_in_the_way_refuses_one_part_and_the_rest_is_kept(
     assert dump.pop(foreign).value == b"somebody else's"
     assert {
         "good-counter", keys.applied(PARTITION), keys.message_body("good"), keys.receipt("good"),
-        keys.message_index("good/topic"), keys.retained("good/topic"), keys.topic_states(PARTITION),
+        keys.message_index("good/topic"), keys.retained("good/topic"), keys.states(PARTITION),
     } <= dump.keys()  # fmt: skip
     await store.close()
 
@@ -177,13 +190,12 @@ async def test_what_is_removed_leaves_no_key_behind(world: World) -> None:
     await commit(
         store,
         transaction(
-            1, kept(1, "m1", "t"), Retain(1, "t", "m1", 1), SetTopicState("t", b"s"), SetDue("d", 5)
+            1, kept(1, "m1", "t"), Retain(1, "t", "m1", 1), SetState("t", b"s"), SetDue("d", 5)
         ),
     )
     removals = (Unindex(2, "t", ("m1",)), ClearRetained(2, "t"), DropBody("m1"))
     assert (
-        await commit(store, transaction(2, *removals, SetTopicState("t", None), SetDue("d", None)))
-        == []
+        await commit(store, transaction(2, *removals, SetState("t", None), SetDue("d", None))) == []
     )
     assert list(world.dump()) == [keys.applied(PARTITION)]
     await store.close()
@@ -198,23 +210,23 @@ async def test_a_topic_retains_the_newest_message_only(world: World) -> None:
     await store.close()
 
 
-async def test_topic_states_and_rules_are_replaced_and_found_again(world: World) -> None:
+async def test_states_and_rules_are_replaced_and_found_again(world: World) -> None:
     store = world.store()
     await store.load()
     await commit(
         store,
         transaction(
-            1, SetRules("old"), SetTopicState("a", b"1"), SetTopicState("b", b"\xff\x00"),
+            1, SetRules("old"), SetState("a", b"1"), SetState("b", b"\xff\x00"),
         ),
     )  # fmt: skip
     await commit(
         store,
         transaction(
-            2, SetRules("new"), SetTopicState("a", None), SetTopicState("c", None),
-            SetTopicState("c", b"3"),
+            2, SetRules("new"), SetState("a", None), SetState("c", None),
+            SetState("c", b"3"),
         ),
     )  # fmt: skip
-    assert await store.read([ReadTopicStates(("c", "a", "b")), ReadTopicStates(())]) == [
+    assert await store.read([ReadStates(("c", "a", "b")), ReadStates(())]) == [
         {"c": b"3", "a": None, "b": b"\xff\x00"}, {},
     ]  # fmt: skip
     assert (await store.load()).rules == "new"
@@ -301,11 +313,11 @@ async def test_any_text_is_a_topic_and_an_id(world: World, topic: str) -> None:
         kept(1, message_id, topic, client_id=topic),
         Retain(1, topic, message_id, 1),
         KeepReceipt(1, message_id, "delivered", topic, 3, FAR_MS),
-        SetTopicState(topic, b"s"),
+        SetState(topic, b"s"),
         SetDue(f"index\0{topic}", 5),
     )
     assert await commit(store, transaction(1, *effects)) == []
-    assert await store.read([ReadIndex(topic, 1), ReadDue(1), ReadTopicStates((topic,))]) == [
+    assert await store.read([ReadIndex(topic, 1), ReadDue(1), ReadStates((topic,))]) == [
         [(message_id, 1_000_001)], [(f"index\0{topic}", 5)], {topic: b"s"},
     ]  # fmt: skip
     assert world.dump()[keys.receipt(message_id)].value == {f"delivered:{topic}": b"3"}
@@ -331,4 +343,98 @@ async def test_a_payload_is_kept_byte_by_byte(
     await commit(store, transaction(1, message))
     body = world.dump()[keys.message_body("m1")].value
     assert isinstance(body, dict) and body["payload"] == raw
+    await store.close()
+
+
+async def test_reading_nothing_answers_nothing(world: World) -> None:
+    store = world.store()
+    await store.load()
+    assert await store.read([]) == []
+    await store.close()
+
+
+async def test_all_states_are_found_however_many_there_are(world: World) -> None:
+    store = world.store()
+    await store.load()
+    await commit(store, transaction(1, *(SetState(f"c{at}", b"%d" % at) for at in range(2_000))))
+    found: dict[str, bytes] = {}
+    cursor = -1
+    while cursor:
+        ((cursor, some),) = await store.read([ReadAllStates(max(cursor, 0))])
+        found |= some
+    assert found == {f"c{at}": b"%d" % at for at in range(2_000)}
+    await store.close()
+
+
+async def test_an_index_is_read_from_below(world: World) -> None:
+    store = world.store()
+    await store.load()
+    placed = [SetIndex("seen:n@1", f"c{at}", at) for at in (3, 1, 2, 9)]
+    await commit(store, transaction(1, *placed, SetIndex("other", "c1", 1)))
+    await commit(
+        store, transaction(2, SetIndex("seen:n@1", "c2", 8), SetIndex("other", "c1", None))
+    )
+    assert await store.read(
+        [ReadBelow("seen:n@1", 9, 5), ReadBelow("seen:n@1", 9, 1), ReadBelow("other", 9, 5)]
+    ) == [[("c1", 1), ("c3", 3), ("c2", 8)], [("c1", 1)], []]
+    await store.close()
+
+
+async def test_presence_is_a_hash_of_the_client_and_a_field_of_its_node(world: World) -> None:
+    store = world.store()
+    await store.load()
+    await commit(store, transaction(1, SetPresence(0, "c", True, 5_900, None, None, "n1")))
+    assert world.dump()[keys.presence("c")].value == {
+        "state": b"1", "online_at": b"5", "offline_at": b"undefined",
+    }  # fmt: skip
+    assert world.dump()[keys.node("n1")].value == {"c": b"5"}
+    await commit(store, transaction(2, SetPresence(1, "c", False, 5_900, 7_000, "n1", None)))
+    assert world.dump()[keys.presence("c")].value == {
+        "state": b"0", "online_at": b"5", "offline_at": b"7",
+    }  # fmt: skip
+    assert keys.node("n1") not in world.dump()
+    await store.close()
+
+
+async def test_retained_topics_are_found_by_how_they_begin_and_bodies_by_their_id(
+    world: World,
+) -> None:
+    store = world.store()
+    await store.load()
+    topics = ("a", "a/b", "a/é", "ab", "b")
+    for sequence, topic in enumerate(topics, start=1):
+        message = kept(sequence, f"id {topic}", topic, retain=True)
+        await commit(store, transaction(sequence, message, Retain(0, topic, f"id {topic}", 1)))
+    await commit(store, transaction(6, ClearRetained(0, "ab")))
+    other = world.store(PARTITION._replace(agent="sessions"))
+    await other.load()
+    every, some, first, none = await other.read(
+        [
+            ReadRetainedTopics(PARTITION, "", 9),
+            ReadRetainedTopics(PARTITION, "a/", 9),
+            ReadRetainedTopics(PARTITION, "", 1),
+            ReadRetainedTopics(PARTITION._replace(number=8), "", 9),
+        ]
+    )
+    assert (every, some, first, none) == (["a", "a/b", "a/é", "b"], ["a/b", "a/é"], ["a"], [])
+    found, gone, body, nobody = await other.read(
+        [ReadRetained("a/b"), ReadRetained("ab"), ReadBody("id a/b"), ReadBody("id x")]
+    )
+    assert (found, gone, nobody) == ("id a/b", None, {})
+    assert (body["topic"], body["payload"]) == (b"a/b", b"hello")
+    for each in (store, other):
+        await each.close()
+
+
+async def test_what_others_put_in_the_place_of_public_keys_is_as_good_as_nothing(
+    world: World,
+) -> None:
+    store = world.store()
+    await store.load()
+    for key in (keys.subscriptions("c"), keys.retained("t"), keys.message_body("m")):
+        world.put(key, b"a string")
+    assert await store.read([ReadSubscriptions("c"), ReadRetained("t"), ReadBody("m")]) == [
+        {}, None, {},
+    ]  # fmt: skip
+    assert await store.read([ReadSubscriptions("nobody")]) == [{}]
     await store.close()

@@ -42,7 +42,7 @@ def check_conservation(server: MemoryServer) -> None:
 
 def check_states(server: MemoryServer) -> None:
     """What the agent knows of retained messages is what readers see."""
-    packed = server.of(keys.topic_states(PARTITION), Hash)
+    packed = server.of(keys.states(PARTITION), Hash)
     states = {topic: unpack(state) for topic, state in packed.items()}
     seen = {
         name.removeprefix(RETAINED): value

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from agents import seen
-from agents.messages import machine, topics
+from agents import held, seen
+from agents.messages import machine
 from agents.ports import Record
 from agents.seen import SeenIds
 from pipeline.memory_log import MemoryLog
@@ -78,7 +78,7 @@ def _small_limits() -> Iterator[None]:
         patch.setattr(seen, "GENERATION_IDS_MAX", 3)
         patch.setattr(machine, "SWEEP_DUE_MAX", 2)
         patch.setattr(machine, "SWEEP_ENTRIES_MAX", 3)
-        patch.setattr(topics, "TOPICS_HELD_MAX", 1)
+        patch.setattr(held, "STATES_HELD_MAX", 1)
         yield
 
 
@@ -192,7 +192,7 @@ def test_a_repeated_publish_changes_nothing(log: list[Step]) -> None:
 
 def without_scores(server: MemoryServer) -> dict[str, object]:
     """What readers see, and what falls due; a repeat may move the scores of what follows by a microsecond."""
-    left_out = {keys.applied(PARTITION), keys.journal(PARTITION), keys.topic_states(PARTITION)}
+    left_out = {keys.applied(PARTITION), keys.journal(PARTITION), keys.states(PARTITION)}
     return {
         name: list(value) if isinstance(value, Zset) else value
         for name, value in sorted(server.values.items())

@@ -64,7 +64,7 @@ class Bridge:
 
     def __init__(
         self, bootstrap: str, directory: Path, *rules: str, sync_interval_s: int = 300,
-        port: int | None = None,
+        port: int | None = None, app: str = "millpond",
     ) -> None:  # fmt: skip
         directory.mkdir(parents=True, exist_ok=True)
         self.bootstrap, self.log = bootstrap, directory / "bridge.log"
@@ -73,7 +73,7 @@ class Bridge:
         self._clients: list[Client] = []
         config = directory / "millpond.toml"
         config.write_text(
-            f'[kafka]\nbootstrap_servers = ["{bootstrap}"]\npartitions = {PARTITIONS}\n'
+            f'app = "{app}"\n[kafka]\nbootstrap_servers = ["{bootstrap}"]\npartitions = {PARTITIONS}\n'
             f"message_bytes_max = {MESSAGE_BYTES_MAX}\n"
             f'[bridge]\nnode = "{NODE}"\nmqtt_port = {self.port}\n'
             f"websocket_port = {self.websocket_port}\nsync_interval_s = {sync_interval_s}\n" + given.POOL + "".join(rules or [given.store()])

@@ -39,14 +39,14 @@ async def until(condition: Callable[[], Awaitable[Any]], what: str) -> Any:
 
 
 class Worker:
-    """One `millpond worker messages` process."""
+    """One `millpond worker` process."""
 
-    def __init__(self, config: Path, log: Path) -> None:
+    def __init__(self, config: Path, log: Path, agent: str = "messages") -> None:
         self.log, self.ready = log, log.with_suffix(f".{time.monotonic_ns()}.ready")
         environment = {**os.environ, "MILLPOND_READY_FILE": str(self.ready)}
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.cli", "worker", "messages", "--config", str(config)],
+                [sys.executable, "-m", "pipeline.cli", "worker", agent, "--config", str(config)],
                 stdout=output, stderr=output, env=environment,
             )  # fmt: skip
 
@@ -88,15 +88,16 @@ class Pipeline:
         server = self.redis_url.removeprefix("redis://").partition("/")
         config.write_text(
             f'app = "{self.app}"\n[kafka]\nbootstrap_servers = ["{self.bootstrap}"]\n'
+            f"partitions = {PARTITIONS}\n"
             f"[worker]\nbatch_records_max = {batch_records_max}\nsession_timeout_s = 6\n"
             f'[pool.pool1]\nserver = "{server[0]}"\ndatabase = {server[2] or 0}\n' + "".join(rules)
         )
         return config
 
-    async def worker(self) -> Worker:
+    async def worker(self, agent: str = "messages") -> Worker:
         """Start one more worker and wait until it is ready."""
         log = self.directory / f"worker-{len(self.workers)}.log"
-        worker = Worker(self.directory / "millpond.toml", log)
+        worker = Worker(self.directory / "millpond.toml", log, agent)
         self.workers.append(worker)
         await worker.until_ready()
         return worker

@@ -29,14 +29,15 @@ class Example(NamedTuple):
     output: str
 
     def shown_by(self, said: str) -> bool:
-        """Whether this is what the README shows."""
+        """Whether this is what the README shows; spaces at the ends of lines do not show."""
+        said = "\n".join(line.rstrip() for line in said.splitlines())
         pattern = re.escape(self.output.rstrip("\n")).replace("…", ".*")
         return re.fullmatch(pattern, said.rstrip("\n"), re.DOTALL) is not None
 
     @property
     def only_reads(self) -> bool:
         """Whether it may be typed again until it shows what was just published."""
-        return self.command.startswith("millpond redis ")
+        return self.command.startswith(("millpond redis ", "millpond clients ", "cat "))
 
 
 def examples() -> Iterator[Example]:

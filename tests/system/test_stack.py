@@ -113,11 +113,14 @@ def test_status_tells_addresses_processes_readiness_and_lag(home: Home) -> None:
     found = home.status()
     assert found["ready"]
     names = [process["name"] for process in found["processes"]]
-    assert names == ["kafka", "redis", "bridge embedded", "worker messages"]
+    assert names == ["kafka", "redis", "bridge embedded", "worker sessions", "worker messages"]
     for process in found["processes"]:
         assert process["ready"]
         assert psutil.pid_exists(process["pid"])
-    until(lambda: home.status()["lag"] == {"messages": 0}, "the worker to have caught up")
+    until(
+        lambda: home.status()["lag"] == {"sessions": 0, "messages": 0},
+        "the worker to have caught up",
+    )
     table = home.says("status")
     assert all(name in table for name in names)
 
@@ -242,7 +245,7 @@ def test_a_kafka_and_a_redis_of_ones_own_take_the_place_of_ours(
         home.says(
             "up", "--detach", *FREE_PORTS, "--kafka", own_kafka.address, "--redis", own_redis.address
         )  # fmt: skip
-        assert list(home.pids()) == ["bridge embedded", "worker messages"]
+        assert list(home.pids()) == ["bridge embedded", "worker sessions", "worker messages"]
         addresses = home.status()["addresses"]
         assert addresses["Kafka"] == own_kafka.address
         assert addresses["Redis"] == own_redis.address.removeprefix("redis://")

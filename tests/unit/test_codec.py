@@ -46,7 +46,7 @@ GOLDEN: dict[str, tuple[Event, str]] = {
     "session.resumed": (events.SessionResumed(**CLIENT), f'{STAMP},"client_id":"sub"'),
     "session.subscribed": (
         events.SessionSubscribed(**CLIENT, topic_filter="queue/+", qos=1),
-        f'{STAMP},"client_id":"sub","topic_filter":"queue/+","qos":1',
+        f'{STAMP},"client_id":"sub","topic_filter":"queue/+","qos":1,"proxied":false',
     ),
     "session.unsubscribed": (
         events.SessionUnsubscribed(**CLIENT, topic_filter="queue/+"),
@@ -58,6 +58,14 @@ GOLDEN: dict[str, tuple[Event, str]] = {
     ),
     "session.discarded": (events.SessionDiscarded(**CLIENT), f'{STAMP},"client_id":"sub"'),
     "session.takenover": (events.SessionTakenOver(**CLIENT), f'{STAMP},"client_id":"sub"'),
+    "control.subscribe": (
+        events.ControlSubscribe(**CLIENT, topic_filter="a/+", qos=1),
+        f'{STAMP},"client_id":"sub","topic_filter":"a/+","qos":1',
+    ),
+    "control.unsubscribe": (
+        events.ControlUnsubscribe(**CLIENT, topic_filter="a/+"),
+        f'{STAMP},"client_id":"sub","topic_filter":"a/+"',
+    ),
     "node.started": (events.NodeStarted(**AT), STAMP),
     "node.stopped": (events.NodeStopped(**AT), STAMP),
     "node.sync.started": (events.NodeSyncStarted(**AT, sync_id="s"), f'{STAMP},"sync_id":"s"'),

@@ -180,7 +180,7 @@ def test_a_journal_entry_of_another_owner_under_a_sequence_of_ours_is_finished()
     assert world.applied is not None
     journal = world.server.values[keys.journal(PARTITION)]
     assert isinstance(journal, Hash)
-    journal[str(world.applied.sequence)] = b'[{"offset":0,"reason":"another"}]'
+    journal[str(world.applied.sequence)] = b'[{"type":"dead_letter","offset":0,"reason":"another"}]'
     world.server.fault = once("before")
     run(driver.tend())
     assert world.letters == {1: 1, 0: 1}

@@ -24,7 +24,12 @@ def test_keys_are_the_documented_ones() -> None:
     assert keys.rules(PARTITION) == "millpond:{mill:queue:7}:rules"
     assert keys.seen(PARTITION, 0) == "millpond:{mill:queue:7}:seen:0"
     assert keys.seen(PARTITION, 3) == "millpond:{mill:queue:7}:seen:1"
-    assert keys.topic_states(PARTITION) == "millpond:{mill:queue:7}:topics"
+    assert keys.presence("c") == "mqtt:client:c"
+    assert keys.node("n@1") == "mqtt:node:n@1"
+    assert keys.subscriptions("c") == "mqtt:sub:c"
+    assert keys.states(PARTITION) == "millpond:{mill:queue:7}:states"
+    assert keys.retained_topics(PARTITION) == "millpond:{mill:queue:7}:retained"
+    assert keys.index(PARTITION, "announced") == "millpond:{mill:queue:7}:announced"
     assert keys.due(PARTITION) == "millpond:{mill:queue:7}:due"
 
 
@@ -36,7 +41,13 @@ def test_every_built_key_has_a_row_in_the_table() -> None:
     built = [
         *(keys.message_index("t"), keys.message_body("m"), keys.retained("t"), keys.receipt("m")),
         *(keys.applied(PARTITION), keys.journal(PARTITION), keys.rules(PARTITION)),
-        *(keys.seen(PARTITION, 1), keys.topic_states(PARTITION), keys.due(PARTITION)),
+        *(keys.seen(PARTITION, 1), keys.states(PARTITION), keys.due(PARTITION)),
+        *(
+            keys.retained_topics(PARTITION),
+            keys.presence("c"),
+            keys.node("n"),
+            keys.subscriptions("c"),
+        ),
     ]
     for key in built:
         shown = key.replace("{mill:queue:7}", "mill")  # the tag stands for one word of the table
@@ -44,7 +55,7 @@ def test_every_built_key_has_a_row_in_the_table() -> None:
 
 
 def test_private_keys_of_a_partition_share_one_hash_tag() -> None:
-    private = (keys.applied, keys.journal, keys.rules, keys.topic_states, keys.due)
+    private = (keys.applied, keys.journal, keys.rules, keys.states, keys.due)
     tags = {key(PARTITION).partition("{")[2].partition("}")[0] for key in private}
     assert tags == {"mill:queue:7"}
     assert all(key(PARTITION).startswith(keys.PRIVATE_PREFIX) for key in private)
@@ -55,6 +66,7 @@ def test_a_partition_knows_its_topic_and_says_who_reads_it() -> None:
     assert Partition("mill", "sessions", 0).topic == keys.CLIENTS_TOPIC
     assert str(PARTITION) == "mqtt.messages[7] (mill.queue)"
     assert keys.group_id("mill", "queue") == "mill.queue"
+    assert keys.bridge_group_id("mill") == "mill.bridge"
 
 
 KEYS = {

@@ -19,7 +19,7 @@ from agents.effects import (
     RunCommand,
     SetDue,
     SetRules,
-    SetTopicState,
+    SetState,
     SpareBody,
     StoreMessage,
     Unindex,
@@ -28,7 +28,7 @@ from agents.effects import (
 from agents.messages import machine as messages
 from agents.messages.machine import MessagesMachine
 from agents.messages.state import index_due, message_due, retained_due
-from agents.ports import ReadDue, ReadIndex, ReadTopicStates, Stored
+from agents.ports import ReadDue, ReadIndex, ReadStates, Stored
 from schemas.errors import DecodeError
 from schemas.events import Event, NodeStarted, RulesChanged, Tick
 from schemas.rules import Rules
@@ -68,8 +68,8 @@ class Running:
 
     def answer(self, read: Any) -> Any:
         match read:
-            case ReadTopicStates():
-                return {topic: self.states.get(topic) for topic in read.topics}
+            case ReadStates():
+                return {topic: self.states.get(topic) for topic in read.names}
             case ReadDue():
                 return sorted(self.due.items(), key=lambda item: (item[1], item[0]))[: read.limit]
             case ReadIndex():
@@ -88,9 +88,9 @@ class Running:
                     self.due.pop(member, None)
                 case SetDue(member=member, at=int(at)):
                     self.due[member] = min(at, self.due.get(member, at))
-                case SetTopicState(topic=topic, state=None):
+                case SetState(key=topic, state=None):
                     self.states.pop(topic, None)
-                case SetTopicState(topic=topic, state=bytes(state)):
+                case SetState(key=topic, state=bytes(state)):
                     self.states[topic] = state
 
 
@@ -202,15 +202,15 @@ def test_several_retained_publishes_in_one_batch_come_to_one_write() -> None:
     effects = running.fold(*(given.published(name, retain=True) for name in "abc"))
     assert of_kind(effects, Retain) == [Retain(2, "t", "c", 10_000_002)]
     assert of_kind(effects, DropBody) == [DropBody("a"), DropBody("b")]
-    assert len(of_kind(effects, SetTopicState)) == 1
+    assert len(of_kind(effects, SetState)) == 1
 
 
 def test_an_empty_retained_publish_clears() -> None:
     running = Running(given.retain(), given.clear_retained())
     running.fold(given.published("a", retain=True))
     effects = running.fold(given.published("b", retain=True, payload=""))
-    assert of_kind(effects, ClearRetained, DropBody, SetTopicState) == [
-        DropBody("a"), SetTopicState("t", None), ClearRetained(1, "t"),
+    assert of_kind(effects, ClearRetained, DropBody, SetState) == [
+        DropBody("a"), SetState("t", None), ClearRetained(1, "t"),
     ]  # fmt: skip
     assert of_kind(effects, StoreMessage) == []
 
@@ -226,7 +226,7 @@ def test_a_publish_kept_and_cleared_in_one_batch_leaves_nothing() -> None:
     effects = running.fold(
         given.published("a", retain=True), given.published("b", retain=True, payload="")
     )
-    assert of_kind(effects, Retain, ClearRetained, SetTopicState) == []
+    assert of_kind(effects, Retain, ClearRetained, SetState) == []
     assert of_kind(effects, DropBody) == [DropBody("a")]
 
 
@@ -481,7 +481,7 @@ def test_a_machine_without_rules_keeps_nothing() -> None:
 def test_states_beyond_the_bound_are_forgotten_and_read_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("agents.messages.topics.TOPICS_HELD_MAX", 1)
+    monkeypatch.setattr("agents.held.STATES_HELD_MAX", 1)
     running = Running(given.retain())
     running.fold(
         given.published("a", topic="a", retain=True), given.published("b", topic="b", retain=True)

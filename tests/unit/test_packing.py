@@ -18,7 +18,7 @@ from agents.effects import (
     RunCommand,
     SetDue,
     SetRules,
-    SetTopicState,
+    SetState,
     SpareBody,
     StoreMessage,
     Unindex,
@@ -99,6 +99,7 @@ def test_the_three_lists_follow_each_other_whatever_the_order_of_effects() -> No
         ("ZREMRANGEBYRANK", "mqtt:retain:t", 0, -1),
         ("ZADD", "mqtt:retain:t", 7, "m"),
         ("SET", f"{PRIVATE}rules", "rules"),
+        ("ZADD", f"{PRIVATE}retained", 0, "t"),
         ("HDEL", "mqtt:msg:old", "id", "from", "qos", "topic", "payload", "ts", "retain"),
         ("PERSIST", "mqtt:msg:spared"),
         (b"INCR", b"x"),
@@ -111,13 +112,13 @@ def test_taking_nothing_out_of_an_index_is_no_command() -> None:
     assert commands(Unindex(1, "t", ())) == []
 
 
-def test_topic_states_are_written_once_a_batch_the_last_one_counts() -> None:
+def test_states_are_written_once_a_batch_the_last_one_counts() -> None:
     assert commands(
-        SetTopicState("a", b"1"), SetTopicState("b", None), SetTopicState("a", None),
-        SetTopicState("b", b"2"), SetTopicState("c", b"3"), SetTopicState("d", None),
+        SetState("a", b"1"), SetState("b", None), SetState("a", None),
+        SetState("b", b"2"), SetState("c", b"3"), SetState("d", None),
     ) == [
-        ("HSET", f"{PRIVATE}topics", "b", b"2", "c", b"3"),
-        ("HDEL", f"{PRIVATE}topics", "a", "d"),
+        ("HSET", f"{PRIVATE}states", "b", b"2", "c", b"3"),
+        ("HDEL", f"{PRIVATE}states", "a", "d"),
     ]  # fmt: skip
 
 
@@ -132,7 +133,7 @@ def test_seen_ids_are_json_lines_so_that_a_line_break_in_one_survives() -> None:
 
 def test_outputs_are_journaled_under_their_sequence_and_what_is_produced_goes() -> None:
     assert commands(outputs=[DeadLetter(3, "why")], produced=[1, 2]) == [
-        ("HSET", f"{PRIVATE}journal", 5, b'[{"offset":3,"reason":"why"}]'),
+        ("HSET", f"{PRIVATE}journal", 5, b'[{"type":"dead_letter","offset":3,"reason":"why"}]'),
         ("HDEL", f"{PRIVATE}journal", 1, 2),
     ]
 

@@ -122,7 +122,7 @@ def events_table() -> str:
 
 def topic_of(name: str) -> str:
     """Where records of this type are."""
-    if name.startswith(("client.", "session.", "node.")):
+    if name.startswith(("client.", "session.", "control.", "node.")):
         return keys.CLIENTS_TOPIC
     return keys.DELIVERIES_TOPIC if "." not in name and name != "tick" else keys.MESSAGES_TOPIC
 

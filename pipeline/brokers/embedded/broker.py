@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+from collections.abc import Coroutine
 from typing import Any, Final
 from uuid import uuid4
 
@@ -16,9 +17,9 @@ from amqtt.contexts import ListenerType
 from amqtt.errors import AMQTTError, BrokerError
 from amqtt.mqtt.constants import QOS_2
 from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
-from amqtt.plugins.base import BaseAuthPlugin
 from amqtt.session import Session
 
+from pipeline.brokers.embedded.access import AcceptEveryone
 from pipeline.brokers.embedded.handler import Handler, Payload, refused_topic
 from pipeline.brokers.embedded.recorder import NEVER_EXPIRES_S, Recorder, now_ms
 from pipeline.brokers.embedded.wire import WebSocketReader, Writer
@@ -56,14 +57,6 @@ OF_THE_CONNECTION: Final = (
 )  # fmt: skip
 
 
-class AcceptEveryone(BaseAuthPlugin):
-    """amqtt's own anonymous access also makes sessions forget what comes while a client is away."""
-
-    async def authenticate(self, *, session: Session) -> bool:
-        """Let everybody in: the broker listens on loopback."""
-        return True
-
-
 class EmbeddedBroker(Broker):
     """Overrides amqtt where clients come, subscribe and go, and where messages are routed."""
 
@@ -73,7 +66,9 @@ class EmbeddedBroker(Broker):
             "default": {"type": "tcp", "bind": f"{settings.host}:{settings.mqtt_port}"},
             "websocket": {"type": "ws", "bind": f"{settings.host}:{settings.websocket_port}"},
         }
-        plugins: dict[str, dict[str, Any]] = {f"{__name__}.{AcceptEveryone.__name__}": {}}
+        plugins: dict[str, dict[str, Any]] = {
+            f"{AcceptEveryone.__module__}.{AcceptEveryone.__name__}": {}
+        }
         super().__init__({"listeners": listeners, "plugins": plugins})
         self._broadcast_queue = asyncio.Queue(ROUTED_MAX)
         self._recorder = recorder
@@ -276,18 +271,32 @@ class EmbeddedBroker(Broker):
 
     async def add_subscription(self, subscription: tuple[str, int], session: Session) -> int:
         """See amqtt; a filter that is none is refused."""
+        return await self.subscribe(subscription, session)
+
+    async def subscribe(
+        self, subscription: tuple[str, int], session: Session, *, proxied: bool = False
+    ) -> int:
+        """Subscribe a session; `proxied` if its client has not asked for it."""
         topic_filter, qos = subscription
         if filter_error(topic_filter) is not None or qos > QOS_2:
             return SUBSCRIBE_FAILURE
         self._del_subscription(topic_filter, session)  # [MQTT-3.8.4-3]: amqtt keeps the old QoS
         granted = await super().add_subscription((topic_filter, qos), session)
         if granted != SUBSCRIBE_FAILURE:
-            await self._tell_subscribed(session, topic_filter, granted)
+            await self._tell_subscribed(session, topic_filter, granted, proxied=proxied)
+        if granted != SUBSCRIBE_FAILURE and proxied:
+            await self._publish_retained_messages_for_subscription((topic_filter, qos), session)
         return granted
 
-    async def _tell_subscribed(self, session: Session, topic_filter: str, qos: int) -> None:
+    async def _tell_subscribed(
+        self, session: Session, topic_filter: str, qos: int, *, proxied: bool = False
+    ) -> None:
         await self._recorder.client(
-            SessionSubscribed, session.client_id or "", topic_filter=topic_filter, qos=qos
+            SessionSubscribed,
+            session.client_id or "",
+            topic_filter=topic_filter,
+            qos=qos,
+            proxied=proxied,
         )
 
     async def _handle_unsubscription(
@@ -303,11 +312,14 @@ class EmbeddedBroker(Broker):
         ]
         await super()._handle_unsubscription(client_session, handler, unsubscribe_waiter)
         for topic_filter in held:
-            if not self._holders(topic_filter):
-                self._subscriptions.pop(topic_filter, None)  # amqtt keeps them for ever
-            await self._recorder.client(
-                SessionUnsubscribed, client_session.client_id or "", topic_filter=topic_filter
-            )
+            await self._tell_unsubscribed(client_session, topic_filter)
+
+    async def _tell_unsubscribed(self, session: Session, topic_filter: str) -> None:
+        if not self._holders(topic_filter):
+            self._subscriptions.pop(topic_filter, None)  # amqtt keeps them for ever
+        await self._recorder.client(
+            SessionUnsubscribed, session.client_id or "", topic_filter=topic_filter
+        )
 
     def _holders(self, topic_filter: str) -> list[tuple[Session, int]]:
         return self._subscriptions.get(topic_filter, [])
@@ -315,10 +327,28 @@ class EmbeddedBroker(Broker):
     async def _publish_retained_messages_for_subscription(
         self, subscription: tuple[str, int], session: Session
     ) -> None:
-        """[MQTT-3.3.1-6]: at a new subscription only. amqtt also sends them at each connect, for anybody's filters."""
+        """[MQTT-3.3.1-6]: at a new subscription only. amqtt also sends them at each connect, for anybody's filters.
+
+        Where a rule looks them up in the store, they come from there.
+        """
         handler = self._get_handler(session)
+        if self._recorder.looks_up_retained(subscription[0]):
+            return
         if isinstance(handler, Handler) and handler.connected_at_ms:
             await super()._publish_retained_messages_for_subscription(subscription, session)
+
+    def session_of(self, client_id: str) -> tuple[Session | None, BrokerProtocolHandler | None]:
+        """A client's session and its last connection, if there are any."""
+        return self._sessions.get(client_id, (None, None))
+
+    async def unsubscribe(self, topic_filter: str, session: Session) -> None:
+        """End a subscription, if there is one."""
+        if self._del_subscription(topic_filter, session):
+            await self._tell_unsubscribed(session, topic_filter)
+
+    def hand_over(self, publish: Coroutine[Any, Any, Any]) -> None:
+        """Publish to one client, while the others go on."""
+        self._tasks_queue.append(asyncio.ensure_future(publish))
 
     # -- messages
 
@@ -345,7 +375,7 @@ class EmbeddedBroker(Broker):
         while handler is not None and not session.retained_messages.empty():
             message = session.retained_messages.get_nowait()
             publish = handler.mqtt_publish(message.topic, message.data, message.qos, retain=False)
-            self._tasks_queue.append(asyncio.ensure_future(publish))
+            self.hand_over(publish)
 
     async def _broadcast_message(
         self,

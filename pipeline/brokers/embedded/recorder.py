@@ -126,6 +126,11 @@ class Recorder:
             known = self._wanted[hook, topic] = owned or bool(self._rules.matching(hook, topic))
         return known
 
+    def looks_up_retained(self, topic_filter: str) -> bool:
+        """Whether a rule has the stored retained messages delivered to new subscriptions of this filter."""
+        rules = self._rules.matching("session.subscribed", topic_filter)
+        return any(rule.action == "on_retain_lookup" for rule in rules)
+
     # -- clients, sessions, nodes
 
     async def client(self, kind: ClientEvent, client_id: str, **fields: Any) -> None:

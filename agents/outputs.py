@@ -1,0 +1,145 @@
+"""Outputs as Kafka records. What an output refers to is read now, after its transaction, and is never state."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any, Final
+
+from agents.dead_letters import dead_letter
+from agents.effects import (
+    Announce,
+    DeadLetter,
+    LookUpRetained,
+    LookUpSubscriptions,
+    Output,
+    SendCommand,
+)
+from agents.ports import (
+    Outgoing,
+    Read,
+    ReadBody,
+    ReadRetained,
+    ReadRetainedTopics,
+    ReadSubscriptions,
+    Record,
+)
+from schemas import codec, keys
+from schemas.commands import Command, Deliver, Subscribe
+from schemas.events import SubscriberJoined, SubscriberLeft
+from schemas.filters import WILDCARDS, filter_error, matches
+from schemas.keys import Partition
+
+# What one look-up may bring: a client that asks for everything gets this much of it.
+RETAINED_MAX: Final = 1_000
+SUBSCRIPTIONS_MAX: Final = 1_000
+RETAINED_VALID_FOR_S: Final = (
+    60  # a client that has not been reached by then is gone, or asks again
+)
+
+# The outputs that may carry the bytes of the record that they came from.
+WITH_SOURCE: Final = (DeadLetter, LookUpSubscriptions)
+
+ReadStore = Callable[[Sequence[Read]], Awaitable[list[Any]]]
+
+
+class Outputs:
+    """Makes the records of one partition's outputs."""
+
+    def __init__(self, partition: Partition, read: ReadStore) -> None:
+        """`partition_count` is set before the first output."""
+        self._partition, self._read = partition, read
+        self.partition_count = 0  # of every topic
+
+    async def records(self, output: Output, source: Record | None) -> list[Outgoing]:
+        """What an output of `source` comes to; None if the log no longer holds it."""
+        match output:
+            case DeadLetter():
+                return [dead_letter(self._partition, output, source)]
+            case Announce(event=event):
+                return self._announcements(event)
+            case SendCommand(command=command):
+                return [to_bridge(command)]
+            case LookUpSubscriptions():
+                return await self._subscriptions(output, source)
+            case _:
+                return [to_bridge(deliver) for deliver in await self._retained(output)]
+
+    def _announcements(self, event: SubscriberJoined | SubscriberLeft) -> list[Outgoing]:
+        """To the partition of its topic; with a wildcard to every one, since its topics are in any."""
+        key = keys.record_key(event)
+        record = Outgoing(keys.MESSAGES_TOPIC, key.encode(), codec.encode(event))
+        if not has_wildcard(key):
+            return [record]
+        return [record._replace(partition=number) for number in range(self.partition_count)]
+
+    async def _subscriptions(
+        self, output: LookUpSubscriptions, source: Record | None
+    ) -> list[Outgoing]:
+        """What the database says now, as one command; what makes no sense there is a dead letter."""
+        (table,) = await self._read([ReadSubscriptions(output.client_id)])
+        filters, wrong = [], []
+        for name, qos in sorted(table.items()):
+            topic_filter = name.decode("utf-8", "replace")
+            if filter_error(topic_filter) is None and qos in (b"0", b"1", b"2"):
+                filters.append((topic_filter, int(qos)))
+            else:
+                wrong.append(f"{topic_filter!r} → {qos.decode(errors='replace')!r}")
+        records = []
+        if filters:
+            chosen = tuple(filters[:SUBSCRIPTIONS_MAX])
+            records.append(to_bridge(Subscribe(client_id=output.client_id, topic_filters=chosen)))
+        wrong += [f"{name!r} is one too many" for name, _ in filters[SUBSCRIPTIONS_MAX:]]
+        if wrong:
+            key = keys.subscriptions(output.client_id)
+            letter = DeadLetter(output.offset, f"{key} holds no subscriptions: {', '.join(wrong)}")
+            records.append(dead_letter(self._partition, letter, source))
+        return records
+
+    async def _retained(self, output: LookUpRetained) -> list[Deliver]:
+        topics = await self._retained_topics(output.topic_filter)
+        found = await self._read([ReadRetained(topic) for topic in topics])
+        ids = [message_id for message_id in found if message_id is not None]
+        bodies = await self._read([ReadBody(message_id) for message_id in ids])
+        return [_delivery(output, body) for body in bodies if body]
+
+    async def _retained_topics(self, topic_filter: str) -> list[str]:
+        """Topics that match, by the indexes of the agents that retain; one without a wildcard is itself."""
+        if not has_wildcard(topic_filter):
+            return [topic_filter]
+        levels = topic_filter.split("/")
+        plain = levels[: next(at for at, level in enumerate(levels) if level in WILDCARDS)]
+        prefix = "".join(f"{level}/" for level in plain)
+        reads = [
+            ReadRetainedTopics(partition, prefix, RETAINED_MAX)
+            for partition in self._retaining_partitions()
+        ]
+        topics = {topic for answer in await self._read(reads) for topic in answer}
+        if plain:
+            topics.add("/".join(plain))  # [MQTT-4.7.1-2]: "a/#" matches "a" too
+        return sorted(topic for topic in topics if matches(topic_filter, topic))[:RETAINED_MAX]
+
+    def _retaining_partitions(self) -> Iterable[Partition]:
+        for agent, topic in keys.SOURCE_TOPIC.items():
+            if topic == keys.MESSAGES_TOPIC:
+                for number in range(self.partition_count):
+                    yield Partition(self._partition.app, agent, number)
+
+
+def has_wildcard(topic_filter: str) -> bool:
+    """Whether a filter matches more than the topic that is spelled like it."""
+    return any(level in WILDCARDS for level in topic_filter.split("/"))
+
+
+def to_bridge(command: Command) -> Outgoing:
+    """A command on its way to the broker."""
+    return Outgoing(keys.DELIVERIES_TOPIC, command.client_id.encode(), codec.encode(command))
+
+
+def _delivery(output: LookUpRetained, body: dict[str, bytes]) -> Deliver:
+    payload, encoding = codec.payload_text(body.get("payload", b""))
+    return Deliver(
+        client_id=output.client_id, lease="", valid_for_s=RETAINED_VALID_FOR_S, attempt=1,
+        message_id=body["id"].decode(), topic=body["topic"].decode(),
+        qos=min(int(body["qos"]), output.qos), retain=True,  # [MQTT-3.3.1-8]
+        payload=payload, payload_encoding=encoding,
+    )  # fmt: skip

@@ -1,0 +1,65 @@
+"""What the rules in force ask of the sessions agent."""
+
+from __future__ import annotations
+
+from typing import Final, TypeAlias
+
+from agents.commands import run_commands
+from agents.effects import Effect, LookUpRetained, LookUpSubscriptions, Output
+from schemas.events import (
+    ClientConnected,
+    ClientDisconnected,
+    SessionCreated,
+    SessionSubscribed,
+    SessionUnsubscribed,
+)
+from schemas.filters import intersects, split_share
+from schemas.rules import Hook, Rules
+
+FILTERS_REMEMBERED_MAX: Final = 10_000  # whether a delivery rule can match them
+
+HookedEvent: TypeAlias = (
+    ClientConnected | ClientDisconnected | SessionCreated | SessionSubscribed | SessionUnsubscribed
+)
+
+
+class SessionRules:
+    """The rules, as this agent asks them."""
+
+    def __init__(self, rules: Rules) -> None:
+        """Nothing is worked out before it is asked for."""
+        self.rules = rules
+        self._delivered: dict[str, bool] = {}
+        actions = {rule.action for rule in rules.rules}
+        self.keeps_presence = bool(actions & {"on_client_connected", "on_client_disconnected"})
+
+    def delivered(self, topic_filter: str) -> bool:
+        """Whether a delivery rule can match some topic of a client's filter."""
+        known = self._delivered.get(topic_filter)
+        if known is None:
+            if len(self._delivered) >= FILTERS_REMEMBERED_MAX:
+                self._delivered.clear()
+            plain = split_share(topic_filter)[1]
+            known = self._delivered[topic_filter] = any(
+                intersects(rule.topic_filter, plain) for rule in self.rules.delivery_rules()
+            )
+        return known
+
+    def hooked(self, hook: Hook, offset: int, event: HookedEvent) -> list[Effect | Output]:
+        """What the rules of a hook ask for: the user's commands, and looking things up."""
+        done: list[Effect | Output] = []
+        topic_filter = getattr(event, "topic_filter", None)
+        actions: set[str | None] = set()
+        for rule in self.rules.matching(hook, topic_filter):
+            actions.add(rule.action)
+            done += run_commands(rule.commands, offset, event)
+        if "on_subscribe_lookup" in actions:
+            done.append(LookUpSubscriptions(offset, event.client_id))
+        # MQTT 5.0, 4.8.2: a shared subscription gets no retained messages.
+        if (
+            "on_retain_lookup" in actions
+            and isinstance(event, SessionSubscribed)
+            and split_share(event.topic_filter)[0] is None
+        ):
+            done.append(LookUpRetained(offset, event.client_id, event.topic_filter, event.qos))
+        return done

@@ -1,0 +1,184 @@
+"""What the sessions agent knows of one client: its connections, its session, its subscriptions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+from msgspec import Struct, field, structs
+
+from agents.sessions.connections import Connections, Live
+from schemas.errors import DecodeError
+
+# More filters than this in one session are a fault of the client's; their state is rewritten with each change.
+SUBSCRIPTIONS_MAX: Final = 1_000
+
+
+class Subscription(Struct, frozen=True, array_like=True):
+    """A filter that a session holds: since which offset, and at which one it was last shown."""
+
+    qos: int
+    since: int
+    seen: int
+    proxied: bool
+
+
+class Session(Struct, frozen=True, array_like=True):
+    """A session, named by the offset of what created it, on the node that it was last seen on.
+
+    `resumed` is the offset of its last resumption, or 0.
+    """
+
+    id: int
+    node: str
+    seen: int
+    resumed: int = 0
+
+
+class Member(Struct, frozen=True):
+    """A subscription that a delivery agent is to serve."""
+
+    session: int
+    qos: int
+
+
+class ClientState(Struct, array_like=True):
+    """One client's. Mutable; a step works on a copy.
+
+    `announced_by` is the offset of the `rules.changed` by which its members were last announced.
+    """
+
+    connections: Connections = field(default_factory=Connections)
+    session: Session | None = None
+    subscriptions: dict[str, Subscription] = field(default_factory=dict)
+    announced_by: int = 0
+
+    def copy(self) -> ClientState:
+        """One that may be changed without changing this one."""
+        return ClientState(
+            self.connections.copy(), self.session, dict(self.subscriptions), self.announced_by
+        )
+
+    # -- connections
+
+    def connected(self, connection_id: str, live: Live) -> bool:
+        """A connection is up; whether that is news. It shows that there is a session."""
+        news = self.connections.opened(connection_id, live)
+        if connection_id in self.connections.live:
+            self._show(live.seen, live.node)
+        return news
+
+    def disconnected(self, connection_id: str, node: str, seen: int, at: int, reason: str) -> bool:
+        """A connection ended; whether it was up. The session stays until its own end is told."""
+        if self.session is not None and self.session.node == node:
+            self._show(seen, node)
+        return self.connections.ended(connection_id, at, reason)
+
+    # -- the session
+
+    def _show(self, seen: int, node: str) -> None:
+        known = self.session
+        if known is None:
+            self.session = Session(seen, node, seen)
+        else:
+            self.session = Session(known.id, node, max(known.seen, seen), known.resumed)
+
+    def created(self, node: str, seen: int) -> None:
+        """A session began; whatever went before it is over."""
+        self.session, self.subscriptions = Session(seen, node, seen), {}
+
+    def resumed(self, node: str, seen: int) -> None:
+        """The client came back to its session."""
+        self._show(seen, node)
+        assert self.session is not None, "it has just been shown"
+        self.session = structs.replace(self.session, resumed=seen)
+
+    def session_ended(self, node: str) -> None:
+        """The session on this node is over; one that has moved on to another node is not."""
+        if self.session is not None and self.session.node == node:
+            self.session, self.subscriptions = None, {}
+
+    def subscribed(
+        self, node: str, topic_filter: str, qos: int, seen: int, *, proxied: bool
+    ) -> bool:
+        """A filter is held, or told of again; whether that is news.
+
+        Raises:
+            DecodeError: the session holds too many.
+        """
+        known = self.subscriptions.get(topic_filter)
+        if known is None and len(self.subscriptions) >= SUBSCRIPTIONS_MAX:
+            raise DecodeError(f"the session holds {SUBSCRIPTIONS_MAX} subscriptions already")
+        self._show(seen, node)
+        if known is None:
+            self.subscriptions[topic_filter] = Subscription(qos, seen, seen, proxied)
+        else:
+            proxied = proxied or known.proxied
+            self.subscriptions[topic_filter] = Subscription(qos, known.since, seen, proxied)
+        return known is None or known.qos != qos
+
+    def unsubscribed(self, topic_filter: str) -> bool:
+        """A filter was given up; whether it was held."""
+        return self.subscriptions.pop(topic_filter, None) is not None
+
+    # -- snapshots
+
+    def node_restarted(self, node: str, seen: int, at: int) -> None:
+        """All connections of a node are gone. Its sessions may live: the snapshot that follows tells."""
+        self.connections.close_unseen(node, seen, at)
+        if self.session is not None and self.session.node == node:
+            self._show(seen, node)
+            for topic_filter, held in self.subscriptions.items():
+                self.subscriptions[topic_filter] = structs.replace(held, seen=max(held.seen, seen))
+
+    def close_unseen(self, node: str, before: int, at: int) -> None:
+        """A snapshot of a node that began at offset `before` did not show it: it is no more."""
+        self.connections.close_unseen(node, before, at)
+        session = self.session
+        if session is None or session.node != node:
+            return
+        if session.seen < before:
+            self.session, self.subscriptions = None, {}
+            return
+        self.subscriptions = {
+            topic_filter: held
+            for topic_filter, held in self.subscriptions.items()
+            if held.seen >= before
+        }
+
+    def seen_on(self) -> dict[str, int]:
+        """Per node, the lowest offset at which anything that is held there was last seen."""
+        seen = self.connections.seen_on()
+        if self.session is not None:
+            offsets = [held.seen for held in self.subscriptions.values()]
+            node = self.session.node
+            seen[node] = min(*offsets, self.session.seen, seen.get(node, self.session.seen))
+        return seen
+
+    # -- what follows from it
+
+    def members(self, delivered: Callable[[str], bool]) -> dict[str, Member]:
+        """The subscriptions to be served now: of a client that is online, where a delivery rule can match."""
+        presence, session = self.connections.presence(), self.session
+        if presence is None or not presence.online or session is None:
+            return {}
+        return {
+            topic_filter: Member(session.id, held.qos)
+            for topic_filter, held in self.subscriptions.items()
+            if delivered(topic_filter)
+        }
+
+
+_encode: Final = msgspec.json.Encoder().encode
+_decode: Final = msgspec.json.Decoder(ClientState).decode
+
+
+def pack(state: ClientState) -> bytes:
+    """The state as it is stored."""
+    return _encode(state)
+
+
+def unpack(packed: bytes | None) -> ClientState:
+    """The state as it was stored; of a client never heard of, an empty one."""
+    return ClientState() if packed is None else _decode(packed)

@@ -1,0 +1,259 @@
+"""Brokers that know the truth, and events about it that are lost, repeated and reordered: after one snapshot of each
+node, presence and registry are the brokers' truth, and the members announced are the members entitled.
+"""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any, NamedTuple
+
+import pytest
+
+from agents.sessions import machine as sessions
+from agents.sessions.state import unpack
+from pipeline.stores.memory_server import Hash, Zset
+from schemas import events, keys
+from schemas.events import Event, SubscriberJoined
+from schemas.filters import intersects, split_share
+from tests import given
+from tests.driving import run
+from tests.unit.test_sessions_machine import PRESENCE, QUEUE, SESSIONS, Sessions
+
+NODES = ("n@1", "n@2")
+CLIENTS = ("a", "b", "c", "d")
+FILTERS = ("queue/1", "queue/+", "$share/g/queue/1", "other/#", "#")
+STEPS = 60
+SEEDS = 400
+
+
+class Connected(NamedTuple):
+    node: str
+    connection_id: str
+    connected_at: int
+
+
+class Brokers:
+    """Two nodes of one cluster, and what their bridge says of each change, per connection in order."""
+
+    def __init__(self, random: Random, world: Sessions) -> None:
+        self.random, self.world = random, world
+        self.connected: dict[str, Connected] = {}
+        self.sessions: dict[str, tuple[str, dict[str, int]]] = {}  # node, filter → QoS
+        self.clean: dict[str, bool] = {}
+        self.peers = 0
+        self.clocks = {node: random.randrange(0, 2_000, 500) for node in NODES}
+
+    def step(self) -> list[list[Event]]:
+        """Something happens; what is said of it, by each connection that says something."""
+        client_id = self.random.choice(CLIENTS)
+        choices = [self.connect, self.connect, self.disconnect, self.subscribe, self.unsubscribe]
+        return self.random.choice(choices)(client_id)
+
+    def event(self, kind: Any, client_id: str, node: str, **fields: Any) -> Event:
+        at = next(self.world.at) + self.clocks[node]
+        event: Event = kind(at=at, node=node, client_id=client_id, **fields)
+        return event
+
+    def ended(self, client_id: str, reason: str) -> list[Event]:
+        node, connection_id, _ = self.connected.pop(client_id)
+        return [
+            self.event(
+                events.ClientDisconnected, client_id, node, connection_id=connection_id,
+                reason=reason,
+            )
+        ]  # fmt: skip
+
+    def connect(self, client_id: str) -> list[list[Event]]:
+        clean, node = self.random.random() < 0.4, self.random.choice(NODES)
+        before: list[Event] = []
+        if client_id in self.connected:
+            before += self.ended(client_id, "discarded" if clean else "takenover")
+        held = self.sessions.get(client_id)
+        resumes = held is not None and not clean and not self.clean[client_id]
+        if held is not None and not resumes:
+            before.append(self.event(events.SessionDiscarded, client_id, held[0]))
+        self.sessions[client_id] = node, held[1] if held is not None and resumes else {}
+        self.clean[client_id] = clean
+        self.peers += 1
+        kind = events.SessionResumed if resumes else events.SessionCreated
+        after = [self.event(kind, client_id, node)]
+        connected = self.connection(client_id, node)
+        return [before, [*after, connected]] if before else [[*after, connected]]
+
+    def connection(self, client_id: str, node: str) -> Event:
+        at = next(self.world.at) + self.clocks[node]
+        self.connected[client_id] = Connected(node, f"{node}/{self.peers}", at)
+        return self.told_connected(client_id)
+
+    def told_connected(self, client_id: str) -> Event:
+        node, connection_id, connected_at = self.connected[client_id]
+        return self.event(
+            events.ClientConnected, client_id, node, connection_id=connection_id,
+            connected_at=connected_at,
+        )  # fmt: skip
+
+    def disconnect(self, client_id: str) -> list[list[Event]]:
+        if client_id not in self.connected:
+            return []
+        said = self.ended(client_id, "normal")
+        if self.clean[client_id]:
+            node, _ = self.sessions.pop(client_id)
+            said.append(self.event(events.SessionTerminated, client_id, node, reason="normal"))
+        return [said]
+
+    def subscribe(self, client_id: str) -> list[list[Event]]:
+        if client_id not in self.connected:
+            return []
+        topic_filter, qos = self.random.choice(FILTERS), self.random.randrange(3)
+        node, held = self.sessions[client_id]
+        held[topic_filter] = qos
+        return [[self.told_subscribed(client_id, node, topic_filter, qos)]]
+
+    def told_subscribed(self, client_id: str, node: str, topic_filter: str, qos: int) -> Event:
+        return self.event(
+            events.SessionSubscribed, client_id, node, topic_filter=topic_filter, qos=qos
+        )
+
+    def unsubscribe(self, client_id: str) -> list[list[Event]]:
+        node, held = self.sessions.get(client_id, ("", {}))
+        if client_id not in self.connected or not held:
+            return []
+        topic_filter = self.random.choice(sorted(held))
+        del held[topic_filter]
+        return [
+            [self.event(events.SessionUnsubscribed, client_id, node, topic_filter=topic_filter)]
+        ]
+
+    def snapshot(self, node: str) -> list[Event]:
+        told: list[Event] = []
+        for client_id, connected in self.connected.items():
+            if connected.node == node:
+                told.append(self.told_connected(client_id))
+        for client_id, (at, held) in self.sessions.items():
+            if at == node:
+                for topic_filter, qos in held.items():
+                    told.append(self.told_subscribed(client_id, node, topic_filter, qos))
+        return told
+
+
+def scrambled(random: Random, brokers: Brokers, world: Sessions) -> None:
+    """A history, some of it lost, repeated or late; the owner is succeeded now and then."""
+    late: list[list[Event]] = []
+    losing, doubling, delaying = (random.choice([0, 0.05, 0.3]) for _ in range(3))
+    for _ in range(STEPS):
+        for said in brokers.step():
+            if random.random() < delaying:
+                late.append(said)
+                continue
+            for event in said:
+                if random.random() >= losing:
+                    world.append(event, *([event] if random.random() < doubling else []))
+        if late and random.random() < 0.5:
+            world.append(*late.pop(random.randrange(len(late))))
+        if random.random() < 0.1:
+            world.settle()
+        if random.random() < 0.05:
+            run(world.driver.close())
+            world.driver = world.started()
+    for said in late:
+        world.append(*said)
+    world.settle()
+
+
+def entitled(brokers: Brokers) -> dict[tuple[str, str], int]:
+    return {
+        (client_id, topic_filter): qos
+        for client_id, (_, held) in brokers.sessions.items()
+        if client_id in brokers.connected
+        for topic_filter, qos in held.items()
+        if intersects("queue/#", split_share(topic_filter)[1])
+    }
+
+
+def announced(world: Sessions) -> dict[tuple[str, str], int]:
+    members: dict[tuple[str, str], int] = {}
+    for partition, event in world.announced:
+        if partition in (None, 0):
+            name = event.client_id, event.topic_filter
+            if isinstance(event, SubscriberJoined):
+                members[name] = event.qos
+            else:
+                members.pop(name, None)
+    return members
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, 50))
+def test_after_a_snapshot_of_each_node_all_is_as_the_brokers_know(
+    monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
+    monkeypatch.setattr(sessions, "SWEEP_CLIENTS_MAX", 2)
+    for seed in range(first, first + 50):
+        judge(seed)
+
+
+def judge(seed: int) -> None:
+    random = Random(seed)
+    world = Sessions(*PRESENCE, QUEUE)
+    brokers = Brokers(random, world)
+    scrambled(random, brokers, world)
+    nodes = list(NODES)
+    random.shuffle(nodes)
+    for _ in range(2):  # what moved between the nodes is settled when both have spoken after that
+        for node in nodes:
+            world.snapshot(*brokers.snapshot(node), node=node)
+    where = f"seed {seed}"
+    for client_id in CLIENTS:
+        expected = "1" if client_id in brokers.connected else "0"
+        assert world.state(client_id) in (expected, None if expected == "0" else "1"), where
+    for node in NODES:
+        there = {name for name, connected in brokers.connected.items() if connected.node == node}
+        assert set(world.at_node(node)) == there, where
+    check_registry(world, brokers, where)
+    assert announced(world) == entitled(brokers), where
+    check_indexes(world, where)
+
+
+def check_registry(world: Sessions, brokers: Brokers, where: str) -> None:
+    states = world.server.of(keys.states(SESSIONS), Hash)
+    for client_id in CLIENTS:
+        held = unpack(states.get(client_id)).subscriptions
+        _, truth = brokers.sessions.get(client_id, ("", {}))
+        assert {name: each.qos for name, each in held.items()} == truth, where
+
+
+def check_indexes(world: Sessions, where: str) -> None:
+    """What sweeps find is what is held."""
+    states = world.server.of(keys.states(SESSIONS), Hash)
+    for node in NODES:
+        index = world.server.of(keys.index(SESSIONS, sessions.seen_index(node)), Zset)
+        held = {name: unpack(state).seen_on().get(node) for name, state in states.items()}
+        assert dict(index) == {name: seen for name, seen in held.items() if seen is not None}, where
+    announced_by = world.server.of(keys.index(SESSIONS, sessions.ANNOUNCED), Zset)
+    subscribed = {name for name, state in states.items() if unpack(state).subscriptions}
+    assert set(announced_by) == subscribed, where
+
+
+def test_a_replay_of_the_log_ends_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "SWEEP_CLIENTS_MAX", 2)
+    for seed in range(40):
+        random = Random(seed)
+        world = Sessions(
+            *PRESENCE,
+            QUEUE,
+            given.a_rule(hook="client.connected", commands=["INCR seen:${clientid}"]),
+        )
+        brokers = Brokers(random, world)
+        scrambled(random, brokers, world)
+        live = {name: value for name, value in world.server.dump().items() if compared(name)}
+        world.commit(world.driver)
+        world.server.values.clear()
+        run(world.driver.close())
+        world.driver = world.started()
+        world.settle()
+        again = {name: value for name, value in world.server.dump().items() if compared(name)}
+        assert again == live, seed
+
+
+def compared(name: str) -> bool:
+    """The fence and the journal depend on the borders of batches; all else is a function of the log."""
+    return not name.endswith((":applied", ":journal"))
