@@ -24,14 +24,13 @@ from agents.ports import (
     Record,
 )
 from schemas import codec, keys
-from schemas.commands import Command, Deliver, Subscribe
+from schemas.commands import SUBSCRIPTIONS_MAX, Command, Deliver, Subscribe
 from schemas.events import SubscriberJoined, SubscriberLeft
 from schemas.filters import WILDCARDS, filter_error, matches
 from schemas.keys import Partition
 
 # What one look-up may bring: a client that asks for everything gets this much of it.
 RETAINED_MAX: Final = 1_000
-SUBSCRIPTIONS_MAX: Final = 1_000
 RETAINED_VALID_FOR_S: Final = (
     60  # a client that has not been reached by then is gone, or asks again
 )

@@ -12,6 +12,8 @@ VALID_FOR_S_MAX = (
     3_600  # a command that lay an hour in Kafka says nothing about the client any more
 )
 ATTEMPTS_MAX = 1_000_000
+# More filters than this in one session are a fault of the client's; their state is rewritten with each change.
+SUBSCRIPTIONS_MAX = 1_000
 
 
 class Deliver(Struct, frozen=True, kw_only=True, tag_field="type", tag="deliver"):

@@ -9,10 +9,8 @@ import msgspec
 from msgspec import Struct, field, structs
 
 from agents.sessions.connections import Connections, Live
+from schemas.commands import SUBSCRIPTIONS_MAX
 from schemas.errors import DecodeError
-
-# More filters than this in one session are a fault of the client's; their state is rewritten with each change.
-SUBSCRIPTIONS_MAX: Final = 1_000
 
 
 class Subscription(Struct, frozen=True, array_like=True):
