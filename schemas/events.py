@@ -67,13 +67,15 @@ class SessionResumed(Base, frozen=True, kw_only=True, tag="session.resumed"):
 class SessionSubscribed(Base, frozen=True, kw_only=True, tag="session.subscribed"):
     """One filter was granted; shared subscriptions keep their `$share/{group}/` prefix.
 
-    `proxied` if the bridge subscribed the client to it, by a command.
+    `proxied` if the bridge subscribed the client to it, by a command. `retain_handling` says when retained messages
+    are wanted (MQTT 5.0, 3.8.3.1): 0 always, 1 with a new subscription, 2 never.
     """
 
     client_id: Text
     topic_filter: Topic
     qos: QoS
     proxied: bool = False
+    retain_handling: Annotated[int, Meta(ge=0, le=2)] = 0
 
 
 class SessionUnsubscribed(Base, frozen=True, kw_only=True, tag="session.unsubscribed"):

@@ -45,8 +45,13 @@ class SessionRules:
             )
         return known
 
-    def hooked(self, hook: Hook, offset: int, event: HookedEvent) -> list[Effect | Output]:
-        """What the rules of a hook ask for: the user's commands, and looking things up."""
+    def hooked(
+        self, hook: Hook, offset: int, event: HookedEvent, *, news: bool = True
+    ) -> list[Effect | Output]:
+        """What the rules of a hook ask for: the user's commands, and looking things up.
+
+        `news` is false for a SUBSCRIBE to what is subscribed already.
+        """
         done: list[Effect | Output] = []
         topic_filter = getattr(event, "topic_filter", None)
         actions: set[str | None] = set()
@@ -55,11 +60,16 @@ class SessionRules:
             done += run_commands(rule.commands, offset, event)
         if "on_subscribe_lookup" in actions:
             done.append(LookUpSubscriptions(offset, event.client_id))
-        # MQTT 5.0, 4.8.2: a shared subscription gets no retained messages.
         if (
             "on_retain_lookup" in actions
             and isinstance(event, SessionSubscribed)
-            and split_share(event.topic_filter)[0] is None
+            and _wants_retained(event, news=news)
         ):
             done.append(LookUpRetained(offset, event.client_id, event.topic_filter, event.qos))
         return done
+
+
+def _wants_retained(event: SessionSubscribed, *, news: bool) -> bool:
+    """Whether a subscriber is to get retained messages (MQTT 5.0, 3.3.1.3 and 4.8.2: not if it is shared)."""
+    shared = split_share(event.topic_filter)[0] is not None
+    return not shared and event.retain_handling < (2 if news else 1)

@@ -232,7 +232,7 @@ class SessionsMachine:
             event.node, event.topic_filter, event.qos, offset, proxied=event.proxied
         )
         if news or event.node not in self._partition.syncs:
-            return self._rules.hooked("session.subscribed", offset, event)
+            return self._rules.hooked("session.subscribed", offset, event, news=news)
         return ()
 
     # -- announcing -------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ GOLDEN: dict[str, tuple[Event, str]] = {
     "session.resumed": (events.SessionResumed(**CLIENT), f'{STAMP},"client_id":"sub"'),
     "session.subscribed": (
         events.SessionSubscribed(**CLIENT, topic_filter="queue/+", qos=1),
-        f'{STAMP},"client_id":"sub","topic_filter":"queue/+","qos":1,"proxied":false',
+        f'{STAMP},"client_id":"sub","topic_filter":"queue/+","qos":1,"proxied":false,"retain_handling":0',
     ),
     "session.unsubscribed": (
         events.SessionUnsubscribed(**CLIENT, topic_filter="queue/+"),

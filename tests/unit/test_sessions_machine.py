@@ -500,6 +500,17 @@ def test_a_new_subscription_gets_the_retained_messages_that_match(
     assert [each.payload for each in delivers] == [f"of {topic}" for topic in found]
 
 
+@pytest.mark.parametrize(("handling", "found"), [(0, 2), (1, 1), (2, 0)])
+def test_retained_messages_come_as_the_subscriber_wants_them(handling: int, found: int) -> None:
+    world = Sessions(RETAIN_LOOKUP)
+    retaining(world, "a/b")
+    subscribed = world.event(
+        events.SessionSubscribed, "c", topic_filter="a/b", qos=1, retain_handling=handling
+    )
+    world.tell(world.connected(), subscribed, subscribed)
+    assert len(world.commands) == found
+
+
 def test_a_retained_message_that_has_gone_meanwhile_is_not_delivered() -> None:
     world = Sessions(RETAIN_LOOKUP)
     retaining(world, "a/b", "a/c")
