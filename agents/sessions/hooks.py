@@ -14,7 +14,7 @@ from schemas.events import (
     SessionUnsubscribed,
 )
 from schemas.filters import intersects, split_share
-from schemas.rules import Hook, Rules
+from schemas.rules import Hook, Rule, Rules
 
 FILTERS_REMEMBERED_MAX: Final = 10_000  # whether a delivery rule can match them
 
@@ -30,6 +30,7 @@ class SessionRules:
         """Nothing is worked out before it is asked for."""
         self.rules = rules
         self._delivered: dict[str, bool] = {}
+        self._of_hook: dict[Hook, tuple[Rule, ...]] = {}  # of the hooks without a topic
         actions = {rule.action for rule in rules.rules}
         self.keeps_presence = bool(actions & {"on_client_connected", "on_client_disconnected"})
 
@@ -45,6 +46,13 @@ class SessionRules:
             )
         return known
 
+    def _matching(self, hook: Hook, event: HookedEvent) -> tuple[Rule, ...]:
+        if isinstance(event, SessionSubscribed | SessionUnsubscribed):
+            return self.rules.matching(hook, event.topic_filter)
+        if hook not in self._of_hook:
+            self._of_hook[hook] = self.rules.matching(hook, None)
+        return self._of_hook[hook]
+
     def hooked(
         self, hook: Hook, offset: int, event: HookedEvent, *, news: bool = True
     ) -> list[Effect | Output]:
@@ -53,9 +61,8 @@ class SessionRules:
         `news` is false for a SUBSCRIBE to what is subscribed already.
         """
         done: list[Effect | Output] = []
-        topic_filter = getattr(event, "topic_filter", None)
         actions: set[str | None] = set()
-        for rule in self.rules.matching(hook, topic_filter):
+        for rule in self._matching(hook, event):
             actions.add(rule.action)
             done += run_commands(rule.commands, offset, event)
         if "on_subscribe_lookup" in actions:

@@ -158,8 +158,10 @@ class ClientState(Struct, array_like=True):
 
     def members(self, delivered: Callable[[str], bool]) -> dict[str, Member]:
         """The subscriptions to be served now: of a client that is online, where a delivery rule can match."""
+        if not self.subscriptions or self.session is None:
+            return {}
         presence, session = self.connections.presence(), self.session
-        if presence is None or not presence.online or session is None:
+        if presence is None or not presence.online:
             return {}
         return {
             topic_filter: Member(session.id, held.qos)

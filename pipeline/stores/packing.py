@@ -63,9 +63,7 @@ class Commands:
         self.state, self.removals = CommandList(), CommandList()
         self.indexed: dict[str, list[StoreMessage]] = {}
         self.states: dict[str, bytes | None] = {}
-        self.retained: dict[
-            str, bool
-        ] = {}  # topics that retain something from now on, or no longer
+        self.indexes: dict[str, dict[str, int | None]] = {}  # key → member → score, None: gone
         self.due = Due()
         for effect in transaction.effects:
             _FOLD[type(effect)](self, effect)
@@ -88,13 +86,13 @@ class Commands:
             self.state.add(None, "HSET", name, *(part for pair in kept for part in pair))
         if gone:
             self.state.add(None, "HDEL", name, *gone)
-        name = keys.retained_topics(self.partition)
-        kept_topics = [topic for topic, retains in self.retained.items() if retains]
-        cleared = [topic for topic, retains in self.retained.items() if not retains]
-        if kept_topics:
-            self.state.add(None, "ZADD", name, *_scored(dict.fromkeys(kept_topics, 0)))
-        if cleared:
-            self.state.add(None, "ZREM", name, *cleared)
+        for name, scores in self.indexes.items():
+            placed = {member: score for member, score in scores.items() if score is not None}
+            taken_out = [member for member, score in scores.items() if score is None]
+            if placed:
+                self.state.add(None, "ZADD", name, *_scored(placed))
+            if taken_out:
+                self.state.add(None, "ZREM", name, *taken_out)
         name = keys.due(self.partition)
         if self.due.removed:
             self.state.add(None, "ZREM", name, *self.due.removed)
@@ -169,7 +167,7 @@ def _retain(commands: Commands, effect: Retain) -> None:
     name = keys.retained(effect.topic)
     commands.entries.add(effect, "ZREMRANGEBYRANK", name, 0, -1)
     commands.entries.add(effect, "ZADD", name, effect.score, effect.message_id)
-    commands.retained[effect.topic] = True
+    _place(commands, keys.retained_topics(commands.partition), effect.topic, 0)
 
 
 def _keep_receipt(commands: Commands, effect: KeepReceipt) -> None:
@@ -183,11 +181,11 @@ def _set_state(commands: Commands, effect: SetState) -> None:
 
 
 def _set_index(commands: Commands, effect: SetIndex) -> None:
-    name = keys.index(commands.partition, effect.index)
-    if effect.score is None:
-        commands.state.add(None, "ZREM", name, effect.key)
-    else:
-        commands.state.add(None, "ZADD", name, effect.score, effect.key)
+    _place(commands, keys.index(commands.partition, effect.index), effect.key, effect.score)
+
+
+def _place(commands: Commands, index: str, member: str, score: int | None) -> None:
+    commands.indexes.setdefault(index, {})[member] = score
 
 
 def _set_rules(commands: Commands, effect: SetRules) -> None:
@@ -212,7 +210,7 @@ def _unindex(commands: Commands, effect: Unindex) -> None:
 
 def _clear_retained(commands: Commands, effect: ClearRetained) -> None:
     commands.removals.add(effect, "ZREMRANGEBYRANK", keys.retained(effect.topic), 0, -1)
-    commands.retained[effect.topic] = False
+    _place(commands, keys.retained_topics(commands.partition), effect.topic, None)
 
 
 def _drop_body(commands: Commands, effect: DropBody) -> None:
