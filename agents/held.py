@@ -6,7 +6,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, Generic, NamedTuple, TypeVar
 
-STATES_HELD_MAX: Final = 10_000  # remembered beyond their batch: some MiB
+STATES_HELD_MAX: Final = (
+    10_000  # remembered beyond their batch: some MiB, if each is of some hundred bytes
+)
 
 State = TypeVar("State")
 

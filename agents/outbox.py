@@ -14,6 +14,9 @@ from schemas.keys import Partition
 # Batches whose outputs may be on their way to Kafka at once: enough to hide its latency, few enough that a
 # worker that loses Kafka stops soon.
 UNDER_WAY_MAX: Final = 4
+OUTGOING_BYTES_MAX: Final = (
+    4 * 1024 * 1024
+)  # of what is produced at once: look-ups may bring much more
 
 
 class UnderWay(NamedTuple):
@@ -64,10 +67,16 @@ class Outbox:
     async def _produce(
         self, outputs: Sequence[Output], records: Mapping[int, Record | None]
     ) -> Awaitable[None]:
-        """What they refer to is read; then they are on their way, in order."""
+        """What they refer to is read; then they are on their way, in order, and not too many at once."""
         outgoing: list[Outgoing] = []
+        size = 0
         for output in outputs:
-            outgoing += await self._outputs.records(output, records.get(output.offset))
+            async for record in self._outputs.records(output, records.get(output.offset)):
+                outgoing.append(record)
+                size += len(record.value or b"")
+                if size > OUTGOING_BYTES_MAX:
+                    await self._log.produce(outgoing)
+                    outgoing, size = [], 0
         self.dead_letters += sum(isinstance(output, DeadLetter) for output in outputs)
         return self._log.produce(outgoing)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from agents.dead_letters import dead_letter
@@ -24,16 +24,17 @@ from agents.ports import (
     Record,
 )
 from schemas import codec, keys
-from schemas.commands import SUBSCRIPTIONS_MAX, Command, Deliver, Subscribe
+from schemas.commands import COMMAND_VALID_FOR_S, SUBSCRIPTIONS_MAX, Command, Deliver, Subscribe
 from schemas.events import SubscriberJoined, SubscriberLeft
 from schemas.filters import WILDCARDS, filter_error, matches
 from schemas.keys import Partition
 
 # What one look-up may bring: a client that asks for everything gets this much of it.
 RETAINED_MAX: Final = 1_000
-RETAINED_VALID_FOR_S: Final = (
-    60  # a client that has not been reached by then is gone, or asks again
-)
+# How much is read at once, and how far a partition's index of retained topics is searched: 100,000 of them.
+BODIES_READ_MAX: Final = 100
+TOPICS_READ_MAX: Final = 1_000
+PAGES_MAX: Final = 100
 
 # The outputs that may carry the bytes of the record that they came from.
 WITH_SOURCE: Final = (DeadLetter, LookUpSubscriptions)
@@ -49,19 +50,22 @@ class Outputs:
         self._partition, self._read = partition, read
         self.partition_count = 0  # of every topic
 
-    async def records(self, output: Output, source: Record | None) -> list[Outgoing]:
+    async def records(self, output: Output, source: Record | None) -> AsyncIterator[Outgoing]:
         """What an output of `source` comes to; None if the log no longer holds it."""
         match output:
             case DeadLetter():
-                return [dead_letter(self._partition, output, source)]
+                yield dead_letter(self._partition, output, source)
             case Announce(event=event):
-                return self._announcements(event)
+                for record in self._announcements(event):
+                    yield record
             case SendCommand(command=command):
-                return [to_bridge(command)]
+                yield to_bridge(command)
             case LookUpSubscriptions():
-                return await self._subscriptions(output, source)
+                for record in await self._subscriptions(output, source):
+                    yield record
             case _:
-                return [to_bridge(deliver) for deliver in await self._retained(output)]
+                async for deliver in self._retained(output):
+                    yield to_bridge(deliver)
 
     def _announcements(self, event: SubscriberJoined | SubscriberLeft) -> list[Outgoing]:
         """To the partition of its topic; with a wildcard to every one, since its topics are in any."""
@@ -94,12 +98,16 @@ class Outputs:
             records.append(dead_letter(self._partition, letter, source))
         return records
 
-    async def _retained(self, output: LookUpRetained) -> list[Deliver]:
+    async def _retained(self, output: LookUpRetained) -> AsyncIterator[Deliver]:
         topics = await self._retained_topics(output.topic_filter)
-        found = await self._read([ReadRetained(topic) for topic in topics])
-        ids = [message_id for message_id in found if message_id is not None]
-        bodies = await self._read([ReadBody(message_id) for message_id in ids])
-        return [_delivery(output, body) for body in bodies if body]
+        for first in range(0, len(topics), BODIES_READ_MAX):
+            some = topics[first : first + BODIES_READ_MAX]
+            found = await self._read([ReadRetained(topic) for topic in some])
+            ids = [message_id for message_id in found if message_id is not None]
+            for body in await self._read([ReadBody(message_id) for message_id in ids]):
+                deliver = _delivery(output, body)
+                if deliver is not None:
+                    yield deliver
 
     async def _retained_topics(self, topic_filter: str) -> list[str]:
         """Topics that match, by the indexes of the agents that retain; one without a wildcard is itself."""
@@ -108,14 +116,23 @@ class Outputs:
         levels = topic_filter.split("/")
         plain = levels[: next(at for at, level in enumerate(levels) if level in WILDCARDS)]
         prefix = "".join(f"{level}/" for level in plain)
-        reads = [
-            ReadRetainedTopics(partition, prefix, RETAINED_MAX)
+        found = {"/".join(plain)} if plain else set()  # "a/#" matches "a" too
+        pages = [
+            ReadRetainedTopics(partition, prefix, "", TOPICS_READ_MAX)
             for partition in self._retaining_partitions()
         ]
-        topics = {topic for answer in await self._read(reads) for topic in answer}
-        if plain:
-            topics.add("/".join(plain))  # [MQTT-4.7.1-2]: "a/#" matches "a" too
-        return sorted(topic for topic in topics if matches(topic_filter, topic))[:RETAINED_MAX]
+        for _ in range(PAGES_MAX):
+            answers = await self._read(pages)
+            found.update(topic for answer in answers for topic in answer)
+            found = {topic for topic in found if matches(topic_filter, topic)}
+            pages = [
+                page._replace(after=answer[-1])
+                for page, answer in zip(pages, answers, strict=True)
+                if len(answer) == TOPICS_READ_MAX
+            ]
+            if not pages or len(found) >= RETAINED_MAX:
+                break
+        return sorted(found)[:RETAINED_MAX]
 
     def _retaining_partitions(self) -> Iterable[Partition]:
         for agent, topic in keys.SOURCE_TOPIC.items():
@@ -134,11 +151,18 @@ def to_bridge(command: Command) -> Outgoing:
     return Outgoing(keys.DELIVERIES_TOPIC, command.client_id.encode(), codec.encode(command))
 
 
-def _delivery(output: LookUpRetained, body: dict[str, bytes]) -> Deliver:
+def _delivery(output: LookUpRetained, body: Mapping[str, bytes]) -> Deliver | None:
+    """The delivery of a stored message; None if it has just gone, or is somebody else's key."""
+    try:
+        message_id, topic, qos = body["id"].decode(), body["topic"].decode(), int(body["qos"])
+    except (KeyError, ValueError):
+        return None
+    if qos not in (0, 1, 2) or not matches(output.topic_filter, topic):
+        return None
     payload, encoding = codec.payload_text(body.get("payload", b""))
     return Deliver(
-        client_id=output.client_id, lease="", valid_for_s=RETAINED_VALID_FOR_S, attempt=1,
-        message_id=body["id"].decode(), topic=body["topic"].decode(),
-        qos=min(int(body["qos"]), output.qos), retain=True,  # [MQTT-3.3.1-8]
+        client_id=output.client_id, lease="", valid_for_s=COMMAND_VALID_FOR_S, attempt=1,
+        message_id=message_id, topic=topic, qos=min(qos, output.qos),  # [MQTT-3.8.4-6]
+        retain=True,  # [MQTT-3.3.1-8]
         payload=payload, payload_encoding=encoding,
     )  # fmt: skip

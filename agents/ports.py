@@ -136,10 +136,13 @@ class ReadSubscriptions(NamedTuple):
 
 
 class ReadRetainedTopics(NamedTuple):
-    """The first topics that begin with `prefix` of those that a partition retains something for; `list[str]`."""
+    """The topics that a partition retains something for, by name: the first ones that begin with `prefix` and come
+    behind `after`, if that is not empty; answered by `list[str]`.
+    """
 
     partition: Partition
     prefix: str
+    after: str
     limit: int
 
 

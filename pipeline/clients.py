@@ -3,43 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
-from agents.ports import ReadAllStates, ReadStates, Store
+from agents.ports import ReadAllStates, ReadStates
 from agents.sessions.state import ClientState, unpack
 from pipeline.control import partition_of
 from pipeline.settings import Settings
-from pipeline.stores.registry import open_store
+from pipeline.stores.reader import Reader
 from schemas.keys import Partition
 from schemas.rules import Rules
-
-
-@asynccontextmanager
-async def _store(settings: Settings, rules: Rules, number: int) -> AsyncIterator[Store[Any]]:
-    store = open_store(rules.pool("sessions"), Partition(settings.app, "sessions", number))
-    try:
-        await store.load()
-        yield store
-    finally:
-        await store.close()
 
 
 async def client(settings: Settings, rules: Rules, client_id: str) -> dict[str, Any] | None:
     """Everything known of one client; None if it was never heard of."""
     number = partition_of(client_id, settings.kafka.partitions)
-    async with _store(settings, rules, number) as store:
-        ((packed,),) = [answer.values() for answer in await store.read([ReadStates((client_id,))])]
+    async with Reader(rules.pool("sessions")) as reader:
+        partition = Partition(settings.app, "sessions", number)
+        (found,) = await reader.read(partition, [ReadStates((client_id,))])
+    packed = found[client_id]
     return None if packed is None else describe(client_id, unpack(packed))
 
 
 async def clients(settings: Settings, rules: Rules) -> AsyncIterator[dict[str, Any]]:
-    """All clients, a partition after the other."""
-    for number in range(settings.kafka.partitions):
-        async with _store(settings, rules, number) as store:
+    """All clients, a partition after the other; one that comes or goes meanwhile may be missed, or told twice."""
+    async with Reader(rules.pool("sessions")) as reader:
+        for number in range(settings.kafka.partitions):
+            partition = Partition(settings.app, "sessions", number)
             cursor = -1
             while cursor:
-                ((cursor, states),) = await store.read([ReadAllStates(max(cursor, 0))])
+                answers = await reader.read(partition, [ReadAllStates(max(cursor, 0))])
+                ((cursor, states),) = answers
                 for client_id, packed in states.items():
                     yield describe(client_id, unpack(packed))
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Container
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
+from aiokafka.errors import KafkaError
 from aiokafka.partitioner import murmur2
 from msgspec import Meta, Struct
 from redis.asyncio import Redis
@@ -22,7 +23,7 @@ from redis.exceptions import RedisError
 from pipeline.producer import Producer
 from pipeline.stores.registry import access_of, locate
 from schemas import codec, keys
-from schemas.errors import DecodeError, StoreError
+from schemas.errors import DecodeError, MillpondError
 from schemas.events import ControlSubscribe, ControlUnsubscribe, Text, Topic
 from schemas.filters import filter_error
 from schemas.pool import Pool
@@ -30,6 +31,9 @@ from schemas.pool import Pool
 logger = logging.getLogger(__name__)
 
 RETRY_INTERVAL_S: Final = 1.0
+ORDER_BYTES_MAX: Final = (
+    256 * 1024
+)  # more of what is no order is not carried along: two texts of 65,535 bytes fit
 
 
 class Order(Struct, frozen=True):
@@ -91,7 +95,7 @@ class ControlChannel:
         while True:
             try:
                 await self._listen()
-            except (RedisError, OSError, StoreError) as error:
+            except (RedisError, OSError, MillpondError, KafkaError) as error:
                 logger.warning("%s: %s; listening again soon", self._pool.channel, error)
             await asyncio.sleep(RETRY_INTERVAL_S)
 
@@ -128,4 +132,6 @@ class ControlChannel:
             ("agent", b"sessions"),
             ("reason", reason.encode("utf-8", "replace")),
         )
-        await self._producer.send(keys.DEAD_LETTERS_TOPIC, None, data, None, headers)
+        await self._producer.send(
+            keys.DEAD_LETTERS_TOPIC, None, data[:ORDER_BYTES_MAX], None, headers
+        )

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
 from agents.ports import LogBounds, Outgoing, Record
 from pipeline.producer import Producer
+from schemas import keys
 from schemas.keys import Partition
 
 logger = logging.getLogger(__name__)
@@ -111,13 +112,18 @@ class KafkaLog:
         return asyncio.ensure_future(self._produce(records))
 
     async def _produce(self, records: Sequence[Outgoing]) -> None:
-        acknowledged = [
-            await self._producer.send(
-                record.topic, record.key, record.value, record.partition, record.headers
-            )
-            for record in records
-        ]
-        await asyncio.gather(*acknowledged)
+        await asyncio.gather(*[await self._send(record) for record in records])
+
+    async def _send(self, record: Outgoing) -> asyncio.Future[Any]:
+        """On its way. One that is too large for Kafka would be so at every attempt: a dead letter says that it was."""
+        topic, key, value, headers, partition = record
+        try:
+            return await self._producer.send(topic, key, value, partition, headers)
+        except MessageSizeTooLargeError as error:
+            logger.error("a record for %s is given up on: %s", topic, error)  # noqa: TRY400  no traceback
+            reason = f"for {topic}, but too large: {error}".encode()
+            marks = (*headers, ("not-produced", reason))
+            return await self._producer.send(keys.DEAD_LETTERS_TOPIC, key, b"", None, marks)
 
 
 async def persist(call: Callable[[], Awaitable[Answer]]) -> Answer:

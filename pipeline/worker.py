@@ -29,7 +29,7 @@ from pipeline.stores.checking import check_commands
 from pipeline.stores.registry import open_store
 from pipeline.transport import Consumer, Transport
 from schemas import keys
-from schemas.errors import MillpondError
+from schemas.errors import ConfigError, MillpondError
 from schemas.events import AgentName
 from schemas.keys import Partition
 from schemas.rules import Rules
@@ -94,11 +94,12 @@ class Worker:
         await check_commands(self.rules.pool(self.agent), self.rules)
         await self._producer.start()
         await self._log.start()
+        await self._check_partitions()
         app = self._app()
         listening = asyncio.ensure_future(self._control())
         try:
             await app.start()
-            await self._until_stopping(app)
+            await self._until_stopping(app, listening)
         finally:
             self._stop()
             listening.cancel()
@@ -111,25 +112,42 @@ class Worker:
         if self._failure is not None:
             raise MillpondError(f"worker {self.agent} failed: {self._failure!r}") from self._failure
 
-    async def _until_stopping(self, app: faust.App) -> None:
-        """Until a signal, a partition that cannot go on, or a part of Faust that crashed."""
-        ends = [asyncio.ensure_future(end) for end in (self._stopping.wait(), app.wait())]
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    async def _until_stopping(self, app: faust.App, listening: asyncio.Future[None]) -> None:
+        """Until a signal, a partition that cannot go on, or a part that crashed."""
+        ends: list[asyncio.Future[Any]] = [
+            asyncio.ensure_future(end) for end in (self._stopping.wait(), app.wait())
+        ]
+        await asyncio.wait([*ends, listening], return_when=asyncio.FIRST_COMPLETED)
         for end in ends:
             end.cancel()
         if app.crashed:
             self._failure = self._failure or app.crash_reason
+        if listening.done():
+            self._failure = self._failure or listening.exception()
+
+    async def _check_partitions(self) -> None:
+        """Which partition a client or topic is in is worked out from the settings, too."""
+        partition = Partition(self.settings.app, self.agent, 0)
+        count, configured = (
+            (await self._log.bounds(partition)).partition_count,
+            self.settings.kafka.partitions,
+        )
+        if count != configured:
+            raise ConfigError(
+                f"[kafka] partitions is {configured}, but {partition.topic} has {count}: set partitions = {count}"
+            )
 
     async def _control(self) -> None:
         """The sessions agent also hears what applications ask for."""
-        if self.agent == "sessions":
-            channel = ControlChannel(
-                self.rules.pool(self.agent),
-                self._producer,
-                self.settings.kafka.partitions,
-                self._partitions.owned,
-            )
-            await channel.run()
+        if self.agent != "sessions":
+            await asyncio.get_running_loop().create_future()  # nobody has anything to say
+        channel = ControlChannel(
+            self.rules.pool(self.agent),
+            self._producer,
+            self.settings.kafka.partitions,
+            self._partitions.owned,
+        )
+        await channel.run()
 
     def _stop(self) -> None:
         if not self._stopping.is_set():

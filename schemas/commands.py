@@ -11,6 +11,10 @@ from schemas.events import MessageId, PayloadEncoding, QoS, Text, TimeMs, Topic
 VALID_FOR_S_MAX = (
     3_600  # a command that lay an hour in Kafka says nothing about the client any more
 )
+ValidForS = Annotated[int, Meta(ge=1, le=VALID_FOR_S_MAX)]
+COMMAND_VALID_FOR_S = (
+    60  # a client that has not been reached by then is gone, or connects and asks anew
+)
 ATTEMPTS_MAX = 1_000_000
 # More filters than this in one session are a fault of the client's; their state is rewritten with each change.
 SUBSCRIPTIONS_MAX = 1_000
@@ -25,7 +29,7 @@ class Deliver(Struct, frozen=True, kw_only=True, tag_field="type", tag="deliver"
 
     client_id: Text
     lease: Text
-    valid_for_s: Annotated[int, Meta(ge=1, le=VALID_FOR_S_MAX)]
+    valid_for_s: ValidForS
     attempt: Annotated[int, Meta(ge=1, le=ATTEMPTS_MAX)]
     message_id: MessageId
     topic: Topic
@@ -37,17 +41,19 @@ class Deliver(Struct, frozen=True, kw_only=True, tag_field="type", tag="deliver"
 
 
 class Subscribe(Struct, frozen=True, kw_only=True, tag_field="type", tag="subscribe"):
-    """Subscribe a client's session to these filters, each with its QoS."""
+    """Subscribe a client's session to these filters, each with its QoS; valid as `Deliver` is."""
 
     client_id: Text
     topic_filters: tuple[tuple[Topic, QoS], ...]
+    valid_for_s: ValidForS = COMMAND_VALID_FOR_S
 
 
 class Unsubscribe(Struct, frozen=True, kw_only=True, tag_field="type", tag="unsubscribe"):
-    """End these subscriptions of a client's session."""
+    """End these subscriptions of a client's session; valid as `Deliver` is."""
 
     client_id: Text
     topic_filters: tuple[Topic, ...]
+    valid_for_s: ValidForS = COMMAND_VALID_FOR_S
 
 
 Command: TypeAlias = Deliver | Subscribe | Unsubscribe

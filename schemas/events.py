@@ -33,7 +33,9 @@ class Base(Struct, frozen=True, kw_only=True, gc=False, tag_field="type"):
 
 
 class ClientConnected(Base, frozen=True, kw_only=True, tag="client.connected"):
-    """A connection was accepted. `connection_id` tells it from every other one of that client."""
+    """A connection was accepted. `connection_id` tells it from every other one of that client; `told_again` in a
+    snapshot.
+    """
 
     client_id: Text
     username: Text | None = None
@@ -42,6 +44,7 @@ class ClientConnected(Base, frozen=True, kw_only=True, tag="client.connected"):
     clean_start: bool = True
     session_expiry_s: Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)] = 0
     protocol: Text = "MQTT"
+    told_again: bool = False
 
 
 class ClientDisconnected(Base, frozen=True, kw_only=True, tag="client.disconnected"):
@@ -68,7 +71,8 @@ class SessionSubscribed(Base, frozen=True, kw_only=True, tag="session.subscribed
     """One filter was granted; shared subscriptions keep their `$share/{group}/` prefix.
 
     `proxied` if the bridge subscribed the client to it, by a command. `retain_handling` says when retained messages
-    are wanted (MQTT 5.0, 3.8.3.1): 0 always, 1 with a new subscription, 2 never.
+    are wanted (MQTT 5.0, 3.8.3.1): 0 always, 1 with a new subscription, 2 never. `told_again` in a snapshot, where it
+    is no SUBSCRIBE.
     """
 
     client_id: Text
@@ -76,6 +80,7 @@ class SessionSubscribed(Base, frozen=True, kw_only=True, tag="session.subscribed
     qos: QoS
     proxied: bool = False
     retain_handling: Annotated[int, Meta(ge=0, le=2)] = 0
+    told_again: bool = False
 
 
 class SessionUnsubscribed(Base, frozen=True, kw_only=True, tag="session.unsubscribed"):

@@ -21,7 +21,7 @@ Redis Cluster slot and can be written in one transaction.
 | `millpond:{app:agent:partition}:seen:{0,1}` | string | two generations of message ids seen, a JSON string per line | the agent | two `dedup_window_s` |
 | `millpond:{app:agent:partition}:states` | hash | topic or client id → its state, as JSON | the agent | while it has state |
 | `millpond:{app:agent:partition}:retained` | zset | topics that retain a message, by name | the topic's agent | with the message |
-| `millpond:{app:sessions:partition}:seen:{node}` | zset | client ids, score = offset that last showed all of theirs | sessions | with the session |
+| `millpond:{app:sessions:partition}:node:{node}` | zset | client ids, score = offset that last showed all of theirs | sessions | with the session |
 | `millpond:{app:sessions:partition}:announced` | zset | ids of clients with subscriptions, score = offset of the rules they were announced by | sessions | with the subscriptions |
 | `millpond:{app:agent:partition}:due` | zset | what falls due, score = ms since the epoch | the agent | until done |
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, NamedTuple, TypeAlias
 
-from agents.effects import Announce, Effect, Output
+from agents.effects import Announce, Output
 from agents.sessions.state import Member
 from schemas.events import SubscriberJoined, SubscriberLeft
 from schemas.keys import AGENT_NODE
@@ -24,10 +24,10 @@ class Change(NamedTuple):
 
 def announcements(
     change: Change, was: Mapping[str, Member], now: Mapping[str, Member], *, again: bool
-) -> list[Effect | Output]:
+) -> list[Output]:
     """A leave for each member that is no more, a join for each that is new; with `again` for all there are."""
     offset, at, client_id, reason = change
-    said: list[Effect | Output] = []
+    said: list[Output] = []
     for topic_filter, member in was.items():
         if topic_filter not in now:
             left = SubscriberLeft(

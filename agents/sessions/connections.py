@@ -72,8 +72,10 @@ class Connections(Struct, array_like=True):
 
     def ended(self, connection_id: str, at: int, reason: str) -> bool:
         """A connection ended; whether it was up until now."""
-        live = self.live.pop(connection_id, None)
-        handed_over = reason in HANDED_OVER
+        live, handed_over = self.live.get(connection_id), reason in HANDED_OVER
+        if live is not None and live.connected_at > at:
+            return False  # an earlier one from the same address
+        self.live.pop(connection_id, None)
         self.ended_ids.pop(connection_id, None)
         self.ended_ids[connection_id] = at, handed_over
         if len(self.ended_ids) > ENDED_IDS_MAX:

@@ -41,8 +41,10 @@ from schemas.events import AgentName, Event
 from schemas.filters import filter_error
 from schemas.rules import Rules
 
-# One tick does no more of a sweep than this many clients: some ms of Redis.
+# One tick does no more of a sweep than this many clients: some ms of Redis. It begins with none once so many members
+# were announced: one with a wildcard is a record in each partition.
 SWEEP_CLIENTS_MAX: Final = 256
+SWEEP_OUTPUTS_MAX: Final = 256
 ANNOUNCED: Final = "announced"  # the index of clients with subscriptions, by `announced_by`
 
 
@@ -73,7 +75,7 @@ class PartitionState(Struct):
 
 def seen_index(node: str) -> str:
     """The index of clients of a node, by the lowest offset at which something of theirs was last seen."""
-    return f"seen:{node}"
+    return f"node:{node}"
 
 
 class SessionsMachine:
@@ -195,10 +197,12 @@ class SessionsMachine:
         after = before.copy()
         done: list[Effect | Output] = []
         reason: LeftReason = "disconnected"
+        anew = False  # over a new connection: what failed over the old one may be tried again
         match event:
             case events.ClientConnected(node=node):
                 live = Live(node, event.connected_at, offset)
-                if after.connected(event.connection_id, live):
+                anew = after.connected(event.connection_id, live, told_again=event.told_again)
+                if anew:
                     done += self._rules.hooked("client.connected", offset, event)
             case events.ClientDisconnected(node=node):
                 if after.disconnected(event.connection_id, node, offset, event.at, event.reason):
@@ -215,11 +219,11 @@ class SessionsMachine:
                 if after.unsubscribed(event.topic_filter):
                     done += self._rules.hooked("session.unsubscribed", offset, event)
                 reason = "unsubscribed"
-            case _:  # terminated or discarded
+            case _:
                 after.session_ended(event.node)
                 reason = "session_ended"
-        announced = self._change(offset, client_id, before, after, reason, event.at)
-        return [*announced, *done]
+        change = Change(offset, event.at, client_id, reason)
+        return [*self._change(change, after, again=anew), *done]
 
     def _subscribed(
         self, state: ClientState, offset: int, event: events.SessionSubscribed
@@ -228,32 +232,31 @@ class SessionsMachine:
         error = filter_error(event.topic_filter)
         if error is not None:
             raise DecodeError(error)
+        if event.told_again and state.full(event.topic_filter):
+            return ()
         news = state.subscribed(
-            event.node, event.topic_filter, event.qos, offset, proxied=event.proxied
+            event.node,
+            event.topic_filter,
+            event.qos,
+            offset,
+            proxied=event.proxied,
+            told_again=event.told_again,
         )
-        if news or event.node not in self._partition.syncs:
+        if news or not event.told_again:
             return self._rules.hooked("session.subscribed", offset, event, news=news)
         return ()
 
     # -- announcing -------------------------------------------------------------------------------------
 
-    def _change(
-        self,
-        offset: int,
-        client_id: str,
-        before: ClientState,
-        after: ClientState,
-        reason: LeftReason,
-        at: int,
-    ) -> list[Effect | Output]:
-        """Keep a new state, and tell the delivery agents of the members that came and went."""
-        was, now = before.members(self._rules.delivered), after.members(self._rules.delivered)
-        again = after.announced_by < self._partition.rules_offset
-        after.announced_by = self._partition.rules_offset
-        self._clients.change(offset, client_id, after)
+    def _change(self, change: Change, after: ClientState, *, again: bool) -> Sequence[Output]:
+        """Keep a new state, and tell the delivery agents of the members that came and went; `again` of all."""
+        was, now = after.announced, after.members(self._rules.delivered)
+        again |= after.announced_by < self._partition.rules_offset
+        after.announced, after.announced_by = now, self._partition.rules_offset
+        self._clients.change(change.offset, change.client_id, after)
         if was == now and not again:
-            return []
-        return announcements(Change(offset, at, client_id, reason), was, now, again=again)
+            return ()
+        return announcements(change, was, now, again=again)
 
     def _rules_changed(self, offset: int, event: events.RulesChanged) -> Sequence[Effect]:
         self._rules = SessionRules(Rules.from_canonical(event.rules))
@@ -264,7 +267,12 @@ class SessionsMachine:
     # -- sweeps -----------------------------------------------------------------------------------------
 
     def _sweep(self, kind: Literal["restarted", "unseen"], node: str, before: int, at: int) -> None:
-        self._partition.sweeps.append(Sweep(kind, seen_index(node), node, before, at))
+        new = Sweep(kind, seen_index(node), node, before, at)
+        # A later snapshot tells all that an earlier one does.
+        waiting = [
+            each for each in self._partition.sweeps if (each.kind, each.node) != (kind, node)
+        ]
+        self._partition.sweeps = [*waiting, new]
 
     def _tick(self, offset: int) -> Sequence[Effect | Output]:
         """A piece of the first sweep. What it has done is no longer below its offset."""
@@ -274,15 +282,16 @@ class SessionsMachine:
         sweep = self._partition.sweeps[0]
         done: list[Effect | Output] = []
         for client_id, _ in page:
-            before = self._clients[client_id]
-            after = before.copy()
+            if len(done) >= SWEEP_OUTPUTS_MAX:
+                return done  # the next tick goes on: what is done is no longer below the sweep's offset
+            after = self._clients[client_id].copy()
             reason: LeftReason = "disconnected"
             if sweep.kind == "restarted":
                 after.node_restarted(sweep.node, sweep.before, sweep.at)
             elif sweep.kind == "unseen":
                 after.close_unseen(sweep.node, sweep.before, sweep.at)
                 reason = _why(after)
-            done += self._change(offset, client_id, before, after, reason, sweep.at)
+            done += self._change(Change(offset, sweep.at, client_id, reason), after, again=False)
         if len(page) < SWEEP_CLIENTS_MAX:
             del self._partition.sweeps[0]
         return done
@@ -299,7 +308,6 @@ def client_of(event: Event) -> str | None:
             | events.SessionSubscribed()
             | events.SessionUnsubscribed()
             | events.SessionTerminated()
-            | events.SessionDiscarded()
         ):
             return event.client_id
         case _:
@@ -345,8 +353,9 @@ def _index_changes(client_id: str, before: ClientState, after: ClientState) -> l
 def _presence_change(
     offset: int, client_id: str, before: ClientState, after: ClientState
 ) -> list[Effect]:
+    """What is to be shown: what changed, and what was told once more, so that a snapshot mends it."""
     was, now = before.connections.presence(), after.connections.presence()
-    if now is None or now == was:
+    if now is None or (now == was and before.connections.live == after.connections.live):
         return []
     left = None if was is None or was.node == now.node else was.node
     shown = SetPresence(

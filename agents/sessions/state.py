@@ -34,7 +34,7 @@ class Session(Struct, frozen=True, array_like=True):
     resumed: int = 0
 
 
-class Member(Struct, frozen=True):
+class Member(Struct, frozen=True, array_like=True):
     """A subscription that a delivery agent is to serve."""
 
     session: int
@@ -44,27 +44,33 @@ class Member(Struct, frozen=True):
 class ClientState(Struct, array_like=True):
     """One client's. Mutable; a step works on a copy.
 
-    `announced_by` is the offset of the `rules.changed` by which its members were last announced.
+    `announced` are the members that the delivery agents were told of, `announced_by` the offset of the `rules.changed`
+    by which that was decided.
     """
 
     connections: Connections = field(default_factory=Connections)
     session: Session | None = None
     subscriptions: dict[str, Subscription] = field(default_factory=dict)
+    announced: dict[str, Member] = field(default_factory=dict)
     announced_by: int = 0
 
     def copy(self) -> ClientState:
         """One that may be changed without changing this one."""
         return ClientState(
-            self.connections.copy(), self.session, dict(self.subscriptions), self.announced_by
+            self.connections.copy(),
+            self.session,
+            dict(self.subscriptions),
+            self.announced,
+            self.announced_by,
         )
 
     # -- connections
 
-    def connected(self, connection_id: str, live: Live) -> bool:
+    def connected(self, connection_id: str, live: Live, *, told_again: bool) -> bool:
         """A connection is up; whether that is news. It shows that there is a session."""
         news = self.connections.opened(connection_id, live)
         if connection_id in self.connections.live:
-            self._show(live.seen, live.node)
+            self._show(live.seen, live.node, moves=not told_again)
         return news
 
     def disconnected(self, connection_id: str, node: str, seen: int, at: int, reason: str) -> bool:
@@ -75,12 +81,17 @@ class ClientState(Struct, array_like=True):
 
     # -- the session
 
-    def _show(self, seen: int, node: str) -> None:
+    def _show(self, seen: int, node: str, *, moves: bool = True) -> None:
+        """The session is on this node now. One that `moves` there brings its subscriptions along: a snapshot of the
+        node that began before does not know them. What is told in a snapshot is told whole.
+        """
         known = self.session
         if known is None:
             self.session = Session(seen, node, seen)
         else:
             self.session = Session(known.id, node, max(known.seen, seen), known.resumed)
+            if known.node != node and moves:
+                self._subscriptions_seen(seen)
 
     def created(self, node: str, seen: int) -> None:
         """A session began; whatever went before it is over."""
@@ -97,8 +108,14 @@ class ClientState(Struct, array_like=True):
         if self.session is not None and self.session.node == node:
             self.session, self.subscriptions = None, {}
 
+    def full(self, topic_filter: str) -> bool:
+        """Whether there is no room for this filter."""
+        return topic_filter not in self.subscriptions and (
+            len(self.subscriptions) >= SUBSCRIPTIONS_MAX
+        )
+
     def subscribed(
-        self, node: str, topic_filter: str, qos: int, seen: int, *, proxied: bool
+        self, node: str, topic_filter: str, qos: int, seen: int, *, proxied: bool, told_again: bool
     ) -> bool:
         """A filter is held, or told of again; whether that is news.
 
@@ -106,9 +123,9 @@ class ClientState(Struct, array_like=True):
             DecodeError: the session holds too many.
         """
         known = self.subscriptions.get(topic_filter)
-        if known is None and len(self.subscriptions) >= SUBSCRIPTIONS_MAX:
+        if self.full(topic_filter):
             raise DecodeError(f"the session holds {SUBSCRIPTIONS_MAX} subscriptions already")
-        self._show(seen, node)
+        self._show(seen, node, moves=not told_again)
         if known is None:
             self.subscriptions[topic_filter] = Subscription(qos, seen, seen, proxied)
         else:
@@ -127,8 +144,11 @@ class ClientState(Struct, array_like=True):
         self.connections.close_unseen(node, seen, at)
         if self.session is not None and self.session.node == node:
             self._show(seen, node)
-            for topic_filter, held in self.subscriptions.items():
-                self.subscriptions[topic_filter] = structs.replace(held, seen=max(held.seen, seen))
+            self._subscriptions_seen(seen)
+
+    def _subscriptions_seen(self, seen: int) -> None:
+        for topic_filter, held in self.subscriptions.items():
+            self.subscriptions[topic_filter] = structs.replace(held, seen=max(held.seen, seen))
 
     def close_unseen(self, node: str, before: int, at: int) -> None:
         """A snapshot of a node that began at offset `before` did not show it: it is no more."""

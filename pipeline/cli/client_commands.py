@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import orjson
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, console, load_settings
@@ -36,7 +37,7 @@ def list_clients(
                 _print_json(found)
             else:
                 count = str(len(found["subscriptions"]))
-                table.add_row(found["client_id"], *_presence(found), count)
+                table.add_row(escape(found["client_id"]), *_presence(found), count)
 
     asyncio.run(show())
     if not as_json:
@@ -69,7 +70,7 @@ def show_client(
     table = Table("subscription", "QoS", "origin", box=None)
     for held in found["subscriptions"]:
         origin = f"{held['origin']}, resumed" if held["resumed"] else held["origin"]
-        table.add_row(held["topic_filter"], str(held["qos"]), origin)
+        table.add_row(escape(held["topic_filter"]), str(held["qos"]), origin)
     console.print(table)
 
 
@@ -78,7 +79,7 @@ def _presence(found: dict[str, Any]) -> tuple[str, str, str]:
     shown = (
         "" if since is None else f"{datetime.fromtimestamp(since / 1000, UTC):%Y-%m-%d %H:%M:%SZ}"
     )
-    return "yes" if found["online"] else "no", found["node"] or "", shown
+    return "yes" if found["online"] else "no", escape(found["node"] or ""), shown
 
 
 def _print_json(found: dict[str, Any]) -> None:

@@ -98,9 +98,13 @@ class MemoryStore:
             case ReadSubscriptions(client_id):
                 table = self._public(keys.subscriptions(client_id), Hash)
                 return {name.encode(): value for name, value in table.items()}
-            case ReadRetainedTopics(other, prefix, limit):
-                topics = self._server.of(keys.retained_topics(other), Zset).ordered()
-                return [topic for topic, _ in topics if topic.startswith(prefix)][:limit]
+            case ReadRetainedTopics(other, prefix, after, limit):
+                topics = [
+                    topic
+                    for topic, _ in self._server.of(keys.retained_topics(other), Zset).ordered()
+                ]
+                behind = [topic for topic in topics if topic.encode() > after.encode()]
+                return [topic for topic in behind if topic.startswith(prefix)][:limit]
             case ReadRetained(topic):
                 return next(iter(self._public(keys.retained(topic), Zset)), None)
             case ReadBody(message_id):

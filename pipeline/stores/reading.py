@@ -44,19 +44,16 @@ def read_command(partition: Partition, read: Read) -> Command:
             return ("ZRANGE", keys.message_index(topic), 0, limit - 1, "WITHSCORES")
         case ReadSubscriptions(client_id):
             return ("HGETALL", keys.subscriptions(client_id))
-        case ReadRetainedTopics(other, prefix, limit):
-            first, last = b"[" + prefix.encode(), b"(" + after(prefix) if prefix else b"+"
+        case ReadRetainedTopics(other, prefix, after, limit):
+            first = b"(" + after.encode() if after else b"[" + prefix.encode()
+            # UTF-8 holds no 0xFF: this is behind all text that begins so.
+            last = b"(" + prefix.encode() + b"\xff" if prefix else b"+"
             name = keys.retained_topics(other)
             return ("ZRANGE", name, first, last, "BYLEX", "LIMIT", 0, limit)
         case ReadRetained(topic):
             return ("ZRANGE", keys.retained(topic), 0, 0)
         case ReadBody(message_id):
             return ("HGETALL", keys.message_body(message_id))
-
-
-def after(prefix: str) -> bytes:
-    """The first bytes that sort behind all text that begins so; UTF-8 holds no 0xFF."""
-    return prefix.encode() + b"\xff"
 
 
 def answer(read: Read, reply: Any, where: object) -> Any:
@@ -79,12 +76,13 @@ def answer(read: Read, reply: Any, where: object) -> Any:
             return dict(zip(reply[::2], reply[1::2], strict=True))
         case ReadBody():
             return {
-                name.decode(): value for name, value in zip(reply[::2], reply[1::2], strict=True)
+                name.decode("utf-8", "replace"): value
+                for name, value in zip(reply[::2], reply[1::2], strict=True)
             }
         case ReadRetainedTopics():
             return [topic.decode() for topic in reply]
         case ReadRetained():
-            return reply[0].decode() if reply else None
+            return reply[0].decode("utf-8", "replace") if reply else None
     # Scores are whole numbers below 2**53, which a double holds exactly.
     return [
         (member.decode(), int(float(at)))

@@ -410,13 +410,16 @@ async def test_retained_topics_are_found_by_how_they_begin_and_bodies_by_their_i
     await other.load()
     every, some, first, none = await other.read(
         [
-            ReadRetainedTopics(PARTITION, "", 9),
-            ReadRetainedTopics(PARTITION, "a/", 9),
-            ReadRetainedTopics(PARTITION, "", 1),
-            ReadRetainedTopics(PARTITION._replace(number=8), "", 9),
+            ReadRetainedTopics(PARTITION, "", "", 9),
+            ReadRetainedTopics(PARTITION, "a/", "", 9),
+            ReadRetainedTopics(PARTITION, "", "", 1),
+            ReadRetainedTopics(PARTITION._replace(number=8), "", "", 9),
         ]
     )
     assert (every, some, first, none) == (["a", "a/b", "a/é", "b"], ["a/b", "a/é"], ["a"], [])
+    assert await other.read(
+        [ReadRetainedTopics(PARTITION, "a/", "a/b", 9), ReadRetainedTopics(PARTITION, "", "a", 2)]
+    ) == [["a/é"], ["a/b", "a/é"]]
     found, gone, body, nobody = await other.read(
         [ReadRetained("a/b"), ReadRetained("ab"), ReadBody("id a/b"), ReadBody("id x")]
     )

@@ -36,7 +36,7 @@ GOLDEN: dict[str, tuple[Event, str]] = {
             session_expiry_s=3600, protocol="MQTT 5",
         ),
         (f'{STAMP},"client_id":"sub","username":"u","connection_id":"c1","connected_at":7,'
-        '"clean_start":false,"session_expiry_s":3600,"protocol":"MQTT 5"'),
+        '"clean_start":false,"session_expiry_s":3600,"protocol":"MQTT 5","told_again":false'),
     ),
     "client.disconnected": (
         events.ClientDisconnected(**CLIENT, connection_id="c1", reason="normal"),
@@ -46,7 +46,7 @@ GOLDEN: dict[str, tuple[Event, str]] = {
     "session.resumed": (events.SessionResumed(**CLIENT), f'{STAMP},"client_id":"sub"'),
     "session.subscribed": (
         events.SessionSubscribed(**CLIENT, topic_filter="queue/+", qos=1),
-        f'{STAMP},"client_id":"sub","topic_filter":"queue/+","qos":1,"proxied":false,"retain_handling":0',
+        f'{STAMP},"client_id":"sub","topic_filter":"queue/+","qos":1,"proxied":false,"retain_handling":0,"told_again":false',
     ),
     "session.unsubscribed": (
         events.SessionUnsubscribed(**CLIENT, topic_filter="queue/+"),
@@ -150,11 +150,11 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     ),
     "subscribe": (
         commands.Subscribe(client_id="sub", topic_filters=(("a/+", 1), ("b", 0))),
-        '"client_id":"sub","topic_filters":[["a/+",1],["b",0]]',
+        '"client_id":"sub","topic_filters":[["a/+",1],["b",0]],"valid_for_s":60',
     ),
     "unsubscribe": (
         commands.Unsubscribe(client_id="sub", topic_filters=("a/+",)),
-        '"client_id":"sub","topic_filters":["a/+"]',
+        '"client_id":"sub","topic_filters":["a/+"],"valid_for_s":60',
     ),
 }  # fmt: skip
 

@@ -41,6 +41,8 @@ def shown(*events: Any) -> Presence | None:
         ([("+", "1", 10), ("+", "2", 30), ("-", "1", 20)], (True, 30, 20, A)),
         # An end that overtook its connect: the connection was over before we heard of it.
         ([("-", "1", 20), ("+", "1", 10)], (False, 10, 20, None)),
+        # The late end of an earlier connection from the same address.
+        ([("+", "1", 10), ("+", "1", 30), ("-", "1", 20)], (True, 30, None, A)),
         # The same peer address once more, later: another connection.
         ([("+", "1", 10), ("-", "1", 20), ("+", "1", 30)], (True, 30, 20, A)),
         # Taken over: never offline, whichever comes first.

@@ -80,10 +80,10 @@ class Sessions(World):
         return self.event(events.SessionCreated, client_id, node)
 
     def subscribed(
-        self, topic_filter: str, client_id: str = "c", qos: int = 1, node: str = NODE
+        self, topic_filter: str, client_id: str = "c", qos: int = 1, node: str = NODE, **marks: bool
     ) -> Event:
         return self.event(
-            events.SessionSubscribed, client_id, node, topic_filter=topic_filter, qos=qos
+            events.SessionSubscribed, client_id, node, topic_filter=topic_filter, qos=qos, **marks
         )
 
     def of_node(self, kind: Any, node: str = NODE, **fields: Any) -> Event:
@@ -181,9 +181,9 @@ def test_a_node_that_started_or_stopped_has_no_connections_but_keeps_sessions() 
 def test_a_snapshot_closes_what_it_does_not_show_and_opens_what_was_missed() -> None:
     world = Sessions(*PRESENCE, QUEUE)
     world.tell(world.connected("gone"), world.subscribed("queue/a", "gone"))
-    world.tell(world.connected("there"), world.subscribed("queue/b", "there"))
+    there = world.connected("there")
+    world.tell(there, world.subscribed("queue/b", "there"))
     world.tell(world.subscribed("queue/c", "there"), world.connected("far", node=OTHER))
-    there = world.connected("there", connected_at=22_000)
     world.snapshot(there, world.subscribed("queue/b", "there"), world.connected("new", "p9"))
     assert [world.state(name) for name in ("gone", "there", "far", "new")] == ["0", "1", "1", "1"]
     assert world.said()[3:] == [("-", "queue/a", "session_ended"), ("-", "queue/c", "unsubscribed")]
@@ -196,8 +196,9 @@ def test_what_was_told_just_before_a_snapshot_and_is_not_in_it_is_over() -> None
     world.snapshot()
     assert world.state() == "0"
     assert world.said()[1:] == [("-", "queue/a", "session_ended")]
-    world.tell(world.connected(peer="p2"), world.subscribed("queue/b"))
-    world.snapshot(world.connected(peer="p2"))
+    connected = world.connected(peer="p2")
+    world.tell(connected, world.subscribed("queue/b"))
+    world.snapshot(connected)
     assert world.said()[3:] == [("-", "queue/b", "unsubscribed")]
 
 
@@ -297,15 +298,84 @@ def test_the_end_of_a_session_that_moved_to_another_node_is_not_its_end() -> Non
     world.tell(world.event(events.SessionResumed, "c", OTHER))
     world.tell(world.connected(peer="p2", node=OTHER))
     world.tell(world.event(events.SessionTerminated, "c", NODE, reason="takenover"))
-    assert world.said() == [("+", "queue/a", 1)]
+    assert world.said() == [("+", "queue/a", 1)] * 2
 
 
-def test_a_takeover_is_no_news_to_the_delivery_agents() -> None:
+def test_a_takeover_is_no_leave_and_the_new_connection_a_join() -> None:
     world = Sessions(QUEUE)
     world.tell(world.created(), world.connected(), world.subscribed("queue/a"))
     world.tell(world.disconnected(reason="takenover"), world.event(events.SessionTakenOver, "c"))
-    world.tell(world.event(events.SessionResumed, "c"), world.connected(peer="p2"))
     assert world.said() == [("+", "queue/a", 1)]
+    world.tell(world.event(events.SessionResumed, "c"), world.connected(peer="p2"))
+    assert world.said() == [("+", "queue/a", 1)] * 2
+    first, second = (event for _, event in world.announced)
+    assert first.session == second.session
+    assert first.source_offset < second.source_offset
+
+
+def test_a_late_end_of_a_discarded_session_does_not_end_its_successor() -> None:
+    world = Sessions(*PRESENCE, QUEUE)
+    world.tell(world.created(), world.connected(), world.subscribed("queue/1"))
+    world.tell(world.created(), world.connected(peer="p2"), world.subscribed("queue/2"))
+    world.tell(world.disconnected(reason="discarded"), world.event(events.SessionDiscarded, "c"))
+    assert world.said()[-2:] == [("-", "queue/1", "session_ended"), ("+", "queue/2", 1)]
+    assert world.state() == "1"
+
+
+def test_a_session_that_moves_to_a_node_during_its_snapshot_keeps_its_subscriptions() -> None:
+    world = Sessions(*PRESENCE, QUEUE)
+    world.tell(world.created(), world.connected(), world.subscribed("queue/a"))
+    world.snapshot(
+        world.disconnected(reason="takenover"), world.event(events.SessionResumed, "c", OTHER),
+        world.connected(peer="p2", node=OTHER), node=OTHER,
+    )  # fmt: skip
+    assert [said[0] for said in world.said()] == ["+", "+"]
+
+
+def test_a_member_whose_rule_went_has_left_when_the_rule_comes_back() -> None:
+    world = Sessions(QUEUE)
+    world.tell(world.connected(), world.subscribed("queue/a"))
+    for rules in ((), (QUEUE,)):
+        run(world.driver.close())
+        world.driver = world.started(given.rules(*rules))
+        world.tell(world.event(events.SessionUnsubscribed, "c", topic_filter="queue/a"))
+    assert [said[0] for said in world.said()] == ["+", "-"]
+
+
+def test_a_snapshot_shows_presence_anew_where_it_was_lost() -> None:
+    world = Sessions(*PRESENCE)
+    connected = world.connected()
+    world.tell(connected)
+    world.server.remove(keys.presence("c"))
+    world.server.remove(keys.node(NODE))
+    world.snapshot(connected)
+    assert (world.state(), list(world.at_node())) == ("1", ["c"])
+
+
+def test_snapshots_that_wait_are_swept_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Sessions(*PRESENCE)
+    world.settle()
+    world.tell(world.connected())
+    for sync_id in map(str, range(50)):
+        world.append(world.of_node(events.NodeSyncStarted, sync_id=sync_id))
+        world.append(world.of_node(events.NodeSyncCompleted, sync_id=sync_id))
+    world.feed(world.driver)
+    assert world.applied is not None
+    assert len(world.applied.machine["sweeps"]) == 1
+    world.settle()
+    assert world.state() == "0"
+
+
+def test_a_tick_announces_a_bounded_number_of_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "SWEEP_OUTPUTS_MAX", 2)
+    world = Sessions(QUEUE)
+    for number in range(6):
+        client_id = f"c{number}"
+        world.tell(world.connected(client_id, f"p{number}"), world.subscribed("queue/a", client_id))
+    ticks = len(world.log.records[SESSIONS.topic, 0])
+    world.tell(world.of_node(events.NodeStopped))
+    assert len(world.log.records[SESSIONS.topic, 0]) - ticks >= 1 + 3
+    assert sorted(said[0] for said in world.said()) == ["+"] * 6 + ["-"] * 6
 
 
 def test_new_rules_announce_what_they_deliver_for_everybody() -> None:
@@ -363,9 +433,11 @@ def test_a_session_with_too_many_subscriptions_is_a_dead_letter(
     world = Sessions(QUEUE)
     world.tell(*(world.subscribed(f"queue/{number}") for number in range(3)))
     world.tell(world.subscribed("a/#/b"))
+    world.snapshot(world.subscribed("queue/2", told_again=True))
     reasons = [dict(letter.headers)["reason"].decode() for letter in world.dead_letters]
     assert "2 subscriptions" in reasons[0]
     assert "'#' stands only at the end" in reasons[1]
+    assert len(reasons) == 2
 
 
 def test_more_filters_than_are_remembered_are_asked_about_again(
@@ -393,7 +465,7 @@ def test_a_session_elsewhere_survives_the_restart_and_the_snapshot_of_a_node() -
     world.tell(world.of_node(events.NodeStopped))
     world.snapshot()
     assert world.state() == "1"
-    assert world.said() == [("+", "queue/a", 1)]
+    assert world.said() == [("+", "queue/a", 1)] * 2
 
 
 def test_a_subscription_the_bridge_made_stays_marked_and_a_resumed_one_is_told_apart() -> None:
@@ -511,6 +583,47 @@ def test_retained_messages_come_as_the_subscriber_wants_them(handling: int, foun
     assert len(world.commands) == found
 
 
+def test_retained_topics_are_searched_a_page_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agents.outputs.TOPICS_READ_MAX", 3)
+    monkeypatch.setattr("agents.outputs.BODIES_READ_MAX", 2)
+    world = Sessions(RETAIN_LOOKUP)
+    retaining(world, *(f"s/{number:02}/t" for number in range(20)))
+    retaining(world, *(f"s/{number:02}/alarm" for number in range(15, 20)), agent="queue")
+    world.tell(world.connected(), world.subscribed("s/+/alarm"))
+    assert len(world.commands) == 5
+    monkeypatch.setattr("agents.outputs.RETAINED_MAX", 4)
+    world.tell(world.subscribed("s/+/t"))
+    assert len(world.commands) == 5 + 4
+    monkeypatch.setattr("agents.outputs.PAGES_MAX", 1)
+    world.tell(world.subscribed("+/19/alarm"))
+    assert len(world.commands) == 5 + 4
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {}, {"note": "x"}, {"id": "i", "topic": "a/b"}, {"id": "i", "topic": "a/b", "qos": "x"},
+        {"id": "i", "topic": "a/b", "qos": "7"}, {"id": "i", "topic": "elsewhere", "qos": "1"},
+    ],
+)  # fmt: skip
+def test_a_body_that_is_no_message_of_the_topic_is_not_delivered(body: dict[str, str]) -> None:
+    world = Sessions(RETAIN_LOOKUP)
+    retaining(world, "a/b")
+    values = Hash({name: value.encode() for name, value in body.items()})
+    world.server.keep(keys.message_body("id:a/b"), values)
+    world.tell(world.connected(), world.subscribed("a/b"))
+    assert world.commands == []
+
+
+def test_much_that_is_looked_up_is_produced_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agents.outbox.OUTGOING_BYTES_MAX", 500)
+    world = Sessions(RETAIN_LOOKUP)
+    retaining(world, *(f"a/{number}" for number in range(9)))
+    world.tell(world.connected(), world.subscribed("a/+"))
+    topics = [each.topic for each in world.commands if isinstance(each, Deliver)]
+    assert topics == [f"a/{number}" for number in range(9)]
+
+
 def test_a_retained_message_that_has_gone_meanwhile_is_not_delivered() -> None:
     world = Sessions(RETAIN_LOOKUP)
     retaining(world, "a/b", "a/c")
@@ -526,7 +639,7 @@ def test_a_snapshot_that_tells_of_a_subscription_again_is_no_subscribe() -> None
     connected = world.connected(connected_at=21_000)
     world.tell(connected, world.subscribed("a/b"))
     world.tell(world.subscribed("a/b"))  # the client's own, once more: [MQTT-3.8.4-3]
-    world.snapshot(connected, world.subscribed("a/b"))
+    world.snapshot(connected, world.subscribed("a/b", told_again=True))
     assert len(world.commands) == 2
 
 

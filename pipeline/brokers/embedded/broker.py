@@ -111,11 +111,11 @@ class EmbeddedBroker(Broker):
         await self._recorder.node_event(NodeSyncStarted, sync_id=sync_id)
         for handler in self._handlers():
             if handler.connected and handler.session is not None:
-                await self._tell_connected(handler.session, handler)
+                await self._tell_connected(handler.session, handler, told_again=True)
         for topic_filter, subscriptions in list(self._subscriptions.items()):
             for session, qos in list(subscriptions):
                 if (session, qos) in self._holders(topic_filter):  # still
-                    await self._tell_subscribed(session, topic_filter, qos)
+                    await self._tell_subscribed(session, topic_filter, qos, told_again=True)
         await self._recorder.node_event(NodeSyncCompleted, sync_id=sync_id)
 
     # -- clients come and go
@@ -254,7 +254,7 @@ class EmbeddedBroker(Broker):
         elif reason == "takenover":
             await self._recorder.client(SessionTakenOver, client_id)
 
-    async def _tell_connected(self, session: Session, handler: Handler) -> None:
+    async def _tell_connected(self, session: Session, handler: Handler, **marks: bool) -> None:
         clean = bool(session.clean_session)
         await self._recorder.client(
             ClientConnected,
@@ -265,6 +265,7 @@ class EmbeddedBroker(Broker):
             clean_start=clean,
             session_expiry_s=0 if clean else NEVER_EXPIRES_S,
             protocol="MQTT 3.1.1",
+            **marks,
         )
 
     # -- subscriptions
@@ -285,18 +286,15 @@ class EmbeddedBroker(Broker):
         if granted != SUBSCRIBE_FAILURE:
             await self._tell_subscribed(session, topic_filter, granted, proxied=proxied)
         if granted != SUBSCRIBE_FAILURE and proxied:
-            await self._publish_retained_messages_for_subscription((topic_filter, qos), session)
+            self.hand_over(self._publish_retained_messages_for_subscription(subscription, session))
         return granted
 
     async def _tell_subscribed(
-        self, session: Session, topic_filter: str, qos: int, *, proxied: bool = False
+        self, session: Session, topic_filter: str, qos: int, **marks: bool
     ) -> None:
+        client_id = session.client_id or ""
         await self._recorder.client(
-            SessionSubscribed,
-            session.client_id or "",
-            topic_filter=topic_filter,
-            qos=qos,
-            proxied=proxied,
+            SessionSubscribed, client_id, topic_filter=topic_filter, qos=qos, **marks
         )
 
     async def _handle_unsubscription(

@@ -76,6 +76,10 @@ class Commander:
         session, handler = broker.session_of(command.client_id)
         if session is None:
             return  # it has gone, and so has what was wanted for it
+        now_ms = time.time_ns() // 1_000_000
+        if now_ms > log_ms + command.valid_for_s * 1000:
+            logger.info("%s: a command came too late", command.client_id)
+            return
         match command:
             case Subscribe(topic_filters=filters):
                 for subscription in filters:
@@ -84,10 +88,6 @@ class Commander:
                 for topic_filter in names:
                     await broker.unsubscribe(topic_filter, session)
             case Deliver() if isinstance(handler, Handler) and handler.connected:
-                now_ms = time.time_ns() // 1_000_000
-                if now_ms > log_ms + command.valid_for_s * 1000:
-                    logger.info("%s: a delivery came too late", command.client_id)
-                    return
                 event = _message(command, now_ms)
                 payload = Payload.of(codec.payload_bytes(event), event)
                 broker.hand_over(

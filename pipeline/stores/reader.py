@@ -1,0 +1,56 @@
+"""Reading what agents keep, from outside: without a fence, without finishing anything, without waiting for a store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from agents.ports import Read
+from pipeline.stores.nodes import Nodes
+from pipeline.stores.reading import answer, read_command
+from pipeline.stores.registry import access_of, addresses, locate
+from pipeline.stores.wire import Address
+from schemas.keys import Partition
+from schemas.pool import Pool
+
+
+class Reader:
+    """Answers reads of any partition of one pool; a context manager.
+
+    Raises:
+        StoreDown, StoreRefused: at once, when the store is away or will not serve us.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        """Connected when it is entered."""
+        self._pool, self._access = pool, access_of(pool)
+        self._nodes = Nodes(addresses(pool), self._access)
+        self._server: Address | None = None  # None: a cluster, whose nodes tell who holds a key
+
+    async def __aenter__(self) -> Self:
+        if self._pool.type == "cluster":
+            await self._nodes.discover()
+        else:
+            self._server = await locate(self._pool, self._access)
+            await self._nodes.wire(self._server)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._nodes.close()
+
+    async def read(self, partition: Partition, reads: Sequence[Read]) -> list[Any]:
+        """See `agents.ports.Store.read`."""
+        commands = [read_command(partition, read) for read in reads]
+        if self._server is None:
+            replies = await self._nodes.run(commands)
+        else:
+            wire = await self._nodes.wire(self._server)
+            replies = [(await wire.call(*command))[0] for command in commands]
+        where = self._server or "the cluster"
+        return [answer(read, reply, where) for read, reply in zip(reads, replies, strict=True)]
