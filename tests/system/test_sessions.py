@@ -20,7 +20,7 @@ from schemas.events import SubscriberJoined, SubscriberLeft
 from tests import given
 from tests.system.bridge import NODE, Bridge, reading
 from tests.system.mqtt import PUBLISH, Client, delivered
-from tests.system.pipeline import Pipeline, running, until
+from tests.system.pipeline import Pipeline, Worker, running, until
 
 RULES = (
     given.a_rule(hook="client.connected", action="on_client_connected"),
@@ -246,6 +246,7 @@ async def test_an_application_subscribes_and_unsubscribes_a_client_at_run_time(
     await order("subscribe", "b")
     await order("unsubscribe", "b")
     await pipeline.redis.publish("mqtt_channel", "not an order")
+    await pipeline.redis.publish("mqtt_channel", "x" * (5 << 20))  # larger than a record may be
 
     async def obeyed() -> bool:
         held = await asyncio.to_thread(shown_subscriptions, pipeline, "display")
@@ -257,11 +258,18 @@ async def test_an_application_subscribes_and_unsubscribes_a_client_at_run_time(
     assert delivered(await display.next(PUBLISH))[:3] == ("a/1", b"x", 1)
 
     async def given_up() -> list[Any]:
-        return await pipeline.dead_letters()
+        letters = await pipeline.dead_letters()
+        return letters if len(letters) == 2 else []
 
-    (letter,) = await until(given_up, "the dead letter of what is no order")
-    assert letter.value == b"not an order"
-    assert dict(letter.headers)["source-channel"] == b"mqtt_channel"
+    letters = await until(given_up, "the dead letters of what is no order")
+    assert sorted(letter.value[:5] for letter in letters) == [b"not a", b"xxxxx"]
+    assert {dict(letter.headers)["source-channel"] for letter in letters} == {b"mqtt_channel"}
+    await order("unsubscribe", "a/+")
+
+    async def still_obeyed() -> bool:
+        return await asyncio.to_thread(shown_subscriptions, pipeline, "display") == []
+
+    await until(still_obeyed, "an order after what is none")
 
 
 async def test_a_new_subscription_gets_each_stored_retained_message_once(
@@ -291,12 +299,13 @@ async def test_the_clients_that_there_are_are_listed_and_one_that_is_unknown_is_
 ) -> None:
     await pipeline.worker("sessions")
     await bridge.connect("here")
+    await bridge.connect("odd[/b]")
     await (await bridge.connect("gone")).disconnect()
 
     async def both() -> bool:
         table = await asyncio.to_thread(millpond, pipeline, "clients", "list")
         rows = {line.split()[0]: line.split()[1] for line in table.splitlines()[1:] if line.strip()}
-        return rows.get("here") == "yes" and rows.get("gone") == "no"
+        return (rows.get("here"), rows.get("odd[/b]"), rows.get("gone")) == ("yes", "yes", "no")
 
     await until(both, "both clients to be listed")
     config = str(pipeline.directory / "millpond.toml")
@@ -306,3 +315,16 @@ async def test_the_clients_that_there_are_are_listed_and_one_that_is_unknown_is_
     )  # fmt: skip
     assert done.returncode == 1
     assert "no client 'nobody' was ever heard of" in done.stderr
+
+
+async def test_a_worker_that_is_told_another_partition_count_than_kafka_has_refuses(
+    pipeline: Pipeline,
+) -> None:
+    config = pipeline.directory / "millpond.toml"
+    config.write_text(config.read_text().replace("partitions = 4", "partitions = 5"))
+    refused = Worker(config, pipeline.directory / "refused.log", "sessions")
+    pipeline.workers.append(refused)
+    assert await refused.ended() == 2
+    said = refused.log.read_text()
+    assert "mqtt.clients has 4: set partitions = 4" in said
+    assert "Traceback" not in said

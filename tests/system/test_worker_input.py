@@ -185,3 +185,22 @@ async def test_receipts_commands_and_expiry(pipeline: Pipeline) -> None:
         return not await pipeline.redis.exists(index, body)
 
     await until(gone, "an expired message to be gone, body and entry")
+
+
+async def test_a_record_too_large_to_be_carried_along_is_a_dead_letter_without_its_bytes(
+    pipeline: Pipeline,
+) -> None:
+    # It fits as it is; with the headers that say why it was given up on it does not.
+    value = b"x" * ((4 << 20) - 150)
+    await pipeline.producer.send_and_wait(keys.MESSAGES_TOPIC, key=b"t", value=value)
+    await pipeline.publish([given.published("after")])
+    assert await stored(pipeline, "t", 1) == [b"after"]
+
+    async def arrived() -> list[Any]:
+        return await pipeline.dead_letters()
+
+    (letter,) = await until(arrived, "a dead letter")
+    headers = {name: text.decode() for name, text in letter.headers}
+    assert (letter.key, letter.value) == (b"t", b"")
+    assert "JSON is malformed" in headers["reason"]
+    assert "too large" in headers["not-produced"]
