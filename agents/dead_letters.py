@@ -21,11 +21,18 @@ def dead_letter(partition: Partition, letter: DeadLetter, record: Record | None)
         reason += GONE
     else:
         key, value = record.key, record.value
-    headers = (
-        ("source-topic", partition.topic.encode()),
-        ("source-partition", b"%d" % partition.number),
-        ("source-offset", b"%d" % letter.offset),
-        ("agent", partition.agent.encode()),
+    headers = headers_of(partition.topic, partition.number, letter.offset, partition.agent, reason)
+    return Outgoing(DEAD_LETTERS_TOPIC, key, value, headers)
+
+
+def headers_of(
+    topic: str, number: int, offset: int, reader: str, reason: str
+) -> tuple[tuple[str, bytes], ...]:
+    """Where a record was, who gave up on it, and why."""
+    return (
+        ("source-topic", topic.encode()),
+        ("source-partition", b"%d" % number),
+        ("source-offset", b"%d" % offset),
+        ("agent", reader.encode()),
         ("reason", reason.encode("utf-8", "replace")),
     )
-    return Outgoing(DEAD_LETTERS_TOPIC, key, value, headers)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Final, Literal, get_args
 
 from msgspec import Struct
 
 from schemas.codec import topic_name_error
 from schemas.rules import Rule, Rules
 
-# Topics whose plan is remembered: 10,000 plans are about 5 MiB; past that the memory starts anew.
+# Topics whose plan is remembered, about 2 MiB of names; past that the memory starts anew. Most share a plan.
 PLANS_MAX = 10_000
 RECEIPT_LIFETIME_S = 86_400  # of a receipt rule that names no `expired_time`: one day
 
 MessageHook = Literal["message.publish", "message.delivered", "message.acked"]
+HOOKS: Final[tuple[MessageHook, ...]] = get_args(MessageHook)
 
 
 class Plan(Struct, frozen=True):
@@ -43,23 +44,25 @@ def lifetime_ms(rule: Rule | None) -> int | None:
 
 def make_plan(rules: Rules, topic: str) -> Plan:
     """Of several rules with the same action for a topic, the first one counts; commands add up."""
-    publish = rules.matching("message.publish", topic)
+    return _combine(topic_name_error(topic), [rules.matching(hook, topic) for hook in HOOKS])
+
+
+def _combine(error: str | None, matching: Sequence[Sequence[Rule]]) -> Plan:
+    """The plan of topics that these rules match, one sequence for each of `HOOKS`."""
     first: dict[str, Rule] = {}
-    for rule in publish:
+    for rule in matching[HOOKS.index("message.publish")]:
         if rule.action is not None:
             first.setdefault(rule.action, rule)
     store, retain = first.get("on_message_publish"), first.get("on_message_retain")
     commands: dict[MessageHook, tuple[tuple[str, ...], ...]] = {}
     receipts: dict[MessageHook, int] = {}
-    hooks: tuple[MessageHook, ...] = ("message.publish", "message.delivered", "message.acked")
-    for hook in hooks:
-        matching = rules.matching(hook, topic)
-        commands[hook] = tuple(command for rule in matching for command in rule.commands)
-        for rule in matching:
+    for hook, of_hook in zip(HOOKS, matching, strict=True):
+        commands[hook] = tuple(command for rule in of_hook for command in rule.commands)
+        for rule in of_hook:
             if rule.action == "on_message_receipt":
                 receipts.setdefault(hook, lifetime_ms(rule) or RECEIPT_LIFETIME_S * 1000)
     return Plan(
-        error=topic_name_error(topic),
+        error=error,
         store=store is not None,
         store_qos0=store is not None and store.store_qos0,
         index_lifetime_ms=lifetime_ms(store),
@@ -78,6 +81,7 @@ class Plans:
         """Nothing is worked out before it is asked for."""
         self._rules = rules
         self._plans: dict[str, Plan] = {}
+        self._shared: dict[tuple[object, ...], Plan] = {}  # by the rules that match
 
     def of(self, topic: str) -> Plan:
         """The plan of a topic."""
@@ -85,5 +89,14 @@ class Plans:
         if plan is None:
             if len(self._plans) >= PLANS_MAX:
                 self._plans.clear()
-            plan = self._plans[topic] = make_plan(self._rules, topic)
+            plan = self._plans[topic] = self._plan(topic)
         return plan
+
+    def _plan(self, topic: str) -> Plan:
+        """A million topics of one kind have one plan: what tells plans apart is which rules match."""
+        error = topic_name_error(topic)
+        matching = [self._rules.matching(hook, topic) for hook in HOOKS]
+        which = (error, *(tuple(map(id, of_hook)) for of_hook in matching))
+        if which not in self._shared:
+            self._shared[which] = _combine(error, matching)
+        return self._shared[which]

@@ -67,7 +67,7 @@ async def _serve(
     await recorder.drain()
     _say_ready()
     async with asyncio.TaskGroup() as parts:
-        parts.create_task(Commander(settings, broker, recorder).run())
+        parts.create_task(Commander(settings, broker, recorder, producer).run())
         parts.create_task(_tell_snapshots(settings, broker))
     raise AssertionError("neither ever returns")
 

@@ -221,6 +221,26 @@ def shown_subscriptions(pipeline: Pipeline, client_id: str) -> list[str]:
     return [held["topic_filter"] for held in found["subscriptions"]]
 
 
+async def test_a_command_that_cannot_be_read_is_a_dead_letter_and_the_next_is_carried_out(
+    pipeline: Pipeline, bridge: Bridge
+) -> None:
+    await pipeline.worker("sessions")
+    await pipeline.producer.send_and_wait(keys.DELIVERIES_TOPIC, key=b"display", value=b"dance")
+    await pipeline.redis.hset(keys.subscriptions("display"), "news", "0")
+    await bridge.connect("display")
+
+    async def given_up() -> list[Any]:
+        return await pipeline.dead_letters()
+
+    (letter,) = await until(given_up, "a dead letter")
+    assert (letter.value, dict(letter.headers)["agent"]) == (b"dance", b"bridge")
+
+    async def subscribed() -> bool:
+        return await asyncio.to_thread(shown_subscriptions, pipeline, "display") == ["news"]
+
+    await until(subscribed, "the next command to be carried out")
+
+
 async def test_an_application_subscribes_and_unsubscribes_a_client_at_run_time(
     pipeline: Pipeline, bridge: Bridge
 ) -> None:

@@ -60,12 +60,15 @@ def test_keeping_or_clearing_touches_what_is_retained() -> None:
     assert make_plan(given.rules(given.clear_retained()), "t").touches_retained
 
 
-def test_a_plan_is_worked_out_once_and_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_topics_that_the_same_rules_match_share_a_plan_and_memory_is_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(plans, "PLANS_MAX", 2)
-    held = Plans(given.rules(given.store()))
-    first = held.of("a")
-    assert held.of("a") is first
-    held.of("b")
-    held.of("c")
-    assert held.of("a") is not first
-    assert held.of("a") == first
+    rules = given.rules(given.store(), given.retain("b/#"))
+    held = Plans(rules)
+    for topic in ("a", "a/1", "b/1", "b/2", "a/+", "a"):
+        assert held.of(topic) == make_plan(rules, topic)
+        assert len(held._plans) <= 2
+    assert held.of("a/1") is held.of("a/2")
+    assert held.of("b/1") is held.of("b/2")
+    assert len(held._shared) == 3

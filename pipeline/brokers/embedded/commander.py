@@ -9,10 +9,12 @@ from typing import Any, Final, NoReturn
 from aiokafka import AIOKafkaConsumer
 from aiokafka.errors import KafkaError
 
+from agents.dead_letters import headers_of
 from pipeline.brokers.embedded.broker import EmbeddedBroker
 from pipeline.brokers.embedded.handler import Handler, Payload
 from pipeline.brokers.embedded.recorder import Recorder
 from pipeline.log import persist
+from pipeline.producer import Producer
 from pipeline.settings import Settings
 from schemas import codec, keys
 from schemas.commands import Command, Deliver, Subscribe, Unsubscribe
@@ -27,9 +29,11 @@ RECORDS_MAX: Final = 500  # of one turn: then Kafka is told how far we are
 class Commander:
     """One per bridge. A command is committed when what came of it is in Kafka."""
 
-    def __init__(self, settings: Settings, broker: EmbeddedBroker, recorder: Recorder) -> None:
+    def __init__(
+        self, settings: Settings, broker: EmbeddedBroker, recorder: Recorder, producer: Producer
+    ) -> None:
         """`run` connects."""
-        self._broker, self._recorder = broker, recorder
+        self._broker, self._recorder, self._producer = broker, recorder, producer
         self._consumer = AIOKafkaConsumer(
             keys.DELIVERIES_TOPIC,
             group_id=keys.bridge_group_id(settings.app),
@@ -65,8 +69,11 @@ class Commander:
             command = codec.decode_command(record.value)
         except DecodeError as error:
             # Only agents write here: it is a newer one's, or somebody else's.
-            logger.warning(
-                "%s[%d] offset %d: %s", record.topic, record.partition, record.offset, error
+            headers = headers_of(
+                record.topic, record.partition, record.offset, "bridge", str(error)
+            )
+            await self._producer.send(
+                keys.DEAD_LETTERS_TOPIC, record.key, record.value, None, headers
             )
             return
         await self._do(command, record.timestamp)
