@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
-from pathlib import Path
 from typing import Final, NoReturn
 
 import uvloop
@@ -17,6 +15,7 @@ from pipeline.brokers.embedded.commander import Commander
 from pipeline.brokers.embedded.recorder import Recorder
 from pipeline.producer import Producer
 from pipeline.reach import unreachable
+from pipeline.ready import say_ready
 from pipeline.settings import Settings
 from schemas.rules import Rules
 
@@ -65,7 +64,7 @@ async def _serve(
         raise await unreachable(settings.kafka) from error
     await broker.start()
     await recorder.drain()
-    _say_ready()
+    say_ready("bridge embedded")
     async with asyncio.TaskGroup() as parts:
         parts.create_task(Commander(settings, broker, recorder, producer).run())
         parts.create_task(_tell_snapshots(settings, broker))
@@ -90,10 +89,3 @@ async def _end(producer: Producer, recorder: Recorder, broker: EmbeddedBroker) -
         logger.warning("Kafka has not acknowledged %d events in time; not waiting longer", lost)
         for library in ("amqtt", "asyncio"):  # which would show a traceback for all that is cut off
             logging.getLogger(library).setLevel(logging.CRITICAL)
-
-
-def _say_ready() -> None:
-    logger.info("bridge embedded is ready")
-    ready_file = os.environ.get("MILLPOND_READY_FILE")
-    if ready_file:
-        Path(ready_file).touch()

@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import threading
-from pathlib import Path
 from typing import Any
 
 import faust
@@ -24,6 +23,7 @@ from pipeline.control import ControlChannel
 from pipeline.log import KafkaLog
 from pipeline.partitions import Partitions
 from pipeline.producer import Producer
+from pipeline.ready import say_ready
 from pipeline.settings import Settings
 from pipeline.stores.checking import check_commands
 from pipeline.stores.registry import open_store
@@ -230,10 +230,7 @@ class Worker:
         return {TP(topic, number): offset for number, offset in offsets.items()}
 
     def _ready(self) -> None:
-        logger.info("worker %s is ready", self.agent)
-        ready_file = os.environ.get("MILLPOND_READY_FILE")
-        if ready_file:
-            Path(ready_file).touch()
+        say_ready(f"worker {self.agent}")
 
     def _fail(self, error: BaseException) -> None:
         """A partition cannot go on: the process stops, and commits nothing beyond."""

@@ -52,10 +52,14 @@ class Sweep(Struct, frozen=True, array_like=True):
     """Something to be done to all clients that an index has below an offset."""
 
     kind: Literal["restarted", "unseen", "announce"]
-    index: str
     node: str
     before: int
     at: int
+
+    @property
+    def index(self) -> str:
+        """The index that has them."""
+        return ANNOUNCED if self.kind == "announce" else seen_index(self.node)
 
 
 class Sync(Struct, frozen=True, array_like=True):
@@ -261,13 +265,13 @@ class SessionsMachine:
     def _rules_changed(self, offset: int, event: events.RulesChanged) -> Sequence[Effect]:
         self._rules = SessionRules(Rules.from_canonical(event.rules))
         self._partition.rules_offset = offset
-        self._partition.sweeps.append(Sweep("announce", ANNOUNCED, "", offset, event.at))
+        self._partition.sweeps.append(Sweep("announce", "", offset, event.at))
         return (SetRules(event.rules),)
 
     # -- sweeps -----------------------------------------------------------------------------------------
 
     def _sweep(self, kind: Literal["restarted", "unseen"], node: str, before: int, at: int) -> None:
-        new = Sweep(kind, seen_index(node), node, before, at)
+        new = Sweep(kind, node, before, at)
         # A later snapshot tells all that an earlier one does.
         waiting = [
             each for each in self._partition.sweeps if (each.kind, each.node) != (kind, node)

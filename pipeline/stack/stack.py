@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 
 from agents.registry import AGENT_NAMES
 from pipeline import topics
+from pipeline.ready import READY_FILE
 from pipeline.settings import KafkaSettings, Settings, load
 from pipeline.stack.directory import ChildState, DataDirectory, StackState
 from pipeline.stack.kafka import KafkaServer
@@ -185,7 +186,7 @@ class Stack:
             return ready_file.exists()
 
         child = self._new_child(name, command, ready)
-        child.environment = {"MILLPOND_READY_FILE": str(ready_file)}
+        child.environment = {READY_FILE: str(ready_file)}
         child.before = lambda: ready_file.unlink(missing_ok=True)
         await self._run_child(child)
 
