@@ -23,12 +23,14 @@ SUBSCRIPTIONS_MAX = 1_000
 class Deliver(Struct, frozen=True, kw_only=True, tag_field="type", tag="deliver"):
     """Hand one message to one client, within `valid_for_s` seconds of the record's own log time.
 
-    `lease` names this copy in the bridge's reports; it is empty for a retained message, of which nobody wants a
-    report. `attempt` counts from 1.
+    `lease` names this copy in the bridge's reports; it is empty for a retained message and a QoS 0 publish, of which
+    nobody wants a report. `attempt` counts from 1. Once a command of a client failed, all its later ones of the same
+    agent, partition and `epoch` fail too, or they would overtake it.
     """
 
     client_id: Text
     lease: Text
+    epoch: Annotated[int, Meta(ge=0)] = 0
     valid_for_s: ValidForS
     attempt: Annotated[int, Meta(ge=1, le=ATTEMPTS_MAX)]
     message_id: MessageId

@@ -14,6 +14,7 @@ from msgspec import Meta, Struct, field
 TIME_MS_MAX = 253_402_300_799_999
 TEXT_BYTES_MAX = 65_535  # [MQTT-1.5.4]: a UTF-8 string is at most 65,535 bytes
 MESSAGE_ID_LENGTH_MAX = 256  # EMQX writes 32 hex characters; others may be longer
+OPERATOR_IDS_MAX = 1_000  # messages that one order of an operator names: one step of the machine's
 
 TimeMs = Annotated[int, Meta(ge=0, le=TIME_MS_MAX)]
 QoS = Annotated[int, Meta(ge=0, le=2)]
@@ -72,13 +73,15 @@ class SessionSubscribed(Base, frozen=True, kw_only=True, tag="session.subscribed
 
     `proxied` if the bridge subscribed the client to it, by a command. `retain_handling` says when retained messages
     are wanted (MQTT 5.0, 3.8.3.1): 0 always, 1 with a new subscription, 2 never. `told_again` in a snapshot, where it
-    is no SUBSCRIBE.
+    is no SUBSCRIBE. `broker_delivers` where the bridge cannot reach this client alone: then the broker routes to it
+    what is published from now on, and Millpond hands it only what was stored before.
     """
 
     client_id: Text
     topic_filter: Topic
     qos: QoS
     proxied: bool = False
+    broker_delivers: bool = False
     retain_handling: Annotated[int, Meta(ge=0, le=2)] = 0
     told_again: bool = False
 
@@ -186,6 +189,7 @@ class SubscriberJoined(Base, frozen=True, kw_only=True, tag="subscriber.joined")
     `topic_filter` is the client's own, with `$share/{group}/` if it has one. `session` names the session: the
     offset, in the client's partition of mqtt.clients, of the connect that created it. `source_offset` is that of
     the event which this follows from; of two records about one client and filter the higher one holds.
+    `broker_delivers` as in `SessionSubscribed`.
     """
 
     client_id: Text
@@ -193,6 +197,7 @@ class SubscriberJoined(Base, frozen=True, kw_only=True, tag="subscriber.joined")
     qos: QoS
     session: Offset
     source_offset: Offset
+    broker_delivers: bool = False
 
 
 class SubscriberLeft(Base, frozen=True, kw_only=True, tag="subscriber.left"):
@@ -206,12 +211,15 @@ class SubscriberLeft(Base, frozen=True, kw_only=True, tag="subscriber.left"):
 
 
 class Sent(Struct, frozen=True, array_like=True, gc=False):
-    """One copy that the broker has: `alias` is the id that it gave the copy, if that is another than the message's."""
+    """One copy that the broker has handed over: `alias` is the id that it gave the copy, if that is another than the
+    message's; nobody acknowledges a copy of `qos` 0.
+    """
 
     lease: Text
     client_id: Text
     message_id: MessageId
     alias: MessageId | None = None
+    qos: QoS = 1
 
 
 class DeliveriesSent(Base, frozen=True, kw_only=True, tag="deliveries.sent"):
@@ -222,13 +230,29 @@ class DeliveriesSent(Base, frozen=True, kw_only=True, tag="deliveries.sent"):
 
 
 class DeliveryFailed(Base, frozen=True, kw_only=True, tag="delivery.failed"):
-    """A bridge could not hand over a copy: the client is not there, the command came too late, or the broker refused."""
+    """A copy was not handed over: the client is not there, the command came too late (or after one of its epoch that
+    failed), the broker refused; or the message was gone from the store before the command was written.
+    """
 
     agent: AgentName
     lease: Text
     client_id: Text
     message_id: MessageId
-    reason: Literal["no_client", "stale", "bridge"]
+    reason: Literal["no_client", "stale", "bridge", "gone"]
+
+
+class OperatorRequeue(Base, frozen=True, kw_only=True, tag="operator.requeue"):
+    """Deliver these dead letters of a topic once more, as if for the first time, behind what waits there by now."""
+
+    topic: Topic
+    message_ids: Annotated[tuple[MessageId, ...], Meta(max_length=OPERATOR_IDS_MAX)]
+
+
+class OperatorDrop(Base, frozen=True, kw_only=True, tag="operator.drop"):
+    """Delete these dead letters of a topic."""
+
+    topic: Topic
+    message_ids: Annotated[tuple[MessageId, ...], Meta(max_length=OPERATOR_IDS_MAX)]
 
 
 class RulesChanged(Base, frozen=True, kw_only=True, tag="rules.changed"):
@@ -250,6 +274,6 @@ Event: TypeAlias = (
     | SessionUnsubscribed | SessionTerminated | SessionDiscarded | SessionTakenOver
     | ControlSubscribe | ControlUnsubscribe | NodeStarted | NodeStopped | NodeSyncStarted | NodeSyncCompleted | MessagePublished | MessageDelivered
     | MessageAcked | SubscriberJoined | SubscriberLeft | DeliveriesSent | DeliveryFailed
-    | RulesChanged | Tick
+    | OperatorRequeue | OperatorDrop | RulesChanged | Tick
 )
 # fmt: on

@@ -42,6 +42,8 @@ from schemas.events import (
     NodeStopped,
     NodeSyncCompleted,
     NodeSyncStarted,
+    OperatorDrop,
+    OperatorRequeue,
     RulesChanged,
     SubscriberJoined,
     SubscriberLeft,
@@ -104,6 +106,8 @@ def record_key(event: Event) -> str:
     """The Kafka key of an event's record: it decides the partition, and so what the event is ordered with."""
     if type(event) is MessagePublished or isinstance(event, MessageAcked | MessageDelivered):
         return event.topic  # the type is compared first because nearly every record is a publish
+    if isinstance(event, OperatorRequeue | OperatorDrop):
+        return event.topic
     if isinstance(event, RulesChanged | Tick | DeliveriesSent | DeliveryFailed):
         return agent_record_key(event.agent)
     if isinstance(event, SubscriberJoined | SubscriberLeft):

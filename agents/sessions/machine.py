@@ -238,14 +238,7 @@ class SessionsMachine:
             raise DecodeError(error)
         if event.told_again and state.full(event.topic_filter):
             return ()
-        news = state.subscribed(
-            event.node,
-            event.topic_filter,
-            event.qos,
-            offset,
-            proxied=event.proxied,
-            told_again=event.told_again,
-        )
+        news = state.subscribed(event, offset)
         if news or not event.told_again:
             return self._rules.hooked("session.subscribed", offset, event, news=news)
         return ()

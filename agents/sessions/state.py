@@ -11,6 +11,7 @@ from msgspec import Struct, field, structs
 from agents.sessions.connections import Connections, Live
 from schemas.commands import SUBSCRIPTIONS_MAX
 from schemas.errors import DecodeError
+from schemas.events import SessionSubscribed
 
 
 class Subscription(Struct, frozen=True, array_like=True):
@@ -20,6 +21,7 @@ class Subscription(Struct, frozen=True, array_like=True):
     since: int
     seen: int
     proxied: bool
+    broker_delivers: bool = False
 
 
 class Session(Struct, frozen=True, array_like=True):
@@ -39,6 +41,7 @@ class Member(Struct, frozen=True, array_like=True):
 
     session: int
     qos: int
+    broker_delivers: bool = False
 
 
 class ClientState(Struct, array_like=True):
@@ -114,24 +117,25 @@ class ClientState(Struct, array_like=True):
             len(self.subscriptions) >= SUBSCRIPTIONS_MAX
         )
 
-    def subscribed(
-        self, node: str, topic_filter: str, qos: int, seen: int, *, proxied: bool, told_again: bool
-    ) -> bool:
+    def subscribed(self, event: SessionSubscribed, seen: int) -> bool:
         """A filter is held, or told of again; whether that is news.
 
         Raises:
             DecodeError: the session holds too many.
         """
+        topic_filter = event.topic_filter
         known = self.subscriptions.get(topic_filter)
         if self.full(topic_filter):
             raise DecodeError(f"the session holds {SUBSCRIPTIONS_MAX} subscriptions already")
-        self._show(seen, node, moves=not told_again)
-        if known is None:
-            self.subscriptions[topic_filter] = Subscription(qos, seen, seen, proxied)
-        else:
-            proxied = proxied or known.proxied
-            self.subscriptions[topic_filter] = Subscription(qos, known.since, seen, proxied)
-        return known is None or known.qos != qos
+        self._show(seen, event.node, moves=not event.told_again)
+        self.subscriptions[topic_filter] = Subscription(
+            event.qos,
+            seen if known is None else known.since,
+            seen,
+            event.proxied or (known is not None and known.proxied),
+            event.broker_delivers,
+        )
+        return known is None or known.qos != event.qos
 
     def unsubscribed(self, topic_filter: str) -> bool:
         """A filter was given up; whether it was held."""
@@ -184,7 +188,7 @@ class ClientState(Struct, array_like=True):
         if presence is None or not presence.online:
             return {}
         return {
-            topic_filter: Member(session.id, held.qos)
+            topic_filter: Member(session.id, held.qos, held.broker_delivers)
             for topic_filter, held in self.subscriptions.items()
             if delivered(topic_filter)
         }

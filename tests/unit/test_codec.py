@@ -46,7 +46,7 @@ GOLDEN: dict[str, tuple[Event, str]] = {
     "session.resumed": (events.SessionResumed(**CLIENT), f'{STAMP},"client_id":"sub"'),
     "session.subscribed": (
         events.SessionSubscribed(**CLIENT, topic_filter="queue/+", qos=1),
-        f'{STAMP},"client_id":"sub","topic_filter":"queue/+","qos":1,"proxied":false,"retain_handling":0,"told_again":false',
+        f'{STAMP},"client_id":"sub","topic_filter":"queue/+","qos":1,"proxied":false,"broker_delivers":false,"retain_handling":0,"told_again":false',
     ),
     "session.unsubscribed": (
         events.SessionUnsubscribed(**CLIENT, topic_filter="queue/+"),
@@ -94,7 +94,7 @@ GOLDEN: dict[str, tuple[Event, str]] = {
             **CLIENT, topic_filter="$share/g/queue/+", qos=1, session=8, source_offset=9
         ),
         (f'{STAMP},"client_id":"sub","topic_filter":"$share/g/queue/+","qos":1,"session":8,'
-        '"source_offset":9'),
+        '"source_offset":9,"broker_delivers":false'),
     ),
     "subscriber.left": (
         events.SubscriberLeft(
@@ -106,10 +106,10 @@ GOLDEN: dict[str, tuple[Event, str]] = {
     "deliveries.sent": (
         events.DeliveriesSent(
             **AT, agent="queue",
-            sent=(events.Sent("queue/7/1", "sub", "0005"), events.Sent("queue/7/2", "s", "6", "7")),
+            sent=(events.Sent("queue/7/1", "sub", "0005"), events.Sent("queue/7/2", "s", "6", "7", 0)),
         ),
         (f'{STAMP},"agent":"queue",'
-        '"sent":[["queue/7/1","sub","0005",null],["queue/7/2","s","6","7"]]'),
+        '"sent":[["queue/7/1","sub","0005",null,1],["queue/7/2","s","6","7",0]]'),
     ),
     "delivery.failed": (
         events.DeliveryFailed(
@@ -117,6 +117,14 @@ GOLDEN: dict[str, tuple[Event, str]] = {
         ),
         (f'{STAMP},"agent":"queue","lease":"queue/7/1","client_id":"sub","message_id":"0005",'
         '"reason":"stale"'),
+    ),
+    "operator.requeue": (
+        events.OperatorRequeue(**AT, topic="queue/a", message_ids=("0005", "6")),
+        f'{STAMP},"topic":"queue/a","message_ids":["0005","6"]',
+    ),
+    "operator.drop": (
+        events.OperatorDrop(**AT, topic="queue/a", message_ids=("0005",)),
+        f'{STAMP},"topic":"queue/a","message_ids":["0005"]',
     ),
     "rules.changed": (
         events.RulesChanged(**AT, agent="queue", rules="[]"),
@@ -144,7 +152,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
             client_id="sub", lease="queue/7/18823", valid_for_s=60, attempt=1, message_id="0005",
             topic="queue/a", qos=1, retain=False, payload="/w==", payload_encoding="base64",
         ),
-        ('"client_id":"sub","lease":"queue/7/18823","valid_for_s":60,"attempt":1,'
+        ('"client_id":"sub","lease":"queue/7/18823","epoch":0,"valid_for_s":60,"attempt":1,'
         '"message_id":"0005","topic":"queue/a","qos":1,"retain":false,"payload":"/w==",'
         '"payload_encoding":"base64","expires_at":null'),
     ),

@@ -81,6 +81,8 @@ KEYS = {
     "subscriber.left": "queue/a",
     "deliveries.sent": "$millpond/queue",
     "delivery.failed": "$millpond/queue",
+    "operator.requeue": "queue/a",
+    "operator.drop": "queue/a",
     "rules.changed": "$millpond/queue",
     "tick": "$millpond/queue",
 }
