@@ -24,6 +24,7 @@ from agents.intake import Intake
 from agents.outbox import Outbox
 from agents.outputs import Outputs
 from agents.ports import (
+    OF_ALL_BATCHES,
     Applied,
     Log,
     Machine,
@@ -206,6 +207,7 @@ class PartitionDriver(Generic[Packed]):
         self._ticks.forget()
         state = {} if applied is None else applied.machine
         self.machine.restore(state, stored, self._rules.restore(stored.rules))
+        await self._supply(())
         await self._outbox.finish_journal(stored, bounds.committed)
         self._loaded = True
 
@@ -299,6 +301,8 @@ class PartitionDriver(Generic[Packed]):
 
     async def _supply(self, events: Sequence[Event]) -> None:
         while reads := self.machine.wanted(events, self._now_ms):
+            if self._in_flight is not None and any(isinstance(x, OF_ALL_BATCHES) for x in reads):
+                await self._finish()
             for read, answer in zip(reads, await self.store.read(reads), strict=True):
                 self.machine.supply(read, answer)
 

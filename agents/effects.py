@@ -20,6 +20,10 @@ from msgspec import Struct
 from schemas.commands import Subscribe, Unsubscribe
 from schemas.events import MessagePublished, SubscriberJoined, SubscriberLeft
 
+# The tables of packed states that a partition has: retained messages or clients; what delivery knows of topics, members
+# and subscribers; dead letters.
+Table: TypeAlias = Literal["states", "windows", "members", "dead"]
+
 # The source of an effect that no single record asked for (expiry, cleaning up after a refusal).
 NO_SOURCE = -1
 
@@ -46,6 +50,17 @@ class StoreMessage(Struct, frozen=True, gc=False):
     expires_at: int | None
 
 
+class Reindex(Struct, frozen=True, gc=False):
+    """Place a message, whose body is kept, in its topic's index once more; the rest as for `StoreMessage`."""
+
+    stage: ClassVar[Stage] = Stage.STORE
+    offset: int
+    topic: str
+    message_id: str
+    score: int
+    expires_at: int | None
+
+
 class Retain(Struct, frozen=True, gc=False):
     """Make `message_id` the topic's one retained message; its body is stored."""
 
@@ -69,11 +84,14 @@ class KeepReceipt(Struct, frozen=True, gc=False):
 
 
 class SetState(Struct, frozen=True, gc=False):
-    """Replace the packed state of a record key (an MQTT topic, a client id); None removes it."""
+    """Replace the packed state of a key (an MQTT topic, a client id, …) in one of the partition's tables; None removes
+    it.
+    """
 
     stage: ClassVar[Stage] = Stage.STATE
     key: str
     state: bytes | None
+    table: Table = "states"
 
 
 class SetIndex(Struct, frozen=True, gc=False):
@@ -134,7 +152,7 @@ class DropBody(Struct, frozen=True, gc=False):
 
 
 class SpareBody(Struct, frozen=True, gc=False):
-    """The key of a body was somebody else's: take back the lifetime that came with the refused write."""
+    """Take back the lifetime of a body: it was somebody else's key, or is the body of a dead letter."""
 
     stage: ClassVar[Stage] = Stage.REMOVE
     message_id: str
@@ -182,6 +200,34 @@ class SendCommand(Struct, frozen=True, gc=False, tag="command"):
     command: Subscribe | Unsubscribe
 
 
+class HandOut(Struct, frozen=True, gc=False, tag="hand_out"):
+    """An output: have the bridge deliver a message to one client. `lease` is 0 if nobody wants to know what comes of it.
+
+    `stored` if its body is in the store; else, and if `offset` is its own publish's, it is in that record.
+    """
+
+    offset: int
+    lease: int
+    client_id: str
+    epoch: int
+    message_id: str
+    topic: str
+    qos: int
+    attempt: int
+    expires_at: int | None
+    stored: bool = True
+
+
+class GiveUp(Struct, frozen=True, gc=False, tag="give_up"):
+    """An output: a stored message is a dead letter, for this reason, after so many deliveries."""
+
+    offset: int
+    topic: str
+    message_id: str
+    reason: str
+    deliveries: int
+
+
 class LookUpSubscriptions(Struct, frozen=True, gc=False, tag="look_up_subscriptions"):
     """An output: have the bridge subscribe a client to what its `mqtt:sub` says by then."""
 
@@ -200,6 +246,7 @@ class LookUpRetained(Struct, frozen=True, gc=False, tag="look_up_retained"):
 
 Effect: TypeAlias = (
     StoreMessage
+    | Reindex
     | Retain
     | KeepReceipt
     | SetState
@@ -216,7 +263,9 @@ Effect: TypeAlias = (
 )
 """What a store carries out."""
 
-Output: TypeAlias = DeadLetter | Announce | SendCommand | LookUpSubscriptions | LookUpRetained
+Output: TypeAlias = (
+    DeadLetter | Announce | SendCommand | HandOut | GiveUp | LookUpSubscriptions | LookUpRetained
+)
 """What is produced to Kafka once the store has the effects; kept in the journal until then."""
 
 RefusedPart: TypeAlias = Literal[

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from agents.effects import DeadLetter, Output
-from agents.outputs import WITH_SOURCE, Outputs
+from agents.outputs import Outputs, needs_source
 from agents.ports import Applied, Log, Outgoing, Record, Stored
 from schemas.keys import Partition
 
@@ -49,7 +49,7 @@ class Outbox:
         assert not self._under_way, "wait() comes first"
         for sequence, outputs in sorted(stored.journal.items()):
             if self._done.get(sequence) != outputs:
-                offsets = {each.offset for each in outputs if isinstance(each, WITH_SOURCE)}
+                offsets = {each.offset for each in outputs if needs_source(each)}
                 records = {offset: await self._read(offset) for offset in sorted(offsets)}
                 await (await self._produce(outputs, records))
         self._done = dict(stored.journal)
@@ -70,13 +70,12 @@ class Outbox:
         """What they refer to is read; then they are on their way, in order, and not too many at once."""
         outgoing: list[Outgoing] = []
         size = 0
-        for output in outputs:
-            async for record in self._outputs.records(output, records.get(output.offset)):
-                outgoing.append(record)
-                size += len(record.value or b"")
-                if size > OUTGOING_BYTES_MAX:
-                    await self._log.produce(outgoing)
-                    outgoing, size = [], 0
+        async for record in self._outputs.records(outputs, records):
+            outgoing.append(record)
+            size += len(record.value or b"")
+            if size > OUTGOING_BYTES_MAX:
+                await self._log.produce(outgoing)
+                outgoing, size = [], 0
         self.dead_letters += sum(isinstance(output, DeadLetter) for output in outputs)
         return self._log.produce(outgoing)
 

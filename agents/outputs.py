@@ -9,37 +9,44 @@ from agents.dead_letters import dead_letter
 from agents.effects import (
     Announce,
     DeadLetter,
+    GiveUp,
+    HandOut,
     LookUpRetained,
     LookUpSubscriptions,
     Output,
     SendCommand,
 )
+from agents.hand_outs import BODIES_READ_MAX, HandOuts, to_bridge
 from agents.ports import (
     Outgoing,
     Read,
     ReadBody,
+    ReadNames,
     ReadRetained,
-    ReadRetainedTopics,
     ReadSubscriptions,
     Record,
 )
 from schemas import codec, keys
-from schemas.commands import COMMAND_VALID_FOR_S, SUBSCRIPTIONS_MAX, Command, Deliver, Subscribe
+from schemas.commands import COMMAND_VALID_FOR_S, SUBSCRIPTIONS_MAX, Deliver, Subscribe
 from schemas.events import SubscriberJoined, SubscriberLeft
 from schemas.filters import WILDCARDS, filter_error, matches
 from schemas.keys import Partition
 
 # What one look-up may bring: a client that asks for everything gets this much of it.
 RETAINED_MAX: Final = 1_000
-# How much is read at once, and how far a partition's index of retained topics is searched: 100,000 of them.
-BODIES_READ_MAX: Final = 100
+# How far a partition's index of retained topics is searched: 100,000 of them.
 TOPICS_READ_MAX: Final = 1_000
 PAGES_MAX: Final = 100
 
-# The outputs that may carry the bytes of the record that they came from.
-WITH_SOURCE: Final = (DeadLetter, LookUpSubscriptions)
-
 ReadStore = Callable[[Sequence[Read]], Awaitable[list[Any]]]
+Sources = Mapping[int, Record | None]
+
+
+def needs_source(output: Output) -> bool:
+    """Whether an output carries bytes that only the record has which it came from."""
+    if isinstance(output, HandOut):
+        return not output.stored
+    return isinstance(output, DeadLetter | LookUpSubscriptions)
 
 
 class Outputs:
@@ -48,10 +55,25 @@ class Outputs:
     def __init__(self, partition: Partition, read: ReadStore) -> None:
         """`partition_count` is set before the first output."""
         self._partition, self._read = partition, read
+        self._hand_outs = HandOuts(partition, read)
         self.partition_count = 0  # of every topic
 
-    async def records(self, output: Output, source: Record | None) -> AsyncIterator[Outgoing]:
-        """What an output of `source` comes to; None if the log no longer holds it."""
+    async def records(self, outputs: Sequence[Output], sources: Sources) -> AsyncIterator[Outgoing]:
+        """What outputs come to, in order; `sources` are the records that they came from, as far as they are known."""
+        of_messages: list[HandOut | GiveUp] = []  # until something else comes
+        for output in outputs:
+            if isinstance(output, HandOut | GiveUp):
+                of_messages.append(output)
+                continue
+            async for record in self._hand_outs.records(of_messages, sources):
+                yield record
+            of_messages.clear()
+            async for record in self._record(output, sources.get(output.offset)):
+                yield record
+        async for record in self._hand_outs.records(of_messages, sources):
+            yield record
+
+    async def _record(self, output: Output, source: Record | None) -> AsyncIterator[Outgoing]:
         match output:
             case DeadLetter():
                 yield dead_letter(self._partition, output, source)
@@ -63,7 +85,7 @@ class Outputs:
             case LookUpSubscriptions():
                 for record in await self._subscriptions(output, source):
                     yield record
-            case _:
+            case LookUpRetained():
                 async for deliver in self._retained(output):
                     yield to_bridge(deliver)
 
@@ -118,7 +140,7 @@ class Outputs:
         prefix = "".join(f"{level}/" for level in plain)
         found = {"/".join(plain)} if plain else set()  # "a/#" matches "a" too
         pages = [
-            ReadRetainedTopics(partition, prefix, "", TOPICS_READ_MAX)
+            ReadNames(partition, keys.RETAINED_INDEX, prefix, "", TOPICS_READ_MAX)
             for partition in self._retaining_partitions()
         ]
         for _ in range(PAGES_MAX):
@@ -144,11 +166,6 @@ class Outputs:
 def has_wildcard(topic_filter: str) -> bool:
     """Whether a filter matches more than the topic that is spelled like it."""
     return any(level in WILDCARDS for level in topic_filter.split("/"))
-
-
-def to_bridge(command: Command) -> Outgoing:
-    """A command on its way to the broker."""
-    return Outgoing(keys.DELIVERIES_TOPIC, command.client_id.encode(), codec.encode(command))
 
 
 def _delivery(output: LookUpRetained, body: Mapping[str, bytes]) -> Deliver | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from msgspec import Struct
 
-from agents.effects import Effect, Output, Refusal
+from agents.effects import Effect, Output, Refusal, Table
 from schemas.events import AgentName, Event
 from schemas.keys import Partition
 from schemas.rules import Rules
@@ -97,15 +97,19 @@ class Transaction(NamedTuple):
 
 
 class ReadStates(NamedTuple):
-    """The packed states of record keys; answered by `dict[str, bytes | None]`."""
+    """The packed states of a table's keys; answered by `dict[str, bytes | None]`."""
 
     names: tuple[str, ...]
+    table: Table = "states"
 
 
 class ReadAllStates(NamedTuple):
-    """Some of all packed states, from a cursor on (0 to begin); answered by `(next cursor or 0, dict[key, bytes])`."""
+    """Some of all packed states of a table, from a cursor on (0 to begin); answered by `(next cursor or 0, dict[key,
+    bytes])`.
+    """
 
     cursor: int
+    table: Table = "states"
 
 
 class ReadBelow(NamedTuple):
@@ -123,10 +127,18 @@ class ReadDue(NamedTuple):
 
 
 class ReadIndex(NamedTuple):
-    """The oldest entries of a topic's index; answered by `list[tuple[message_id, score]]` in order."""
+    """The oldest entries of a topic's index behind a score; answered by `list[tuple[message_id, score]]` in order."""
 
     topic: str
     limit: int
+    after: int = 0
+
+
+class ReadEntry(NamedTuple):
+    """A message's place in its topic's index; answered by its score, None if it is not there."""
+
+    topic: str
+    message_id: str
 
 
 class ReadSubscriptions(NamedTuple):
@@ -135,12 +147,13 @@ class ReadSubscriptions(NamedTuple):
     client_id: str
 
 
-class ReadRetainedTopics(NamedTuple):
-    """The topics that a partition retains something for, by name: the first ones that begin with `prefix` and come
+class ReadNames(NamedTuple):
+    """The keys of a partition's index whose scores are all 0, by name: the first ones that begin with `prefix` and come
     behind `after`, if that is not empty; answered by `list[str]`.
     """
 
     partition: Partition
+    name: str
     prefix: str
     after: str
     limit: int
@@ -164,11 +177,15 @@ Read: TypeAlias = (
     | ReadBelow
     | ReadDue
     | ReadIndex
+    | ReadEntry
     | ReadSubscriptions
-    | ReadRetainedTopics
+    | ReadNames
     | ReadRetained
     | ReadBody
 )
+
+# What the store says of these changes with every batch: the one in flight has to be in it.
+OF_ALL_BATCHES: Final = (ReadAllStates, ReadBelow, ReadDue, ReadIndex, ReadEntry, ReadNames)
 
 Packed = TypeVar("Packed")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
+from typing import Protocol
 
 import msgspec
 
@@ -55,7 +56,21 @@ def decode_command(value: bytes | None) -> Command:
     return command
 
 
-def payload_bytes(event: MessagePublished | Deliver) -> bytes:
+class HasPayload(Protocol):
+    """A message, however much else is known of it."""
+
+    @property
+    def payload(self) -> str:
+        """Text, or base64."""
+        ...
+
+    @property
+    def payload_encoding(self) -> PayloadEncoding:
+        """Which of the two."""
+        ...
+
+
+def payload_bytes(event: HasPayload) -> bytes:
     """The payload as the publisher sent it. What was decoded always has one."""
     if event.payload_encoding == "base64":
         return b64decode(event.payload, validate=True)

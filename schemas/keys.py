@@ -184,9 +184,7 @@ def seen(partition: Partition, generation: int) -> str:
     return _private(partition, f"seen:{generation & 1}")
 
 
-def retained_topics(partition: Partition) -> str:
-    """The topics of a partition that retain a message."""
-    return _private(partition, "retained")
+RETAINED_INDEX: Final = "retained"  # the topics that retain a message, by name
 
 
 def index(partition: Partition, name: str) -> str:
@@ -194,9 +192,9 @@ def index(partition: Partition, name: str) -> str:
     return _private(partition, name)
 
 
-def states(partition: Partition) -> str:
-    """The packed state of each topic or client of a partition that has any."""
-    return _private(partition, "states")
+def table(partition: Partition, name: str) -> str:
+    """One of the tables of packed states that a partition has."""
+    return _private(partition, name)
 
 
 def due(partition: Partition) -> str:

@@ -1,7 +1,7 @@
 """The messages agent's machine.
 
-Rule 1: every transition of a message without a delivery rule is in this file.
-Rule 2: no IO, no clock, no chance.
+Rule 1: every transition of a message without a delivery rule is in this file; what it has in common with those that
+are delivered is in `agents/keeping.py`. Rule 2: no IO, no clock, no chance.
 
 ON published: unless its id was seen, keep the body, its index entry and the retained entry, as the topic's rules
 say; run the user's commands. ON delivered, acked: note the receipt; run the user's commands. ON tick: what is
@@ -13,42 +13,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-import msgspec
-
-from agents.commands import run_commands
-from agents.effects import (
-    NO_SOURCE,
-    ClearRetained,
-    DeadLetter,
-    DropBody,
-    Effect,
-    KeepReceipt,
-    Refusal,
-    Retain,
-    SetDue,
-    SetRules,
-    SetState,
-    SpareBody,
-    StoreMessage,
-    Unindex,
-)
-from agents.held import Changed, Held
-from agents.messages.state import (
-    INDEX,
-    RETAINED,
-    TopicState,
-    earliest,
-    index_due,
-    later,
-    message_due,
-    pack,
-    retained_due,
-    split_due,
-    unpack,
-)
-from agents.plans import MessageHook, Plan, Plans
+from agents.due import INDEX, RETAINED, DueTimes, due_member, split_due
+from agents.effects import NO_SOURCE, Effect, Output, Refusal, SetDue, SetRules
+from agents.keeping import Keeper, expired_entries
 from agents.ports import Read, ReadDue, ReadIndex, ReadStates, Stored
-from agents.seen import SeenIds
+from schemas import keys
 from schemas.errors import DecodeError
 from schemas.events import (
     AgentName,
@@ -61,9 +30,8 @@ from schemas.events import (
 )
 from schemas.rules import Rules
 
-# One tick looks at no more than this: 32 due things and 4,096 index entries are some ms of Redis. What is left
-# over is still due, so that another tick follows at once.
-SWEEP_DUE_MAX: Final = 32
+# One tick looks at no more index entries than this: some ms of Redis. What is left over is still due, so that another
+# tick follows at once.
 SWEEP_ENTRIES_MAX: Final = 4_096
 
 
@@ -76,58 +44,45 @@ class MessagesMachine:
 
     def __init__(self) -> None:
         """An empty partition without rules; `restore` follows."""
-        self._seen = SeenIds()
-        self._rules = Rules()
-        self._plans = Plans(self._rules)
-        self._clear()
-
-    def _clear(self) -> None:
-        self.next_due_ms: int | None = None
-        self._topics: Held[TopicState | None] = Held(unpack)
-        self._dropped: dict[str, None] = {}  # bodies that nothing refers to after this batch
-        # Supplied for a tick: what is due; the oldest index entries, and how many were asked for.
-        self._due: list[tuple[str, int]] | None = None
+        self._due = DueTimes()
+        self._keeper = Keeper(self._due)
+        # Supplied for a tick: the oldest index entries, and how many were asked for.
         self._entries: dict[str, tuple[list[tuple[str, int]], int]] = {}
 
     # -- what the driver asks ---------------------------------------------------------------------------
 
-    def restore(self, partition_state: Mapping[str, int], stored: Stored, rules: Rules) -> None:
+    def restore(self, partition_state: Mapping[str, Any], stored: Stored, rules: Rules) -> None:
         """See `agents.ports.Machine`."""
-        self._clear()
-        self._seen.restore(partition_state, stored.seen)
-        self.next_due_ms = partition_state.get("next_due_ms")
-        self._plans, self._rules = Plans(rules), rules
+        self._due.restore(partition_state)
+        self._keeper.restore(partition_state, stored, rules)
+        self._entries = {}
+
+    @property
+    def next_due_ms(self) -> int | None:
+        """See `agents.ports.Machine`."""
+        return self._due.next_ms
 
     def owns(self, key: str) -> bool:
         """Every topic that no delivery rule claims."""
-        return self._rules.owner(key) == self.agent
+        return self.rules.owner(key) == self.agent
 
     @property
     def rules(self) -> Rules:
         """The rules in force."""
-        return self._rules
+        return self._keeper.rules
 
     def wanted(self, events: Sequence[Event], now_ms: int) -> Sequence[Read]:
         """The states of topics whose retained message may change; for a tick, what is due and its entries."""
         if len(events) == 1 and isinstance(events[0], Tick):
             return self._wanted_by_tick(now_ms)
-        unknown = self._topics.unknown(
-            event.topic
-            for event in events
-            if isinstance(event, MessagePublished)
-            and event.retain
-            and self._plans.of(event.topic).touches_retained
-        )
-        return [ReadStates(unknown)] if unknown else []
+        touched = filter(self._keeper.touches_retained, events)
+        return self._keeper.unknown(keys.record_key(event) for event in touched)
 
     def _wanted_by_tick(self, now_ms: int) -> list[Read]:
-        if self._due is None:
-            return [ReadDue(SWEEP_DUE_MAX + 1)]
-        overdue = [split_due(member) for member, at in self._due[:SWEEP_DUE_MAX] if at <= now_ms]
-        reads: list[Read] = []
-        unknown = self._topics.unknown(topic for _, topic, _ in overdue)
-        if unknown:
-            reads.append(ReadStates(unknown))
+        if self._due.supplied is None:
+            return [self._due.wanted()]
+        overdue = self._due.overdue(now_ms)
+        reads: list[Read] = [*self._keeper.unknown(topic for _, topic, _ in overdue)]
         indexes = [topic for kind, topic, _ in overdue if kind == INDEX]
         limit = SWEEP_ENTRIES_MAX // max(len(indexes), 1) + 1
         reads.extend(ReadIndex(topic, limit) for topic in indexes if topic not in self._entries)
@@ -137,247 +92,84 @@ class MessagesMachine:
         """See `agents.ports.Machine`."""
         match read:
             case ReadStates():
-                self._topics.supply(answer)
+                self._keeper.retained.supply(answer)
             case ReadDue():
-                self._due = answer
+                self._due.supplied = answer
             case _:
                 assert isinstance(read, ReadIndex), "nothing else is wanted"
                 self._entries[read.topic] = answer, read.limit
 
-    def step(
-        self, offset: int, event: Event, now_ms: int, score: int
-    ) -> Sequence[Effect | DeadLetter]:
+    def step(self, offset: int, event: Event, now_ms: int, score: int) -> Sequence[Effect | Output]:
         """One event. A topic that cannot be published to, or rules that cannot be read, are a `DecodeError`."""
         match event:
             case MessagePublished():
                 return self._published(offset, event, now_ms, score)
-            case MessageAcked():
-                return self._reported(offset, event, "message.acked", now_ms)
-            case MessageDelivered():
-                return self._reported(offset, event, "message.delivered", now_ms)
+            case MessageAcked() | MessageDelivered():
+                return self._keeper.reported(offset, event, now_ms)
             case Tick():
                 return self._tick(now_ms)
             case RulesChanged():
-                return self._rules_changed(event)
+                self._keeper.rules_changed(Rules.from_canonical(event.rules))
+                return (SetRules(event.rules),)
             case _:
                 return ()  # another agent's concern
 
     def finish(self) -> Sequence[Effect]:
-        """One write for each topic whose retained message changed, however often; the ids seen.
-
-        A body that was let go and stored again within the batch stays: what is removed is removed last.
-        """
-        dropped, self._dropped = self._dropped, {}
-        changed = [effect for change in self._topics.finish() for effect in _kept(change)]
-        return [*map(DropBody, dropped), *changed, *self._seen.finish()]
+        """See `agents.ports.Machine`."""
+        return self._keeper.finish()
 
     def settled(self) -> None:
         """See `agents.ports.Machine`."""
-        self._topics.settled()
+        self._keeper.settled()
 
     def partition_state(self) -> dict[str, int]:
         """See `agents.ports.Machine`."""
-        state = self._seen.partition_state()
-        if self.next_due_ms is not None:
-            state["next_due_ms"] = self.next_due_ms
-        return state
+        return {**self._keeper.seen.partition_state(), **self._due.partition_state()}
+
+    def refused(self, event: Event, refusal: Refusal) -> Sequence[Effect]:
+        """See `agents.ports.Machine`."""
+        return self._keeper.refused(event, refusal)
 
     # -- transitions ------------------------------------------------------------------------------------
 
     def _published(
         self, offset: int, event: MessagePublished, now_ms: int, score: int
-    ) -> Sequence[Effect | DeadLetter]:
-        plan = self._plans.of(event.topic)
+    ) -> Sequence[Effect | Output]:
+        plan = self._keeper.plans.of(event.topic)
         if plan.error is not None:
             raise DecodeError(plan.error)
-        if not self._seen.add(event.message_id, now_ms):
+        if not self._keeper.seen.add(event.message_id, now_ms):
             return ()
-        effects: list[Effect | DeadLetter] = []
+        done: list[Effect | Output] = []
         if event.expires_at is None or event.expires_at > now_ms:
-            self._keep(effects, plan, offset, event, score)
+            indexed = plan.store and (event.qos > 0 or plan.store_qos0)
+            done += self._keeper.published(offset, event, score, indexed=indexed)
         if plan.commands["message.publish"]:
-            effects.extend(run_commands(plan.commands["message.publish"], offset, event))
-        return effects
-
-    def _keep(
-        self,
-        effects: list[Effect | DeadLetter],
-        plan: Plan,
-        offset: int,
-        event: MessagePublished,
-        score: int,
-    ) -> None:
-        log_ms = score // 1000
-        indexed = plan.store and (event.qos > 0 or plan.store_qos0)
-        # [MQTT-3.3.1-6], [MQTT-3.3.1-7]: an empty retained payload is never kept, it only clears.
-        retained = event.retain and plan.retain and event.payload != ""
-        index_end = earliest(log_ms, plan.index_lifetime_ms, event.expires_at)
-        needed_until = index_end if indexed else 0
-        if retained:
-            retained_end = earliest(log_ms, plan.retained_lifetime_ms, event.expires_at)
-            needed_until = later(needed_until, retained_end)
-        if indexed or retained:
-            self._dropped.pop(event.message_id, None)
-            effects.append(StoreMessage(offset, event, score, indexed, needed_until))
-            if event.expires_at is not None:
-                due = message_due(event.topic, event.message_id)
-                effects.append(self._falls_due(due, event.expires_at))
-        if indexed and plan.index_lifetime_ms is not None:
-            effects.append(self._falls_due(index_due(event.topic), log_ms + plan.index_lifetime_ms))
-        if retained:
-            state = TopicState(
-                message_id=event.message_id, score=score, expires_at=retained_end, indexed=indexed
-            )
-            effects.extend(self._retain(offset, event.topic, state))
-        elif event.retain and plan.clear_retained and event.payload == "":
-            effects.extend(self._retain(offset, event.topic, None))
-
-    def _retain(self, offset: int, topic: str, after: TopicState | None) -> list[Effect]:
-        """Replace what a topic retains. The old body goes with its last reference."""
-        before = self._topics[topic]
-        effects: list[Effect] = []
-        self._topics.change(offset, topic, after)
-        if before is not None and (after is None or after.message_id != before.message_id):
-            if not before.indexed:
-                self._dropped[before.message_id] = None
-            if before.expires_at is not None:
-                effects.append(SetDue(retained_due(topic), None))
-        if after is not None and after.expires_at is not None:
-            effects.append(self._falls_due(retained_due(topic), after.expires_at))
-        return effects
-
-    def _falls_due(self, member: str, at: int) -> SetDue:
-        if self.next_due_ms is None or at < self.next_due_ms:
-            self.next_due_ms = at
-        return SetDue(member, at)
-
-    def _reported(
-        self,
-        offset: int,
-        event: MessageAcked | MessageDelivered,
-        hook: MessageHook,
-        now_ms: int,
-    ) -> Sequence[Effect | DeadLetter]:
-        plan = self._plans.of(event.topic)
-        effects: list[Effect | DeadLetter] = []
-        lifetime = plan.receipts.get(hook)
-        if lifetime is not None:
-            effects.append(
-                KeepReceipt(
-                    offset,
-                    event.message_id,
-                    "acked" if hook == "message.acked" else "delivered",
-                    event.client_id,
-                    event.at // 1000,
-                    now_ms + lifetime,
-                )
-            )
-        if plan.commands[hook]:
-            effects.extend(run_commands(plan.commands[hook], offset, event))
-        return effects
-
-    def _rules_changed(self, event: RulesChanged) -> Sequence[Effect]:
-        self._rules = Rules.from_canonical(event.rules)
-        self._plans = Plans(self._rules)
-        return (SetRules(event.rules),)
+            done += self._keeper.commands(offset, event)
+        return done
 
     def _tick(self, now_ms: int) -> Sequence[Effect]:
-        """What is due goes; the next thing due is known again afterwards."""
-        assert self._due is not None, "the driver supplies what a tick wants"
-        due, self._due = self._due, None
-        looked_at = due[:SWEEP_DUE_MAX]
-        self.next_due_ms = min((at for _, at in due[SWEEP_DUE_MAX:]), default=None)
         effects: list[Effect] = []
-        for member, at in looked_at:
-            if at > now_ms:
-                self.next_due_ms = at if self.next_due_ms is None else min(at, self.next_due_ms)
-                continue
+        for member in self._due.take(now_ms):
             effects.append(SetDue(member, None))
             kind, topic, message_id = split_due(member)
             if kind == INDEX:
-                effects.extend(self._sweep_index(topic, now_ms))
+                effects += self._sweep_index(topic, now_ms)
             elif kind == RETAINED:
-                effects.extend(self._sweep_retained(topic, now_ms))
+                effects += self._keeper.sweep_retained(topic, now_ms)
             else:
-                effects.extend(self._drop_message(topic, message_id))
+                effects += self._keeper.expire(topic, message_id)
         self._entries = {}
         return effects
 
     def _sweep_index(self, topic: str, now_ms: int) -> list[Effect]:
         """The index entries that are too old by the rules in force, and their bodies."""
-        lifetime = self._plans.of(topic).index_lifetime_ms
+        lifetime = self._keeper.plans.of(topic).index_lifetime_ms
         if lifetime is None:
             return []  # the rules changed: nothing of this topic expires any more
         entries, limit = self._entries[topic]
-        ends = [(message_id, score // 1000 + lifetime) for message_id, score in entries]
-        expired = [message_id for message_id, end in ends[: limit - 1] if end <= now_ms]
-        effects: list[Effect] = []
-        if expired:
-            effects.append(Unindex(NO_SOURCE, topic, tuple(expired)))
-            for message_id in expired:
-                self._let_go(topic, message_id)
-        if len(ends) > len(expired):
-            effects.append(self._falls_due(index_due(topic), ends[len(expired)][1]))
+        expired, next_end = expired_entries(entries, limit, lifetime, now_ms)
+        effects = self._keeper.unindex(NO_SOURCE, topic, expired)
+        if next_end is not None:
+            effects.append(self._due.falls_due(due_member(INDEX, topic), next_end))
         return effects
-
-    def _let_go(self, topic: str, message_id: str) -> None:
-        """The index holds a body no longer; the retained entry still may."""
-        held = self._topics[topic]
-        if held is not None and held.message_id == message_id:
-            self._topics.change(NO_SOURCE, topic, msgspec.structs.replace(held, indexed=False))
-        else:
-            self._dropped[message_id] = None
-
-    def _sweep_retained(self, topic: str, now_ms: int) -> list[Effect]:
-        held = self._topics[topic]
-        if held is None or held.expires_at is None:
-            return []
-        if held.expires_at > now_ms:
-            return [self._falls_due(retained_due(topic), held.expires_at)]
-        return self._retain(NO_SOURCE, topic, None)
-
-    def _drop_message(self, topic: str, message_id: str) -> list[Effect]:
-        """A message with an expiry of its own: gone from index and retained entry alike."""
-        self._dropped[message_id] = None
-        held = self._topics[topic]
-        if held is not None and held.message_id == message_id:
-            self._topics.change(NO_SOURCE, topic, None)
-        return [Unindex(NO_SOURCE, topic, (message_id,))]
-
-    # -- after a refusal --------------------------------------------------------------------------------
-
-    def refused(self, event: Event, refusal: Refusal) -> Sequence[Effect]:
-        """A foreign key was in the way: what was half written of the message goes."""
-        if not isinstance(event, MessagePublished):
-            return ()
-        topic, message_id = event.topic, event.message_id
-        held = self._topics.get(topic) if event.retain else None
-        if held is not None and held.message_id != message_id:
-            held = None  # replaced meanwhile, and its body let go by that
-        match refusal.part:
-            case "body":
-                if held is not None:
-                    self._topics.change(refusal.offset, topic, None)
-                return (Unindex(NO_SOURCE, topic, (message_id,)), SpareBody(message_id))
-            case "index" if held is not None:
-                self._topics.change(
-                    refusal.offset, topic, msgspec.structs.replace(held, indexed=False)
-                )
-            case "index":
-                self._dropped[message_id] = None
-            case "retained" if held is not None:
-                self._topics.change(refusal.offset, topic, None)
-                if not held.indexed:
-                    self._dropped[message_id] = None
-        return ()
-
-
-def _kept(change: Changed[TopicState | None]) -> list[Effect]:
-    """What becomes of a topic's retained message."""
-    offset, topic, before, after = change
-    effects: list[Effect] = [SetState(topic, pack(after))]
-    if after is None:
-        effects.append(ClearRetained(offset, topic))
-    elif before is None or after.score != before.score:
-        effects.append(Retain(offset, topic, after.message_id, after.score))
-    return effects

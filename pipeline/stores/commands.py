@@ -13,6 +13,7 @@ from agents.effects import (
     KeepReceipt,
     Refusal,
     RefusedPart,
+    Reindex,
     Retain,
     RunCommand,
     SetPresence,
@@ -21,10 +22,11 @@ from agents.effects import (
 from pipeline.stores.wire import Argument, Command, pack
 
 # What a command stands for: an effect, the messages of one ZADD, or None for the partition's own state.
-Source: TypeAlias = Effect | tuple[StoreMessage, ...] | None
+Source: TypeAlias = Effect | tuple[StoreMessage | Reindex, ...] | None
 
 _PART: Final[dict[type[Any], RefusedPart]] = {
     StoreMessage: "body",
+    Reindex: "body",
     Retain: "retained",
     KeepReceipt: "receipt",
     SetPresence: "presence",

@@ -15,9 +15,10 @@ from agents.ports import (
     ReadBelow,
     ReadBody,
     ReadDue,
+    ReadEntry,
     ReadIndex,
+    ReadNames,
     ReadRetained,
-    ReadRetainedTopics,
     ReadStates,
     ReadSubscriptions,
     Stored,
@@ -83,28 +84,28 @@ class MemoryStore:
 
     def _answer(self, read: Read) -> Any:
         match read:
-            case ReadStates(names):
-                states = self._server.of(keys.states(self._partition), Hash)
+            case ReadStates(names, table):
+                states = self._server.of(keys.table(self._partition, table), Hash)
                 return {name: states.get(name) for name in names}
-            case ReadAllStates():
-                return 0, dict(self._server.of(keys.states(self._partition), Hash))
+            case ReadAllStates(_, every):
+                return 0, dict(self._server.of(keys.table(self._partition, every), Hash))
             case ReadBelow(index, before, limit):
                 entries = self._server.of(keys.index(self._partition, index), Zset).ordered()
                 return [entry for entry in entries if entry[1] < before][:limit]
             case ReadDue(limit):
                 return self._server.of(keys.due(self._partition), Zset).ordered()[:limit]
-            case ReadIndex(topic, limit):
-                return self._public(keys.message_index(topic), Zset).ordered()[:limit]
+            case ReadIndex(topic, limit, after):
+                entries = self._public(keys.message_index(topic), Zset).ordered()
+                return [entry for entry in entries if entry[1] > after][:limit]
+            case ReadEntry(topic, message_id):
+                return self._public(keys.message_index(topic), Zset).get(message_id)
             case ReadSubscriptions(client_id):
-                table = self._public(keys.subscriptions(client_id), Hash)
-                return {name.encode(): value for name, value in table.items()}
-            case ReadRetainedTopics(other, prefix, after, limit):
-                topics = [
-                    topic
-                    for topic, _ in self._server.of(keys.retained_topics(other), Zset).ordered()
-                ]
-                behind = [topic for topic in topics if topic.encode() > after.encode()]
-                return [topic for topic in behind if topic.startswith(prefix)][:limit]
+                held = self._public(keys.subscriptions(client_id), Hash)
+                return {name.encode(): value for name, value in held.items()}
+            case ReadNames(other, index, prefix, after, limit):
+                entries = self._server.of(keys.index(other, index), Zset).ordered()
+                behind = [name for name, _ in entries if name.encode() > after.encode()]
+                return [name for name in behind if name.startswith(prefix)][:limit]
             case ReadRetained(topic):
                 return next(iter(self._public(keys.retained(topic), Zset)), None)
             case ReadBody(message_id):

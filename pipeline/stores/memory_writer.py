@@ -15,6 +15,7 @@ from agents.effects import (
     KeepReceipt,
     Refusal,
     RefusedPart,
+    Reindex,
     Retain,
     RunCommand,
     SetDue,
@@ -76,21 +77,26 @@ class Writer:
                 if effect.expires_at is not None:
                     key = keys.message_body(effect.event.message_id)
                     self._server.expire(key, effect.expires_at + BODY_GRACE_MS)
+            case Reindex(_, _, message_id, _, expires_at) if expires_at is not None:
+                self._server.expire(keys.message_body(message_id), expires_at + BODY_GRACE_MS)
             case KeepReceipt():
                 self._part(effect.offset, "receipt", lambda: self._receipt(effect))
                 self._server.expire(keys.receipt(effect.message_id), effect.expires_at)
 
     def _entry(self, effect: Effect) -> None:
         match effect:
-            case StoreMessage(indexed=True):
-                self._part(effect.offset, "index", lambda: self._index(effect))
+            case StoreMessage(offset, event, score, True):
+                entry = partial(self._index, event.topic, event.message_id, score)
+                self._part(offset, "index", entry)
+            case Reindex(offset, topic, message_id, score):
+                self._part(offset, "index", partial(self._index, topic, message_id, score))
             case Retain():
                 self._part(effect.offset, "retained", lambda: self._retain(effect))
 
     def _state(self, effect: Effect) -> None:
         match effect:
-            case SetState(key, state):
-                self._set(keys.states(self._partition), {key: state})
+            case SetState(key, state, table):
+                self._set(keys.table(self._partition, table), {key: state})
             case SetIndex(index, key, score):
                 self._set_index(keys.index(self._partition, index), key, score)
             case SetRules(canonical):
@@ -102,7 +108,7 @@ class Writer:
 
     def _retains(self, effect: Effect) -> None:
         """Keep the index of topics that retain something, whatever is in the way of their public keys."""
-        name = keys.retained_topics(self._partition)
+        name = keys.index(self._partition, keys.RETAINED_INDEX)
         match effect:
             case Retain(topic=topic):
                 self._set_index(name, topic, 0)
@@ -140,6 +146,8 @@ class Writer:
                 "retain": str(event.retain).lower().encode(),
             }
         )
+        if event.expires_at is not None:
+            body["expires_at"] = str(event.expires_at).encode()
         self._server.keep(name, body)
 
     def _receipt(self, effect: KeepReceipt) -> None:
@@ -148,10 +156,10 @@ class Writer:
         receipt[f"{effect.kind}:{effect.client_id}"] = str(effect.at_s).encode()
         self._server.keep(name, receipt)
 
-    def _index(self, effect: StoreMessage) -> None:
-        name = keys.message_index(effect.event.topic)
+    def _index(self, topic: str, message_id: str, score: int) -> None:
+        name = keys.message_index(topic)
         index = self._server.of(name, Zset)
-        index.setdefault(effect.event.message_id, effect.score)
+        index.setdefault(message_id, score)
         self._server.keep(name, index)
 
     def _retain(self, effect: Retain) -> None:

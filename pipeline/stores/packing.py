@@ -16,6 +16,7 @@ from agents.effects import (
     DropBody,
     KeepReceipt,
     Output,
+    Reindex,
     Retain,
     RunCommand,
     SetDue,
@@ -39,7 +40,7 @@ from schemas.keys import Partition
 # message. Expiry on the server is only a safety net; a tick removes both.
 BODY_GRACE_MS: Final = 3_600_000
 
-BODY_FIELDS: Final = ("id", "from", "qos", "topic", "payload", "ts", "retain")
+BODY_FIELDS: Final = ("id", "from", "qos", "topic", "payload", "ts", "retain", "expires_at")
 
 _encode_json = msgspec.json.Encoder().encode
 _encode_lines = msgspec.json.Encoder().encode_lines
@@ -61,8 +62,8 @@ class Commands:
         self.partition = partition
         self.bodies, self.entries = CommandList(), CommandList()
         self.state, self.removals = CommandList(), CommandList()
-        self.indexed: dict[str, list[StoreMessage]] = {}
-        self.states: dict[str, bytes | None] = {}
+        self.indexed: dict[str, list[tuple[StoreMessage | Reindex, str]]] = {}
+        self.states: dict[str, dict[str, bytes | None]] = {}  # by table
         self.indexes: dict[str, dict[str, int | None]] = {}  # key → member → score, None: gone
         self.due = Due()
         for effect in transaction.effects:
@@ -74,18 +75,18 @@ class Commands:
     def _entries(self) -> None:
         for topic, messages in self.indexed.items():
             zadd: list[str | int] = ["ZADD", keys.message_index(topic), "NX"]
-            for message in messages:
-                zadd += (message.score, message.event.message_id)
-            self.entries.add(tuple(messages), *zadd)
+            for message, message_id in messages:
+                zadd += (message.score, message_id)
+            self.entries.add(tuple(message for message, _ in messages), *zadd)
 
     def _states(self) -> None:
-        name = keys.states(self.partition)
-        kept = [(key, state) for key, state in self.states.items() if state is not None]
-        gone = [key for key, state in self.states.items() if state is None]
-        if kept:
-            self.state.add(None, "HSET", name, *(part for pair in kept for part in pair))
-        if gone:
-            self.state.add(None, "HDEL", name, *gone)
+        for name, states in self.states.items():
+            kept = [(key, state) for key, state in states.items() if state is not None]
+            gone = [key for key, state in states.items() if state is None]
+            if kept:
+                self.state.add(None, "HSET", name, *(part for pair in kept for part in pair))
+            if gone:
+                self.state.add(None, "HDEL", name, *gone)
         for name, scores in self.indexes.items():
             placed = {member: score for member, score in scores.items() if score is not None}
             taken_out = [member for member, score in scores.items() if score is None]
@@ -150,24 +151,33 @@ def _store_message(commands: Commands, effect: StoreMessage) -> None:
     event = effect.event
     body = keys.message_body(event.message_id)
     payload = event.payload if event.payload_encoding == "utf-8" else payload_bytes(event)
+    # Only a message that has an expiry of its own has the field, in ms.
+    expiry = () if event.expires_at is None else ("expires_at", event.expires_at)
     # fmt: off
     commands.bodies.add(
         effect, "HSET", body, "id", event.message_id, "from", event.client_id, "qos", event.qos,
         "topic", event.topic, "payload", payload, "ts", event.published_at // 1000,
-        "retain", "true" if event.retain else "false",
+        "retain", "true" if event.retain else "false", *expiry,
     )
     # fmt: on
     if effect.expires_at is not None:
         commands.bodies.add(effect, "PEXPIREAT", body, effect.expires_at + BODY_GRACE_MS)
     if effect.indexed:
-        commands.indexed.setdefault(event.topic, []).append(effect)
+        commands.indexed.setdefault(event.topic, []).append((effect, event.message_id))
+
+
+def _reindex(commands: Commands, effect: Reindex) -> None:
+    commands.indexed.setdefault(effect.topic, []).append((effect, effect.message_id))
+    if effect.expires_at is not None:
+        body = keys.message_body(effect.message_id)
+        commands.bodies.add(effect, "PEXPIREAT", body, effect.expires_at + BODY_GRACE_MS)
 
 
 def _retain(commands: Commands, effect: Retain) -> None:
     name = keys.retained(effect.topic)
     commands.entries.add(effect, "ZREMRANGEBYRANK", name, 0, -1)
     commands.entries.add(effect, "ZADD", name, effect.score, effect.message_id)
-    _place(commands, keys.retained_topics(commands.partition), effect.topic, 0)
+    _place(commands, keys.index(commands.partition, keys.RETAINED_INDEX), effect.topic, 0)
 
 
 def _keep_receipt(commands: Commands, effect: KeepReceipt) -> None:
@@ -177,7 +187,8 @@ def _keep_receipt(commands: Commands, effect: KeepReceipt) -> None:
 
 
 def _set_state(commands: Commands, effect: SetState) -> None:
-    commands.states[effect.key] = effect.state
+    name = keys.table(commands.partition, effect.table)
+    commands.states.setdefault(name, {})[effect.key] = effect.state
 
 
 def _set_index(commands: Commands, effect: SetIndex) -> None:
@@ -210,7 +221,7 @@ def _unindex(commands: Commands, effect: Unindex) -> None:
 
 def _clear_retained(commands: Commands, effect: ClearRetained) -> None:
     commands.removals.add(effect, "ZREMRANGEBYRANK", keys.retained(effect.topic), 0, -1)
-    _place(commands, keys.retained_topics(commands.partition), effect.topic, None)
+    _place(commands, keys.index(commands.partition, keys.RETAINED_INDEX), effect.topic, None)
 
 
 def _drop_body(commands: Commands, effect: DropBody) -> None:
@@ -244,6 +255,7 @@ def _run_command(commands: Commands, effect: RunCommand) -> None:
 
 _FOLD: Final[dict[type[Any], Callable[[Commands, Any], None]]] = {
     StoreMessage: _store_message,
+    Reindex: _reindex,
     Retain: _retain,
     KeepReceipt: _keep_receipt,
     SetState: _set_state,

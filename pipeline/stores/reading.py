@@ -12,9 +12,10 @@ from agents.ports import (
     ReadBelow,
     ReadBody,
     ReadDue,
+    ReadEntry,
     ReadIndex,
+    ReadNames,
     ReadRetained,
-    ReadRetainedTopics,
     ReadStates,
     ReadSubscriptions,
 )
@@ -24,31 +25,34 @@ from schemas.keys import Partition
 
 SCANNED: Final = 500  # states of one answer, about
 # What others may have put something else in the place of: it is as good as empty then.
-PUBLIC: Final = (ReadIndex, ReadSubscriptions, ReadRetained, ReadBody)
+PUBLIC: Final = (ReadIndex, ReadEntry, ReadSubscriptions, ReadRetained, ReadBody)
 
 
 def read_command(partition: Partition, read: Read) -> Command:
     """The one command that answers a read; its second word is the key."""
     match read:
-        case ReadStates(names):
-            return ("HMGET", keys.states(partition), *(names or ("",)))
-        case ReadAllStates(cursor):
-            return ("HSCAN", keys.states(partition), cursor, "COUNT", SCANNED)
+        case ReadStates(names, table):
+            return ("HMGET", keys.table(partition, table), *(names or ("",)))
+        case ReadAllStates(cursor, table):
+            return ("HSCAN", keys.table(partition, table), cursor, "COUNT", SCANNED)
         case ReadBelow(index, before, limit):
             name = keys.index(partition, index)
             below = f"({before}"
             return ("ZRANGE", name, "-inf", below, "BYSCORE", "LIMIT", 0, limit, "WITHSCORES")
         case ReadDue(limit):
             return ("ZRANGE", keys.due(partition), 0, limit - 1, "WITHSCORES")
-        case ReadIndex(topic, limit):
-            return ("ZRANGE", keys.message_index(topic), 0, limit - 1, "WITHSCORES")
+        case ReadIndex(topic, limit, after):
+            name, behind = keys.message_index(topic), f"({after}"
+            return ("ZRANGE", name, behind, "+inf", "BYSCORE", "LIMIT", 0, limit, "WITHSCORES")
+        case ReadEntry(topic, message_id):
+            return ("ZSCORE", keys.message_index(topic), message_id)
         case ReadSubscriptions(client_id):
             return ("HGETALL", keys.subscriptions(client_id))
-        case ReadRetainedTopics(other, prefix, after, limit):
+        case ReadNames(other, index, prefix, after, limit):
             first = b"(" + after.encode() if after else b"[" + prefix.encode()
             # UTF-8 holds no 0xFF: this is behind all text that begins so.
             last = b"(" + prefix.encode() + b"\xff" if prefix else b"+"
-            name = keys.retained_topics(other)
+            name = keys.index(other, index)
             return ("ZRANGE", name, first, last, "BYLEX", "LIMIT", 0, limit)
         case ReadRetained(topic):
             return ("ZRANGE", keys.retained(topic), 0, 0)
@@ -79,7 +83,9 @@ def answer(read: Read, reply: Any, where: object) -> Any:
                 name.decode("utf-8", "replace"): value
                 for name, value in zip(reply[::2], reply[1::2], strict=True)
             }
-        case ReadRetainedTopics():
+        case ReadEntry():
+            return int(float(reply)) if reply else None
+        case ReadNames():
             return [topic.decode() for topic in reply]
         case ReadRetained():
             return reply[0].decode("utf-8", "replace") if reply else None

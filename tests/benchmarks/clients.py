@@ -78,7 +78,7 @@ def presence_limit() -> float:
     partition = Partition(APP, "sessions", 0)
     second = str(FIRST_MS // 1000)
     commands = (
-        ["HSET", keys.states(partition), client_id, state.replace('"', "x")],
+        ["HSET", keys.table(partition, "states"), client_id, state.replace('"', "x")],
         ["ZADD", keys.index(partition, f"seen:{node}"), limit.RANDOM, client_id],
         ["HSET", keys.presence(client_id), "state", "1", "online_at", second, "offline_at", second],
         ["HSET", keys.node(node), client_id, second],

@@ -191,7 +191,7 @@ async def test_keys_that_millpond_did_not_write_are_named(server: RedisProcess) 
     with pytest.raises(StoreRefused, match="app:messages:7"):
         await store.load()
     server.client.delete(keys.applied(PARTITION))
-    server.client.set(keys.states(PARTITION), "a string")
+    server.client.set(keys.table(PARTITION, "states"), "a string")
     await store.load()
     with pytest.raises(StoreRefused, match="WRONGTYPE"):
         await commit(store, transaction(1, SetState("t", b"s")))

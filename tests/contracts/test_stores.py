@@ -27,8 +27,8 @@ from agents.ports import (
     ReadBody,
     ReadDue,
     ReadIndex,
+    ReadNames,
     ReadRetained,
-    ReadRetainedTopics,
     ReadStates,
     ReadSubscriptions,
     Stored,
@@ -137,7 +137,7 @@ async def test_a_foreign_key_in_the_way_refuses_one_part_and_the_rest_is_kept(
     assert dump.pop(foreign).value == b"somebody else's"
     assert {
         "good-counter", keys.applied(PARTITION), keys.message_body("good"), keys.receipt("good"),
-        keys.message_index("good/topic"), keys.retained("good/topic"), keys.states(PARTITION),
+        keys.message_index("good/topic"), keys.retained("good/topic"), keys.table(PARTITION, "states"),
     } <= dump.keys()  # fmt: skip
     await store.close()
 
@@ -410,15 +410,18 @@ async def test_retained_topics_are_found_by_how_they_begin_and_bodies_by_their_i
     await other.load()
     every, some, first, none = await other.read(
         [
-            ReadRetainedTopics(PARTITION, "", "", 9),
-            ReadRetainedTopics(PARTITION, "a/", "", 9),
-            ReadRetainedTopics(PARTITION, "", "", 1),
-            ReadRetainedTopics(PARTITION._replace(number=8), "", "", 9),
+            ReadNames(PARTITION, keys.RETAINED_INDEX, "", "", 9),
+            ReadNames(PARTITION, keys.RETAINED_INDEX, "a/", "", 9),
+            ReadNames(PARTITION, keys.RETAINED_INDEX, "", "", 1),
+            ReadNames(PARTITION._replace(number=8), keys.RETAINED_INDEX, "", "", 9),
         ]
     )
     assert (every, some, first, none) == (["a", "a/b", "a/é", "b"], ["a/b", "a/é"], ["a"], [])
     assert await other.read(
-        [ReadRetainedTopics(PARTITION, "a/", "a/b", 9), ReadRetainedTopics(PARTITION, "", "a", 2)]
+        [
+            ReadNames(PARTITION, keys.RETAINED_INDEX, "a/", "a/b", 9),
+            ReadNames(PARTITION, keys.RETAINED_INDEX, "", "a", 2),
+        ]
     ) == [["a/é"], ["a/b", "a/é"]]
     found, gone, body, nobody = await other.read(
         [ReadRetained("a/b"), ReadRetained("ab"), ReadBody("id a/b"), ReadBody("id x")]

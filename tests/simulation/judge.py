@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from agents.driver import PartitionDriver
+from agents.keeping import Retained, unpack
 from agents.messages.machine import MessagesMachine
-from agents.messages.state import TopicState, unpack
 from agents.ports import Applied, Record
 from pipeline.memory_log import MemoryLog
 from pipeline.stores.memory import MemoryStore
@@ -42,7 +42,7 @@ def check_conservation(server: MemoryServer) -> None:
 
 def check_states(server: MemoryServer) -> None:
     """What the agent knows of retained messages is what readers see."""
-    packed = server.of(keys.states(PARTITION), Hash)
+    packed = server.of(keys.table(PARTITION, "states"), Hash)
     states = {topic: unpack(state) for topic, state in packed.items()}
     seen = {
         name.removeprefix(RETAINED): value
@@ -51,7 +51,7 @@ def check_states(server: MemoryServer) -> None:
     }
     assert states.keys() == seen.keys()
     for topic, state in states.items():
-        assert isinstance(state, TopicState)
+        assert isinstance(state, Retained)
         assert seen[topic] == {state.message_id: state.score}
         index = server.of(keys.message_index(topic), Zset)
         assert state.indexed == (state.message_id in index)

@@ -218,7 +218,7 @@ def judge(seed: int) -> None:
 
 
 def check_registry(world: Sessions, brokers: Brokers, where: str) -> None:
-    states = world.server.of(keys.states(SESSIONS), Hash)
+    states = world.server.of(keys.table(SESSIONS, "states"), Hash)
     for client_id in CLIENTS:
         held = unpack(states.get(client_id)).subscriptions
         _, truth = brokers.sessions.get(client_id, ("", {}))
@@ -227,7 +227,7 @@ def check_registry(world: Sessions, brokers: Brokers, where: str) -> None:
 
 def check_indexes(world: Sessions, where: str) -> None:
     """What sweeps find is what is held."""
-    states = world.server.of(keys.states(SESSIONS), Hash)
+    states = world.server.of(keys.table(SESSIONS, "states"), Hash)
     for node in NODES:
         index = world.server.of(keys.index(SESSIONS, sessions.seen_index(node)), Zset)
         held = {name: unpack(state).seen_on().get(node) for name, state in states.items()}

@@ -27,8 +27,8 @@ def test_keys_are_the_documented_ones() -> None:
     assert keys.presence("c") == "mqtt:client:c"
     assert keys.node("n@1") == "mqtt:node:n@1"
     assert keys.subscriptions("c") == "mqtt:sub:c"
-    assert keys.states(PARTITION) == "millpond:{mill:queue:7}:states"
-    assert keys.retained_topics(PARTITION) == "millpond:{mill:queue:7}:retained"
+    assert keys.table(PARTITION, "states") == "millpond:{mill:queue:7}:states"
+    assert keys.index(PARTITION, keys.RETAINED_INDEX) == "millpond:{mill:queue:7}:retained"
     assert keys.index(PARTITION, "announced") == "millpond:{mill:queue:7}:announced"
     assert keys.due(PARTITION) == "millpond:{mill:queue:7}:due"
 
@@ -41,9 +41,9 @@ def test_every_built_key_has_a_row_in_the_table() -> None:
     built = [
         *(keys.message_index("t"), keys.message_body("m"), keys.retained("t"), keys.receipt("m")),
         *(keys.applied(PARTITION), keys.journal(PARTITION), keys.rules(PARTITION)),
-        *(keys.seen(PARTITION, 1), keys.states(PARTITION), keys.due(PARTITION)),
+        *(keys.seen(PARTITION, 1), keys.table(PARTITION, "states"), keys.due(PARTITION)),
         *(
-            keys.retained_topics(PARTITION),
+            keys.index(PARTITION, keys.RETAINED_INDEX),
             keys.presence("c"),
             keys.node("n"),
             keys.subscriptions("c"),
@@ -55,10 +55,12 @@ def test_every_built_key_has_a_row_in_the_table() -> None:
 
 
 def test_private_keys_of_a_partition_share_one_hash_tag() -> None:
-    private = (keys.applied, keys.journal, keys.rules, keys.states, keys.due)
-    tags = {key(PARTITION).partition("{")[2].partition("}")[0] for key in private}
-    assert tags == {"mill:queue:7"}
-    assert all(key(PARTITION).startswith(keys.PRIVATE_PREFIX) for key in private)
+    private = [
+        *(key(PARTITION) for key in (keys.applied, keys.journal, keys.rules, keys.due)),
+        *(keys.table(PARTITION, "states"), keys.index(PARTITION, "waiting")),
+    ]
+    assert {key.partition("{")[2].partition("}")[0] for key in private} == {"mill:queue:7"}
+    assert all(key.startswith(keys.PRIVATE_PREFIX) for key in private)
 
 
 def test_a_partition_knows_its_topic_and_says_who_reads_it() -> None:

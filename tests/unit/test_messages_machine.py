@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from agents.due import INDEX, MESSAGE, RETAINED, due_member
 from agents.effects import (
     NO_SOURCE,
     ClearRetained,
@@ -14,6 +15,7 @@ from agents.effects import (
     DropBody,
     Effect,
     KeepReceipt,
+    Output,
     Refusal,
     Retain,
     RunCommand,
@@ -27,7 +29,6 @@ from agents.effects import (
 )
 from agents.messages import machine as messages
 from agents.messages.machine import MessagesMachine
-from agents.messages.state import index_due, message_due, retained_due
 from agents.ports import ReadDue, ReadIndex, ReadStates, Stored
 from schemas.errors import DecodeError
 from schemas.events import Event, NodeStarted, RulesChanged, Tick
@@ -51,12 +52,12 @@ class Running:
         self.offset = -1
         self.score = 0
 
-    def fold(self, *events: Event, now_ms: int = 10_000) -> list[Effect | DeadLetter]:
+    def fold(self, *events: Event, now_ms: int = 10_000) -> list[Effect | Output]:
         """One batch; the effects without the seen ids."""
         while reads := self.machine.wanted(events, now_ms):
             for read in reads:
                 self.machine.supply(read, self.answer(read))
-        effects: list[Effect | DeadLetter] = []
+        effects: list[Effect | Output] = []
         for event in events:
             self.offset += 1
             self.score = max(now_ms * 1000, self.score + 1)
@@ -76,7 +77,7 @@ class Running:
                 entries = self.index.get(read.topic, {}).items()
                 return sorted(entries, key=lambda item: item[1])[: read.limit]
 
-    def carry_out(self, effects: Sequence[Effect | DeadLetter]) -> None:
+    def carry_out(self, effects: Sequence[Effect | Output]) -> None:
         for effect in effects:
             match effect:
                 case StoreMessage(event=event, score=score, indexed=True):
@@ -94,7 +95,7 @@ class Running:
                     self.states[topic] = state
 
 
-def of_kind(effects: Sequence[Effect | DeadLetter], *kinds: type) -> list[Any]:
+def of_kind(effects: Sequence[Effect | Output], *kinds: type) -> list[Any]:
     return [effect for effect in effects if isinstance(effect, kinds)]
 
 
@@ -138,7 +139,7 @@ def test_an_expired_time_gives_the_body_an_end_and_the_topic_a_due_time() -> Non
     event = given.published()
     assert running.fold(event) == [
         StoreMessage(0, event, 10_000_000, True, 70_000),
-        SetDue(index_due("t"), 70_000),
+        SetDue(due_member(INDEX, "t"), 70_000),
     ]
     assert running.machine.next_due_ms == 70_000
 
@@ -147,7 +148,7 @@ def test_the_sooner_of_rule_and_message_expiry_ends_a_message() -> None:
     running = Running(given.store(expired_time=60))
     effects = running.fold(given.published(expires_at=20_000))
     assert effects[0].expires_at == 20_000  # type: ignore[union-attr]
-    assert SetDue(message_due("t", "m1"), 20_000) in effects
+    assert SetDue(due_member(MESSAGE, "t", "m1"), 20_000) in effects
 
 
 def test_a_message_that_has_expired_on_its_way_is_not_stored_but_seen() -> None:
@@ -248,7 +249,7 @@ def test_replacing_a_retained_message_takes_its_due_time_along() -> None:
     running.fold(given.published("a", retain=True))
     effects = running.fold(given.published("b", retain=True), now_ms=20_000)
     assert of_kind(effects, SetDue) == [
-        SetDue(retained_due("t"), None), SetDue(retained_due("t"), 80_000),
+        SetDue(due_member(RETAINED, "t"), None), SetDue(due_member(RETAINED, "t"), 80_000),
     ]  # fmt: skip
 
 
@@ -335,9 +336,9 @@ def test_a_tick_removes_what_expired_with_its_body_and_knows_what_is_next() -> N
     running.fold(given.published("a"), now_ms=10_000)
     running.fold(given.published("b"), now_ms=20_000)
     assert running.fold(TICK, now_ms=70_000) == [
-        SetDue(index_due("t"), None),
+        SetDue(due_member(INDEX, "t"), None),
         Unindex(NO_SOURCE, "t", ("a",)),
-        SetDue(index_due("t"), 80_000),
+        SetDue(due_member(INDEX, "t"), 80_000),
         DropBody("a"),
     ]
     assert running.machine.next_due_ms == 80_000
@@ -406,7 +407,7 @@ def test_messages_that_new_rules_keep_longer_fall_due_again_later() -> None:
     longer = given.rules(given.store(expired_time=120))
     running.fold(RulesChanged(at=0, node="n", agent="messages", rules=longer.canonical()))
     assert running.fold(TICK, now_ms=70_000) == [
-        SetDue(index_due("t"), None), SetDue(index_due("t"), 130_000),
+        SetDue(due_member(INDEX, "t"), None), SetDue(due_member(INDEX, "t"), 130_000),
     ]  # fmt: skip
     assert running.machine.next_due_ms == 130_000
 
@@ -414,11 +415,11 @@ def test_messages_that_new_rules_keep_longer_fall_due_again_later() -> None:
 def test_a_retained_message_that_was_replaced_is_not_swept_by_the_old_due_time() -> None:
     running = Running(given.retain(expired_time=60))
     running.fold(given.published("a", retain=True))
-    running.due[retained_due("t")] = 15_000
+    running.due[due_member(RETAINED, "t")] = 15_000
     effects = running.fold(TICK, now_ms=20_000)
     assert of_kind(effects, DropBody) == []
-    assert running.due == {retained_due("t"): 70_000}
-    running.due = {retained_due("gone"): 15_000}
+    assert running.due == {due_member(RETAINED, "t"): 70_000}
+    running.due = {due_member(RETAINED, "gone"): 15_000}
     assert of_kind(running.fold(TICK, now_ms=20_000), DropBody) == []
 
 
@@ -426,7 +427,7 @@ def test_a_tick_does_a_bounded_piece_and_the_rest_is_still_due(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(messages, "SWEEP_ENTRIES_MAX", 3)
-    monkeypatch.setattr(messages, "SWEEP_DUE_MAX", 1)
+    monkeypatch.setattr("agents.due.SWEEP_DUE_MAX", 1)
     running = Running(given.store(expired_time=60))
     running.fold(*(given.published(f"a{n}", topic="a") for n in range(5)))
     running.fold(given.published("b", topic="b"), now_ms=10_001)

@@ -26,7 +26,7 @@ from agents.effects import (
 )
 from agents.ports import Applied, Transaction
 from pipeline.stores.commands import CommandList, refusals
-from pipeline.stores.packing import BODY_GRACE_MS, Commands, Due, decode_seen
+from pipeline.stores.packing import BODY_FIELDS, BODY_GRACE_MS, Commands, Due, decode_seen
 from pipeline.stores.wire import Command
 from schemas.keys import Partition
 from tests.given import published
@@ -100,7 +100,7 @@ def test_the_three_lists_follow_each_other_whatever_the_order_of_effects() -> No
         ("ZADD", "mqtt:retain:t", 7, "m"),
         ("SET", f"{PRIVATE}rules", "rules"),
         ("ZADD", f"{PRIVATE}retained", 0, "t"),
-        ("HDEL", "mqtt:msg:old", "id", "from", "qos", "topic", "payload", "ts", "retain"),
+        ("HDEL", "mqtt:msg:old", *BODY_FIELDS),
         ("PERSIST", "mqtt:msg:spared"),
         (b"INCR", b"x"),
         ("ZREMRANGEBYRANK", "mqtt:retain:t", 0, -1),

@@ -475,7 +475,7 @@ def test_a_subscription_the_bridge_made_stays_marked_and_a_resumed_one_is_told_a
     )
     world.tell(world.created(), world.connected(), proxied, world.subscribed("a"))
     world.tell(world.event(events.SessionResumed, "c"), world.subscribed("b"))
-    states = world.server.of(keys.states(SESSIONS), Hash)
+    states = world.server.of(keys.table(SESSIONS, "states"), Hash)
     state = unpack(states["c"])
     assert state.session is not None
     assert {name: held.proxied for name, held in state.subscriptions.items()} == {
@@ -536,7 +536,7 @@ def test_an_applications_order_is_a_command() -> None:
 
 def retaining(world: Sessions, *topics: str, agent: Any = "messages", number: int = 1) -> None:
     """These topics retain a message each, as their owner keeps it."""
-    name = keys.retained_topics(Partition("millpond", agent, number))
+    name = keys.index(Partition("millpond", agent, number), keys.RETAINED_INDEX)
     world.server.keep(name, Zset({**world.server.of(name, Zset), **dict.fromkeys(topics, 0)}))
     for topic in topics:
         identifier = f"id:{topic}"
