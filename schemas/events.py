@@ -14,7 +14,6 @@ from msgspec import Meta, Struct, field
 TIME_MS_MAX = 253_402_300_799_999
 TEXT_BYTES_MAX = 65_535  # [MQTT-1.5.4]: a UTF-8 string is at most 65,535 bytes
 MESSAGE_ID_LENGTH_MAX = 256  # EMQX writes 32 hex characters; others may be longer
-OPERATOR_IDS_MAX = 1_000  # messages that one order of an operator names: one step of the machine's
 
 TimeMs = Annotated[int, Meta(ge=0, le=TIME_MS_MAX)]
 QoS = Annotated[int, Meta(ge=0, le=2)]
@@ -242,17 +241,17 @@ class DeliveryFailed(Base, frozen=True, kw_only=True, tag="delivery.failed"):
 
 
 class OperatorRequeue(Base, frozen=True, kw_only=True, tag="operator.requeue"):
-    """Deliver these dead letters of a topic once more, as if for the first time, behind what waits there by now."""
+    """Deliver a dead letter of a topic once more, as if for the first time, behind what waits there by now."""
 
     topic: Topic
-    message_ids: Annotated[tuple[MessageId, ...], Meta(max_length=OPERATOR_IDS_MAX)]
+    message_id: MessageId
 
 
 class OperatorDrop(Base, frozen=True, kw_only=True, tag="operator.drop"):
-    """Delete these dead letters of a topic."""
+    """Delete a dead letter of a topic."""
 
     topic: Topic
-    message_ids: Annotated[tuple[MessageId, ...], Meta(max_length=OPERATOR_IDS_MAX)]
+    message_id: MessageId
 
 
 class RulesChanged(Base, frozen=True, kw_only=True, tag="rules.changed"):

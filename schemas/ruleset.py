@@ -23,10 +23,15 @@ class Rules(Struct, frozen=True):
 
     def owner(self, topic: str) -> AgentName:
         """The one agent that runs all rules of an MQTT topic."""
+        rule = self.delivery_rule(topic)
+        return "messages" if rule is None or rule.delivery_agent is None else rule.delivery_agent
+
+    def delivery_rule(self, topic: str) -> Rule | None:
+        """The rule that makes an MQTT topic a queue's or pubsub's."""
         for rule in self.rules:
             if rule.delivery_agent is not None and matches(rule.topic_filter, topic):
-                return rule.delivery_agent
-        return "messages"
+                return rule
+        return None
 
     def delivery_rules(self) -> tuple[Rule, ...]:
         """The rules that make their filter a queue's or pubsub's."""

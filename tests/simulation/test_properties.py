@@ -76,7 +76,7 @@ def _small_limits() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(seen, "DEDUP_WINDOW_MS", WINDOW_MS)
         patch.setattr(seen, "GENERATION_IDS_MAX", 3)
-        patch.setattr(machine, "SWEEP_DUE_MAX", 2)
+        patch.setattr("agents.due.SWEEP_DUE_MAX", 2)
         patch.setattr(machine, "SWEEP_ENTRIES_MAX", 3)
         patch.setattr(held, "STATES_HELD_MAX", 1)
         yield

@@ -119,12 +119,12 @@ GOLDEN: dict[str, tuple[Event, str]] = {
         '"reason":"stale"'),
     ),
     "operator.requeue": (
-        events.OperatorRequeue(**AT, topic="queue/a", message_ids=("0005", "6")),
-        f'{STAMP},"topic":"queue/a","message_ids":["0005","6"]',
+        events.OperatorRequeue(**AT, topic="queue/a", message_id="0005"),
+        f'{STAMP},"topic":"queue/a","message_id":"0005"',
     ),
     "operator.drop": (
-        events.OperatorDrop(**AT, topic="queue/a", message_ids=("0005",)),
-        f'{STAMP},"topic":"queue/a","message_ids":["0005"]',
+        events.OperatorDrop(**AT, topic="queue/a", message_id="0005"),
+        f'{STAMP},"topic":"queue/a","message_id":"0005"',
     ),
     "rules.changed": (
         events.RulesChanged(**AT, agent="queue", rules="[]"),
