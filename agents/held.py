@@ -30,6 +30,9 @@ class Held(Generic[State]):
         self._unpack = unpack
         self._held: dict[str, State] = {}
         self._touched: dict[str, tuple[int, State]] = {}  # last offset, state before the batch
+        self._in_place: dict[
+            str, int
+        ] = {}  # last offset, of states that change without being replaced
         self._unsettled: deque[tuple[str, ...]] = deque()  # of each batch not yet in the store
 
     def __getitem__(self, key: str) -> State:
@@ -38,6 +41,10 @@ class Held(Generic[State]):
     def get(self, key: str) -> State | None:
         """The state of a key, if it is held."""
         return self._held.get(key)
+
+    def values(self) -> Iterable[State]:
+        """All states that are held."""
+        return self._held.values()
 
     def unknown(self, names: Iterable[str]) -> tuple[str, ...]:
         """Those of the keys whose state is not held, each once."""
@@ -54,10 +61,18 @@ class Held(Generic[State]):
         self._touched[key] = offset, self._touched.get(key, (offset, before))[1]
         self._held[key] = after
 
+    def touch(self, offset: int, key: str) -> State:
+        """The state of a key that is held, which the record at `offset` changes in place."""
+        self._in_place[key] = offset
+        return self._held[key]
+
     def finish(self) -> Iterator[Changed[State]]:
-        """The end of a batch: what it changed, each key once."""
+        """The end of a batch: what it changed, each key once. A state changed in place is both before and after."""
         touched, self._touched = self._touched, {}
-        self._unsettled.append(tuple(touched))
+        in_place, self._in_place = self._in_place, {}
+        self._unsettled.append((*touched, *in_place))
+        for key, offset in in_place.items():
+            yield Changed(offset, key, self._held[key], self._held[key])
         for key, (offset, before) in touched.items():
             if self._held[key] != before:
                 yield Changed(offset, key, before, self._held[key])

@@ -40,7 +40,7 @@ from schemas.rules import Rules
 class Retained(Struct, frozen=True, kw_only=True):
     """The retained message of a topic. A topic without one has no state.
 
-    `indexed` says whether the body is also held by the topic's index; `expires_at` is ms or None.
+    `indexed` says whether the body is also held by the topic's index, or by a dead letter; `expires_at` is ms or None.
     """
 
     message_id: str
@@ -177,25 +177,19 @@ class Keeper:
     # -- what goes --------------------------------------------------------------------------------------
 
     def unindex(self, offset: int, topic: str, message_ids: Sequence[str]) -> list[Effect]:
-        """Take messages out of a topic's index. Their bodies go, but for the one that is retained."""
-        if not message_ids:
-            return []
+        """Take messages out of a topic's index, and let their bodies go."""
         for message_id in message_ids:
-            held = self.retained[topic]
-            if held is not None and held.message_id == message_id:
-                without = msgspec.structs.replace(held, indexed=False)
-                self.retained.change(NO_SOURCE, topic, without)
-            else:
-                self._dropped[message_id] = None
-        return [Unindex(offset, topic, tuple(message_ids))]
+            self.let_go(topic, message_id)
+        return [Unindex(offset, topic, tuple(message_ids))] if message_ids else []
 
-    def keep_body(self, message_id: str) -> None:
-        """Somebody refers to a body after all: a dead letter."""
-        self._dropped.pop(message_id, None)
-
-    def drop_body(self, message_id: str) -> None:
-        """Nobody refers to a body any more."""
-        self._dropped[message_id] = None
+    def let_go(self, topic: str, message_id: str) -> None:
+        """Index and dead letters hold a body no longer; the retained entry still may."""
+        held = self.retained[topic]
+        if held is not None and held.message_id == message_id:
+            without = msgspec.structs.replace(held, indexed=False)
+            self.retained.change(NO_SOURCE, topic, without)
+        else:
+            self._dropped[message_id] = None
 
     def sweep_retained(self, topic: str, now_ms: int) -> list[Effect]:
         """The retained message of a topic goes if its time has come."""

@@ -149,10 +149,10 @@ class ReadSubscriptions(NamedTuple):
 
 class ReadNames(NamedTuple):
     """The keys of a partition's index whose scores are all 0, by name: the first ones that begin with `prefix` and come
-    behind `after`, if that is not empty; answered by `list[str]`.
+    behind `after`, if that is not empty; answered by `list[str]`. `partition` None is the store's own.
     """
 
-    partition: Partition
+    partition: Partition | None
     name: str
     prefix: str
     after: str

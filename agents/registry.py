@@ -7,11 +7,13 @@ from typing import Final
 
 from agents.messages.machine import MessagesMachine
 from agents.ports import Machine
+from agents.queue.machine import QueueMachine
 from agents.sessions.machine import SessionsMachine
 from schemas.events import AgentName
 
 MACHINES: Final[Mapping[AgentName, Callable[[], Machine]]] = {
     "sessions": SessionsMachine,
     "messages": MessagesMachine,
+    "queue": QueueMachine,
 }
 AGENT_NAMES: Final = tuple(MACHINES)

@@ -34,9 +34,13 @@ class SeenIds:
         """What `restore` needs besides the ids."""
         return {"seen_generation": self._generation, "seen_since_ms": self._since_ms}
 
+    def __contains__(self, message_id: str) -> bool:
+        """Whether an id was seen lately."""
+        return message_id in self._current or message_id in self._older
+
     def add(self, message_id: str, now_ms: int) -> bool:
         """Remember an id; False if it was seen before."""
-        if message_id in self._current or message_id in self._older:
+        if message_id in self:
             return False
         full = len(self._current) >= GENERATION_IDS_MAX
         if full or now_ms - self._since_ms >= DEDUP_WINDOW_MS:

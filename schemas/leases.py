@@ -41,5 +41,11 @@ def parse_lease(name: str) -> Lease:
     raise DecodeError(f"not the name of a lease: {name[:100]!r}")
 
 
+def lease_number(name: str) -> int:
+    """The number of a lease, to whom it concerns; 0, which no lease has, if it is not the name of one."""
+    number = name.rpartition("/")[2]
+    return int(number) if _is_number(number) else 0
+
+
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= NUMBER_DIGITS_MAX

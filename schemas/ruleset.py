@@ -33,6 +33,10 @@ class Rules(Struct, frozen=True):
                 return rule
         return None
 
+    def run_by_delivery(self, agent: AgentName) -> tuple[Rule, ...]:
+        """The rules that make their filter this agent's to deliver."""
+        return tuple(rule for rule in self.rules if rule.delivery_agent == agent)
+
     def delivery_rules(self) -> tuple[Rule, ...]:
         """The rules that make their filter a queue's or pubsub's."""
         return tuple(rule for rule in self.rules if rule.delivery_agent is not None)

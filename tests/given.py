@@ -6,7 +6,7 @@ from typing import Any
 
 from agents.ports import Record
 from schemas import codec, keys
-from schemas.events import Event, MessageAcked, MessageDelivered, MessagePublished
+from schemas.events import AgentName, Event, MessageAcked, MessageDelivered, MessagePublished, Tick
 from schemas.rules import Rules
 from schemas.rules_toml import parse_toml
 
@@ -87,3 +87,15 @@ def key_and_value(event: Event) -> tuple[bytes, bytes]:
 def record(event: Event, offset: int, timestamp: int) -> Record:
     """An event as it is read from the log."""
     return Record(offset, timestamp, *key_and_value(event))
+
+
+def tick(agent: AgentName) -> Tick:
+    """Time in the log."""
+    return Tick(at=0, node="n", agent=agent)
+
+
+def queue(topic: str = "queue/#", **settings: Any) -> str:
+    """The topic is a queue."""
+    return a_rule(
+        hook="session.subscribed", topic=topic, action="on_message_fetch_for_queue", **settings
+    )

@@ -103,7 +103,9 @@ class MemoryStore:
                 held = self._public(keys.subscriptions(client_id), Hash)
                 return {name.encode(): value for name, value in held.items()}
             case ReadNames(other, index, prefix, after, limit):
-                entries = self._server.of(keys.index(other, index), Zset).ordered()
+                entries = self._server.of(
+                    keys.index(other or self._partition, index), Zset
+                ).ordered()
                 behind = [name for name, _ in entries if name.encode() > after.encode()]
                 return [name for name in behind if name.startswith(prefix)][:limit]
             case ReadRetained(topic):

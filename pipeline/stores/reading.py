@@ -52,7 +52,7 @@ def read_command(partition: Partition, read: Read) -> Command:
             first = b"(" + after.encode() if after else b"[" + prefix.encode()
             # UTF-8 holds no 0xFF: this is behind all text that begins so.
             last = b"(" + prefix.encode() + b"\xff" if prefix else b"+"
-            name = keys.index(other, index)
+            name = keys.index(other or partition, index)
             return ("ZRANGE", name, first, last, "BYLEX", "LIMIT", 0, limit)
         case ReadRetained(topic):
             return ("ZRANGE", keys.retained(topic), 0, 0)

@@ -1,0 +1,375 @@
+"""Leases, for queue and pubsub alike.
+
+Rule 1: every transition of a lease is in this file; members come and go in `membership.py`, and what becomes of a
+message is the agent's own. Rule 2: no IO, no clock, no chance.
+
+ON something to hand out: members with room take turns. ON sent: the lease counts as a delivery, and has until its ack is
+due. ON failed: the lease returns and counts nothing; the member rests. ON acked: the message is done with. ON tick:
+overdue leases return, or their messages are dead.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Final, Generic, TypeAlias, TypeVar
+
+from msgspec import Struct
+
+from agents.delivery.members import Member, Members, Reach, Round
+from agents.delivery.window import Lease, Waiting, Window
+from agents.due import MEMBER, WINDOW, DueTimes, due_member
+from agents.effects import Effect, HandOut, Output, SetIndex
+from agents.held import Held as States
+from agents.keeping import Keeper
+from agents.plans import Delivery
+from schemas.events import DeliveriesSent, DeliveryFailed, Sent
+from schemas.leases import lease_number
+
+# A lease whose bridge never says what came of it. By then its command is long past its validity: it cannot come twice.
+SEND_TIMEOUT_MS: Final = 3_600_000
+# Commands of a partition under way to bridges: at 10 ms each, a hundred times what one worker can make in that time.
+UNCONFIRMED_MAX: Final = 16_384
+# After a command that did not reach its client the member rests: a second, twice that the next time, at most a minute.
+REST_MS: Final = 1_000
+REST_MS_MAX: Final = 60_000
+HOLDERS_MAX: Final = 16  # of one message, whose late acks are welcome; the latest ones
+WORK: Final = "work"  # the index of members whose round goes on, in their order
+WAITING: Final = "waiting"  # the index of windows with something to be handed out that nobody took
+RESUME: Final = ""  # in the place of a member: all windows that wait, after a pause
+
+W = TypeVar("W", bound=Window)
+Done: TypeAlias = list[Effect | Output]
+
+
+class Counters(Struct):
+    """What travels in the fence: the last lease's number; leases not confirmed, and whether leasing pauses for them;
+    windows that wait now, and that ever began to; members in the work index, the last place given there; behind which
+    window a resumption is.
+    """
+
+    lease: int = 0
+    unconfirmed: int = 0
+    paused: bool = False
+    waiting: int = 0
+    waits: int = 0
+    work: int = 0
+    place: int = 0
+    resuming: bool = False
+    resume_after: str = ""
+
+
+class Leasing(ABC, Generic[W]):
+    """The leases and members of one partition."""
+
+    def __init__(self, windows: States[W]) -> None:
+        """Empty; the agent's `restore` follows."""
+        self._due = DueTimes()
+        self._keeper = Keeper(self._due)
+        self._members = Members()
+        self._counters = Counters()
+        self._windows = windows
+
+    # -- what the agent says of its windows ---------------------------------------------------------------
+
+    @abstractmethod
+    def topic_of(self, key: str) -> str:
+        """The MQTT topic of a window."""
+
+    @abstractmethod
+    def reaching(self, key: str) -> list[Reach]:
+        """The members that share a window."""
+
+    @abstractmethod
+    def something_waits(self, window: W) -> bool:
+        """Whether anything is to be handed out."""
+
+    @abstractmethod
+    def acknowledged(self, offset: int, key: str, message_id: str) -> Done:
+        """A message of a window is done with, and no longer leased."""
+
+    @abstractmethod
+    def given_up(self, offset: int, key: str, waiting: Waiting, reason: str, now_ms: int) -> Done:
+        """A message of a window is a dead letter, and no longer leased."""
+
+    @abstractmethod
+    def gone(self, offset: int, key: str, message_id: str) -> Done:
+        """The body of a message is gone, which is no longer leased."""
+
+    @abstractmethod
+    def last_of(self, key: str) -> int:
+        """The place in the log (a score) of the newest message of a window."""
+
+    def expired(self, key: str, waiting: Waiting, now_ms: int) -> bool:
+        """Whether a message is too old to be handed out. A tick that is due takes it away, and what is behind it waits."""
+        end = self._expires_at(key, waiting.score)
+        return end is not None and end <= now_ms
+
+    def delivery(self, key: str) -> Delivery | None:
+        """How the rules in force have a window delivered."""
+        return self._keeper.plans.of(self.topic_of(key)).delivery
+
+    # -- handing out --------------------------------------------------------------------------------------
+
+    def dispatch(self, offset: int, key: str, now_ms: int) -> Done:
+        """Hand out what a window has to those who have room, in turn."""
+        done: Done = []
+        window, delivery = self._windows.touch(offset, key), self.delivery(key)
+        reaches = self.reaching(key) if delivery is not None else []
+        while reaches and delivery is not None and (waiting := window.next()) is not None:
+            reach = in_turn(reaches, window.turn, waiting, delivery.max_inflight)
+            if reach is None or self.expired(key, waiting, now_ms) or self.pauses():
+                break
+            done += self.lease(offset, key, waiting, reach, now_ms)
+        done += self.note_waiting(key, window)
+        if window.waits:
+            for reach in reaches:
+                reach.member.round.whole &= not reach.member.round.active  # it comes by once more
+        return done
+
+    def pauses(self) -> bool:
+        """Whether nothing is leased now, because too much is under way."""
+        self._counters.paused |= self._counters.unconfirmed >= UNCONFIRMED_MAX
+        return self._counters.paused
+
+    def lease(self, offset: int, key: str, waiting: Waiting, reach: Reach, now_ms: int) -> Done:
+        """Put what a window has next into a member's hands."""
+        window, member = self._windows[key], reach.member
+        window.take(waiting)
+        window.turn = reach.name
+        self._counters.lease += 1
+        self._counters.unconfirmed += 1
+        number = self._counters.lease
+        held = Lease(
+            number, reach.name, now_ms, now_ms + SEND_TIMEOUT_MS, waiting.score, waiting.deliveries,
+            _with_holder(waiting.holders, member.client_id, None),
+        )  # fmt: skip
+        window.lease(waiting.message_id, held)
+        member.leases[number] = key
+        self._members.touch(reach.name)
+        hand_out = HandOut(
+            offset, number, member.client_id, member.epoch, waiting.message_id, self.topic_of(key),
+            reach.qos, waiting.deliveries + 1, self._expires_at(key, waiting.score),
+        )  # fmt: skip
+        return [hand_out, *self._deadline(key, window, held.until)]
+
+    def _expires_at(self, key: str, score: int) -> int | None:
+        lifetime = self._keeper.plans.of(self.topic_of(key)).index_lifetime_ms
+        return None if lifetime is None else score // 1000 + lifetime
+
+    def _deadline(self, key: str, window: W, at: int | None) -> Done:
+        """See that a tick looks at a window's leases by then."""
+        if at is None or (window.due is not None and window.due <= at):
+            return []
+        window.due = at
+        return [self._due.falls_due(due_member(WINDOW, key), at)]
+
+    def note_waiting(self, key: str, window: W) -> Done:
+        """Keep the index of windows that wait."""
+        waits = self.something_waits(window)
+        if waits == window.waits:
+            return []
+        window.waits = waits
+        self._counters.waiting += 1 if waits else -1
+        self._counters.waits += waits
+        return [SetIndex(WAITING, key, 0 if waits else None)]
+
+    # -- the end of a lease -------------------------------------------------------------------------------
+
+    def release(self, lease: Lease) -> Done:
+        """A lease is over: its member has room again, unless it has gone."""
+        member = self._members.by_name.get(lease.member)
+        if member is not None and member.leases.pop(lease.number, None) is not None:
+            self._members.touch(lease.member)
+        return [] if lease.sent else self._confirmed()
+
+    def _confirmed(self) -> Done:
+        """One lease less that nobody has confirmed."""
+        counters = self._counters
+        counters.unconfirmed -= 1
+        if not counters.paused or counters.unconfirmed > UNCONFIRMED_MAX // 2:
+            return []
+        counters.paused = False
+        return self.resume()
+
+    def resume(self) -> Done:
+        """Have all windows that wait looked at, a piece with every tick."""
+        self._counters.resume_after = ""
+        if self._counters.resuming:
+            return []
+        self._counters.resuming = True
+        return self.queue_work(RESUME)
+
+    def give_back(self, offset: int, key: str, message_id: str, now_ms: int) -> Done:
+        """A lease ended without an ack. What was delivered too often is dead; what is stored no more ends with it."""
+        window, delivery = self._windows.touch(offset, key), self.delivery(key)
+        lease = window.leases[message_id]
+        done = self.release(lease)
+        if not lease.stored:
+            window.remove(message_id)
+            return done
+        window.give_back(message_id)
+        if delivery is not None and lease.deliveries >= delivery.max_deliveries:
+            waiting = window.returned_as(message_id)
+            assert waiting is not None, "it has just been given back"
+            window.remove(message_id)
+            reason = f"delivered {lease.deliveries} times without an acknowledgement"
+            done += self.given_up(offset, key, waiting, reason, now_ms)
+        return done
+
+    def freed(self, offset: int, key: str, names: Iterable[str], now_ms: int) -> Done:
+        """Members have room again. One for which other windows may wait goes round them."""
+        counters = self._counters
+        done: Done = []
+        if counters.waiting > self._windows[key].waits:
+            for name in names:
+                member = self._members.by_name.get(name)
+                if (
+                    member is not None
+                    and member.spans
+                    and member.available()
+                    and counters.waits > member.served
+                ):
+                    done += self.start_round(name, member)
+        return [*done, *self.dispatch(offset, key, now_ms)]
+
+    # -- reports of bridges -------------------------------------------------------------------------------
+
+    def leased_key(self, report: Sent | DeliveryFailed) -> str | None:
+        """The window of the lease that a report is about, if there is such a lease."""
+        number = lease_number(report.lease)
+        for _, member in self._members.of_client(report.client_id):
+            if number in member.leases:
+                return member.leases[number]
+        return None
+
+    def _reported(self, report: Sent | DeliveryFailed) -> tuple[str, Lease] | None:
+        """The unconfirmed lease that a report is about. One that does not match its lease is ignored."""
+        key = self.leased_key(report)
+        lease = None if key is None else self._windows[key].leases.get(report.message_id)
+        if key is None or lease is None or lease.sent:
+            return None
+        return (key, lease) if lease.number == lease_number(report.lease) else None
+
+    def sent(self, offset: int, event: DeliveriesSent, now_ms: int) -> Done:
+        """Bridges have handed these over. Nobody acknowledges a copy of QoS 0: that it was sent is its ack."""
+        done: Done = []
+        for report in event.sent:
+            found = self._reported(report)
+            if found is None:
+                continue
+            key, lease = found
+            delivery = self.delivery(key)
+            window = self._windows.touch(offset, key)
+            lease.sent = True
+            lease.deliveries += 1
+            lease.holders = _with_holder(lease.holders, report.client_id, report.alias)
+            done += self._confirmed()
+            self._reached(lease.member)
+            if report.alias is not None:
+                window.aliases[report.alias] = report.message_id
+            if report.qos == 0:
+                done += self.acked(offset, key, report.message_id, now_ms)
+            elif delivery is not None:
+                lease.until = now_ms + delivery.ack_timeout_ms
+                done += self._deadline(key, window, lease.until)
+        return done
+
+    def _reached(self, name: str) -> None:
+        member = self._members.by_name[name]
+        if member.failures:
+            member.failures = 0
+            self._members.touch(name)
+
+    def acked(self, offset: int, key: str, message_id: str, now_ms: int) -> Done:
+        """A leased message is acknowledged: it is done with, and its member has room."""
+        window = self._windows.touch(offset, key)
+        lease = window.leases[message_id]
+        done = self.release(lease)
+        window.remove(message_id)
+        if lease.stored:
+            done += self.acknowledged(offset, key, message_id)
+        return [*done, *self.freed(offset, key, (lease.member,), now_ms)]
+
+    def failed(self, offset: int, event: DeliveryFailed, now_ms: int) -> Done:
+        """A copy was not handed over."""
+        found = self._reported(event)
+        if found is None:
+            return []
+        key, lease = found
+        if event.reason == "gone":
+            window = self._windows.touch(offset, key)
+            done = self.release(lease)
+            window.remove(event.message_id)
+            if lease.stored:
+                done += self.gone(offset, key, event.message_id)
+            return [*done, *self.freed(offset, key, (lease.member,), now_ms)]
+        done = self.give_back(offset, key, event.message_id, now_ms)
+        member = self._members.by_name[lease.member]
+        if lease.number > member.epoch and not member.rests_until:
+            done += self._rest(lease.member, member, now_ms)
+        return [*done, *self.dispatch(offset, key, now_ms)]
+
+    def _rest(self, name: str, member: Member, now_ms: int) -> Done:
+        member.failures += 1
+        rest_ms = min(REST_MS << min(member.failures - 1, 16), REST_MS_MAX)
+        member.rests_until = now_ms + rest_ms
+        self._members.touch(name)
+        return [self._due.falls_due(due_member(MEMBER, name), member.rests_until)]
+
+    # -- rounds --------------------------------------------------------------------------------------------
+
+    def start_round(self, name: str, member: Member) -> Done:
+        """Have a member go through all that waits for it, a piece with every tick; if it is at that, once more."""
+        at = member.round
+        self._members.touch(name)
+        if at.active:
+            at.whole = False
+            return []
+        member.round = Round(at.topic_filter, at.after, active=True, whole=False)
+        return self.queue_work(name)
+
+    def queue_work(self, name: str) -> Done:
+        """One more that ticks work for, behind those that wait for it."""
+        self._counters.work += 1
+        self._counters.place += 1
+        return [SetIndex(WORK, name, self._counters.place)]
+
+    # -- ticks ----------------------------------------------------------------------------------------------------
+
+    def overdue_leases(self, offset: int, key: str, now_ms: int) -> Done:
+        """The leases of a window whose time is over return; then it is looked at again when the next one's is."""
+        window = self._windows.touch(offset, key)
+        window.due = None
+        done: Done = []
+        overdue = [(each, lease) for each, lease in window.leases.items() if lease.until <= now_ms]
+        for message_id, _ in overdue:
+            done += self.give_back(offset, key, message_id, now_ms)
+        done += self.freed(offset, key, dict.fromkeys(lease.member for _, lease in overdue), now_ms)
+        done += self._deadline(key, window, window.next_deadline())
+        return done
+
+
+def in_turn(
+    reaches: Sequence[Reach], turn: str, waiting: Waiting, max_inflight: int
+) -> Reach | None:
+    """The first member behind the one served last that can take a message; None if no one can."""
+    start = next((at for at, reach in enumerate(reaches) if reach.name > turn), 0)
+    for reach in (*reaches[start:], *reaches[:start]):
+        if reach.member.available() and can_take(reach, waiting, max_inflight):
+            return reach
+    return None
+
+
+def can_take(reach: Reach, waiting: Waiting, max_inflight: int) -> bool:
+    """Whether a member has room for a message that is for Millpond to hand to it."""
+    within = reach.newest is None or waiting.score <= reach.newest
+    return within and len(reach.member.leases) < max_inflight
+
+
+def _with_holder(
+    holders: tuple[tuple[str, str | None], ...], client_id: str, alias: str | None
+) -> tuple[tuple[str, str | None], ...]:
+    """The holders of a message with one more, or with the id that the latest one's copy got."""
+    others = tuple(each for each in holders if each not in ((client_id, None), (client_id, alias)))
+    return (*others[1 - HOLDERS_MAX :], (client_id, alias))

@@ -1,0 +1,348 @@
+"""What the driver sees of a delivery agent: what its steps want, what they get, and who decides about an event.
+
+The decisions themselves are in `leasing.py`, `membership.py`, `rounds.py` and the agent's own `machine.py`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from agents.delivery.dead import DeadMessages
+from agents.delivery.leasing import Counters, Done, W
+from agents.delivery.members import Members, is_wildcard, member_name
+from agents.delivery.rounds import Rounds
+from agents.due import MEMBER, RETAINED, WINDOW, split_due
+from agents.effects import Effect, Output, SetDue, SetRules, SetState
+from agents.held import Held
+from agents.ports import (
+    Read,
+    ReadAllStates,
+    ReadBelow,
+    ReadDue,
+    ReadIndex,
+    ReadNames,
+    ReadStates,
+    Stored,
+)
+from schemas.events import (
+    AgentName,
+    DeliveriesSent,
+    DeliveryFailed,
+    Event,
+    MessageAcked,
+    MessageDelivered,
+    MessagePublished,
+    OperatorDrop,
+    OperatorRequeue,
+    RulesChanged,
+    SubscriberJoined,
+    SubscriberLeft,
+    Tick,
+)
+from schemas.filters import intersects
+from schemas.rules import Rules
+
+READ_MIN: Final = 256  # entries of an index read at once, when any are needed
+# Entries of indexes in memory, of all windows: 20 MiB or so. Beyond that all are forgotten, and read again as needed.
+AHEAD_TOTAL_MAX: Final = 131_072
+
+
+class DeliveryMachine(Rounds[W]):
+    """One partition of a delivery agent."""
+
+    agent: AgentName
+    # A tick reads indexes, so everything before must be in them; new rules decide what is owned.
+    alone: frozenset[type] = frozenset({Tick, RulesChanged})
+
+    # -- what the agent says --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def new_windows(self) -> Held[W]:
+        """No windows known."""
+
+    @abstractmethod
+    def touched_by(self, event: MessagePublished | MessageAcked) -> Iterable[str]:
+        """The windows that an event of a message changes."""
+
+    @abstractmethod
+    def unread(self, key: str) -> int:
+        """How many messages of a window lie ahead and are not in memory."""
+
+    @abstractmethod
+    def more_needed(self, key: str, publishes: int) -> int:
+        """How many entries ahead so many publishes need, whoever has room."""
+
+    @abstractmethod
+    def wanted_besides(self, events: Sequence[Event]) -> list[Read]:
+        """What else the steps of these events need."""
+
+    @abstractmethod
+    def wanted_by_due(self, overdue: Sequence[tuple[str, str, str]]) -> list[Read]:
+        """What else a tick needs for what is due, by kind, key and message id."""
+
+    @abstractmethod
+    def supply_besides(self, read: Read, answer: Any) -> None:
+        """The answer to something of these."""
+
+    @abstractmethod
+    def packed(self, window: W) -> bytes | None:
+        """A window as it is stored; None if there is nothing to be remembered."""
+
+    @abstractmethod
+    def published(self, offset: int, event: MessagePublished, now_ms: int, score: int) -> Done:
+        """ON published."""
+
+    @abstractmethod
+    def acked_by_client(self, offset: int, event: MessageAcked, now_ms: int) -> Done:
+        """ON acked."""
+
+    @abstractmethod
+    def requeued(self, offset: int, event: OperatorRequeue, now_ms: int, score: int) -> Done:
+        """ON requeue."""
+
+    @abstractmethod
+    def came_due(self, offset: int, kind: str, key: str, message_id: str, now_ms: int) -> Done:
+        """ON tick: one thing that is due, and that only this agent knows of."""
+
+    # -- what the driver asks -----------------------------------------------------------------------------
+
+    def restore(self, partition_state: Mapping[str, Any], stored: Stored, rules: Rules) -> None:
+        """See `agents.ports.Machine`."""
+        self._due.restore(partition_state)
+        self._keeper.restore(partition_state, stored, rules)
+        self._counters = msgspec.convert(partition_state.get("delivery", {}), Counters)
+        self._members = Members()
+        self._windows = self.new_windows()
+        self._dead = DeadMessages(self._due)
+        self._members_cursor: int | None = 0  # None once all of them are known
+        self._ahead_reads: dict[ReadIndex, list[str]] = {}
+        self._ahead_total = 0
+        self.forget_work()
+
+    def partition_state(self) -> dict[str, Any]:
+        """See `agents.ports.Machine`."""
+        counters = msgspec.to_builtins(self._counters)
+        seen, due = self._keeper.seen.partition_state(), self._due.partition_state()
+        return {**seen, **due, "delivery": counters}
+
+    @property
+    def next_due_ms(self) -> int | None:
+        """Work that waits is due at once."""
+        return 0 if self._counters.work else self._due.next_ms
+
+    @property
+    def rules(self) -> Rules:
+        """The rules in force."""
+        return self._keeper.rules
+
+    def owns(self, key: str) -> bool:
+        """The topics of this agent's delivery rules, and wildcards that may match one of them."""
+        if not is_wildcard(key):
+            return self.rules.owner(key) == self.agent
+        filters = (rule.topic_filter for rule in self.rules.run_by_delivery(self.agent))
+        return any(intersects(each, key) for each in filters)
+
+    def wanted(self, events: Sequence[Event], now_ms: int) -> Sequence[Read]:
+        """The windows of the events; then what lies ahead of them, as far as there is room for it."""
+        if self._members_cursor is not None:
+            return [ReadAllStates(self._members_cursor, "members")]
+        if len(events) == 1 and isinstance(events[0], Tick):
+            return self._wanted_by_tick(now_ms)
+        freed: Counter[str] = Counter()
+        for event in events:
+            for key, count in self._touches(event):
+                freed[key] += count
+        reads: list[Read] = [*self._unknown(freed)]
+        orders = [x.message_id for x in events if isinstance(x, OperatorRequeue | OperatorDrop)]
+        reads += self._dead.unknown(orders)
+        if reads:
+            return reads
+        publishes = Counter(
+            key for x in events if isinstance(x, MessagePublished) for key in self.touched_by(x)
+        )
+        for key, count in freed.items():
+            need = min(self._room(key) + count, self.unread(key) + len(self._windows[key].ahead))
+            self._want_ahead(reads, key, need + self.more_needed(key, publishes[key]))
+        return [*reads, *self.wanted_besides(events)]
+
+    def _unknown(self, keys: Iterable[str]) -> list[ReadStates]:
+        """The reads for windows, and for what their topics retain, where they are not known."""
+        unknown = self._windows.unknown(keys)
+        reads = [ReadStates(unknown, "windows")] if unknown else []
+        return [*reads, *self._keeper.unknown(map(self.topic_of, keys))]
+
+    def _touches(self, event: Event) -> Iterator[tuple[str, int]]:
+        """The windows that an event changes, and for how many more messages it may make room in each."""
+        match event:
+            case MessagePublished():
+                yield from ((key, 0) for key in self.touched_by(event))
+            case MessageAcked():
+                yield from ((key, 1) for key in self.touched_by(event))
+            case DeliveriesSent():
+                yield from ((key, 1) for key in map(self.leased_key, event.sent) if key)
+            case DeliveryFailed():
+                key = self.leased_key(event)
+                if key is not None:
+                    yield key, 1
+            case OperatorRequeue() | OperatorDrop():
+                yield event.topic, 0
+            case SubscriberJoined() | SubscriberLeft():
+                yield from self._touched_by_member(event)
+
+    def _touched_by_member(
+        self, event: SubscriberJoined | SubscriberLeft
+    ) -> Iterator[tuple[str, int]]:
+        name, topic_filter = member_name(event.client_id, event.topic_filter)
+        member = self._members.by_name.get(name)
+        if member is not None:
+            yield from ((key, 0) for key in member.leases.values())
+        if isinstance(event, SubscriberJoined) and not is_wildcard(topic_filter):
+            delivery = self._keeper.plans.of(topic_filter).delivery
+            yield self.own_key(name, topic_filter), delivery.max_inflight if delivery else 0
+
+    def _room(self, key: str) -> int:
+        """How many messages of a window its members could take now."""
+        delivery = self.delivery(key)
+        if delivery is None:
+            return 0
+        limit = delivery.max_inflight
+        members = (reach.member for reach in self.reaching(key))
+        return sum(max(0, limit - len(each.leases)) for each in members if each.available())
+
+    def _want_ahead(self, reads: list[Read], key: str, need: int) -> None:
+        """Read so much that reading more could not change what the steps decide."""
+        window = self._windows[key]
+        if len(window.ahead) >= need or not self.unread(key):
+            return
+        limit = max(need - len(window.ahead), READ_MIN)
+        read = ReadIndex(self.topic_of(key), limit, window.read_to)
+        self._ahead_reads.setdefault(read, []).append(key)
+        if read not in reads:
+            reads.append(read)
+
+    def _wanted_by_tick(self, now_ms: int) -> list[Read]:
+        reads: list[Read] = [] if self._due.supplied is not None else [self._due.wanted()]
+        reads += self.wanted_by_work()
+        if reads:
+            return reads
+        overdue = self._due.overdue(now_ms)
+        work = self.work_keys()
+        reads += self._unknown([*self._due_keys(overdue), *(key for key, _ in work)])
+        reads += self.wanted_by_due(overdue)
+        if reads:
+            return reads
+        for key in self._due_keys(overdue):
+            self._want_ahead(reads, key, self._room(key) + len(self._windows[key].leases))
+        limit = self.inflight_max()
+        for key, member in work:
+            room = self._room(key) if member is None else limit - len(member.leases)
+            self._want_ahead(reads, key, room)
+        return reads
+
+    def _due_keys(self, overdue: Sequence[tuple[str, str, str]]) -> dict[str, None]:
+        """The windows of what is due. A member's are seen to by its round."""
+        return {key: None for kind, key, _ in overdue if kind != MEMBER}
+
+    def supply(self, read: Read, answer: Any) -> None:
+        """See `agents.ports.Machine`."""
+        match read:
+            case ReadAllStates():
+                cursor, packed = answer
+                self._members.supply(packed)
+                self._members_cursor = cursor or None
+            case ReadStates(table="windows"):
+                self._windows.supply(answer)
+            case ReadStates(table="dead"):
+                self._dead.held.supply(answer)
+            case ReadStates():
+                self._keeper.retained.supply(answer)
+            case ReadDue():
+                self._due.supplied = answer
+            case ReadBelow():
+                self._work = answer
+            case ReadNames():
+                self._pages[read] = answer
+            case ReadIndex() if read in self._ahead_reads:
+                for key in self._ahead_reads.pop(read):
+                    self._windows[key].supply(answer, read.limit, self.last_of(key))
+                    self._ahead_total += len(answer)
+            case _:
+                self.supply_besides(read, answer)
+
+    def step(self, offset: int, event: Event, now_ms: int, score: int) -> Sequence[Effect | Output]:
+        """One event. A topic or filter that is none, or rules that cannot be read, are a `DecodeError`."""
+        match event:
+            case MessagePublished():
+                return self.published(offset, event, now_ms, score)
+            case MessageAcked():
+                done: Done = [*self._keeper.reported(offset, event, now_ms)]
+                return [*done, *self.acked_by_client(offset, event, now_ms)]
+            case MessageDelivered():
+                return self._keeper.reported(offset, event, now_ms)
+            case DeliveriesSent():
+                return self.sent(offset, event, now_ms)
+            case DeliveryFailed():
+                return self.failed(offset, event, now_ms)
+            case SubscriberJoined():
+                return self.joined(offset, event, now_ms, score)
+            case SubscriberLeft():
+                return self.left(offset, event, now_ms)
+            case OperatorRequeue():
+                return self.requeued(offset, event, now_ms, score)
+            case OperatorDrop():
+                return self._dropped(offset, event.topic, event.message_id)
+            case Tick():
+                return self._tick(offset, now_ms)
+            case RulesChanged():
+                self._keeper.rules_changed(Rules.from_canonical(event.rules))
+                return [SetRules(event.rules), *self.resume()]
+            case _:
+                return ()  # another agent's concern
+
+    def finish(self) -> Sequence[Effect]:
+        """One write for each window and member that the batch changed, however often."""
+        effects: list[Effect] = []
+        for _, key, _, window in self._windows.finish():
+            effects.append(SetState(key, self.packed(window), "windows"))
+        effects += [*self._members.finish(), *self._dead.finish(), *self._keeper.finish()]
+        if self._ahead_total > AHEAD_TOTAL_MAX:
+            self._ahead_total = 0
+            for window in self._windows.values():
+                window.forget_ahead()
+        return effects
+
+    def settled(self) -> None:
+        """See `agents.ports.Machine`."""
+        self._windows.settled()
+        self._dead.held.settled()
+        self._keeper.settled()
+
+    # -- what both agents do --------------------------------------------------------------------------------
+
+    def _dropped(self, offset: int, topic: str, message_id: str) -> Done:
+        """ON drop, or a dead message's time is over: it is deleted."""
+        done = self._dead.take(offset, topic, message_id)
+        if done is None:
+            return []
+        self._keeper.let_go(topic, message_id)
+        return done
+
+    def _tick(self, offset: int, now_ms: int) -> Done:
+        done: Done = []
+        for due in self._due.take(now_ms):
+            done.append(SetDue(due, None))
+            kind, key, message_id = split_due(due)
+            if kind == WINDOW:
+                done += self.overdue_leases(offset, key, now_ms)
+            elif kind == MEMBER:
+                done += self.member_due(due.partition("\0")[2], now_ms)
+            elif kind == RETAINED:
+                done += self._keeper.sweep_retained(key, now_ms)
+            else:
+                done += self.came_due(offset, kind, key, message_id, now_ms)
+        return [*done, *self.do_work(offset, now_ms)]

@@ -1,0 +1,204 @@
+"""Who may be served in a partition: the clients that are online with a filter that a delivery rule can match.
+
+All of them are in memory: a partition's state of a member is some hundred bytes, and every publish asks for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Final, NamedTuple
+
+import msgspec
+from msgspec import Struct, field
+
+from agents.delivery.filter_tree import FilterTree
+from agents.effects import SetState
+from schemas.filters import WILDCARDS, split_share
+
+TOPICS_REMEMBERED_MAX: Final = (
+    10_000  # whose members were looked up; past that the memory starts anew
+)
+
+
+class Held(Struct, frozen=True, array_like=True):
+    """A filter that a member holds, since which place in the log (a score)."""
+
+    qos: int
+    since: int
+    broker_delivers: bool
+
+
+class Round(Struct, array_like=True):
+    """A member's way through the topics that wait for it: behind which topic of which filter it is. While it is `active`:
+    whether it began with the first of them and nothing has begun to wait for it since; whether it had to leave something.
+    """
+
+    topic_filter: str = ""
+    after: str = ""
+    active: bool = False
+    whole: bool = False
+    left_some: bool = False
+
+
+class Member(Struct, array_like=True):
+    """One client, or one client of a shared subscription's group.
+
+    `joined_at` is the source offset of the latest word of it: older ones are ignored. Leases up to `epoch` are of a
+    time that is over. `leases` are the numbers of those in its hands and the windows they are of. `rests_until` (ms) after
+    `failures` commands in a row that did not reach it. `served` is how many topics had ever begun to wait when it had
+    gone through all of its own. Without filters it is to be forgotten at `forget_at` (ms).
+    """
+
+    client_id: str
+    session: int
+    joined_at: int
+    filters: dict[str, Held] = field(default_factory=dict)
+    leases: dict[int, str] = field(default_factory=dict)
+    epoch: int = 0
+    rests_until: int = 0
+    failures: int = 0
+    round: Round = field(default_factory=Round)
+    served: int = 0
+    forget_at: int = 0
+
+    @property
+    def spans(self) -> bool:
+        """Whether more than one topic may wait for it."""
+        return len(self.filters) != 1 or is_wildcard(next(iter(self.filters)))
+
+    def available(self) -> bool:
+        """Whether it may be handed something now, if it has room. One on its round gets only what that brings."""
+        return not self.rests_until and not self.round.active
+
+
+class Reach(NamedTuple):
+    """A member as one topic sees it: by its best filter. Where the broker delivers what is new, only what is not
+    `newest` or older is for Millpond to hand over.
+    """
+
+    name: str
+    member: Member
+    qos: int
+    newest: int | None
+
+
+_encode: Final = msgspec.json.Encoder().encode
+_decode: Final = msgspec.json.Decoder(Member).decode
+
+
+class Members:
+    """The members of one partition, by name, by filter, by client."""
+
+    def __init__(self) -> None:
+        """None."""
+        self.by_name: dict[str, Member] = {}
+        self._holders: dict[str, dict[str, None]] = {}  # filter → names
+        self._wildcards = FilterTree()
+        self._of_client: dict[str, tuple[str, ...]] = {}
+        self._reaches: dict[str, list[Reach]] = {}
+        self._touched: dict[str, None] = {}
+
+    def supply(self, packed: Mapping[str, bytes]) -> None:
+        """Members as they are in the store."""
+        for name, state in packed.items():
+            member = _decode(state)
+            self._put(name, member)
+            for topic_filter in member.filters:
+                self._hold(name, topic_filter)
+
+    def _put(self, name: str, member: Member) -> None:
+        self.by_name[name] = member
+        known = self._of_client.get(member.client_id, ())
+        if name not in known:
+            self._of_client[member.client_id] = (*known, name)
+
+    def _hold(self, name: str, topic_filter: str) -> None:
+        self._holders.setdefault(topic_filter, {})[name] = None
+        if is_wildcard(topic_filter):
+            self._wildcards.add(topic_filter)
+        self._reaches.clear()
+
+    # -- asking
+
+    def of_client(self, client_id: str) -> list[tuple[str, Member]]:
+        """A client's memberships: its own, and those in groups."""
+        return [(name, self.by_name[name]) for name in self._of_client.get(client_id, ())]
+
+    def reaching(self, topic: str) -> list[Reach]:
+        """The members of a topic, by name."""
+        known = self._reaches.get(topic)
+        if known is None:
+            if len(self._reaches) >= TOPICS_REMEMBERED_MAX:
+                self._reaches.clear()
+            known = self._reaches[topic] = self._find(topic)
+        return known
+
+    def _find(self, topic: str) -> list[Reach]:
+        found: dict[str, list[Held]] = {}
+        for topic_filter in (topic, *self._wildcards.matching(topic)):
+            for name in self._holders.get(topic_filter, ()):
+                found.setdefault(name, []).append(self.by_name[name].filters[topic_filter])
+        return [_reach(name, self.by_name[name], found[name]) for name in sorted(found)]
+
+    # -- changing; whatever is changed in place is touched
+
+    def touch(self, name: str) -> None:
+        """This member's state has changed."""
+        self._touched[name] = None
+
+    def add(self, name: str, member: Member) -> None:
+        """A member that there was none of before."""
+        self._put(name, member)
+        self.touch(name)
+
+    def hold(self, name: str, topic_filter: str, held: Held) -> None:
+        """A member is to be served by a filter."""
+        self.by_name[name].filters[topic_filter] = held
+        self._hold(name, topic_filter)
+        self.touch(name)
+
+    def let_go(self, name: str, topic_filter: str) -> None:
+        """A member is no longer to be served by a filter."""
+        self.touch(name)
+        if self.by_name[name].filters.pop(topic_filter, None) is None:
+            return
+        holders = self._holders[topic_filter]
+        del holders[name]
+        if not holders:
+            del self._holders[topic_filter]
+            self._wildcards.discard(topic_filter)
+        self._reaches.clear()
+
+    def remove(self, name: str) -> None:
+        """Forget a member that holds no filter."""
+        member = self.by_name.pop(name)
+        left = tuple(other for other in self._of_client[member.client_id] if other != name)
+        if left:
+            self._of_client[member.client_id] = left
+        else:
+            del self._of_client[member.client_id]
+        self.touch(name)
+
+    def finish(self) -> Iterator[SetState]:
+        """The end of a batch: one write for each member that changed."""
+        touched, self._touched = self._touched, {}
+        for name in touched:
+            member = self.by_name.get(name)
+            yield SetState(name, None if member is None else _encode(member), "members")
+
+
+def _reach(name: str, member: Member, held: list[Held]) -> Reach:
+    broker_delivers = all(each.broker_delivers for each in held)
+    newest = max(each.since for each in held) if broker_delivers else None
+    return Reach(name, member, max(each.qos for each in held), newest)
+
+
+def member_name(client_id: str, topic_filter: str) -> tuple[str, str]:
+    """The name of the member that a client's subscription makes, and the filter without `$share/{group}/`."""
+    group, plain = split_share(topic_filter)
+    return (client_id if group is None else f"$share/{group}\0{client_id}"), plain
+
+
+def is_wildcard(topic_filter: str) -> bool:
+    """Whether a filter matches more than the topic that is spelled like it."""
+    return any(level in WILDCARDS for level in topic_filter.split("/"))

@@ -1,0 +1,118 @@
+"""Members, for queue and pubsub alike: who comes and goes, rests, and is forgotten.
+
+Rule 1: every transition of a member is in this file. Rule 2: no IO, no clock, no chance.
+
+ON joined: the member may be served; a new session ends the old one's leases. ON left: it is served no more; leases of a
+session that ended return at once, those of one that goes on when their validity ends. ON tick: rested members are
+served again, those that have gone are forgotten in the end.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Final
+
+from agents.delivery.leasing import Done, Leasing, W
+from agents.delivery.members import Held, Member, is_wildcard, member_name
+from agents.due import MEMBER, due_member
+from schemas.commands import COMMAND_VALID_FOR_S
+from schemas.errors import DecodeError
+from schemas.events import SubscriberJoined, SubscriberLeft
+from schemas.filters import filter_error
+
+# How long a member that has gone is remembered, so that late words of it are known to be old.
+FORGET_MS: Final = 600_000
+
+
+class Membership(Leasing[W]):
+    """The members of one partition."""
+
+    @abstractmethod
+    def own_key(self, name: str, topic: str) -> str:
+        """The key of the window that a member has, or shares, for a topic."""
+
+    def joined(self, offset: int, event: SubscriberJoined, now_ms: int, score: int) -> Done:
+        """A client may be served by one filter more, or again over a new connection."""
+        error = filter_error(event.topic_filter)
+        if error is not None:
+            raise DecodeError(error)
+        name, topic_filter = member_name(event.client_id, event.topic_filter)
+        member = self._members.by_name.get(name)
+        done: Done = []
+        if member is None:
+            member = Member(event.client_id, event.session, event.source_offset)
+            self._members.add(name, member)
+        elif event.source_offset < member.joined_at:
+            return []  # old news, told again
+        elif member.session != event.session:
+            done += self._leave(offset, name, member, now_ms, ended=True)
+            member.session = event.session
+        rested = member.rests_until > 0
+        member.joined_at, member.epoch = event.source_offset, self._counters.lease
+        member.rests_until = member.failures = 0
+        known = member.filters.get(topic_filter)
+        since = score if known is None else known.since
+        self._members.hold(name, topic_filter, Held(event.qos, since, event.broker_delivers))
+        if rested or is_wildcard(topic_filter) or member.round.active:
+            return [*done, *self.start_round(name, member)]
+        return [*done, *self.dispatch(offset, self.own_key(name, topic_filter), now_ms)]
+
+    def left(self, offset: int, event: SubscriberLeft, now_ms: int) -> Done:
+        """A client is no longer to be served: by one filter, or, without its session or connection, at all."""
+        name, topic_filter = member_name(event.client_id, event.topic_filter)
+        member = self._members.by_name.get(name)
+        if (
+            member is None
+            or event.source_offset < member.joined_at
+            or event.session != member.session
+        ):
+            return []
+        member.joined_at = event.source_offset
+        if event.reason == "unsubscribed":
+            self._members.let_go(name, topic_filter)
+            if member.filters:
+                return []
+        return self._leave(offset, name, member, now_ms, ended=event.reason == "session_ended")
+
+    def _leave(self, offset: int, name: str, member: Member, now_ms: int, *, ended: bool) -> Done:
+        """A member has gone. What it has returns: at once if its session `ended`, else when the copies' validity does."""
+        for topic_filter in list(member.filters):
+            self._members.let_go(name, topic_filter)
+        self._members.touch(name)
+        member.forget_at = now_ms + FORGET_MS
+        done: Done = [self._due.falls_due(due_member(MEMBER, name), member.forget_at)]
+        keys = dict.fromkeys(member.leases.values())
+        for key in keys:
+            window = self._windows.touch(offset, key)
+            theirs = [
+                (each, lease) for each, lease in window.leases.items() if lease.member == name
+            ]
+            for message_id, lease in theirs:
+                if ended:
+                    done += self.give_back(offset, key, message_id, now_ms)
+                else:
+                    valid_until = lease.leased_at + COMMAND_VALID_FOR_S * 1000
+                    lease.until = min(lease.until, max(valid_until, now_ms))
+                    done += self._deadline(key, window, lease.until)
+        if ended:
+            for key in keys:
+                done += self.dispatch(offset, key, now_ms)
+        return done
+
+    def member_due(self, name: str, now_ms: int) -> Done:
+        """A member has rested, or may be forgotten."""
+        member = self._members.by_name.get(name)
+        if member is None:
+            return []
+        if not member.filters:
+            if member.forget_at > now_ms or member.leases or member.round.active:
+                later = max(member.forget_at, now_ms + FORGET_MS)
+                return [self._due.falls_due(due_member(MEMBER, name), later)]
+            self._members.remove(name)
+            return []
+        if not member.rests_until:
+            return []
+        if member.rests_until > now_ms:
+            return [self._due.falls_due(due_member(MEMBER, name), member.rests_until)]
+        member.rests_until, member.epoch = 0, self._counters.lease
+        return self.start_round(name, member)

@@ -1,0 +1,209 @@
+"""Work that is more than one step's: members that go round many topics, and windows that go on after a pause.
+
+It waits in one index of the partition, in order; every tick does a bounded piece of it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from agents.delivery.leasing import RESUME, WAITING, WORK, Done, W, can_take
+from agents.delivery.members import Member, Reach, Round, is_wildcard
+from agents.delivery.membership import Membership
+from agents.effects import SetIndex
+from agents.ports import Read, ReadBelow, ReadNames
+from schemas.events import AgentName
+from schemas.filters import WILDCARDS, matches
+
+# What one tick does: some ms of Redis.
+ROUNDS_MAX: Final = 16  # members on their round
+FILTERS_MAX: Final = 16  # of one of them
+PAGE_MAX: Final = 64  # windows that a wildcard leads to, or that go on after a pause
+
+
+class Stop(NamedTuple):
+    """Where a member is on its round: a window, by which filter it came there, and its topic."""
+
+    key: str
+    topic_filter: str
+    topic: str
+
+
+class Rounds(Membership[W]):
+    """The work of one partition."""
+
+    agent: AgentName
+
+    def forget_work(self) -> None:
+        """What was supplied for a tick is done, or was for nothing."""
+        self._work: Sequence[tuple[str, int]] | None = None
+        self._pages: dict[ReadNames, list[str]] = {}
+
+    @abstractmethod
+    def waiting_page(self, name: str, prefix: str, after: str) -> ReadNames:
+        """How to read the windows of a member that wait, by how their topics begin, behind a topic."""
+
+    def wanted_by_work(self) -> list[Read]:
+        """The members whose turn it is, and what waits for them."""
+        if self._counters.work and self._work is None:
+            return [ReadBelow(WORK, self._counters.place + 1, ROUNDS_MAX)]
+        reads: dict[Read, None] = {}
+        for name, _ in self._work or ():
+            if name == RESUME:
+                reads[self._resume_page()] = None
+                continue
+            for _, page in self._way(name, self._members.by_name.get(name)):
+                if page is not None:
+                    reads[page] = None
+        return [read for read in reads if read not in self._pages]
+
+    def work_keys(self) -> list[tuple[str, Member | None]]:
+        """The windows that this tick's work looks at, and for which member; None for all."""
+        found: list[tuple[str, Member | None]] = []
+        for name, _ in self._work or ():
+            if name == RESUME:
+                found += [(key, None) for key in self._pages[self._resume_page()]]
+                continue
+            member = self._members.by_name.get(name)
+            if member is not None:
+                found += [(stop.key, member) for stop in self._stops(name, member)[0]]
+        return found
+
+    def _resume_page(self) -> ReadNames:
+        return ReadNames(None, WAITING, "", self._counters.resume_after, PAGE_MAX)
+
+    def _way(self, name: str, member: Member | None) -> list[tuple[str, ReadNames | None]]:
+        """The filters from where a member is on its round, and what is to be read for each; None for a plain one."""
+        if member is None:
+            return []
+        at = member.round
+        filters = [each for each in sorted(member.filters) if each >= at.topic_filter]
+        return [
+            (each, self._page(name, each, at.after if each == at.topic_filter else ""))
+            for each in filters[:FILTERS_MAX]
+        ]
+
+    def _page(self, name: str, topic_filter: str, after: str) -> ReadNames | None:
+        if not is_wildcard(topic_filter):
+            return None
+        return self.waiting_page(name, literal_prefix(topic_filter), after)
+
+    def _stops(self, name: str, member: Member) -> tuple[list[Stop], tuple[str, str] | None]:
+        """The next windows on a member's round, and where it goes on behind them; None at the end."""
+        stops: dict[str, Stop] = {}
+        topic_filter = ""
+        for topic_filter, page in self._way(name, member):
+            if page is None:
+                key = self.own_key(name, topic_filter)
+                stops.setdefault(key, Stop(key, topic_filter, topic_filter))
+                continue
+            keys = self._pages[page]
+            for key in keys:
+                topic = self.topic_of(key)
+                if matches(topic_filter, topic):
+                    stops.setdefault(key, Stop(key, topic_filter, topic))
+            if len(keys) >= page.limit:
+                return list(stops.values()), (topic_filter, self.topic_of(keys[-1]))
+        later = next((each for each in sorted(member.filters) if each > topic_filter), None)
+        return list(stops.values()), None if later is None else (later, "")
+
+    def do_work(self, offset: int, now_ms: int) -> Done:
+        """A piece for each whose turn it is."""
+        done: Done = []
+        for name, _ in self._work or ():
+            self._counters.work -= 1
+            done.append(SetIndex(WORK, name, None))
+            if name == RESUME:
+                done += self._resumption(offset, now_ms)
+                continue
+            member = self._members.by_name.get(name)
+            assert member is not None, "a member on its round is not forgotten"
+            self._members.touch(name)
+            if member.filters:
+                done += self._go_round(offset, name, member, now_ms)
+            else:
+                member.round = Round()
+        self.forget_work()
+        return done
+
+    def _resumption(self, offset: int, now_ms: int) -> Done:
+        done: Done = []
+        keys = self._pages[self._resume_page()]
+        for key in keys:
+            done += self.dispatch(offset, key, now_ms)
+        if self._counters.paused or len(keys) < PAGE_MAX:
+            self._counters.resuming = False
+            return done
+        self._counters.resume_after = keys[-1]
+        return [*done, *self.queue_work(RESUME)]
+
+    def _go_round(self, offset: int, name: str, member: Member, now_ms: int) -> Done:
+        at = member.round
+        if not at.topic_filter and not at.after:
+            at.whole = True
+        stops, then = self._stops(name, member)
+        last, done = self._serve(offset, name, stops, now_ms)
+        if len(member.leases) >= self.inflight_max() or member.rests_until or self.pauses():
+            # No room for anything: it goes on from here when it has.
+            topic_filter, topic = (at.topic_filter, at.after) if last is None else last[1:]
+            member.round = Round(topic_filter, topic)
+            return done
+        if then is not None:
+            at.topic_filter, at.after = then
+            return [*done, *self.queue_work(name)]
+        if not at.whole:
+            member.round = Round(active=True, left_some=at.left_some)
+            return [*done, *self.queue_work(name)]
+        if not at.left_some:
+            member.served = self._counters.waits
+        member.round = Round()
+        return done
+
+    def inflight_max(self) -> int:
+        """How much a member can have in hand, by any rule of this agent."""
+        rules = self._keeper.rules.run_by_delivery(self.agent)
+        return max((each.max_inflight for each in rules), default=0)
+
+    def _serve(
+        self, offset: int, name: str, stops: Sequence[Stop], now_ms: int
+    ) -> tuple[Stop | None, Done]:
+        """One message of each window, again and again; the stop of the last one."""
+        done: Done = []
+        last: Stop | None = None
+        left = list(stops)
+        while left:
+            served = [stop for stop in left if self._hand_one(done, offset, name, stop.key, now_ms)]
+            last, left = served[-1] if served else last, served
+        for stop in stops:
+            window = self._windows[stop.key]
+            done += self.note_waiting(stop.key, window)
+            self._members.by_name[name].round.left_some |= window.waits
+        return last, done
+
+    def _hand_one(self, done: Done, offset: int, name: str, key: str, now_ms: int) -> bool:
+        delivery, waiting = self.delivery(key), self._windows.touch(offset, key).next()
+        reach = self._reach(name, key)
+        if delivery is None or waiting is None or reach is None or self.pauses():
+            return False
+        if reach.member.rests_until or self.expired(key, waiting, now_ms):
+            return False
+        if not can_take(reach, waiting, delivery.max_inflight):
+            return False
+        done += self.lease(offset, key, waiting, reach, now_ms)
+        return True
+
+    def _reach(self, name: str, key: str) -> Reach | None:
+        return next((reach for reach in self.reaching(key) if reach.name == name), None)
+
+
+def literal_prefix(topic_filter: str) -> str:
+    """How every topic begins that a filter matches; "a/#" also matches "a"."""
+    if topic_filter.endswith("/#") and not any(
+        each in WILDCARDS for each in topic_filter[:-2].split("/")
+    ):
+        return topic_filter[:-2]
+    levels = topic_filter.split("/")
+    plain = levels[: next((at for at, each in enumerate(levels) if each in WILDCARDS), len(levels))]
+    return "".join(f"{level}/" for level in plain)

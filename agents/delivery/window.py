@@ -1,0 +1,167 @@
+"""The part of a topic's stored messages that is being handed out: who has what, what came back, what comes next.
+
+A window never holds the backlog. Behind its `cursor` everything has been handed out before: it is leased, has come back,
+or is done with. Ahead of it lies the topic's index in the store, of which a piece is in memory (`ahead`, up to `read_to`);
+that piece is no state: it may be dropped and read again.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import OrderedDict
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+# Entries of the index in memory, for one topic: more are read when they are needed.
+AHEAD_MAX: Final = 1_024
+
+Holder = tuple[
+    str, str | None
+]  # who had a copy of a message, and the id that the broker gave the copy
+
+
+class Waiting(Struct, frozen=True, array_like=True, order=True):
+    """A message that is to be handed out, after `deliveries` that nobody acknowledged."""
+
+    score: int
+    message_id: str
+    deliveries: int = 0
+    holders: tuple[Holder, ...] = ()
+
+
+class Lease(Struct, array_like=True):
+    """A message in a member's hands until `until` (ms). `sent` once the bridge has handed it over. `stored` until it has
+    expired or was superseded meanwhile: then it is the holder's alone.
+    """
+
+    number: int
+    member: str
+    leased_at: int
+    until: int
+    score: int
+    deliveries: int
+    holders: tuple[Holder, ...]
+    sent: bool = False
+    stored: bool = True
+
+
+class Window(Struct, array_like=True, dict=True):
+    """See above. `turn` is the member that was served last; `due` (ms) is when the due set has the window."""
+
+    cursor: int = 0
+    returned: list[Waiting] = msgspec.field(default_factory=list)
+    leases: dict[str, Lease] = msgspec.field(default_factory=dict)  # by message id
+    turn: str = ""
+    due: int | None = None
+    waits: bool = False  # whether something is to be handed out that nobody took
+
+    def __post_init__(self) -> None:
+        """Nothing is read yet."""
+        self.ahead: OrderedDict[str, int]
+        self.read_to: int
+        self.aliases: dict[str, str]
+        self.stored_leases = sum(lease.stored for lease in self.leases.values())
+        self.forget_ahead()
+        self.aliases = {
+            alias: message_id
+            for message_id, holders in self._holders()
+            for _, alias in holders
+            if alias is not None
+        }
+
+    def _holders(self) -> list[tuple[str, tuple[Holder, ...]]]:
+        return [
+            *((each.message_id, each.holders) for each in self.returned),
+            *((message_id, lease.holders) for message_id, lease in self.leases.items()),
+        ]
+
+    # -- ahead
+
+    def forget_ahead(self) -> None:
+        """What is ahead is to be read again."""
+        self.ahead = OrderedDict()  # message id → score
+        self.read_to = self.cursor
+
+    def supply(self, entries: list[tuple[str, int]], limit: int, last: int) -> None:
+        """What the index holds behind `read_to`; less than was asked for is all there is."""
+        self.ahead.update(entries)
+        self.read_to = entries[-1][1] if len(entries) >= limit else last
+
+    def append(self, message_id: str, score: int) -> None:
+        """A new message, which is stored: all before it is known."""
+        self.ahead[message_id] = score
+        self.read_to = score
+
+    # -- handing out
+
+    def next(self) -> Waiting | None:
+        """What is to be handed out next, in log order, as far as is known."""
+        if self.returned:
+            return self.returned[0]
+        for message_id, score in self.ahead.items():
+            return Waiting(score, message_id)
+        return None
+
+    def take(self, waiting: Waiting) -> None:
+        """It is handed out, or done with."""
+        if self.returned and self.returned[0] is waiting:
+            del self.returned[0]
+        else:
+            self.ahead.popitem(last=False)
+            self.cursor = waiting.score
+            self.read_to = max(self.read_to, self.cursor)
+
+    def lease(self, message_id: str, lease: Lease) -> None:
+        """A stored message that was taken is in a member's hands."""
+        self.leases[message_id] = lease
+        self.stored_leases += 1
+
+    def unstore(self, message_id: str) -> None:
+        """A leased message is its holder's alone from now on."""
+        self.leases[message_id].stored = False
+        self.stored_leases -= 1
+
+    def give_back(self, message_id: str) -> None:
+        """A lease ends and its message waits again, where it was in the log."""
+        lease = self.leases.pop(message_id)
+        self.stored_leases -= 1
+        insort(self.returned, Waiting(lease.score, message_id, lease.deliveries, lease.holders))
+
+    # -- asking
+
+    def known_as(self, message_id: str) -> str:
+        """The message's own id, by any id that one of its copies has had."""
+        return self.aliases.get(message_id, message_id)
+
+    def returned_as(self, message_id: str) -> Waiting | None:
+        """A message that has come back."""
+        return next((each for each in self.returned if each.message_id == message_id), None)
+
+    def oldest(self) -> Waiting | None:
+        """The oldest stored message, as far as is known."""
+        leased = [
+            Waiting(lease.score, each, lease.deliveries, lease.holders)
+            for each, lease in self.leases.items()
+            if lease.stored
+        ]
+        waiting = self.next()
+        return min(leased if waiting is None else [*leased, waiting], default=None)
+
+    def remove(self, message_id: str) -> None:
+        """A message is done with, wherever it is."""
+        lease = self.leases.pop(message_id, None)
+        if lease is not None:
+            self.stored_leases -= lease.stored
+        waiting = None if lease is not None else self.returned_as(message_id)
+        if waiting is not None:
+            self.returned.remove(waiting)
+        self.ahead.pop(message_id, None)
+        holders = lease.holders if lease is not None else waiting.holders if waiting else ()
+        for _, alias in holders:
+            self.aliases.pop(alias or "", None)
+
+    def next_deadline(self) -> int | None:
+        """When the first lease ends by itself."""
+        return min((lease.until for lease in self.leases.values()), default=None)

@@ -1,0 +1,1 @@
+"""The queue agent: one message, one consumer, the ack deletes it."""

@@ -1,0 +1,373 @@
+"""The queue agent's machine: one message, one consumer, the ack deletes it.
+
+Rule 1: every transition of a queued message is in this file; leases and members are in `agents/delivery/`, what is kept
+besides in `agents/keeping.py`. Rule 2: no IO, no clock, no chance.
+
+ON published: unless its id was seen, store, append, hand out. QoS 0 is not stored unless a rule says so: it is handed
+once to one member with room. ON acked, by a client that holds or held a lease of it: delete; hand out. ON tick: what is
+due goes: expired messages, overdue leases, dead letters that are too old. ON requeue: a dead message is appended anew.
+A message that expires, overflows or is superseded while it is leased is gone for everyone but the holder, whose ack is
+welcome and whose failure ends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from agents.delivery.dead import DeadMessage
+from agents.delivery.leasing import WAITING, Done, in_turn
+from agents.delivery.machine import DeliveryMachine
+from agents.delivery.members import Reach
+from agents.delivery.rounds import PAGE_MAX
+from agents.delivery.window import AHEAD_MAX, Holder, Waiting
+from agents.due import DEAD, INDEX, MESSAGE, due_member
+from agents.effects import NO_SOURCE, Effect, HandOut, Refusal, Reindex, SetDue, Unindex
+from agents.held import Held
+from agents.keeping import earliest, expired_entries
+from agents.ports import Read, ReadEntry, ReadIndex, ReadNames
+from agents.queue.state import QueueWindow, pack, unpack
+from schemas.errors import DecodeError
+from schemas.events import AgentName, Event, MessageAcked, MessagePublished, OperatorRequeue
+
+# One tick looks at no more index entries than this; what is left over is still due, so that another tick follows.
+SWEEP_ENTRIES_MAX: Final = 4_096
+# A publish into a queue that is too long takes out the oldest; after a rule has made it shorter, up to this many.
+OVERFLOW_MAX: Final = 8
+ACKED_EARLY: Final = "acked\0"  # marks an id among those seen: its ack came before its publish
+OVERFLOWED: Final = "the queue was longer than max_length"
+
+
+class QueueMachine(DeliveryMachine[QueueWindow]):
+    """State and transitions of one partition. The key of a window is its topic."""
+
+    agent: AgentName = "queue"
+
+    def __init__(self) -> None:
+        """An empty partition without rules; `restore` follows."""
+        super().__init__(self.new_windows())
+        self._forget_entries()
+
+    def _forget_entries(self) -> None:
+        # Supplied for a batch: where messages are in their index, if the window does not know; for a tick the oldest
+        # entries of an index, and how many were asked for.
+        self._places: dict[tuple[str, str], int | None] = {}
+        self._oldest: dict[str, tuple[list[tuple[str, int]], int]] = {}
+
+    # -- what `agents/delivery/` asks -----------------------------------------------------------------------
+
+    def new_windows(self) -> Held[QueueWindow]:
+        """See `DeliveryMachine`."""
+        return Held(unpack)
+
+    def packed(self, window: QueueWindow) -> bytes | None:
+        """See `DeliveryMachine`."""
+        return None if window.blank() else pack(window)
+
+    def topic_of(self, key: str) -> str:
+        """See `Leasing`."""
+        return key
+
+    def own_key(self, name: str, topic: str) -> str:
+        """See `Membership`: all members of a topic share its window."""
+        return topic
+
+    def reaching(self, key: str) -> list[Reach]:
+        """See `Leasing`."""
+        return self._members.reaching(key)
+
+    def touched_by(self, event: MessagePublished | MessageAcked) -> Iterable[str]:
+        """See `DeliveryMachine`."""
+        return (event.topic,)
+
+    def last_of(self, key: str) -> int:
+        """See `Leasing`."""
+        return self._windows[key].last
+
+    def something_waits(self, window: QueueWindow) -> bool:
+        """See `Leasing`."""
+        return window.ready > 0
+
+    def unread(self, key: str) -> int:
+        """See `DeliveryMachine`."""
+        window = self._windows[key]
+        if window.complete():
+            return 0
+        return window.ready - len(window.returned) - len(window.ahead)
+
+    def more_needed(self, key: str, publishes: int) -> int:
+        """See `DeliveryMachine`: the oldest have to be known that a full queue drops."""
+        delivery, window = self.delivery(key), self._windows[key]
+        if delivery is None or delivery.max_length is None or not publishes:
+            return 0
+        too_long = window.length + publishes - delivery.max_length
+        return min(max(too_long, 0), publishes * OVERFLOW_MAX)
+
+    def waiting_page(self, name: str, prefix: str, after: str) -> ReadNames:
+        """See `Rounds`."""
+        return ReadNames(None, WAITING, prefix, after, PAGE_MAX)
+
+    def note_waiting(self, key: str, window: QueueWindow) -> Done:
+        """See `Leasing`. An empty queue of one consumer, or none, is as good as a new one."""
+        if not window.length and not window.leases and len(self.reaching(key)) <= 1:
+            window.clear()
+        return super().note_waiting(key, window)
+
+    # -- published ------------------------------------------------------------------------------------------
+
+    def published(self, offset: int, event: MessagePublished, now_ms: int, score: int) -> Done:
+        """See the head of this file."""
+        plan = self._keeper.plans.of(event.topic)
+        if plan.error is not None:
+            raise DecodeError(plan.error)
+        seen = self._keeper.seen
+        if not seen.add(event.message_id, now_ms):
+            return []
+        done: Done = []
+        expired = event.expires_at is not None and event.expires_at <= now_ms
+        acked = ACKED_EARLY + event.message_id in seen
+        if not expired:
+            indexed = (event.qos > 0 or plan.store_qos0) and not acked
+            done += self._keeper.published(offset, event, score, indexed=indexed)
+            if indexed:
+                done += self._append(offset, event.topic, event.message_id, score, now_ms)
+            elif event.qos == 0 and not acked:
+                done += self._pass_on(offset, event, score)
+        if plan.commands["message.publish"]:
+            done += self._keeper.commands(offset, event)
+        return done
+
+    def _append(self, offset: int, topic: str, message_id: str, score: int, now_ms: int) -> Done:
+        """A stored message is the topic's newest; the oldest go if there are too many."""
+        window, delivery = self._windows.touch(offset, topic), self.delivery(topic)
+        window.first(score)
+        known = window.complete() and len(window.ahead) < AHEAD_MAX
+        limit = None if delivery is None else delivery.max_length
+        window.length += 1
+        window.last = score
+        if known and (limit is not None or self.reaching(topic)):
+            window.append(message_id, score)
+            self._ahead_total += 1
+        else:
+            self._places[topic, message_id] = score
+        done: Done = []
+        for _ in range(OVERFLOW_MAX):
+            if limit is None or window.length <= limit:
+                break
+            assert delivery is not None, "it has a limit"
+            done += self._overflow(offset, topic, now_ms, dead=delivery.dead_on_overflow)
+        return [*done, *self.dispatch(offset, topic, now_ms)]
+
+    def _overflow(self, offset: int, topic: str, now_ms: int, *, dead: bool) -> Done:
+        window = self._windows[topic]
+        oldest = window.oldest()
+        assert oldest is not None, "a queue that is too long has an oldest message, and it is read"
+        if not dead:
+            return self._unstore(offset, topic, oldest.message_id)
+        self._forget(window, oldest.message_id)
+        return self.given_up(offset, topic, oldest, OVERFLOWED, now_ms)
+
+    def _pass_on(self, offset: int, event: MessagePublished, score: int) -> Done:
+        """QoS 0, not stored: to one member, once, and nobody waits for an ack."""
+        window, delivery = self._windows.touch(offset, event.topic), self.delivery(event.topic)
+        reaches = self.reaching(event.topic)
+        if delivery is None or not reaches or self.pauses():
+            return []
+        waiting = Waiting(score, event.message_id)
+        reach = in_turn(reaches, window.turn, waiting, delivery.max_inflight)
+        if reach is None:
+            return []
+        window.turn = reach.name
+        hand_out = HandOut(
+            offset, 0, reach.member.client_id, reach.member.epoch, event.message_id, event.topic,
+            reach.qos, 1, event.expires_at, stored=False,
+        )  # fmt: skip
+        return [hand_out, *self.note_waiting(event.topic, window)]
+
+    # -- acked ----------------------------------------------------------------------------------------------
+
+    def acked_by_client(self, offset: int, event: MessageAcked, now_ms: int) -> Done:
+        """See the head of this file. Where the broker delivers, any of its clients' acks is the first one."""
+        topic, client_id = event.topic, event.client_id
+        window = self._windows.touch(offset, topic)
+        message_id = window.known_as(event.message_id)
+        trusted = self._served_by_broker(topic, client_id)
+        lease = window.leases.get(message_id)
+        if lease is not None:
+            if not (trusted or holds(lease.holders, client_id)):
+                return []
+            return self.acked(offset, topic, message_id, now_ms)
+        waiting = window.returned_as(message_id)
+        if waiting is not None and not (trusted or holds(waiting.holders, client_id)):
+            return []
+        if waiting is not None or (trusted and self._is_stored(topic, message_id)):
+            done = self._unstore(offset, topic, message_id)
+            return [*done, *self.note_waiting(topic, window)]
+        if trusted:
+            self._keeper.seen.add(ACKED_EARLY + message_id, now_ms)
+        return []
+
+    def _served_by_broker(self, topic: str, client_id: str) -> bool:
+        names = {name for name, _ in self._members.of_client(client_id)}
+        return bool(names) and any(
+            reach.newest is not None for reach in self.reaching(topic) if reach.name in names
+        )
+
+    def acknowledged(self, offset: int, key: str, message_id: str) -> Done:
+        """See `Leasing`: the ack deletes."""
+        self._windows[key].length -= 1
+        return [*self._keeper.unindex(offset, key, (message_id,))]
+
+    # -- what is stored no more -----------------------------------------------------------------------------
+
+    def _is_stored(self, topic: str, message_id: str) -> bool:
+        window = self._windows[topic]
+        lease = window.leases.get(message_id)
+        if lease is not None:
+            return lease.stored
+        if message_id in window.ahead or window.returned_as(message_id) is not None:
+            return True
+        return not window.complete() and self._places.get((topic, message_id)) is not None
+
+    def _forget(self, window: QueueWindow, message_id: str) -> None:
+        """A stored message is not the queue's any more; if it is leased, it is its holder's alone."""
+        if message_id in window.leases:
+            window.unstore(message_id)
+        else:
+            window.remove(message_id)
+
+    def _unstore(self, offset: int, topic: str, message_id: str) -> Done:
+        """A stored message goes."""
+        window = self._windows[topic]
+        self._forget(window, message_id)
+        self._places[topic, message_id] = None
+        window.length -= 1
+        return [*self._keeper.unindex(offset, topic, (message_id,))]
+
+    def gone(self, offset: int, key: str, message_id: str) -> Done:
+        """See `Leasing`."""
+        return self.acknowledged(offset, key, message_id)
+
+    def given_up(self, offset: int, key: str, waiting: Waiting, reason: str, now_ms: int) -> Done:
+        """See `Leasing`: the message leaves the queue, and is kept as dead."""
+        self._windows[key].length -= 1
+        dead = DeadMessage(
+            topic=key, message_id=waiting.message_id, reason=reason,
+            deliveries=waiting.deliveries, at=now_ms,
+        )  # fmt: skip
+        return [
+            Unindex(offset, key, (waiting.message_id,)),
+            SetDue(due_member(MESSAGE, key, waiting.message_id), None),
+            *self._dead.add(offset, dead),
+        ]
+
+    def requeued(self, offset: int, event: OperatorRequeue, now_ms: int, score: int) -> Done:
+        """See the head of this file."""
+        topic, message_id = event.topic, event.message_id
+        done = self._dead.take(offset, topic, message_id)
+        if done is None:
+            return []
+        lifetime = self._keeper.plans.of(topic).index_lifetime_ms
+        end = earliest(score // 1000, lifetime, None)
+        done.append(Reindex(offset, topic, message_id, score, end))
+        if end is not None:
+            done.append(self._due.falls_due(due_member(INDEX, topic), end))
+        return [*done, *self._append(offset, topic, message_id, score, now_ms)]
+
+    # -- tick -----------------------------------------------------------------------------------------------
+
+    def came_due(self, offset: int, kind: str, key: str, message_id: str, now_ms: int) -> Done:
+        """See `DeliveryMachine`."""
+        if kind == DEAD:
+            return self._dropped(offset, key, message_id)
+        if kind == MESSAGE:
+            done = (
+                self._unstore(NO_SOURCE, key, message_id)
+                if self._is_stored(key, message_id)
+                else []
+            )
+            done += self._keeper.expire(key, message_id)
+        else:
+            done = self._sweep_index(key, now_ms)
+        self._windows.touch(offset, key)
+        return [*done, *self.dispatch(offset, key, now_ms)]
+
+    def _sweep_index(self, topic: str, now_ms: int) -> Done:
+        """The index entries that are too old by the rules in force, and their bodies."""
+        lifetime = self._keeper.plans.of(topic).index_lifetime_ms
+        if lifetime is None:
+            return []  # the rules changed: nothing of this topic expires any more
+        window = self._windows[topic]
+        entries, limit = self._oldest[topic]
+        expired, next_end = expired_entries(entries, limit, lifetime, now_ms)
+        scores = dict(entries)
+        for message_id in expired:
+            ours = message_id in window.leases or window.returned_as(message_id) is not None
+            if ours or scores[message_id] > window.cursor:
+                self._forget(window, message_id)
+                window.length -= 1
+        done: Done = [*self._keeper.unindex(NO_SOURCE, topic, expired)]
+        if next_end is not None:
+            done.append(self._due.falls_due(due_member(INDEX, topic), next_end))
+        return done
+
+    # -- what steps want besides ----------------------------------------------------------------------------
+
+    def wanted_besides(self, events: Sequence[Event]) -> list[Read]:
+        """See `DeliveryMachine`: the place of what a broker's client acknowledges."""
+        acks = (event for event in events if isinstance(event, MessageAcked))
+        return self._unknown_places(
+            (event.topic, self._windows[event.topic].known_as(event.message_id))
+            for event in acks
+            if self._served_by_broker(event.topic, event.client_id)
+        )
+
+    def _unknown_places(self, messages: Iterable[tuple[str, str]]) -> list[Read]:
+        return [
+            ReadEntry(topic, message_id)
+            for topic, message_id in dict.fromkeys(messages)
+            if (topic, message_id) not in self._places and not self._windows[topic].complete()
+        ]
+
+    def wanted_by_due(self, overdue: Sequence[tuple[str, str, str]]) -> list[Read]:
+        """See `DeliveryMachine`: dead messages, the oldest entries of indexes, the places of messages."""
+        reads: list[Read] = [*self._dead.unknown(each for kind, _, each in overdue if kind == DEAD)]
+        indexes = [topic for kind, topic, _ in overdue if kind == INDEX]
+        limit = SWEEP_ENTRIES_MAX // max(len(indexes), 1) + 1
+        reads += [ReadIndex(topic, limit) for topic in indexes if topic not in self._oldest]
+        messages = [(topic, each) for kind, topic, each in overdue if kind == MESSAGE]
+        if all(self._windows.get(topic) is not None for topic, _ in messages):
+            reads += self._unknown_places(messages)
+        return reads
+
+    def supply_besides(self, read: Read, answer: Any) -> None:
+        """See `DeliveryMachine`."""
+        if isinstance(read, ReadEntry):
+            self._places[read.topic, read.message_id] = answer
+        else:
+            assert isinstance(read, ReadIndex), "nothing else is wanted"
+            self._oldest[read.topic] = answer, read.limit
+
+    def finish(self) -> Sequence[Effect]:
+        """See `DeliveryMachine`."""
+        self._forget_entries()
+        return super().finish()
+
+    # -- after a refusal ------------------------------------------------------------------------------------
+
+    def refused(self, event: Event, refusal: Refusal) -> Sequence[Effect]:
+        """A foreign key was in the way of a message: it is not stored, and the queue has it no longer."""
+        if isinstance(event, MessagePublished) and refusal.part in ("body", "index"):
+            topic, message_id = event.topic, event.message_id
+            window = self._windows.touch(refusal.offset, topic)
+            known = message_id in window.ahead or window.returned_as(message_id) is not None
+            lease = window.leases.get(message_id)
+            if known or (lease is not None and lease.stored):
+                self._forget(window, message_id)
+                window.length -= 1
+        return self._keeper.refused(event, refusal)
+
+
+def holds(holders: Iterable[Holder], client_id: str) -> bool:
+    """Whether a client has had a copy."""
+    return any(holder == client_id for holder, _ in holders)

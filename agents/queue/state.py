@@ -1,0 +1,54 @@
+"""What the queue agent knows of a topic: its window, and how much is stored."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from agents.delivery.window import Window
+
+
+class QueueWindow(Window, array_like=True, dict=True):
+    """`length` counts the stored messages, leased ones among them; `last` is the place of the newest in the log (a score)."""
+
+    length: int = 0
+    last: int = 0
+
+    @property
+    def ready(self) -> int:
+        """How many are to be handed out."""
+        return self.length - self.stored_leases
+
+    def complete(self) -> bool:
+        """Whether all that is ahead is in memory."""
+        return self.read_to >= self.last or self.ready == len(self.returned)
+
+    def blank(self) -> bool:
+        """Whether it is as if there had never been a message."""
+        return not (self.length or self.leases or self.returned or self.turn)
+
+    def clear(self) -> None:
+        """Forget the place in the log and the turn; nothing is stored."""
+        self.cursor = self.last = 0
+        self.turn = ""
+        self.forget_ahead()
+
+    def first(self, score: int) -> None:
+        """The topic's first message ever: what the index holds before it is somebody else's."""
+        if self.last == 0:
+            self.cursor = self.read_to = score - 1
+
+
+_encode: Final = msgspec.json.Encoder().encode
+_decode: Final = msgspec.json.Decoder(QueueWindow).decode
+
+
+def pack(window: QueueWindow) -> bytes:
+    """The window as it is stored."""
+    return _encode(window)
+
+
+def unpack(packed: bytes | None) -> QueueWindow:
+    """The window as it was stored; of a topic never heard of, an empty one."""
+    return QueueWindow() if packed is None else _decode(packed)
