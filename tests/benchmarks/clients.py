@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final, NamedTuple
 
-import msgspec
 import psutil
-from redis import Redis
 
-from agents.ports import Applied
 from schemas import keys
 from schemas.events import Event
 from schemas.keys import Partition
@@ -21,22 +17,19 @@ from tests import given
 from tests.benchmarks import limit, scene
 from tests.benchmarks.events import (
     FIRST_MS,
-    PARTITIONS,
     client_name,
     connects_and_disconnects,
     fill,
     peer,
     registrations,
 )
-from tests.benchmarks.scene import Process
+from tests.benchmarks.progress import until_applied
 from tests.benchmarks.table import progress
 
 CLIENTS: Final = 100_000
 SESSIONS: Final = 1_000_000
 EVENTS_OF_A_SESSION: Final = 3
 START_SHARE: Final = 0.05  # by then the worker is up
-POLL_S: Final = 0.02
-STALL_S: Final = 60.0
 APP: Final = "bench-sessions"
 RULES: Final = given.a_rule(hook="client.connected", action="on_client_connected") + given.a_rule(
     hook="client.disconnected", action="on_client_disconnected"
@@ -62,8 +55,10 @@ def presence() -> float:
         scene.configure(Path(name), APP, settings, scene.address(redis), rules=RULES)
         process = scene.millpond("worker", "worker", "sessions", directory=Path(name))
         try:
-            first_at, first = _until(process, redis, int(2 * CLIENTS * START_SHARE))
-            last_at, last = _until(process, redis, 2 * CLIENTS)
+            first_at, first = until_applied(
+                process, redis, APP, "sessions", int(2 * CLIENTS * START_SHARE)
+            )
+            last_at, last = until_applied(process, redis, APP, "sessions", 2 * CLIENTS)
         finally:
             process.kill()
         state = redis.hget(keys.presence(client_name(0)), "state")
@@ -104,9 +99,9 @@ def registry() -> Registry:
         try:
             worker = psutil.Process(process.pid)
             events = EVENTS_OF_A_SESSION * SESSIONS
-            _until(process, redis, events // 10)
+            until_applied(process, redis, APP, "sessions", events // 10)
             first = worker.memory_info().rss / 2**20
-            _until(process, redis, events)
+            until_applied(process, redis, APP, "sessions", events)
             last = worker.memory_info().rss / 2**20
         finally:
             process.kill()
@@ -116,19 +111,3 @@ def registry() -> Registry:
 
 def _fill(bootstrap: str, events: Iterable[tuple[int, Event]]) -> None:
     asyncio.run(fill(bootstrap, keys.CLIENTS_TOPIC, events))
-
-
-def _until(process: Process, redis: Redis, events: int) -> tuple[float, int]:
-    """When at least so many records are in the store, and how many there are then."""
-    names = [keys.applied(Partition(APP, "sessions", number)) for number in range(PARTITIONS)]
-    progressed_at, before = time.monotonic(), -1
-    while True:
-        fences = [msgspec.json.decode(each, type=Applied) for each in redis.mget(names) if each]
-        done, now = sum(fence.offset + 1 for fence in fences), time.monotonic()
-        if done >= events:
-            return now, done
-        if done > before:
-            progressed_at, before = now, done
-        process.check()
-        assert now - progressed_at < STALL_S, f"nothing stored for {STALL_S:.0f} s"
-        time.sleep(POLL_S)
