@@ -14,7 +14,7 @@ from schemas import codec, keys
 from schemas.commands import Command, Deliver, Subscribe
 from schemas.events import DeliveriesSent, DeliveryFailed, MessageAcked, Sent
 from schemas.leases import Lease
-from tests.system.bridge import Log
+from tests.system.bridge import Bridge, Log
 from tests.system.mqtt import PUBACK, PUBLISH, Client, Packet, delivered
 from tests.system.pipeline import PARTITIONS, until
 
@@ -148,14 +148,14 @@ def ack(client: Client, packet: Packet) -> None:
     client.answer(PUBACK, delivered(packet)[3])
 
 
-async def until_committed(bootstrap: str, client_id: str, count: int) -> None:
+async def until_committed(bridge: Bridge, client_id: str, count: int) -> None:
     """The bridge has committed this many commands of the client's partition."""
-    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    admin = AIOKafkaAdminClient(bootstrap_servers=bridge.bootstrap)
     await admin.start()
     partition = TopicPartition(keys.DELIVERIES_TOPIC, partition_of(client_id))
 
     async def committed() -> bool:
-        offsets = await admin.list_consumer_group_offsets(keys.bridge_group_id("millpond"))
+        offsets = await admin.list_consumer_group_offsets(keys.bridge_group_id(bridge.app))
         return partition in offsets and offsets[partition].offset == count
 
     try:
