@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 # How long a bridge that is asked to stop waits for Kafka to take what is left: less than `millpond down` gives it.
 STOP_TIMEOUT_S: Final = 10.0
+SIFT_INTERVAL_S: Final = 1.0  # how late it may be noticed that a command waits in vain
 
 
 def run_embedded(settings: Settings, rules: Rules) -> None:
@@ -80,8 +81,15 @@ async def _serve(settings: Settings, parts: _Parts) -> NoReturn:
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(parts.reports.run())
         tasks.create_task(parts.commander.run())
+        tasks.create_task(_sift(parts.broker))
         tasks.create_task(_tell_snapshots(settings, parts.broker))
     raise AssertionError("none of them ever returns")
+
+
+async def _sift(broker: EmbeddedBroker) -> NoReturn:
+    while True:
+        await asyncio.sleep(SIFT_INTERVAL_S)
+        broker.sift()
 
 
 async def _tell_snapshots(settings: Settings, broker: EmbeddedBroker) -> NoReturn:

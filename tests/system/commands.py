@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.partitioner import murmur2
 
@@ -146,6 +146,32 @@ def is_repeated(packet: Packet) -> bool:
 
 def ack(client: Client, packet: Packet) -> None:
     client.answer(PUBACK, delivered(packet)[3])
+
+
+async def until_dead_letters(
+    bootstrap: str, client_id: str, count: int
+) -> list[tuple[bytes | None, dict[str, bytes]]]:
+    """The value and headers of the commands of a client that nobody could read."""
+    consumer = AIOKafkaConsumer(
+        keys.DEAD_LETTERS_TOPIC, bootstrap_servers=bootstrap, auto_offset_reset="earliest"
+    )
+    await consumer.start()
+    letters: list[tuple[bytes | None, dict[str, bytes]]] = []
+
+    async def read() -> bool:
+        for records in (await consumer.getmany(timeout_ms=200)).values():
+            letters.extend(
+                (record.value, dict(record.headers))
+                for record in records
+                if record.key == client_id.encode()
+            )
+        return len(letters) >= count
+
+    try:
+        await until(read, f"{count} dead letters of {client_id!r}")
+    finally:
+        await consumer.stop()
+    return letters
 
 
 async def until_committed(bridge: Bridge, client_id: str, count: int) -> None:

@@ -9,6 +9,7 @@ import aiomqtt
 import pytest
 
 from pipeline.brokers.embedded.outgoing import DELIVERY_WINDOW
+from schemas import codec
 from schemas.events import MessageAcked, MessageDelivered, Sent, SessionSubscribed
 from tests import given
 from tests.system.bridge import Bridge, Log, running, url
@@ -25,6 +26,7 @@ from tests.system.commands import (
     reported,
     sent,
     until_acked,
+    until_dead_letters,
     until_failed,
     until_sent,
 )
@@ -398,7 +400,8 @@ async def test_a_command_that_nobody_can_read_or_report_is_a_dead_letter_and_the
     bridge: Bridge, log: Log, commands: Commands
 ) -> None:
     client = await bridge.connect("letters")
-    for lease in ("queue/1", "nobody/1/1", "queue/999/1", "queue/x/1"):
+    leases = ("queue/1", "nobody/1/1", "queue/999/1", "queue/x/1")
+    for lease in leases:
         await commands.write(a_deliver("letters", 1, lease=lease))
     await commands.write_bytes("letters", b"{")
     await commands.write_bytes("letters", None)
@@ -406,3 +409,8 @@ async def test_a_command_that_nobody_can_read_or_report_is_a_dead_letter_and_the
     assert await acknowledged(client, 1) == [2]
     await until_sent(log, "letters", 2)
     assert not failed(log, "letters")
+    letters = await until_dead_letters(bridge.bootstrap, "letters", 6)
+    values = [codec.encode(a_deliver("letters", 1, lease=lease)) for lease in leases]
+    assert [value for value, _ in letters] == [*values, b"{", None]
+    assert all(headers["agent"] == b"bridge" for _, headers in letters)
+    assert b"999" in letters[2][1]["reason"]

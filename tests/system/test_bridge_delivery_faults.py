@@ -10,9 +10,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
-from pipeline.brokers.embedded.ledger import UNFINISHED_MAX
+from pipeline.brokers.embedded.ledger import UNFINISHED_BYTES_MAX, UNFINISHED_MAX
 from pipeline.brokers.embedded.outgoing import DELIVERY_WINDOW
+from schemas import keys
 from tests import given, servers
 from tests.servers import Server
 from tests.system.bridge import Bridge, Log, make_topics, reading
@@ -38,7 +41,8 @@ RULES = (
     given.store(),
     given.a_rule(hook="session.subscribed", topic="queue/#", action="on_message_fetch_for_queue"),
 )
-HELD_BYTES_MAX = 200 * 1024 * 1024  # of memory, for as many commands as may be unfinished
+# Of memory: the commands that may be unfinished, and what they were read from.
+HELD_BYTES_MAX = 2 * UNFINISHED_BYTES_MAX
 
 
 @pytest.fixture(scope="module")
@@ -225,14 +229,16 @@ async def answer_until(client: Client, last: int) -> list[int]:
     return numbers
 
 
+@pytest.mark.parametrize(
+    ("count", "size"), [(UNFINISHED_MAX * 2, 10), (UNFINISHED_BYTES_MAX * 5 // 100_000, 100_000)]
+)
 async def test_no_more_is_read_of_a_partition_than_may_be_unfinished(
-    bridge: Bridge, log: Log, commands: Commands
+    bridge: Bridge, log: Log, commands: Commands, count: int, size: int
 ) -> None:
-    # Given a client that acknowledges nothing, and far more commands than may be unfinished
+    # Given a client that acknowledges nothing, and more commands, or larger ones, than may be unfinished
     client = await bridge.connect("hoard")
     before = psutil.Process(bridge.process.pid).memory_info().rss
-    count = UNFINISHED_MAX * 2
-    await commands.deliver("hoard", *range(count), payload="x" * 2_000)
+    await commands.deliver("hoard", *range(count), payload="x" * size)
     await next_copies(client, DELIVERY_WINDOW)
     # Then others are served meanwhile
     assert partition_of("elsewhere-2") != partition_of("hoard")
@@ -246,6 +252,41 @@ async def test_no_more_is_read_of_a_partition_than_may_be_unfinished(
     client.vanish()
     await log.until(lambda: len(failed(log, "hoard")) == count - DELIVERY_WINDOW, "all")
     await until_committed(bridge, "hoard", count)
+
+
+async def test_reports_that_kafka_refuses_for_what_is_beside_them_are_written_again(
+    bridge: Bridge, hurt_kafka: Server, log: Log, commands: Commands
+) -> None:
+    # Given a Kafka whose limit is lower than the bridge believes, and a client with copies
+    await limit_messages(bridge.bootstrap, 100_000)
+    client, publisher = await bridge.connect("beside"), await bridge.connect("beside-pub")
+    await commands.deliver("beside", *range(DELIVERY_WINDOW * 2))
+    copies = await next_copies(client, DELIVERY_WINDOW)
+    await until_sent(log, "beside", *range(DELIVERY_WINDOW))
+    # When reports are to go in one batch with a publish that it does not take
+    hurt_kafka.pause()
+    topic = next(n for n in map(str, range(99)) if partition_of(n) == partition_of("queue/beside"))
+    publisher.publish(topic, b"l" * 150_000, 1)
+    for copy in copies:
+        ack(client, copy)
+    await next_copies(client, DELIVERY_WINDOW)
+    hurt_kafka.resume()
+    # Then that is refused, and they are there in the end
+    assert await publisher.closed()
+    await until_acked(log, "beside", *range(DELIVERY_WINDOW))
+    await log.until(lambda: len(sent(log, "beside")) == DELIVERY_WINDOW * 2, "the copies as sent")
+    await until_committed(bridge, "beside", DELIVERY_WINDOW * 2)
+    assert "Kafka refused an event" in bridge.said()
+
+
+async def limit_messages(bootstrap: str, size: int) -> None:
+    """Kafka's own limit for the records of `mqtt.messages`."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await admin.start()
+    changes = {"max.message.bytes": str(size)}
+    topic = ConfigResource(ConfigResourceType.TOPIC, keys.MESSAGES_TOPIC, changes)
+    await admin.alter_configs([topic])
+    await admin.close()
 
 
 async def test_a_lone_command_is_carried_out_and_reported_at_once(

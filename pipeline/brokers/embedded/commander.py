@@ -30,7 +30,6 @@ RECORDS_MAX: Final = 500  # of one turn
 # A command that comes meanwhile is read at once; this is how soon one that finished is committed.
 POLL_TIMEOUT_MS: Final = 100
 COMMIT_INTERVAL_S: Final = 0.1
-SIFT_INTERVAL_S: Final = 1.0  # how late it may be noticed that a command waits in vain
 STOP_TIMEOUT_S: Final = 1.0  # for a last commit: what it misses is carried out again
 
 
@@ -44,7 +43,7 @@ class Commander(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka sh
         self._broker, self._deliveries, self._producer = broker, deliveries, producer
         self._settings = settings
         self._ledgers: dict[TopicPartition, Ledger] = {}
-        self._commit_at = self._sift_at = 0.0
+        self._commit_at = 0.0
 
     async def run(self) -> NoReturn:
         """Until cancelled."""
@@ -70,9 +69,6 @@ class Commander(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka sh
                 await self._carry_out(record, ledger)
         self._hold_back()
         now_s = asyncio.get_running_loop().time()
-        if now_s >= self._sift_at:
-            self._sift_at = now_s + SIFT_INTERVAL_S
-            self._broker.sift()
         if now_s >= self._commit_at:
             self._commit_at = now_s + COMMIT_INTERVAL_S
             await self._commit()

@@ -17,34 +17,30 @@ logger = logging.getLogger(__name__)
 
 Failure: TypeAlias = Literal["no_client", "stale", "bridge"]
 
-# Clients of a partition whose last command failed. What is forgotten could let one command overtake another.
+# An epoch that is forgotten could let a command overtake one that failed; agents begin a new one soon after a failure.
 EPOCHS_MAX: Final = 100_000
 
 
 class FailedEpochs:
-    """Where a command failed, those after it fail too, until the agent has begun a new epoch."""
+    """Where a command failed, those after it fail too, until the agent begins a new epoch."""
 
     def __init__(self, size_max: int = EPOCHS_MAX) -> None:
-        """The epochs used least recently go first."""
-        self._epochs: OrderedDict[tuple[str, str, int], int] = OrderedDict()
+        """The epochs asked for least recently go first."""
+        self._epochs: OrderedDict[tuple[str, str, int, int], None] = OrderedDict()
         self._size_max = size_max
 
     def add(self, client_id: str, lease: Lease, epoch: int) -> None:
         """A command failed."""
-        key = client_id, lease.agent, lease.partition
-        self._epochs[key] = epoch
+        key = client_id, lease.agent, lease.partition, epoch
+        self._epochs[key] = None
         self._epochs.move_to_end(key)
         if len(self._epochs) > self._size_max:
             self._epochs.popitem(last=False)
 
     def holds(self, client_id: str, lease: Lease, epoch: int) -> bool:
-        """Whether one failed before this one, of its epoch."""
-        key = client_id, lease.agent, lease.partition
-        failed = self._epochs.get(key)
-        if failed is None:
-            return False
-        if failed != epoch:
-            del self._epochs[key]
+        """Whether a command of this epoch failed before."""
+        key = client_id, lease.agent, lease.partition, epoch
+        if key not in self._epochs:
             return False
         self._epochs.move_to_end(key)
         return True

@@ -324,7 +324,7 @@ class Handler(BrokerProtocolHandler):
 
     def _acknowledged(self, copy: Copy | None, packet_id: int) -> None:
         if copy is None:
-            logger.info("%s acknowledges packet %d, which is not open", self.client_id, packet_id)
+            logger.debug("%s acknowledges packet %d, which is not open", self.client_id, packet_id)
         else:
             self._deliveries.acknowledged(copy, self.client_id, self.outgoing)
 

@@ -273,6 +273,7 @@ class Outgoing:
         """Let a routed message wait for the next connection."""
         self.routed.put(copy)
         self._trim()
+        self.wake()
 
     def _trim(self) -> None:
         routed = self.routed

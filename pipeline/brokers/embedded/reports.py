@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 COLLECT_S: Final = (
     0.003  # reports wait for company; an acknowledgement takes as long to reach Kafka anyway
 )
+AGAIN_S: Final = 1.0  # before what Kafka refused is entered again
 SENT_MAX: Final = 500  # copies in one record
 # Of their client and message ids: in JSON at most six times as much, and with one copy more below 1 MiB.
 SENT_BYTES_MAX: Final = 64 * 1024
@@ -82,17 +83,26 @@ class Reports:
         try:
             acknowledged = await self._recorder.enter(report.event, report.partition)
         except KafkaError as error:
+            # It is too large, and would be again: the agent takes its leases back when it has waited long enough.
             logger.error("a report cannot be written: %r", error)  # noqa: TRY400  no traceback
             _call(report.on_kept)
         else:
-            acknowledged.add_done_callback(partial(_kept, report))
+            acknowledged.add_done_callback(partial(self._answered, report))
         _call(report.on_entered)
 
+    def _answered(self, report: Report, acknowledged: asyncio.Future[Any]) -> None:
+        """Kafka refuses a whole batch for one record of it: what was beside that one is entered again."""
+        if acknowledged.cancelled():
+            return
+        if acknowledged.exception() is None:
+            _call(report.on_kept)
+        else:
+            again = report._replace(on_entered=())
+            asyncio.get_running_loop().call_later(AGAIN_S, self._enter_again, again)
 
-def _kept(report: Report, acknowledged: asyncio.Future[Any]) -> None:
-    """Kafka has it. One that it refused would be refused again: whoever gave out the lease takes it back in time."""
-    if not acknowledged.cancelled():
-        _call(report.on_kept)
+    def _enter_again(self, report: Report) -> None:
+        self._reports.append(report)
+        self._added.set()
 
 
 def _call(calls: Iterable[Call]) -> None:
