@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from typing import Final, NoReturn
+from typing import Final, NamedTuple, NoReturn
 
 import uvloop
 from aiokafka.errors import KafkaError
 
 from pipeline.brokers.embedded.broker import EmbeddedBroker
 from pipeline.brokers.embedded.commander import Commander
+from pipeline.brokers.embedded.deliveries import Deliveries
 from pipeline.brokers.embedded.recorder import Recorder
+from pipeline.brokers.embedded.reports import Reports
 from pipeline.producer import Producer
 from pipeline.reach import unreachable
 from pipeline.ready import say_ready
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 # How long a bridge that is asked to stop waits for Kafka to take what is left: less than `millpond down` gives it.
 STOP_TIMEOUT_S: Final = 10.0
+SIFT_INTERVAL_S: Final = 1.0  # how late it may be noticed that a command waits in vain
 
 
 def run_embedded(settings: Settings, rules: Rules) -> None:
@@ -41,9 +44,13 @@ async def _run_embedded(settings: Settings, rules: Rules) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     producer = Producer(settings.kafka.client_options(), settings.kafka.message_bytes_max)
     recorder = Recorder(producer, rules, settings.bridge.node, settings.kafka.partitions)
-    broker = EmbeddedBroker(settings.bridge, recorder)
+    reports = Reports(recorder)
+    deliveries = Deliveries(recorder, reports)
+    broker = EmbeddedBroker(settings.bridge, recorder, deliveries)
+    commander = Commander(settings, broker, deliveries, producer)
     # Any of its steps may wait for Kafka as long as Kafka is away, and a signal must not.
-    serving = asyncio.create_task(_serve(settings, producer, recorder, broker))
+    parts = _Parts(producer, recorder, reports, broker, commander)
+    serving = asyncio.create_task(_serve(settings, parts))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
@@ -52,23 +59,37 @@ async def _run_embedded(settings: Settings, rules: Rules) -> None:
             await serving  # it never returns: this raises what ended it
         serving.cancel()
     finally:
-        await _end(producer, recorder, broker)
+        await _end(parts)
 
 
-async def _serve(
-    settings: Settings, producer: Producer, recorder: Recorder, broker: EmbeddedBroker
-) -> NoReturn:
+class _Parts(NamedTuple):
+    producer: Producer
+    recorder: Recorder
+    reports: Reports
+    broker: EmbeddedBroker
+    commander: Commander
+
+
+async def _serve(settings: Settings, parts: _Parts) -> NoReturn:
     try:
-        await producer.start()
+        await parts.producer.start()
     except KafkaError as error:
         raise await unreachable(settings.kafka) from error
-    await broker.start()
-    await recorder.drain()
+    await parts.broker.start()
+    await parts.recorder.drain()
     say_ready("bridge embedded")
-    async with asyncio.TaskGroup() as parts:
-        parts.create_task(Commander(settings, broker, recorder, producer).run())
-        parts.create_task(_tell_snapshots(settings, broker))
-    raise AssertionError("neither ever returns")
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(parts.reports.run())
+        tasks.create_task(parts.commander.run())
+        tasks.create_task(_sift(parts.broker))
+        tasks.create_task(_tell_snapshots(settings, parts.broker))
+    raise AssertionError("none of them ever returns")
+
+
+async def _sift(broker: EmbeddedBroker) -> NoReturn:
+    while True:
+        await asyncio.sleep(SIFT_INTERVAL_S)
+        broker.sift()
 
 
 async def _tell_snapshots(settings: Settings, broker: EmbeddedBroker) -> NoReturn:
@@ -77,15 +98,16 @@ async def _tell_snapshots(settings: Settings, broker: EmbeddedBroker) -> NoRetur
         await broker.snapshot()
 
 
-async def _end(producer: Producer, recorder: Recorder, broker: EmbeddedBroker) -> None:
+async def _end(parts: _Parts) -> None:
     """Close the connections and tell of it; without Kafka no longer than `STOP_TIMEOUT_S`."""
     try:
         async with asyncio.timeout(STOP_TIMEOUT_S):
-            if broker.transitions.is_started():
-                await broker.shutdown()
-            await producer.stop()
+            if parts.broker.transitions.is_started():
+                await parts.broker.shutdown()
+            await parts.reports.flush()
+            await parts.producer.stop()
     except TimeoutError:
-        lost = len(recorder.unacknowledged)
+        lost = len(parts.recorder.unacknowledged)
         logger.warning("Kafka has not acknowledged %d events in time; not waiting longer", lost)
         for library in ("amqtt", "asyncio"):  # which would show a traceback for all that is cut off
             logging.getLogger(library).setLevel(logging.CRITICAL)

@@ -67,7 +67,7 @@ class Bridge:
         port: int | None = None, app: str = "millpond",
     ) -> None:  # fmt: skip
         directory.mkdir(parents=True, exist_ok=True)
-        self.bootstrap, self.log = bootstrap, directory / "bridge.log"
+        self.bootstrap, self.app, self.log = bootstrap, app, directory / "bridge.log"
         self.port, self.websocket_port = port or free_port(), free_port()
         self._ready = directory / "bridge.ready"
         self._clients: list[Client] = []

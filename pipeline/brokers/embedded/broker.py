@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import ssl
-from collections.abc import Coroutine
 from typing import Any, Final
 from uuid import uuid4
 
-import websockets
-import websockets.asyncio.server
-from amqtt.adapters import ReaderAdapter, WebSocketsWriter, WriterAdapter
-from amqtt.broker import Broker, Server
-from amqtt.contexts import ListenerType
+from amqtt.adapters import ReaderAdapter, WriterAdapter
+from amqtt.broker import Server
 from amqtt.errors import AMQTTError, BrokerError
 from amqtt.mqtt.constants import QOS_2
 from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
 from amqtt.session import Session
 
-from pipeline.brokers.embedded.access import AcceptEveryone
-from pipeline.brokers.embedded.handler import Handler, Payload, refused_topic
+from pipeline.brokers.embedded.deliveries import Deliveries
+from pipeline.brokers.embedded.handler import (
+    Handler,
+    Payload,
+    outgoing_of,
+    refused_topic,
+    routed_copy,
+)
+from pipeline.brokers.embedded.listening import ListeningBroker
+from pipeline.brokers.embedded.outgoing import Change, Ordered
 from pipeline.brokers.embedded.recorder import NEVER_EXPIRES_S, Recorder, now_ms
-from pipeline.brokers.embedded.wire import WebSocketReader, Writer
+from pipeline.brokers.embedded.sender import Sender
+from pipeline.brokers.embedded.wire import Writer
 from pipeline.settings import BridgeSettings
+from schemas.commands import Subscribe, Unsubscribe
 from schemas.errors import MillpondError
 from schemas.events import (
     ClientConnected,
@@ -47,9 +52,7 @@ logger = logging.getLogger(__name__)
 SUBSCRIBE_FAILURE: Final = 0x80  # [MQTT-3.9.3-2]
 CONNECT_TIMEOUT_S: Final = 10.0  # from an accepted connection to its CONNECT
 END_TIMEOUT_S: Final = 5.0  # for the connection that a newer one of the same client replaces
-FIXED_HEADER_BYTES_MAX: Final = 5
 ROUTED_MAX: Final = 1_000  # messages on their way to subscribers' connections; publishers wait
-AWAY_MAX: Final = 1_000  # messages kept for a session without a connection; the oldest go
 # What a session that goes on takes from its new connection.
 OF_THE_CONNECTION: Final = (
     "remote_address", "remote_port", "username", "keep_alive",
@@ -57,21 +60,16 @@ OF_THE_CONNECTION: Final = (
 )  # fmt: skip
 
 
-class EmbeddedBroker(Broker):
+class EmbeddedBroker(ListeningBroker):
     """Overrides amqtt where clients come, subscribe and go, and where messages are routed."""
 
-    def __init__(self, settings: BridgeSettings, recorder: Recorder) -> None:
+    def __init__(
+        self, settings: BridgeSettings, recorder: Recorder, deliveries: Deliveries
+    ) -> None:
         """`start` opens the listeners."""
-        listeners = {
-            "default": {"type": "tcp", "bind": f"{settings.host}:{settings.mqtt_port}"},
-            "websocket": {"type": "ws", "bind": f"{settings.host}:{settings.websocket_port}"},
-        }
-        plugins: dict[str, dict[str, Any]] = {
-            f"{AcceptEveryone.__module__}.{AcceptEveryone.__name__}": {}
-        }
-        super().__init__({"listeners": listeners, "plugins": plugins})
+        super().__init__(settings, recorder.packet_bytes_max)
         self._broadcast_queue = asyncio.Queue(ROUTED_MAX)
-        self._recorder = recorder
+        self._recorder, self._deliveries = recorder, deliveries
         self._opening: set[Writer] = set()  # connections without a CONNECT so far
 
     async def start(self) -> None:
@@ -124,32 +122,6 @@ class EmbeddedBroker(Broker):
         """The connections there are, and the last one of each session that goes on without."""
         return [handler for _, handler in self._sessions.values() if isinstance(handler, Handler)]
 
-    async def _create_server_instance(
-        self,
-        listener_name: str,
-        listener_type: ListenerType,
-        address: str | None,
-        port: int,
-        ssl_context: ssl.SSLContext | None,
-    ) -> asyncio.Server | websockets.asyncio.server.Server:
-        """See amqtt, where a WebSocket frame is at most 1 MiB."""
-        if listener_type is not ListenerType.WS:
-            return await super()._create_server_instance(
-                listener_name, listener_type, address, port, ssl_context
-            )
-        return await websockets.asyncio.server.serve(
-            lambda connection: self.ws_connected(connection, listener_name), address, port,
-            subprotocols=[websockets.Subprotocol("mqtt")],  # [MQTT-6.0.0-4]
-            max_size=self._recorder.packet_bytes_max + FIXED_HEADER_BYTES_MAX,
-        )  # fmt: skip
-
-    async def ws_connected(
-        self, websocket: websockets.asyncio.server.ServerConnection, listener_name: str
-    ) -> None:
-        """See amqtt."""
-        reader, writer = WebSocketReader(websocket), WebSocketsWriter(websocket)
-        await self._client_connected(listener_name, reader, writer)
-
     async def _initialize_client_session(
         self,
         reader: ReaderAdapter,
@@ -172,7 +144,7 @@ class EmbeddedBroker(Broker):
             raise AMQTTError("no valid CONNECT") from error
         finally:
             self._opening.discard(opening)
-        handler = Handler(self.plugins_manager, self._recorder, self._route)
+        handler = Handler(self.plugins_manager, self._recorder, self._deliveries, self._route)
         try:
             return handler, await self._session_for(incoming, handler)
         except TimeoutError as error:
@@ -197,10 +169,12 @@ class EmbeddedBroker(Broker):
             for name in OF_THE_CONNECTION:
                 setattr(session, name, getattr(incoming, name))
             session.parent = 1  # amqtt's word for "session present"
+            handler.outgoing = outgoing_of(session)
             self._sessions[client_id] = session, handler
             return session
         if session is not None:
             await super()._delete_session(client_id)
+        handler.outgoing = outgoing_of(incoming)
         self._sessions[client_id] = incoming, handler
         if session is not None:
             await self._recorder.client(SessionDiscarded, client_id)
@@ -232,6 +206,7 @@ class EmbeddedBroker(Broker):
         kind = SessionResumed if client_session.parent else SessionCreated
         await self._recorder.client(kind, handler.client_id)
         await self._tell_connected(client_session, handler)
+        handler.start_sending(self._sender(client_session, handler))
         try:
             await super()._client_message_loop(client_session, handler)
         finally:
@@ -240,7 +215,9 @@ class EmbeddedBroker(Broker):
     async def _connection_ended(self, session: Session, handler: Handler) -> None:
         """What becomes of the session is told after the disconnect."""
         client_id, reason = handler.client_id, handler.reason
+        await handler.stop_sending()
         handler.connected = False
+        withdrawn = self._deliveries.withdraw(handler.outgoing)
         discarded = reason == "discarded"
         if session.clean_session or discarded:
             await super()._delete_session(client_id)
@@ -253,6 +230,13 @@ class EmbeddedBroker(Broker):
             await self._recorder.client(SessionTerminated, client_id, reason=reason)
         elif reason == "takenover":
             await self._recorder.client(SessionTakenOver, client_id)
+        for change in withdrawn:
+            await self.change(change)
+
+    def _sender(self, session: Session, handler: Handler) -> Sender:
+        return Sender(
+            handler.client_id, outgoing_of(session), self._deliveries, self._recorder, self.change
+        )
 
     async def _tell_connected(self, session: Session, handler: Handler, **marks: bool) -> None:
         clean = bool(session.clean_session)
@@ -286,7 +270,7 @@ class EmbeddedBroker(Broker):
         if granted != SUBSCRIBE_FAILURE:
             await self._tell_subscribed(session, topic_filter, granted, proxied=proxied)
         if granted != SUBSCRIBE_FAILURE and proxied:
-            self.hand_over(self._publish_retained_messages_for_subscription(subscription, session))
+            await self._publish_retained_messages_for_subscription(subscription, session)
         return granted
 
     async def _tell_subscribed(
@@ -335,18 +319,36 @@ class EmbeddedBroker(Broker):
         if isinstance(handler, Handler) and handler.connected_at_ms:
             await super()._publish_retained_messages_for_subscription(subscription, session)
 
-    def session_of(self, client_id: str) -> tuple[Session | None, BrokerProtocolHandler | None]:
-        """A client's session and its last connection, if there are any."""
-        return self._sessions.get(client_id, (None, None))
+    # -- commands
 
-    async def unsubscribe(self, topic_filter: str, session: Session) -> None:
-        """End a subscription, if there is one."""
-        if self._del_subscription(topic_filter, session):
-            await self._tell_unsubscribed(session, topic_filter)
+    async def take(self, item: Ordered) -> None:
+        """A command takes its place among those of its client, or what it is for is not there."""
+        client_id = item.ticket.client_id if item.ticket else ""
+        _, handler = self._sessions.get(client_id, (None, None))
+        if isinstance(handler, Handler) and handler.connected:
+            handler.outgoing.put(item)
+        elif isinstance(item, Change):
+            await self.change(item)
+        elif item.ticket is not None:
+            self._deliveries.fail(item.ticket, "no_client")
 
-    def hand_over(self, publish: Coroutine[Any, Any, Any]) -> None:
-        """Publish to one client, while the others go on."""
-        self._tasks_queue.append(asyncio.ensure_future(publish))
+    async def change(self, change: Change) -> None:
+        """Carry out what concerns a client's subscriptions; with its session they are gone."""
+        ticket, command = change
+        session, _ = self._sessions.get(ticket.client_id, (None, None))
+        if session is not None and isinstance(command, Subscribe):
+            for subscription in command.topic_filters:
+                await self.subscribe(subscription, session, proxied=True)
+        elif session is not None and isinstance(command, Unsubscribe):
+            for topic_filter in command.topic_filters:
+                if self._del_subscription(topic_filter, session):
+                    await self._tell_unsubscribed(session, topic_filter)
+        self._recorder.when_kept(ticket.done)
+
+    def sift(self) -> None:
+        """Commands that wait for a slow client do not wait for ever."""
+        for handler in self._handlers():
+            handler.outgoing.sift(self._deliveries.good)
 
     # -- messages
 
@@ -361,19 +363,7 @@ class EmbeddedBroker(Broker):
         self, broadcast: dict[str, Any], qos: int, target_session: Session
     ) -> None:
         """Keep a message for a client that is away; amqtt keeps any number."""
-        while target_session.retained_messages.qsize() >= AWAY_MAX:
-            target_session.retained_messages.get_nowait()
-        await super()._retain_broadcast_message(broadcast, qos, target_session)
-
-    async def _publish_session_retained_messages(self, session: Session) -> None:
-        """What came while the client was away. amqtt waits for its acknowledgements before anything else, and calls
-        the messages retained ([MQTT-3.3.1-9]).
-        """
-        handler = self._get_handler(session)
-        while handler is not None and not session.retained_messages.empty():
-            message = session.retained_messages.get_nowait()
-            publish = handler.mqtt_publish(message.topic, message.data, message.qos, retain=False)
-            self.hand_over(publish)
+        outgoing_of(target_session).keep(routed_copy(broadcast["data"], qos, retain=False))
 
     async def _broadcast_message(
         self,
@@ -395,4 +385,5 @@ class EmbeddedBroker(Broker):
             )  # fmt: skip
             data = session.will_message = Payload.of(payload, event)  # which amqtt may retain
             force_qos = None  # the subscribers' own, at most the will's
-        await super()._broadcast_message(session, topic, data, force_qos)
+        if topic is None or not self._recorder.has_delivery_agent(topic):
+            await super()._broadcast_message(session, topic, data, force_qos)

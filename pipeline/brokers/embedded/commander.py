@@ -1,112 +1,178 @@
-"""Carries out on the embedded broker what `mqtt.deliveries` asks for."""
+"""Reads from `mqtt.deliveries` what the embedded broker is to do, and commits what is done."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, NoReturn
 
-from aiokafka import AIOKafkaConsumer
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import KafkaError
 
 from agents.dead_letters import headers_of
 from pipeline.brokers.embedded.broker import EmbeddedBroker
-from pipeline.brokers.embedded.handler import Handler, Payload
-from pipeline.brokers.embedded.recorder import Recorder
+from pipeline.brokers.embedded.deliveries import Deliveries
+from pipeline.brokers.embedded.ledger import Ledger
+from pipeline.brokers.embedded.outgoing import Change, Copy, Message, Ticket
 from pipeline.log import persist
 from pipeline.producer import Producer
 from pipeline.settings import Settings
 from schemas import codec, keys
-from schemas.commands import Command, Deliver, Subscribe, Unsubscribe
+from schemas.commands import Command, Deliver
 from schemas.errors import DecodeError
-from schemas.events import MessagePublished
+from schemas.leases import Lease, parse_lease
 
 logger = logging.getLogger(__name__)
 
-RECORDS_MAX: Final = 500  # of one turn: then Kafka is told how far we are
+RECORDS_MAX: Final = 500  # of one turn
+# A command that comes meanwhile is read at once; this is how soon one that finished is committed.
+POLL_TIMEOUT_MS: Final = 100
+COMMIT_INTERVAL_S: Final = 0.1
+STOP_TIMEOUT_S: Final = 1.0  # for a last commit: what it misses is carried out again
 
 
-class Commander:
-    """One per bridge. A command is committed when what came of it is in Kafka."""
+class Commander(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships no types
+    """One per bridge. A command is committed when Kafka knows what came of it; commands finish in any order."""
 
     def __init__(
-        self, settings: Settings, broker: EmbeddedBroker, recorder: Recorder, producer: Producer
+        self, settings: Settings, broker: EmbeddedBroker, deliveries: Deliveries, producer: Producer
     ) -> None:
         """`run` connects."""
-        self._broker, self._recorder, self._producer = broker, recorder, producer
-        self._consumer = AIOKafkaConsumer(
-            keys.DELIVERIES_TOPIC,
-            group_id=keys.bridge_group_id(settings.app),
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            **settings.kafka.client_options(),
-        )
+        self._broker, self._deliveries, self._producer = broker, deliveries, producer
+        self._settings = settings
+        self._ledgers: dict[TopicPartition, Ledger] = {}
+        self._commit_at = 0.0
 
     async def run(self) -> NoReturn:
         """Until cancelled."""
+        self._consumer = AIOKafkaConsumer(
+            group_id=keys.bridge_group_id(self._settings.app),
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            **self._settings.kafka.client_options(),
+        )
+        self._consumer.subscribe([keys.DELIVERIES_TOPIC], listener=self)
         await persist(self._consumer.start)
         try:
             while True:
-                fetched = await self._consumer.getmany(timeout_ms=1_000, max_records=RECORDS_MAX)
-                for records in fetched.values():
-                    for record in records:
-                        await self._carry_out(record)
-                if fetched:
-                    await self._recorder.drain()
-                    await self._commit()
+                await self._turn()
         finally:
-            await self._consumer.stop()
+            await self._stop()
+
+    async def _turn(self) -> None:
+        fetched = await self._consumer.getmany(timeout_ms=POLL_TIMEOUT_MS, max_records=RECORDS_MAX)
+        for partition, records in fetched.items():
+            ledger = self._ledgers.setdefault(partition, Ledger(records[0].offset))
+            for record in records:
+                await self._carry_out(record, ledger)
+        self._hold_back()
+        now_s = asyncio.get_running_loop().time()
+        if now_s >= self._commit_at:
+            self._commit_at = now_s + COMMIT_INTERVAL_S
+            await self._commit()
+
+    def _hold_back(self) -> None:
+        """Read no more of a partition while too much of it is unfinished."""
+        for partition in self._consumer.assignment():
+            ledger = self._ledgers.get(partition)
+            if ledger is not None and ledger.full:
+                self._consumer.pause(partition)
+            else:
+                self._consumer.resume(partition)
 
     async def _commit(self) -> None:
-        """What is not committed comes again, and changes nothing then."""
+        """What is not committed comes again, as a duplicate."""
+        assigned = self._consumer.assignment()
+        offsets = {
+            partition: offset
+            for partition, ledger in self._ledgers.items()
+            if partition in assigned and (offset := ledger.due()) is not None
+        }
+        if not offsets:
+            return
+        ledgers = {partition: self._ledgers[partition] for partition in offsets}
         try:
-            await self._consumer.commit()
+            await self._consumer.commit(offsets)
         except KafkaError as error:
             logger.warning("commands carried out are not committed yet: %r", error)
+            return
+        for partition, offset in offsets.items():
+            ledgers[partition].committed(offset)
 
-    async def _carry_out(self, record: Any) -> None:
+    async def _stop(self) -> None:
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await self._commit()
+        except TimeoutError:
+            logger.warning("the last commands are not committed: they come again")
+        await self._consumer.stop()
+
+    def on_partitions_revoked(self, revoked: Any) -> None:
+        """What is not committed is read again by whoever gets the partition."""
+        self._ledgers.clear()
+
+    def on_partitions_assigned(self, assigned: Any) -> None:
+        """Reading goes on from what was committed."""
+
+    # -- commands
+
+    async def _carry_out(self, record: Any, ledger: Ledger) -> None:
+        size = len(record.value or b"")
+        ledger.begin(record.offset, size)
+        done = partial(ledger.finish, record.offset)
         try:
             command = codec.decode_command(record.value)
+            ticket = self._ticket(command, record.timestamp, done)
         except DecodeError as error:
-            # Only agents write here: it is a newer one's, or somebody else's.
-            headers = headers_of(
-                record.topic, record.partition, record.offset, "bridge", str(error)
-            )
-            await self._producer.send(
-                keys.DEAD_LETTERS_TOPIC, record.key, record.value, None, headers
-            )
+            await self._bury(record, str(error), done)
             return
-        await self._do(command, record.timestamp)
-
-    async def _do(self, command: Command, log_ms: int) -> None:
-        broker = self._broker
-        session, handler = broker.session_of(command.client_id)
-        if session is None:
-            return  # it has gone, and so has what was wanted for it
-        now_ms = time.time_ns() // 1_000_000
-        if now_ms > log_ms + command.valid_for_s * 1000:
-            logger.info("%s: a command came too late", command.client_id)
+        if not self._deliveries.good(ticket):
             return
-        match command:
-            case Subscribe(topic_filters=filters):
-                for subscription in filters:
-                    await broker.subscribe(subscription, session, proxied=True)
-            case Unsubscribe(topic_filters=names):
-                for topic_filter in names:
-                    await broker.unsubscribe(topic_filter, session)
-            case Deliver() if isinstance(handler, Handler) and handler.connected:
-                event = _message(command, now_ms)
-                payload = Payload.of(codec.payload_bytes(event), event)
-                broker.hand_over(
-                    handler.mqtt_publish(event.topic, payload, event.qos, event.retain)
-                )
+        if not isinstance(command, Deliver):
+            await self._broker.take(Change(ticket, command))
+        elif codec.topic_name_error(command.topic) is not None:
+            self._deliveries.fail(ticket, "bridge")
+        else:
+            await self._broker.take(_copy(command, ticket))
+
+    def _ticket(self, command: Command, log_ms: int, done: Callable[[], None]) -> Ticket:
+        """The paper of a command.
+
+        Raises:
+            DecodeError: it names a lease that there cannot be.
+        """
+        valid_until_ms = log_ms + command.valid_for_s * 1000
+        if not isinstance(command, Deliver):
+            return Ticket(command.client_id, None, 0, "", valid_until_ms, done)
+        if command.expires_at is not None:
+            valid_until_ms = min(valid_until_ms, command.expires_at)
+        return Ticket(
+            command.client_id, self._lease(command.lease), command.epoch, command.message_id,
+            valid_until_ms, done,
+        )  # fmt: skip
+
+    def _lease(self, name: str) -> Lease | None:
+        if not name:
+            return None
+        lease = parse_lease(name)
+        if lease.partition >= self._settings.kafka.partitions:
+            raise DecodeError(f"the lease {name!r} names a partition that there is not")
+        return lease
+
+    async def _bury(self, record: Any, reason: str, done: Callable[[], None]) -> None:
+        """Only agents write here: it is a newer one's, or somebody else's."""
+        headers = headers_of(record.topic, record.partition, record.offset, "bridge", reason)
+        acknowledged = await self._producer.send(
+            keys.DEAD_LETTERS_TOPIC, record.key, record.value, None, headers
+        )
+        acknowledged.add_done_callback(lambda _: done())
 
 
-def _message(command: Deliver, now_ms: int) -> MessagePublished:
-    """The message to be handed over, as the broker knows messages."""
-    return MessagePublished(
-        at=now_ms, node=keys.AGENT_NODE, message_id=command.message_id, topic=command.topic,
-        qos=command.qos, retain=command.retain, client_id="", payload=command.payload,
-        payload_encoding=command.payload_encoding, published_at=now_ms,
-        expires_at=command.expires_at,
+def _copy(command: Deliver, ticket: Ticket) -> Copy:
+    message = Message(command.message_id, command.topic, None)
+    return Copy(
+        message, codec.payload_bytes(command), command.qos, command.retain, ticket,
+        repeated=command.attempt > 1,
     )  # fmt: skip

@@ -22,7 +22,10 @@ from amqtt.mqtt.subscribe import SubscribePacket
 from amqtt.mqtt.unsubscribe import UnsubscribePacket
 from amqtt.session import OutgoingApplicationMessage, Session
 
+from pipeline.brokers.embedded.deliveries import Deliveries
+from pipeline.brokers.embedded.outgoing import Copy, Message, Outgoing
 from pipeline.brokers.embedded.recorder import Recorder
+from pipeline.brokers.embedded.sender import Sender
 from pipeline.brokers.embedded.wire import Publish, Writer, read_packet
 from schemas.codec import topic_name_error
 from schemas.events import MessagePublished
@@ -33,10 +36,9 @@ logger = logging.getLogger(__name__)
 WAITING_PUBLISHES_MAX: Final = 1_000
 WAITING_BYTES_MAX: Final = 16 * 1024 * 1024
 WAITING_SUBSCRIPTIONS_MAX: Final = 100  # SUBSCRIBEs, and UNSUBSCRIBEs, of one client: the same
-# How much may be on its way to one client. One that is slower is cut off: there is no limit otherwise to what it makes
-# the broker keep. A message counts for its payload and what it costs to keep one.
+# How much of what is routed may wait for one client. One that is slower is cut off: there is no limit otherwise to what
+# it makes the broker keep. A message counts for its payload and what it costs to keep one.
 SENDING_BYTES_MAX: Final = 64 * 1024 * 1024
-SENDING_OVERHEAD_BYTES: Final = 2_048
 OPEN: Final = ""  # the reason why a connection ended that has not
 
 
@@ -51,6 +53,19 @@ class Payload(bytes):
         payload = cls(data)
         payload.event = event
         return payload
+
+
+def routed_copy(payload: Payload, qos: int, *, retain: bool) -> Copy:
+    """A message for a subscriber, at the lower QoS ([MQTT-3.8.4-6])."""
+    event = payload.event
+    message = Message(event.message_id, event.topic, event.client_id)
+    return Copy(message, payload, min(qos, event.qos), retain)
+
+
+def outgoing_of(session: Session) -> Outgoing:
+    """What a session has to get: it outlives a connection where the session does."""
+    outgoing: Outgoing = session.attributes.setdefault("outgoing", Outgoing())
+    return outgoing
 
 
 Route = Callable[[Session, Payload, bool], Awaitable[None]]
@@ -87,14 +102,17 @@ class Handler(BrokerProtocolHandler):
     have it already when the client goes.
     """
 
-    def __init__(self, plugins_manager: Any, recorder: Recorder, route: Route) -> None:
+    def __init__(
+        self, plugins_manager: Any, recorder: Recorder, deliveries: Deliveries, route: Route
+    ) -> None:
         """`attach` follows. `route` hands a message to the subscribers."""
         super().__init__(plugins_manager)
-        self._recorder, self._route = recorder, route
+        self._recorder, self._deliveries, self._route = recorder, deliveries, route
+        self.outgoing = Outgoing()  # the session's, once there is one
+        self._sending: asyncio.Task[None] | None = None
         self._gate = Gate()
         self._turn: asyncio.Future[None] | None = None  # done when the last publish was passed on
         self._publishing: set[asyncio.Task[None]] = set()
-        self._sending_bytes = 0  # on their way to this client
         self._pending_subscriptions = asyncio.Queue(WAITING_SUBSCRIPTIONS_MAX)
         self._pending_unsubscriptions = asyncio.Queue(WAITING_SUBSCRIPTIONS_MAX)
         self.client_id = self.connection_id = ""
@@ -259,29 +277,60 @@ class Handler(BrokerProtocolHandler):
         retain: bool,
         ack_timeout: int | None = None,
     ) -> OutgoingApplicationMessage:
-        """See amqtt; says what was delivered and acknowledged."""
-        event = data.event if isinstance(data, Payload) else None
-        if event is None:
-            return await super().mqtt_publish(topic, data, qos, retain, ack_timeout)
-        effective = min(qos or 0, event.qos)  # [MQTT-3.8.4-6]
-        size = len(data) + SENDING_OVERHEAD_BYTES
-        if self._sending_bytes + size > SENDING_BYTES_MAX and self.reason == OPEN:
+        """A routed message takes its place in the session's flow, which is ours; amqtt's has none that lasts."""
+        assert isinstance(data, Payload), "whatever is routed came in with an event"
+        copy = routed_copy(data, qos or 0, retain=retain)
+        waiting_bytes = self.outgoing.routed.waiting_bytes
+        if waiting_bytes + copy.size > SENDING_BYTES_MAX and self.reason == OPEN:
             logger.warning("%s reads too slowly: connection closed", self.client_id)
             self._start(self.drop("too_slow"))
-        if self.reason != OPEN:
-            return OutgoingApplicationMessage(None, topic, effective, data, retain)
-        self._sending_bytes += size
+        if self.reason == OPEN:
+            self.outgoing.put(copy)
+        else:
+            self.outgoing.keep(copy)  # a session that goes on gets it later
+        return OutgoingApplicationMessage(None, topic, copy.qos, data, retain)
+
+    async def _retry_deliveries(self) -> None:
+        """Nothing is in amqtt's own flow: see `start_sending`."""
+
+    def start_sending(self, sender: Sender) -> None:
+        """From here on the session's copies go over this connection."""
+        self._sending = asyncio.create_task(self._send_copies(sender))
+
+    async def _send_copies(self, sender: Sender) -> None:
+        assert self.writer is not None, "attach() comes first"
         try:
-            await self._recorder.delivered(event, self.client_id, effective)
-            message = await super().mqtt_publish(topic, data, effective, retain, ack_timeout)
-        except TimeoutError:  # amqtt waits for 5 s
-            logger.warning("%s has not acknowledged a message of %r", self.client_id, topic)
-            return OutgoingApplicationMessage(None, topic, effective, data, retain)
-        finally:
-            self._sending_bytes -= size
-        if effective:
-            await self._recorder.acked(event, self.client_id, effective)
-        return message
+            await sender.run(self.writer, self._write_lock, lambda: self.reason == OPEN)
+        except OSError:
+            self._over("closed")
+            await self.handle_connection_closed()
+        except Exception:
+            logger.exception("%s: nothing more can be sent over this connection", self.client_id)
+            await self.drop("bridge_error")
+
+    async def stop_sending(self) -> None:
+        """Nothing more is sent over this connection."""
+        if self._sending is not None:
+            self._sending.cancel()
+            await asyncio.wait((self._sending,))
+
+    async def handle_puback(self, puback: PubackPacket) -> None:
+        """A copy is acknowledged, however late."""
+        self._acknowledged(self.outgoing.puback(puback.packet_id), puback.packet_id)
+
+    async def handle_pubrec(self, pubrec: PubrecPacket) -> None:
+        """The same at QoS 2; it is answered in its turn."""
+        self._acknowledged(self.outgoing.pubrec(pubrec.packet_id), pubrec.packet_id)
+
+    def _acknowledged(self, copy: Copy | None, packet_id: int) -> None:
+        if copy is None:
+            logger.debug("%s acknowledges packet %d, which is not open", self.client_id, packet_id)
+        else:
+            self._deliveries.acknowledged(copy, self.client_id, self.outgoing)
+
+    async def handle_pubcomp(self, pubcomp: PubcompPacket) -> None:
+        """The end of a packet id at QoS 2."""
+        self.outgoing.pubcomp(pubcomp.packet_id)
 
     async def _send(self, packet: PubackPacket | PubrecPacket | PubcompPacket) -> None:
         if not self.ended.is_set():

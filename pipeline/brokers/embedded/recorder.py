@@ -6,15 +6,20 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from pipeline.brokers.embedded.message_id import MessageIds
+from pipeline.brokers.embedded.outgoing import Message
 from pipeline.producer import Producer
 from schemas import codec, keys
 from schemas.events import (
     TEXT_BYTES_MAX,
     ClientConnected,
     ClientDisconnected,
+    DeliveriesSent,
+    DeliveryFailed,
     Event,
     MessageAcked,
     MessageDelivered,
@@ -46,6 +51,7 @@ ClientEvent = (
     | type[SessionSubscribed] | type[SessionUnsubscribed] | type[SessionTerminated]
     | type[SessionDiscarded] | type[SessionTakenOver] | type[ClientConnected]
 )  # fmt: skip
+MessageEvent = MessageDelivered | MessageAcked | DeliveriesSent | DeliveryFailed
 NodeEvent = type[NodeStarted] | type[NodeStopped] | type[NodeSyncStarted] | type[NodeSyncCompleted]
 
 
@@ -64,8 +70,10 @@ class Recorder:
         self._ids = MessageIds(node, os.getpid())
         self._entering = asyncio.Lock()
         self._wanted: dict[tuple[Hook, str], bool] = {}
+        self._owned: dict[str, bool] = {}
         # A larger packet cannot become a record: what a payload is in JSON is never shorter.
         self.packet_bytes_max = producer.message_bytes_max + 2 + TEXT_BYTES_MAX + 2
+        self._waiting: set[asyncio.Task[None]] = set()
         self.unacknowledged: set[asyncio.Future[Any]] = set()
 
     # -- publishes
@@ -93,28 +101,25 @@ class Recorder:
         )  # fmt: skip
         return event, await self._enter(keys.MESSAGES_TOPIC, event)
 
-    async def delivered(self, published: MessagePublished, client_id: str, qos: int) -> None:
+    async def delivered(self, message: Message, client_id: str, qos: int) -> None:
         """The broker is about to hand a message to a client."""
-        if self._wants("message.delivered", published.topic):
-            await self._message(MessageDelivered, published, client_id, qos)
+        if self._wants("message.delivered", message.topic):
+            event = MessageDelivered(
+                at=now_ms(), node=self.node, message_id=message.message_id, topic=message.topic,
+                client_id=client_id, from_client_id=message.from_client_id, qos=qos,
+            )  # fmt: skip
+            await self.enter(event)
 
-    async def acked(self, published: MessagePublished, client_id: str, qos: int) -> None:
-        """A client acknowledged a message."""
-        if self._wants("message.acked", published.topic):
-            await self._message(MessageAcked, published, client_id, qos)
-
-    async def _message(
-        self,
-        kind: type[MessageDelivered | MessageAcked],
-        published: MessagePublished,
-        client_id: str,
-        qos: int,
-    ) -> None:
-        event = kind(
-            at=now_ms(), node=self.node, message_id=published.message_id, topic=published.topic,
-            client_id=client_id, from_client_id=published.client_id, qos=qos,
+    def acknowledgement(
+        self, message: Message, client_id: str, qos: int, *, leased: bool
+    ) -> MessageAcked | None:
+        """A client acknowledged a message: the event, to be entered, if anybody wants it."""
+        if not leased and not self._wants("message.acked", message.topic):
+            return None
+        return MessageAcked(
+            at=now_ms(), node=self.node, message_id=message.message_id, topic=message.topic,
+            client_id=client_id, from_client_id=message.from_client_id, qos=qos,
         )  # fmt: skip
-        await self._enter(keys.MESSAGES_TOPIC, event)
 
     def _wants(self, hook: Hook, topic: str) -> bool:
         """Whether a rule, or the topic's delivery agent, needs this event."""
@@ -122,8 +127,17 @@ class Recorder:
         if known is None:
             if len(self._wanted) >= TOPICS_REMEMBERED_MAX:
                 self._wanted.clear()
-            owned = hook == "message.acked" and self._rules.owner(topic) != "messages"
+            owned = hook == "message.acked" and self.has_delivery_agent(topic)
             known = self._wanted[hook, topic] = owned or bool(self._rules.matching(hook, topic))
+        return known
+
+    def has_delivery_agent(self, topic: str) -> bool:
+        """Whether an agent has the topic's messages delivered: then the broker does not route them."""
+        known = self._owned.get(topic)
+        if known is None:
+            if len(self._owned) >= TOPICS_REMEMBERED_MAX:
+                self._owned.clear()
+            known = self._owned[topic] = self._rules.owner(topic) != "messages"
         return known
 
     def looks_up_retained(self, topic_filter: str) -> bool:
@@ -146,6 +160,14 @@ class Recorder:
 
     # -- into Kafka
 
+    async def enter(self, event: MessageEvent, partition: int | None = None) -> asyncio.Future[Any]:
+        """Something became of a message; the future is done when Kafka has it.
+
+        Raises:
+            MessageSizeTooLargeError: it is larger than one record may be.
+        """
+        return await self._enter(keys.MESSAGES_TOPIC, event, partition)
+
     async def _enter(
         self, topic: str, event: Event, partition: int | None = None
     ) -> asyncio.Future[Any]:
@@ -160,6 +182,17 @@ class Recorder:
         """Wait until Kafka has acknowledged everything entered so far."""
         if self.unacknowledged:
             await asyncio.wait(set(self.unacknowledged))
+
+    def when_kept(self, call: Callable[[], None]) -> None:
+        """Call when Kafka has acknowledged everything entered so far."""
+        waiting = asyncio.create_task(self.drain())
+        self._waiting.add(waiting)
+        waiting.add_done_callback(partial(self._kept, call))
+
+    def _kept(self, call: Callable[[], None], waited: asyncio.Task[None]) -> None:
+        self._waiting.discard(waited)
+        if not waited.cancelled():
+            call()
 
     def _done(self, acknowledged: asyncio.Future[Any]) -> None:
         self.unacknowledged.discard(acknowledged)

@@ -78,6 +78,24 @@ def _publish(flags: int, body: bytes) -> Publish:
     return Publish(topic, body[end:], qos, bool(flags & 1), packet_id)
 
 
+def publish_packet(
+    topic: str, payload: bytes, qos: int, packet_id: int, *, retain: bool, repeated: bool
+) -> bytes:
+    """A PUBLISH; at QoS 0 without its packet id ([MQTT-2.3.1-5])."""
+    name = topic.encode()
+    header = len(name).to_bytes(2, "big") + name
+    if qos:
+        header += packet_id.to_bytes(2, "big")
+    flags = repeated << 3 | qos << 1 | retain
+    fixed = MQTTFixedHeader(PUBLISH, flags, len(header) + len(payload)).to_bytes()
+    return b"".join((fixed, header, payload))
+
+
+def pubrel_packet(packet_id: int) -> bytes:
+    """A PUBREL ([MQTT-3.6.1-1])."""
+    return b"\x62\x02" + packet_id.to_bytes(2, "big")
+
+
 class WebSocketReader(WebSocketsReader):
     """amqtt's goes on with the last frame, again and again, when the connection ends in the middle of a packet."""
 

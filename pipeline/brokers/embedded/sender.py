@@ -1,0 +1,102 @@
+"""Writes what a session has to get to its client's connection, one copy after the other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from amqtt.adapters import WriterAdapter
+
+from pipeline.brokers.embedded.deliveries import Deliveries
+from pipeline.brokers.embedded.outgoing import Change, Copy, Ordered, Outgoing, Release, Step
+from pipeline.brokers.embedded.recorder import Recorder, now_ms
+from pipeline.brokers.embedded.wire import pubrel_packet
+
+
+class Sender:
+    """One per connection. No more than the socket takes, and one copy, is ever written ahead."""
+
+    def __init__(
+        self,
+        client_id: str,
+        outgoing: Outgoing,
+        deliveries: Deliveries,
+        recorder: Recorder,
+        change: Callable[[Change], Awaitable[None]],
+    ) -> None:
+        """`change` carries out what concerns subscriptions."""
+        self._client_id, self._outgoing = client_id, outgoing
+        self._deliveries, self._recorder, self._change = deliveries, recorder, change
+        self._in_hand: Ordered | None = None  # what had its turn, and is not written
+
+    async def run(
+        self, writer: WriterAdapter, write_lock: asyncio.Lock, is_open: Callable[[], bool]
+    ) -> None:
+        """Until the connection ends or this is cancelled: what has not had its turn by then is in `outgoing` still.
+
+        Raises:
+            OSError: the client is gone.
+        """
+        self._writer, self._write_lock, self._is_open = writer, write_lock, is_open
+        more = asyncio.Event()
+        self._outgoing.wake = more.set
+        self._outgoing.resume()
+        try:
+            while is_open():
+                more.clear()
+                step = self._outgoing.next(now_ms())
+                if step is None:
+                    await more.wait()
+                else:
+                    await self._do(step)
+        finally:
+            if self._in_hand is not None:
+                self._outgoing.put_back(self._in_hand)
+
+    async def _do(self, step: Step) -> None:
+        match step:
+            case Release(packet_id):
+                await self._write(lambda: self._writer.write(pubrel_packet(packet_id)))
+            case Change():
+                self._in_hand = step
+                if self._deliveries.good(step.ticket):
+                    await self._change(step)
+                self._in_hand = None
+            case Copy() if step.packet_id:
+                await self._write(partial(self._write_again, step))
+            case Copy():
+                self._in_hand = step
+                if self._still_good(step):
+                    await self._recorder.delivered(step.message, self._client_id, step.qos)
+                    await self._write(partial(self._write_first, step))
+
+    async def _write(self, write: Callable[[], None]) -> None:
+        """The answers of amqtt are written to the same connection. When it has the lock, it may be over."""
+        async with self._write_lock:
+            if self._is_open():
+                write()
+                await self._writer.drain()
+
+    def _write_again(self, copy: Copy) -> None:
+        if self._outgoing.is_open(copy):
+            self._writer.write(copy.packet())
+
+    def _write_first(self, copy: Copy) -> None:
+        """Once written it counts as sent: its acknowledgement may come before `drain` returns."""
+        if not self._still_good(copy):
+            return
+        self._outgoing.launch(copy)
+        try:
+            self._writer.write(copy.packet())
+        except OSError:
+            self._outgoing.recall(copy)
+            raise
+        self._in_hand = None
+        self._deliveries.sent(copy)
+
+    def _still_good(self, copy: Copy) -> bool:
+        good = copy.ticket is None or self._deliveries.good(copy.ticket)
+        if not good:
+            self._in_hand = None
+        return good
