@@ -20,9 +20,9 @@ from msgspec import Struct
 from schemas.commands import Subscribe, Unsubscribe
 from schemas.events import MessagePublished, SubscriberJoined, SubscriberLeft
 
-# The tables of packed states that a partition has: retained messages or clients; what delivery knows of topics, members
-# and subscribers; dead letters.
-Table: TypeAlias = Literal["states", "windows", "members", "dead"]
+# The tables of packed states that a partition has: retained messages or clients; what is being handed out, and to whom;
+# dead letters; what pubsub knows of topics and subscribers.
+Table: TypeAlias = Literal["states", "windows", "members", "dead", "logs", "subscribers"]
 
 # The source of an effect that no single record asked for (expiry, cleaning up after a refusal).
 NO_SOURCE = -1
@@ -171,6 +171,16 @@ class SetPresence(Struct, frozen=True, gc=False):
     node: str | None
 
 
+class ShowOffset(Struct, frozen=True, gc=False):
+    """Show the last message id of a subscriber's read offset; None if it has none (any more)."""
+
+    stage: ClassVar[Stage] = Stage.REMOVE
+    offset: int
+    subscriber: str
+    topic: str
+    message_id: str | None
+
+
 class RunCommand(Struct, frozen=True, gc=False):
     """A command of the user's own, substituted and checked."""
 
@@ -259,6 +269,7 @@ Effect: TypeAlias = (
     | DropBody
     | SpareBody
     | SetPresence
+    | ShowOffset
     | RunCommand
 )
 """What a store carries out."""
@@ -269,7 +280,7 @@ Output: TypeAlias = (
 """What is produced to Kafka once the store has the effects; kept in the journal until then."""
 
 RefusedPart: TypeAlias = Literal[
-    "body", "index", "retained", "receipt", "presence", "command", "removal"
+    "body", "index", "retained", "receipt", "presence", "read offset", "command", "removal"
 ]
 
 

@@ -188,7 +188,8 @@ class SubscriberJoined(Base, frozen=True, kw_only=True, tag="subscriber.joined")
     `topic_filter` is the client's own, with `$share/{group}/` if it has one. `session` names the session: the
     offset, in the client's partition of mqtt.clients, of the connect that created it. `source_offset` is that of
     the event which this follows from; of two records about one client and filter the higher one holds.
-    `broker_delivers` as in `SessionSubscribed`.
+    `broker_delivers` as in `SessionSubscribed`. `subscribed_at` is the log's time at the subscription itself: nothing
+    published after its SUBACK is older.
     """
 
     client_id: Text
@@ -197,6 +198,7 @@ class SubscriberJoined(Base, frozen=True, kw_only=True, tag="subscriber.joined")
     session: Offset
     source_offset: Offset
     broker_delivers: bool = False
+    subscribed_at: TimeMs = 0
 
 
 class SubscriberLeft(Base, frozen=True, kw_only=True, tag="subscriber.left"):
@@ -254,6 +256,18 @@ class OperatorDrop(Base, frozen=True, kw_only=True, tag="operator.drop"):
     message_id: MessageId
 
 
+class OperatorRewind(Base, frozen=True, kw_only=True, tag="operator.rewind"):
+    """Have one subscriber of a pubsub topic read on behind a place in the log: a score of the topic's index.
+
+    `message_id` is what its read offset shows from then on: the last message that is not behind that place, if any.
+    """
+
+    topic: Topic
+    subscriber: Text
+    after: Annotated[int, Meta(ge=0)]
+    message_id: MessageId | None = None
+
+
 class RulesChanged(Base, frozen=True, kw_only=True, tag="rules.changed"):
     """From this record on, `agent` folds its partition by `rules` (canonical JSON of the rule set)."""
 
@@ -273,6 +287,6 @@ Event: TypeAlias = (
     | SessionUnsubscribed | SessionTerminated | SessionDiscarded | SessionTakenOver
     | ControlSubscribe | ControlUnsubscribe | NodeStarted | NodeStopped | NodeSyncStarted | NodeSyncCompleted | MessagePublished | MessageDelivered
     | MessageAcked | SubscriberJoined | SubscriberLeft | DeliveriesSent | DeliveryFailed
-    | OperatorRequeue | OperatorDrop | RulesChanged | Tick
+    | OperatorRequeue | OperatorDrop | OperatorRewind | RulesChanged | Tick
 )
 # fmt: on

@@ -44,6 +44,7 @@ from schemas.events import (
     NodeSyncStarted,
     OperatorDrop,
     OperatorRequeue,
+    OperatorRewind,
     RulesChanged,
     SubscriberJoined,
     SubscriberLeft,
@@ -106,7 +107,7 @@ def record_key(event: Event) -> str:
     """The Kafka key of an event's record: it decides the partition, and so what the event is ordered with."""
     if type(event) is MessagePublished or isinstance(event, MessageAcked | MessageDelivered):
         return event.topic  # the type is compared first because nearly every record is a publish
-    if isinstance(event, OperatorRequeue | OperatorDrop):
+    if isinstance(event, OperatorRequeue | OperatorDrop | OperatorRewind):
         return event.topic
     if isinstance(event, RulesChanged | Tick | DeliveriesSent | DeliveryFailed):
         return agent_record_key(event.agent)
@@ -137,6 +138,11 @@ def retained(topic: str) -> str:
 def subscriptions(client_id: str) -> str:
     """The hash of what the database subscribes a client to."""
     return f"mqtt:sub:{client_id}"
+
+
+def read_offset(subscriber: str, topic: str) -> str:
+    """The last message id of a subscriber's read offset."""
+    return f"mqtt:acked:{subscriber}:{topic}"
 
 
 def presence(client_id: str) -> str:

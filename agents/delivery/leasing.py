@@ -70,6 +70,10 @@ class Leasing(ABC, Generic[W]):
         self._counters = Counters()
         self._windows = windows
 
+    def window(self, offset: int, key: str) -> W:
+        """A window that the record at `offset` changes."""
+        return self._windows.touch(offset, key)
+
     # -- what the agent says of its windows ---------------------------------------------------------------
 
     @abstractmethod
@@ -81,20 +85,16 @@ class Leasing(ABC, Generic[W]):
         """The members that share a window."""
 
     @abstractmethod
-    def something_waits(self, window: W) -> bool:
+    def something_waits(self, key: str, window: W) -> bool:
         """Whether anything is to be handed out."""
 
     @abstractmethod
-    def acknowledged(self, offset: int, key: str, message_id: str) -> Done:
+    def acknowledged(self, offset: int, key: str, message_id: str, score: int) -> Done:
         """A message of a window is done with, and no longer leased."""
 
     @abstractmethod
     def given_up(self, offset: int, key: str, waiting: Waiting, reason: str, now_ms: int) -> Done:
         """A message of a window is a dead letter, and no longer leased."""
-
-    @abstractmethod
-    def gone(self, offset: int, key: str, message_id: str) -> Done:
-        """The body of a message is gone, which is no longer leased."""
 
     @abstractmethod
     def last_of(self, key: str) -> int:
@@ -114,7 +114,7 @@ class Leasing(ABC, Generic[W]):
     def dispatch(self, offset: int, key: str, now_ms: int) -> Done:
         """Hand out what a window has to those who have room, in turn."""
         done: Done = []
-        window, delivery = self._windows.touch(offset, key), self.delivery(key)
+        window, delivery = self.window(offset, key), self.delivery(key)
         reaches = self.reaching(key) if delivery is not None else []
         while reaches and delivery is not None and (waiting := window.next()) is not None:
             reach = in_turn(reaches, window.turn, waiting, delivery.max_inflight)
@@ -166,7 +166,7 @@ class Leasing(ABC, Generic[W]):
 
     def note_waiting(self, key: str, window: W) -> Done:
         """Keep the index of windows that wait."""
-        waits = self.something_waits(window)
+        waits = self.something_waits(key, window)
         if waits == window.waits:
             return []
         window.waits = waits
@@ -202,7 +202,7 @@ class Leasing(ABC, Generic[W]):
 
     def give_back(self, offset: int, key: str, message_id: str, now_ms: int) -> Done:
         """A lease ended without an ack. What was delivered too often is dead; what is stored no more ends with it."""
-        window, delivery = self._windows.touch(offset, key), self.delivery(key)
+        window, delivery = self.window(offset, key), self.delivery(key)
         lease = window.leases[message_id]
         done = self.release(lease)
         if not lease.stored:
@@ -260,7 +260,7 @@ class Leasing(ABC, Generic[W]):
                 continue
             key, lease = found
             delivery = self.delivery(key)
-            window = self._windows.touch(offset, key)
+            window = self.window(offset, key)
             lease.sent = True
             lease.deliveries += 1
             lease.holders = _with_holder(lease.holders, report.client_id, report.alias)
@@ -283,12 +283,12 @@ class Leasing(ABC, Generic[W]):
 
     def acked(self, offset: int, key: str, message_id: str, now_ms: int) -> Done:
         """A leased message is acknowledged: it is done with, and its member has room."""
-        window = self._windows.touch(offset, key)
+        window = self.window(offset, key)
         lease = window.leases[message_id]
         done = self.release(lease)
         window.remove(message_id)
         if lease.stored:
-            done += self.acknowledged(offset, key, message_id)
+            done += self.acknowledged(offset, key, message_id, lease.score)
         return [*done, *self.freed(offset, key, (lease.member,), now_ms)]
 
     def failed(self, offset: int, event: DeliveryFailed, now_ms: int) -> Done:
@@ -298,11 +298,11 @@ class Leasing(ABC, Generic[W]):
             return []
         key, lease = found
         if event.reason == "gone":
-            window = self._windows.touch(offset, key)
+            window = self.window(offset, key)
             done = self.release(lease)
             window.remove(event.message_id)
             if lease.stored:
-                done += self.gone(offset, key, event.message_id)
+                done += self.acknowledged(offset, key, event.message_id, lease.score)
             return [*done, *self.freed(offset, key, (lease.member,), now_ms)]
         done = self.give_back(offset, key, event.message_id, now_ms)
         member = self._members.by_name[lease.member]
@@ -339,7 +339,7 @@ class Leasing(ABC, Generic[W]):
 
     def overdue_leases(self, offset: int, key: str, now_ms: int) -> Done:
         """The leases of a window whose time is over return; then it is looked at again when the next one's is."""
-        window = self._windows.touch(offset, key)
+        window = self.window(offset, key)
         window.due = None
         done: Done = []
         overdue = [(each, lease) for each, lease in window.leases.items() if lease.until <= now_ms]

@@ -83,7 +83,7 @@ class Membership(Leasing[W]):
         done: Done = [self._due.falls_due(due_member(MEMBER, name), member.forget_at)]
         keys = dict.fromkeys(member.leases.values())
         for key in keys:
-            window = self._windows.touch(offset, key)
+            window = self.window(offset, key)
             theirs = [
                 (each, lease) for each, lease in window.leases.items() if lease.member == name
             ]

@@ -183,7 +183,7 @@ class Rounds(Membership[W]):
         return last, done
 
     def _hand_one(self, done: Done, offset: int, name: str, key: str, now_ms: int) -> bool:
-        delivery, waiting = self.delivery(key), self._windows.touch(offset, key).next()
+        delivery, waiting = self.delivery(key), self.window(offset, key).next()
         reach = self._reach(name, key)
         if delivery is None or waiting is None or reach is None or self.pauses():
             return False

@@ -84,7 +84,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         """See `Leasing`."""
         return self._windows[key].last
 
-    def something_waits(self, window: QueueWindow) -> bool:
+    def something_waits(self, key: str, window: QueueWindow) -> bool:
         """See `Leasing`."""
         return window.ready > 0
 
@@ -139,7 +139,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
 
     def _append(self, offset: int, topic: str, message_id: str, score: int, now_ms: int) -> Done:
         """A stored message is the topic's newest; the oldest go if there are too many."""
-        window, delivery = self._windows.touch(offset, topic), self.delivery(topic)
+        window, delivery = self.window(offset, topic), self.delivery(topic)
         window.first(score)
         known = window.complete() and len(window.ahead) < AHEAD_MAX
         limit = None if delivery is None else delivery.max_length
@@ -169,7 +169,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
 
     def _pass_on(self, offset: int, event: MessagePublished, score: int) -> Done:
         """QoS 0, not stored: to one member, once, and nobody waits for an ack."""
-        window, delivery = self._windows.touch(offset, event.topic), self.delivery(event.topic)
+        window, delivery = self.window(offset, event.topic), self.delivery(event.topic)
         reaches = self.reaching(event.topic)
         if delivery is None or not reaches or self.pauses():
             return []
@@ -189,7 +189,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
     def acked_by_client(self, offset: int, event: MessageAcked, now_ms: int) -> Done:
         """See the head of this file. Where the broker delivers, any of its clients' acks is the first one."""
         topic, client_id = event.topic, event.client_id
-        window = self._windows.touch(offset, topic)
+        window = self.window(offset, topic)
         message_id = window.known_as(event.message_id)
         trusted = self._served_by_broker(topic, client_id)
         lease = window.leases.get(message_id)
@@ -213,7 +213,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
             reach.newest is not None for reach in self.reaching(topic) if reach.name in names
         )
 
-    def acknowledged(self, offset: int, key: str, message_id: str) -> Done:
+    def acknowledged(self, offset: int, key: str, message_id: str, score: int) -> Done:
         """See `Leasing`: the ack deletes."""
         self._windows[key].length -= 1
         return [*self._keeper.unindex(offset, key, (message_id,))]
@@ -243,10 +243,6 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         self._places[topic, message_id] = None
         window.length -= 1
         return [*self._keeper.unindex(offset, topic, (message_id,))]
-
-    def gone(self, offset: int, key: str, message_id: str) -> Done:
-        """See `Leasing`."""
-        return self.acknowledged(offset, key, message_id)
 
     def given_up(self, offset: int, key: str, waiting: Waiting, reason: str, now_ms: int) -> Done:
         """See `Leasing`: the message leaves the queue, and is kept as dead."""
@@ -289,7 +285,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
             done += self._keeper.expire(key, message_id)
         else:
             done = self._sweep_index(key, now_ms)
-        self._windows.touch(offset, key)
+        self.window(offset, key)
         return [*done, *self.dispatch(offset, key, now_ms)]
 
     def _sweep_index(self, topic: str, now_ms: int) -> Done:
@@ -359,7 +355,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         """A foreign key was in the way of a message: it is not stored, and the queue has it no longer."""
         if isinstance(event, MessagePublished) and refusal.part in ("body", "index"):
             topic, message_id = event.topic, event.message_id
-            window = self._windows.touch(refusal.offset, topic)
+            window = self.window(refusal.offset, topic)
             known = message_id in window.ahead or window.returned_as(message_id) is not None
             lease = window.leases.get(message_id)
             if known or (lease is not None and lease.stored):

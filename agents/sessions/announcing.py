@@ -40,7 +40,7 @@ def announcements(
             joined = SubscriberJoined(
                 at=at, node=AGENT_NODE, client_id=client_id, topic_filter=topic_filter,
                 qos=member.qos, session=member.session, source_offset=offset,
-                broker_delivers=member.broker_delivers,
+                broker_delivers=member.broker_delivers, subscribed_at=member.subscribed_at,
             )  # fmt: skip
             said.append(Announce(offset, joined))
     return said

@@ -170,7 +170,7 @@ class SessionsMachine:
             case events.ControlSubscribe() | events.ControlUnsubscribe():
                 return [controlled(offset, event)]
             case _:
-                return self._client_event(offset, event)
+                return self._client_event(offset, event, now_ms)
         return ()
 
     def finish(self) -> Sequence[Effect]:
@@ -193,7 +193,7 @@ class SessionsMachine:
 
     # -- a client's events ------------------------------------------------------------------------------
 
-    def _client_event(self, offset: int, event: Event) -> Sequence[Effect | Output]:
+    def _client_event(self, offset: int, event: Event, now_ms: int) -> Sequence[Effect | Output]:
         client_id = client_of(event)
         if client_id is None:
             return ()  # another agent's concern
@@ -218,7 +218,7 @@ class SessionsMachine:
             case events.SessionResumed(node=node):
                 after.resumed(node, offset)
             case events.SessionSubscribed():
-                done += self._subscribed(after, offset, event)
+                done += self._subscribed(after, offset, event, now_ms)
             case events.SessionUnsubscribed():
                 if after.unsubscribed(event.topic_filter):
                     done += self._rules.hooked("session.unsubscribed", offset, event)
@@ -230,7 +230,7 @@ class SessionsMachine:
         return [*self._change(change, after, again=anew), *done]
 
     def _subscribed(
-        self, state: ClientState, offset: int, event: events.SessionSubscribed
+        self, state: ClientState, offset: int, event: events.SessionSubscribed, now_ms: int
     ) -> Sequence[Effect | Output]:
         """A filter is held. What a snapshot tells once more is not the client's own SUBSCRIBE."""
         error = filter_error(event.topic_filter)
@@ -238,7 +238,7 @@ class SessionsMachine:
             raise DecodeError(error)
         if event.told_again and state.full(event.topic_filter):
             return ()
-        news = state.subscribed(event, offset)
+        news = state.subscribed(event, offset, now_ms)
         if news or not event.told_again:
             return self._rules.hooked("session.subscribed", offset, event, news=news)
         return ()

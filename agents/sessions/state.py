@@ -15,13 +15,16 @@ from schemas.events import SessionSubscribed
 
 
 class Subscription(Struct, frozen=True, array_like=True):
-    """A filter that a session holds: since which offset, and at which one it was last shown."""
+    """A filter that a session holds: since which offset, and at which one it was last shown; `at` is the log's time of
+    the former.
+    """
 
     qos: int
     since: int
     seen: int
     proxied: bool
     broker_delivers: bool = False
+    at: int = 0
 
 
 class Session(Struct, frozen=True, array_like=True):
@@ -42,6 +45,7 @@ class Member(Struct, frozen=True, array_like=True):
     session: int
     qos: int
     broker_delivers: bool = False
+    subscribed_at: int = 0
 
 
 class ClientState(Struct, array_like=True):
@@ -117,7 +121,7 @@ class ClientState(Struct, array_like=True):
             len(self.subscriptions) >= SUBSCRIPTIONS_MAX
         )
 
-    def subscribed(self, event: SessionSubscribed, seen: int) -> bool:
+    def subscribed(self, event: SessionSubscribed, seen: int, now_ms: int) -> bool:
         """A filter is held, or told of again; whether that is news.
 
         Raises:
@@ -134,6 +138,7 @@ class ClientState(Struct, array_like=True):
             seen,
             event.proxied or (known is not None and known.proxied),
             event.broker_delivers,
+            now_ms if known is None else known.at,
         )
         return known is None or known.qos != event.qos
 
@@ -188,7 +193,7 @@ class ClientState(Struct, array_like=True):
         if presence is None or not presence.online:
             return {}
         return {
-            topic_filter: Member(session.id, held.qos, held.broker_delivers)
+            topic_filter: Member(session.id, held.qos, held.broker_delivers, held.at)
             for topic_filter, held in self.subscriptions.items()
             if delivered(topic_filter)
         }

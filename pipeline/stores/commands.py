@@ -17,6 +17,7 @@ from agents.effects import (
     Retain,
     RunCommand,
     SetPresence,
+    ShowOffset,
     StoreMessage,
 )
 from pipeline.stores.wire import Argument, Command, pack
@@ -30,6 +31,7 @@ _PART: Final[dict[type[Any], RefusedPart]] = {
     Retain: "retained",
     KeepReceipt: "receipt",
     SetPresence: "presence",
+    ShowOffset: "read offset",
     RunCommand: "command",
 }
 

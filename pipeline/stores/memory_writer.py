@@ -23,6 +23,7 @@ from agents.effects import (
     SetPresence,
     SetRules,
     SetState,
+    ShowOffset,
     SpareBody,
     Stage,
     StoreMessage,
@@ -128,6 +129,9 @@ class Writer:
                 self._server.expires_at.pop(keys.message_body(message_id), None)
             case SetPresence():
                 self._presence(effect)
+            case ShowOffset(offset, subscriber, topic, message_id):
+                name = keys.read_offset(subscriber, topic)
+                self._part(offset, "read offset", partial(self._show, name, message_id))
             case RunCommand(offset, arguments):
                 self._part(offset, "command", lambda: self._run(*arguments))
 
@@ -179,6 +183,12 @@ class Writer:
             if node is not None:
                 name, field = keys.node(node), {client_id: at}
                 self._part(effect.offset, "presence", partial(self._set, name, field))
+
+    def _show(self, name: str, message_id: str | None) -> None:
+        if message_id is not None:
+            self._server.keep(name, message_id.encode())
+        elif self._server.text(name) is not None:
+            self._server.remove(name)
 
     def _set(self, name: str, fields: Mapping[str, bytes | None]) -> None:
         """Set fields of a hash; None removes one."""

@@ -24,6 +24,7 @@ from agents.effects import (
     SetPresence,
     SetRules,
     SetState,
+    ShowOffset,
     SpareBody,
     StoreMessage,
     Unindex,
@@ -249,6 +250,15 @@ def offline_at(effect: SetPresence) -> str:
     return "undefined" if effect.offline_at is None else str(effect.offline_at // 1000)
 
 
+def _show_offset(commands: Commands, effect: ShowOffset) -> None:
+    name = keys.read_offset(effect.subscriber, effect.topic)
+    if effect.message_id is None:
+        # A string of ours, or nothing: whatever else is there stays.
+        commands.removals.add(effect, "GETDEL", name)
+    else:
+        commands.removals.add(effect, "SET", name, effect.message_id)
+
+
 def _run_command(commands: Commands, effect: RunCommand) -> None:
     commands.removals.add(effect, *effect.arguments)
 
@@ -261,6 +271,7 @@ _FOLD: Final[dict[type[Any], Callable[[Commands, Any], None]]] = {
     SetState: _set_state,
     SetIndex: _set_index,
     SetPresence: _set_presence,
+    ShowOffset: _show_offset,
     SetRules: _set_rules,
     WriteSeen: _write_seen,
     SetDue: _set_due,

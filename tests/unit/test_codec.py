@@ -94,7 +94,7 @@ GOLDEN: dict[str, tuple[Event, str]] = {
             **CLIENT, topic_filter="$share/g/queue/+", qos=1, session=8, source_offset=9
         ),
         (f'{STAMP},"client_id":"sub","topic_filter":"$share/g/queue/+","qos":1,"session":8,'
-        '"source_offset":9,"broker_delivers":false'),
+        '"source_offset":9,"broker_delivers":false,"subscribed_at":0'),
     ),
     "subscriber.left": (
         events.SubscriberLeft(
@@ -125,6 +125,12 @@ GOLDEN: dict[str, tuple[Event, str]] = {
     "operator.drop": (
         events.OperatorDrop(**AT, topic="queue/a", message_id="0005"),
         f'{STAMP},"topic":"queue/a","message_id":"0005"',
+    ),
+    "operator.rewind": (
+        events.OperatorRewind(
+            **AT, topic="pubsub/a", subscriber="sub", after=5, message_id="0005"
+        ),
+        f'{STAMP},"topic":"pubsub/a","subscriber":"sub","after":5,"message_id":"0005"',
     ),
     "rules.changed": (
         events.RulesChanged(**AT, agent="queue", rules="[]"),

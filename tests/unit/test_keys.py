@@ -85,6 +85,7 @@ KEYS = {
     "delivery.failed": "$millpond/queue",
     "operator.requeue": "queue/a",
     "operator.drop": "queue/a",
+    "operator.rewind": "pubsub/a",
     "rules.changed": "$millpond/queue",
     "tick": "$millpond/queue",
 }
