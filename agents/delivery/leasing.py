@@ -219,18 +219,14 @@ class Leasing(ABC, Generic[W]):
 
     def freed(self, offset: int, key: str, names: Iterable[str], now_ms: int) -> Done:
         """Members have room again. One for which other windows may wait goes round them."""
-        counters = self._counters
         done: Done = []
-        if counters.waiting > self._windows[key].waits:
-            for name in names:
-                member = self._members.by_name.get(name)
-                if (
-                    member is not None
-                    and member.spans
-                    and member.available()
-                    and counters.waits > member.served
-                ):
-                    done += self.start_round(name, member)
+        others_wait = self._counters.waiting > self._windows[key].waits
+        for name in names:
+            member = self._members.by_name.get(name)
+            if member is None or not (member.spans and member.available()):
+                continue
+            if member.round.everything or (others_wait and self._counters.waits > member.served):
+                done += self.start_round(name, member)
         return [*done, *self.dispatch(offset, key, now_ms)]
 
     # -- reports of bridges -------------------------------------------------------------------------------
@@ -319,14 +315,21 @@ class Leasing(ABC, Generic[W]):
 
     # -- rounds --------------------------------------------------------------------------------------------
 
-    def start_round(self, name: str, member: Member) -> Done:
-        """Have a member go through all that waits for it, a piece with every tick; if it is at that, once more."""
+    def start_round(self, name: str, member: Member, *, everything: bool = False) -> Done:
+        """Have a member go through all that waits for it, a piece with every tick; if it is at that, once more. One that
+        has come may have to look at `everything` there is.
+        """
         at = member.round
         self._members.touch(name)
         if at.active:
             at.whole = False
+            at.everything |= everything
             return []
-        member.round = Round(at.topic_filter, at.after, active=True, whole=False)
+        if everything and not at.everything:
+            at = Round()
+        member.round = Round(
+            at.topic_filter, at.after, active=True, everything=at.everything or everything
+        )
         return self.queue_work(name)
 
     def queue_work(self, name: str) -> Done:

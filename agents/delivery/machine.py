@@ -291,7 +291,7 @@ class DeliveryMachine(Rounds[W]):
             case SubscriberJoined():
                 return self.joined(offset, event, now_ms, score)
             case SubscriberLeft():
-                return self.left(offset, event, now_ms)
+                return self.left(offset, event, now_ms, score)
             case OperatorRequeue():
                 return self.requeued(offset, event, now_ms, score)
             case OperatorDrop():

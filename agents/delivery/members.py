@@ -29,8 +29,9 @@ class Held(Struct, frozen=True, array_like=True):
 
 
 class Round(Struct, array_like=True):
-    """A member's way through the topics that wait for it: behind which topic of which filter it is. While it is `active`:
-    whether it began with the first of them and nothing has begun to wait for it since; whether it had to leave something.
+    """A member's way through the topics that wait for it, or through `everything` there is when it has come: behind which
+    topic of which filter it is. While it is `active`: whether it began with the first of them and nothing has begun to
+    wait for it since; whether it had to leave something.
     """
 
     topic_filter: str = ""
@@ -38,6 +39,7 @@ class Round(Struct, array_like=True):
     active: bool = False
     whole: bool = False
     left_some: bool = False
+    everything: bool = False
 
 
 class Member(Struct, array_like=True):
@@ -96,6 +98,7 @@ class Members:
         self._wildcards = FilterTree()
         self._of_client: dict[str, tuple[str, ...]] = {}
         self._reaches: dict[str, list[Reach]] = {}
+        self.version = 0  # counts what changes who reaches what
         self._touched: dict[str, None] = {}
 
     def supply(self, packed: Mapping[str, bytes]) -> None:
@@ -117,12 +120,19 @@ class Members:
         if is_wildcard(topic_filter):
             self._wildcards.add(topic_filter)
         self._reaches.clear()
+        self.version += 1
 
     # -- asking
 
     def of_client(self, client_id: str) -> list[tuple[str, Member]]:
         """A client's memberships: its own, and those in groups."""
         return [(name, self.by_name[name]) for name in self._of_client.get(client_id, ())]
+
+    def holding(self, topic: str) -> Iterator[tuple[str, str, Held]]:
+        """The filters that match a topic, and who holds each how."""
+        for topic_filter in (topic, *self._wildcards.matching(topic)):
+            for name in self._holders.get(topic_filter, ()):
+                yield topic_filter, name, self.by_name[name].filters[topic_filter]
 
     def reaching(self, topic: str) -> list[Reach]:
         """The members of a topic, by name."""
@@ -135,10 +145,9 @@ class Members:
 
     def _find(self, topic: str) -> list[Reach]:
         found: dict[str, list[Held]] = {}
-        for topic_filter in (topic, *self._wildcards.matching(topic)):
-            for name in self._holders.get(topic_filter, ()):
-                found.setdefault(name, []).append(self.by_name[name].filters[topic_filter])
-        return [_reach(name, self.by_name[name], found[name]) for name in sorted(found)]
+        for _, name, held in self.holding(topic):
+            found.setdefault(name, []).append(held)
+        return [make_reach(name, self.by_name[name], found[name]) for name in sorted(found)]
 
     # -- changing; whatever is changed in place is touched
 
@@ -168,6 +177,7 @@ class Members:
             del self._holders[topic_filter]
             self._wildcards.discard(topic_filter)
         self._reaches.clear()
+        self.version += 1
 
     def remove(self, name: str) -> None:
         """Forget a member that holds no filter."""
@@ -187,7 +197,8 @@ class Members:
             yield SetState(name, None if member is None else _encode(member), "members")
 
 
-def _reach(name: str, member: Member, held: list[Held]) -> Reach:
+def make_reach(name: str, member: Member, held: list[Held]) -> Reach:
+    """How a member takes part, by the filters that match."""
     broker_delivers = all(each.broker_delivers for each in held)
     newest = max(each.since for each in held) if broker_delivers else None
     return Reach(name, member, max(each.qos for each in held), newest)

@@ -27,6 +27,18 @@ FORGET_MS: Final = 600_000
 class Membership(Leasing[W]):
     """The members of one partition."""
 
+    def remember(self, name: str, topic_filter: str, event: SubscriberJoined, score: int) -> Done:
+        """A member is to be served by a filter, perhaps once more."""
+        return []
+
+    def forget(self, offset: int, name: str, topic_filter: str, now_ms: int, score: int) -> Done:
+        """A member's subscription was given up, and not only its connection."""
+        return []
+
+    def went(self, name: str, now_ms: int, *, ended: bool) -> Done:
+        """A member has gone; `ended` with its session."""
+        return []
+
     @abstractmethod
     def own_key(self, name: str, topic: str) -> str:
         """The key of the window that a member has, or shares, for a topic."""
@@ -50,14 +62,15 @@ class Membership(Leasing[W]):
         rested = member.rests_until > 0
         member.joined_at, member.epoch = event.source_offset, self._counters.lease
         member.rests_until = member.failures = 0
+        done += self.remember(name, topic_filter, event, score)
         known = member.filters.get(topic_filter)
         since = score if known is None else known.since
         self._members.hold(name, topic_filter, Held(event.qos, since, event.broker_delivers))
         if rested or is_wildcard(topic_filter) or member.round.active:
-            return [*done, *self.start_round(name, member)]
+            return [*done, *self.start_round(name, member, everything=is_wildcard(topic_filter))]
         return [*done, *self.dispatch(offset, self.own_key(name, topic_filter), now_ms)]
 
-    def left(self, offset: int, event: SubscriberLeft, now_ms: int) -> Done:
+    def left(self, offset: int, event: SubscriberLeft, now_ms: int, score: int) -> Done:
         """A client is no longer to be served: by one filter, or, without its session or connection, at all."""
         name, topic_filter = member_name(event.client_id, event.topic_filter)
         member = self._members.by_name.get(name)
@@ -68,11 +81,14 @@ class Membership(Leasing[W]):
         ):
             return []
         member.joined_at = event.source_offset
+        done: Done = []
         if event.reason == "unsubscribed":
             self._members.let_go(name, topic_filter)
+            done += self.forget(offset, name, topic_filter, now_ms, score)
             if member.filters:
-                return []
-        return self._leave(offset, name, member, now_ms, ended=event.reason == "session_ended")
+                return done
+        ended = event.reason == "session_ended"
+        return [*done, *self._leave(offset, name, member, now_ms, ended=ended)]
 
     def _leave(self, offset: int, name: str, member: Member, now_ms: int, *, ended: bool) -> Done:
         """A member has gone. What it has returns: at once if its session `ended`, else when the copies' validity does."""
@@ -81,6 +97,7 @@ class Membership(Leasing[W]):
         self._members.touch(name)
         member.forget_at = now_ms + FORGET_MS
         done: Done = [self._due.falls_due(due_member(MEMBER, name), member.forget_at)]
+        done += self.went(name, now_ms, ended=ended)
         keys = dict.fromkeys(member.leases.values())
         for key in keys:
             window = self.window(offset, key)

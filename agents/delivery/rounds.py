@@ -42,8 +42,12 @@ class Rounds(Membership[W]):
         self._pages: dict[ReadNames, list[str]] = {}
 
     @abstractmethod
-    def waiting_page(self, name: str, prefix: str, after: str) -> ReadNames:
-        """How to read the windows of a member that wait, by how their topics begin, behind a topic."""
+    def page(self, name: str, topic_filter: str, after: str, *, everything: bool) -> ReadNames:
+        """How to read what waits for a member by a wildcard, or `everything` there is, behind a topic."""
+
+    @abstractmethod
+    def key_on_page(self, name: str, topic_filter: str, entry: str, *, everything: bool) -> str:
+        """The window that an entry of such a page stands for."""
 
     def wanted_by_work(self) -> list[Read]:
         """The members whose turn it is, and what waits for them."""
@@ -80,15 +84,16 @@ class Rounds(Membership[W]):
             return []
         at = member.round
         filters = [each for each in sorted(member.filters) if each >= at.topic_filter]
-        return [
-            (each, self._page(name, each, at.after if each == at.topic_filter else ""))
-            for each in filters[:FILTERS_MAX]
-        ]
-
-    def _page(self, name: str, topic_filter: str, after: str) -> ReadNames | None:
-        if not is_wildcard(topic_filter):
-            return None
-        return self.waiting_page(name, literal_prefix(topic_filter), after)
+        way: list[tuple[str, ReadNames | None]] = []
+        for each in filters[:FILTERS_MAX]:
+            after = at.after if each == at.topic_filter else ""
+            page = (
+                self.page(name, each, after, everything=at.everything)
+                if is_wildcard(each)
+                else None
+            )
+            way.append((each, page))
+        return way
 
     def _stops(self, name: str, member: Member) -> tuple[list[Stop], tuple[str, str] | None]:
         """The next windows on a member's round, and where it goes on behind them; None at the end."""
@@ -99,13 +104,15 @@ class Rounds(Membership[W]):
                 key = self.own_key(name, topic_filter)
                 stops.setdefault(key, Stop(key, topic_filter, topic_filter))
                 continue
-            keys = self._pages[page]
-            for key in keys:
-                topic = self.topic_of(key)
+            entries = self._pages[page]
+            for entry in entries:
+                topic = self.topic_of(entry)
                 if matches(topic_filter, topic):
+                    everything = member.round.everything
+                    key = self.key_on_page(name, topic_filter, entry, everything=everything)
                     stops.setdefault(key, Stop(key, topic_filter, topic))
-            if len(keys) >= page.limit:
-                return list(stops.values()), (topic_filter, self.topic_of(keys[-1]))
+            if len(entries) >= page.limit:
+                return list(stops.values()), (topic_filter, self.topic_of(entries[-1]))
         later = next((each for each in sorted(member.filters) if each > topic_filter), None)
         return list(stops.values()), None if later is None else (later, "")
 
@@ -148,13 +155,13 @@ class Rounds(Membership[W]):
         if len(member.leases) >= self.inflight_max() or member.rests_until or self.pauses():
             # No room for anything: it goes on from here when it has.
             topic_filter, topic = (at.topic_filter, at.after) if last is None else last[1:]
-            member.round = Round(topic_filter, topic)
+            member.round = Round(topic_filter, topic, everything=at.everything)
             return done
         if then is not None:
             at.topic_filter, at.after = then
             return [*done, *self.queue_work(name)]
         if not at.whole:
-            member.round = Round(active=True, left_some=at.left_some)
+            member.round = Round(active=True, left_some=at.left_some, everything=at.everything)
             return [*done, *self.queue_work(name)]
         if not at.left_some:
             member.served = self._counters.waits

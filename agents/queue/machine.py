@@ -19,7 +19,7 @@ from agents.delivery.dead import DeadMessage
 from agents.delivery.leasing import WAITING, Done, in_turn
 from agents.delivery.machine import DeliveryMachine
 from agents.delivery.members import Reach
-from agents.delivery.rounds import PAGE_MAX
+from agents.delivery.rounds import PAGE_MAX, literal_prefix
 from agents.delivery.window import AHEAD_MAX, Holder, Waiting
 from agents.due import DEAD, INDEX, MESSAGE, due_member
 from agents.effects import NO_SOURCE, Effect, HandOut, Refusal, Reindex, SetDue, Unindex
@@ -103,9 +103,13 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         too_long = window.length + publishes - delivery.max_length
         return min(max(too_long, 0), publishes * OVERFLOW_MAX)
 
-    def waiting_page(self, name: str, prefix: str, after: str) -> ReadNames:
+    def page(self, name: str, topic_filter: str, after: str, *, everything: bool) -> ReadNames:
+        """See `Rounds`. What nobody took waits: there is nothing else to look at."""
+        return ReadNames(None, WAITING, literal_prefix(topic_filter), after, PAGE_MAX)
+
+    def key_on_page(self, name: str, topic_filter: str, entry: str, *, everything: bool) -> str:
         """See `Rounds`."""
-        return ReadNames(None, WAITING, prefix, after, PAGE_MAX)
+        return entry
 
     def note_waiting(self, key: str, window: QueueWindow) -> Done:
         """See `Leasing`. An empty queue of one consumer, or none, is as good as a new one."""
