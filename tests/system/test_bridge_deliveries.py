@@ -287,12 +287,14 @@ async def test_a_command_that_waits_past_its_validity_is_stale_and_those_after_i
     copies = await next_copies(client, DELIVERY_WINDOW)
     await commands.deliver("waits", 500, valid_for_s=1)
     await commands.deliver("waits", 501)
-    await commands.deliver("waits", 502, epoch=2)
+    await commands.deliver("waits", 502, qos=0, epoch=2)
     # Then they fail in time, without the client having done anything
     await until_failed(log, "waits", (500, "stale"), (501, "stale"))
+    assert number_of(await client.next(PUBLISH)) == 502
     for copy in copies:
         ack(client, copy)
-    assert await acknowledged(client, 1) == [502]
+    await until_acked(log, "waits", *range(DELIVERY_WINDOW))
+    assert await client.silent()
     await until_failed(log, "waits", (500, "stale"), (501, "stale"))
 
 
@@ -309,20 +311,32 @@ async def test_a_message_that_cannot_be_sent_over_mqtt_fails_at_the_bridge(
 # -- connections come and go
 
 
-async def test_of_a_client_that_leaves_what_waits_fails_and_what_is_not_acked_does_not(
-    bridge: Bridge, log: Log, commands: Commands
+@pytest.mark.parametrize("clean", [True, False])
+@pytest.mark.parametrize("how", ["vanishes", "is taken over"])
+async def test_of_a_client_that_goes_what_waits_fails_and_what_is_not_acked_does_not(
+    bridge: Bridge, log: Log, commands: Commands, how: str, clean: bool
 ) -> None:
-    client = await bridge.connect("leaver")
+    # Given a client without room, and commands that wait
+    client_id = f"goer {how} {clean}"
+    client = await bridge.connect(client_id, clean=clean)
     waiting = range(DELIVERY_WINDOW, DELIVERY_WINDOW + 3)
-    await commands.deliver("leaver", *range(DELIVERY_WINDOW), *waiting)
-    await commands.subscribe("leaver", "proxied/2")
+    await commands.deliver(client_id, *range(DELIVERY_WINDOW), *waiting)
+    await commands.subscribe(client_id, "proxied/2")
     await next_copies(client, DELIVERY_WINDOW)
-    await until_sent(log, "leaver", *range(DELIVERY_WINDOW))
-    client.vanish()
-    await until_failed(log, "leaver", *((number, "no_client") for number in waiting))
-    # A clean session has nothing left of it
-    client = await bridge.connect("leaver")
+    await until_sent(log, client_id, *range(DELIVERY_WINDOW))
+    # When its connection ends
+    if how == "vanishes":
+        client.vanish()
+        await until_failed(log, client_id, *((number, "no_client") for number in waiting))
+    client = await bridge.connect(client_id, clean=clean)
+    await until_failed(log, client_id, *((number, "no_client") for number in waiting))
+    # Then what waited has failed, and of the rest a clean session has nothing left
+    if not clean:
+        again = await next_copies(client, DELIVERY_WINDOW)
+        assert [number_of(copy) for copy in again] == [*range(DELIVERY_WINDOW)]
+        await log.until(lambda: log.of_type(SessionSubscribed, client_id), "the subscription")
     assert await client.silent()
+    assert clean != bool(log.of_type(SessionSubscribed, client_id))
 
 
 @pytest.mark.parametrize("how", ["leaves", "vanishes", "is taken over"])

@@ -298,6 +298,11 @@ def test_commands_that_wait_in_vain_go_and_the_others_keep_their_order() -> None
     assert asked == [*range(5)]
     assert [*out.ordered.waiting] == [waiting[0], waiting[2], waiting[4]]
     assert out.ordered.waiting_bytes == 3 * waiting[0].size
+    woken: list[bool] = []
+    out.wake = lambda: woken.append(True)
+    out.sift(lambda _: False)
+    assert woken
+    assert not out.ordered.waiting
 
 
 class World:

@@ -23,7 +23,7 @@ from pipeline.brokers.embedded.handler import (
     routed_copy,
 )
 from pipeline.brokers.embedded.listening import ListeningBroker
-from pipeline.brokers.embedded.outgoing import Change, Ordered
+from pipeline.brokers.embedded.outgoing import Change, Ordered, Ticket
 from pipeline.brokers.embedded.recorder import NEVER_EXPIRES_S, Recorder, now_ms
 from pipeline.brokers.embedded.sender import Sender
 from pipeline.brokers.embedded.wire import Writer
@@ -321,16 +321,15 @@ class EmbeddedBroker(ListeningBroker):
 
     # -- commands
 
-    async def take(self, item: Ordered) -> None:
-        """A command takes its place among those of its client, or what it is for is not there."""
-        client_id = item.ticket.client_id if item.ticket else ""
-        _, handler = self._sessions.get(client_id, (None, None))
+    async def take(self, ticket: Ticket, item: Ordered) -> None:
+        """A command takes its place among those of its client, or its client is not there."""
+        _, handler = self._sessions.get(ticket.client_id, (None, None))
         if isinstance(handler, Handler) and handler.connected:
             handler.outgoing.put(item)
         elif isinstance(item, Change):
             await self.change(item)
-        elif item.ticket is not None:
-            self._deliveries.fail(item.ticket, "no_client")
+        else:
+            self._deliveries.fail(ticket, "no_client")
 
     async def change(self, change: Change) -> None:
         """Carry out what concerns a client's subscriptions; with its session they are gone."""

@@ -131,11 +131,11 @@ class Commander(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka sh
         if not self._deliveries.good(ticket):
             return
         if not isinstance(command, Deliver):
-            await self._broker.take(Change(ticket, command))
+            await self._broker.take(ticket, Change(ticket, command))
         elif codec.topic_name_error(command.topic) is not None:
             self._deliveries.fail(ticket, "bridge")
         else:
-            await self._broker.take(_copy(command, ticket))
+            await self._broker.take(ticket, _copy(command, ticket))
 
     def _ticket(self, command: Command, log_ms: int, done: Callable[[], None]) -> Ticket:
         """The paper of a command.

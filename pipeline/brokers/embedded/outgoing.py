@@ -287,6 +287,7 @@ class Outgoing:
             item = self.ordered.take()
             if item.ticket is None or good(item.ticket):
                 self.ordered.put(item)
+        self.wake()  # what needs no room may be the first now
 
     def _drop(self, copy: Copy) -> None:
         """Forget a copy that the client may have got. At QoS 2 it may hold on to the packet id, and would take the
