@@ -38,7 +38,7 @@ from agents.rules_in_force import RulesInForce
 from agents.ticks import Ticks
 from schemas import codec, keys
 from schemas.errors import BrokenInvariant, DecodeError, Fenced, StoreDown, StoreError
-from schemas.events import Event, RulesChanged, Tick
+from schemas.events import Base, Event, RulesChanged, Tick
 from schemas.keys import Partition
 from schemas.rules import Rules
 
@@ -237,7 +237,7 @@ class PartitionDriver(Generic[Packed]):
             if record.offset < self._position:
                 continue
             found = self._intake.event(record)
-            alone = type(found) in self.machine.alone
+            alone = isinstance(found, Base) and self.machine.alone(found)
             if alone:
                 if batch.owned:
                     await self._send(batch)

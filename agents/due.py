@@ -11,10 +11,12 @@ from agents.ports import ReadDue
 # One tick looks at no more than this many due things. What is left over is still due, so that another tick follows.
 SWEEP_DUE_MAX: Final = 32
 
-# Members of the due set: kind, key and message id. None can hold a null character ([MQTT-1.5.4-2]), so it separates.
-# An index or a window names a topic's earliest deadline, so that there is one for each topic, not for each message.
+# Members of the due set: a kind and a key, which for some is a topic and a message id. A null character separates: no
+# topic holds one ([MQTT-1.5.4-2]). An index or a window has its earliest deadline there, not one for each message.
 INDEX, RETAINED, MESSAGE = "index", "retained", "message"
-WINDOW, MEMBER, DEAD = "window", "member", "dead"
+WINDOW, MEMBER, DEAD, SUBSCRIBER = "window", "member", "dead", "subscriber"
+
+OF_MESSAGES: Final = (MESSAGE, DEAD)
 
 
 def due_member(kind: str, key: str, message_id: str = "") -> str:
@@ -24,9 +26,11 @@ def due_member(kind: str, key: str, message_id: str = "") -> str:
 
 def split_due(member: str) -> tuple[str, str, str]:
     """Kind, key and message id (may be empty)."""
-    kind, _, rest = member.partition("\0")
-    key, _, message_id = rest.partition("\0")
-    return kind, key, message_id
+    kind, _, key = member.partition("\0")
+    if kind not in OF_MESSAGES:
+        return kind, key, ""
+    topic, _, message_id = key.partition("\0")
+    return kind, topic, message_id
 
 
 class DueTimes:

@@ -29,6 +29,7 @@ class Delivery(Struct, frozen=True):
     max_length: int | None
     dead_on_overflow: bool
     start: Literal["earliest", "latest"]
+    offset_retention_ms: int
 
 
 class Plan(Struct, frozen=True):
@@ -107,6 +108,7 @@ def _delivery(rule: Rule) -> Delivery:
         max_length=1 if latest else rule.max_length,
         dead_on_overflow=not latest and rule.overflow == "dead_letter",
         start=rule.start,
+        offset_retention_ms=rule.offset_retention_s * 1000,
     )
 
 

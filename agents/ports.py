@@ -232,9 +232,6 @@ class Machine(Protocol):
     """One agent's decisions for one partition: no IO, no clock, no chance. See `agents/messages/machine.py`."""
 
     agent: AgentName
-    alone: frozenset[
-        type
-    ]  # the events that need all before them in the store, and are stepped by themselves
 
     @property
     def next_due_ms(self) -> int | None:
@@ -252,6 +249,10 @@ class Machine(Protocol):
 
     def owns(self, key: str) -> bool:
         """Whether records of this key are this agent's."""
+        ...
+
+    def alone(self, event: Event) -> bool:
+        """Whether an event needs all before it in the store, and is stepped by itself."""
         ...
 
     def wanted(self, events: Sequence[Event], now_ms: int) -> Sequence[Read]:

@@ -69,6 +69,9 @@ ACK_TIMEOUT_S: Final = 30  # a consumer that works half a minute on a message is
 ACK_TIMEOUT_S_MAX: Final = 43_200  # 12 hours, as long as hosted queues hide a message
 MAX_DELIVERIES: Final = 5  # what fails five times fails always
 MAX_DELIVERIES_MAX: Final = 1_000  # without a bound one bad message is delivered for ever
+OFFSET_RETENTION_S: Final = (
+    2_592_000  # 30 days: a subscriber that has not come back by then is gone
+)
 MAX_LENGTH_MAX: Final = 100_000_000  # of one topic; its bodies are then about 50 GB of Redis
 
 
@@ -76,7 +79,8 @@ class Rule(Struct, frozen=True, kw_only=True):
     """What happens at a hook, for topics that match a filter (None: all): an action or commands.
 
     `expired_time` and `ack_timeout_s` are seconds, `max_length` messages of a topic; None means
-    no limit. `max_inflight` counts un-acked messages of one member in one partition. `file` and
+    no limit. `offset_retention_s` is how long the read offset of a subscriber is kept whose session has ended.
+    `max_inflight` counts un-acked messages of one member in one partition. `file` and
     `line` are where the user wrote the rule; they are not part of its canonical form.
     """
 
@@ -93,6 +97,7 @@ class Rule(Struct, frozen=True, kw_only=True):
     overflow: Literal["drop_oldest", "dead_letter"] = "drop_oldest"
     start: Literal["earliest", "latest"] = "earliest"
     store_qos0: bool = False
+    offset_retention_s: Annotated[int, Meta(ge=60, le=EXPIRED_TIME_S_MAX)] = OFFSET_RETENTION_S
     file: str | None = None
     line: int | None = None
 
@@ -130,6 +135,8 @@ def rule_error(rule: Rule) -> tuple[str, str] | None:
         reason = command_error(rule.hook, fields)
         if reason is not None:
             return "commands", reason
+    if rule.delivery_agent == "pubsub" and rule.overflow == "dead_letter":
+        return "overflow", "dead_letter goes with queues: a pubsub log is trimmed"
     reason = _topic_error(rule)
     return None if reason is None else ("topic", reason)
 

@@ -99,3 +99,10 @@ def queue(topic: str = "queue/#", **settings: Any) -> str:
     return a_rule(
         hook="session.subscribed", topic=topic, action="on_message_fetch_for_queue", **settings
     )
+
+
+def pubsub(topic: str = "pubsub/#", **settings: Any) -> str:
+    """The topic is a log with a read offset for each subscriber."""
+    return a_rule(
+        hook="session.subscribed", topic=topic, action="on_message_fetch_for_pubsub", **settings
+    )

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Final
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from agents.due import DEAD, DueTimes, due_member
 from agents.effects import Effect, GiveUp, Output, SetDue, SetState, SpareBody
@@ -18,13 +18,17 @@ DEAD_LETTER_RETENTION_MS: Final = 7 * 86_400_000
 
 
 class DeadMessage(Struct, frozen=True, kw_only=True):
-    """A message given up on `at` (ms), after so many deliveries. Its body is kept as long as this is."""
+    """A message given up on `at` (ms), after so many deliveries; in pubsub by these subscribers, the latest one last.
+    Its body is kept as long as this is.
+    """
 
     topic: str
     message_id: str
     reason: str
     deliveries: int
     at: int
+    score: int = 0
+    subscribers: tuple[str, ...] = ()
 
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -73,6 +77,10 @@ class DeadMessages:
             return None
         self.held.change(offset, message_id, None)
         return [SetDue(due_member(DEAD, topic, message_id), None)]
+
+    def requeued(self, offset: int, dead: DeadMessage) -> None:
+        """It is nobody's dead message any more, but its body is kept until its time is over."""
+        self.held.change(offset, dead.message_id, structs.replace(dead, subscribers=()))
 
     def finish(self) -> list[Effect]:
         """The end of a batch."""

@@ -44,8 +44,8 @@ Done: TypeAlias = list[Effect | Output]
 
 class Counters(Struct):
     """What travels in the fence: the last lease's number; leases not confirmed, and whether leasing pauses for them;
-    windows that wait now, and that ever began to; members in the work index, the last place given there; behind which
-    window a resumption is.
+    windows that wait now, and that ever began to; what the work index holds, the last place given there; behind which
+    window a resumption is; how many subscribers' readers are being forgotten.
     """
 
     lease: int = 0
@@ -56,6 +56,7 @@ class Counters(Struct):
     work: int = 0
     place: int = 0
     resuming: bool = False
+    forgetting: int = 0
     resume_after: str = ""
 
 
@@ -323,7 +324,8 @@ class Leasing(ABC, Generic[W]):
         self._members.touch(name)
         if at.active:
             at.whole = False
-            at.everything |= everything
+            if everything and not at.everything:
+                at.topic_filter, at.after, at.everything = "", "", True
             return []
         if everything and not at.everything:
             at = Round()

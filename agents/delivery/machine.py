@@ -29,6 +29,7 @@ from agents.ports import (
     ReadStates,
     Stored,
 )
+from schemas.errors import DecodeError
 from schemas.events import (
     AgentName,
     DeliveriesSent,
@@ -39,6 +40,7 @@ from schemas.events import (
     MessagePublished,
     OperatorDrop,
     OperatorRequeue,
+    OperatorRewind,
     RulesChanged,
     SubscriberJoined,
     SubscriberLeft,
@@ -56,8 +58,6 @@ class DeliveryMachine(Rounds[W]):
     """One partition of a delivery agent."""
 
     agent: AgentName
-    # A tick reads indexes, so everything before must be in them; new rules decide what is owned.
-    alone: frozenset[type] = frozenset({Tick, RulesChanged})
 
     # -- what the agent says --------------------------------------------------------------------------------
 
@@ -68,6 +68,12 @@ class DeliveryMachine(Rounds[W]):
     @abstractmethod
     def touched_by(self, event: MessagePublished | MessageAcked) -> Iterable[str]:
         """The windows that an event of a message changes."""
+
+    @abstractmethod
+    def touched_by_operator(
+        self, event: OperatorRequeue | OperatorDrop | OperatorRewind
+    ) -> Iterable[str]:
+        """The windows that an operator's order changes."""
 
     @abstractmethod
     def unread(self, key: str) -> int:
@@ -104,6 +110,10 @@ class DeliveryMachine(Rounds[W]):
     @abstractmethod
     def requeued(self, offset: int, event: OperatorRequeue, now_ms: int, score: int) -> Done:
         """ON requeue."""
+
+    def rewound(self, offset: int, event: OperatorRewind, now_ms: int, score: int) -> Done:
+        """ON rewind: only pubsub has read offsets."""
+        raise DecodeError("only a subscriber of a pubsub topic can be rewound")
 
     @abstractmethod
     def came_due(self, offset: int, kind: str, key: str, message_id: str, now_ms: int) -> Done:
@@ -147,6 +157,10 @@ class DeliveryMachine(Rounds[W]):
         filters = (rule.topic_filter for rule in self.rules.run_by_delivery(self.agent))
         return any(intersects(each, key) for each in filters)
 
+    def alone(self, event: Event) -> bool:
+        """A tick reads indexes, so everything before must be in them; new rules decide what is owned."""
+        return isinstance(event, Tick | RulesChanged)
+
     def wanted(self, events: Sequence[Event], now_ms: int) -> Sequence[Read]:
         """The windows of the events; then what lies ahead of them, as far as there is room for it."""
         if self._members_cursor is not None:
@@ -157,7 +171,7 @@ class DeliveryMachine(Rounds[W]):
         for event in events:
             for key, count in self._touches(event):
                 freed[key] += count
-        reads: list[Read] = [*self._unknown(freed)]
+        reads: list[Read] = [*self.unknown(freed)]
         orders = [x.message_id for x in events if isinstance(x, OperatorRequeue | OperatorDrop)]
         reads += self._dead.unknown(orders)
         if reads:
@@ -170,7 +184,7 @@ class DeliveryMachine(Rounds[W]):
             self._want_ahead(reads, key, need + self.more_needed(key, publishes[key]))
         return [*reads, *self.wanted_besides(events)]
 
-    def _unknown(self, keys: Iterable[str]) -> list[ReadStates]:
+    def unknown(self, keys: Iterable[str]) -> list[ReadStates]:
         """The reads for windows, and for what their topics retain, where they are not known."""
         unknown = self._windows.unknown(keys)
         reads = [ReadStates(unknown, "windows")] if unknown else []
@@ -189,8 +203,8 @@ class DeliveryMachine(Rounds[W]):
                 key = self.leased_key(event)
                 if key is not None:
                     yield key, 1
-            case OperatorRequeue() | OperatorDrop():
-                yield event.topic, 0
+            case OperatorRequeue() | OperatorDrop() | OperatorRewind():
+                yield from ((key, 0) for key in self.touched_by_operator(event))
             case SubscriberJoined() | SubscriberLeft():
                 yield from self._touched_by_member(event)
 
@@ -220,10 +234,14 @@ class DeliveryMachine(Rounds[W]):
         if len(window.ahead) >= need or not self.unread(key):
             return
         limit = max(need - len(window.ahead), READ_MIN)
-        read = ReadIndex(self.topic_of(key), limit, window.read_to)
+        read = ReadIndex(self.topic_of(key), limit, self.read_from(key))
         self._ahead_reads.setdefault(read, []).append(key)
         if read not in reads:
             reads.append(read)
+
+    def read_from(self, key: str) -> int:
+        """Behind which place in the log (a score) a window's messages are not in memory."""
+        return self._windows[key].read_to
 
     def _wanted_by_tick(self, now_ms: int) -> list[Read]:
         reads: list[Read] = [] if self._due.supplied is not None else [self._due.wanted()]
@@ -232,11 +250,11 @@ class DeliveryMachine(Rounds[W]):
             return reads
         overdue = self._due.overdue(now_ms)
         work = self.work_keys()
-        reads += self._unknown([*self._due_keys(overdue), *(key for key, _ in work)])
+        reads += self.unknown([*self.due_windows(overdue), *(key for key, _ in work)])
         reads += self.wanted_by_due(overdue)
         if reads:
             return reads
-        for key in self._due_keys(overdue):
+        for key in self.due_windows(overdue):
             self._want_ahead(reads, key, self._room(key) + len(self._windows[key].leases))
         limit = self.inflight_max()
         for key, member in work:
@@ -244,7 +262,7 @@ class DeliveryMachine(Rounds[W]):
             self._want_ahead(reads, key, room)
         return reads
 
-    def _due_keys(self, overdue: Sequence[tuple[str, str, str]]) -> dict[str, None]:
+    def due_windows(self, overdue: Sequence[tuple[str, str, str]]) -> dict[str, None]:
         """The windows of what is due. A member's are seen to by its round."""
         return {key: None for kind, key, _ in overdue if kind != MEMBER}
 
@@ -259,7 +277,7 @@ class DeliveryMachine(Rounds[W]):
                 self._windows.supply(answer)
             case ReadStates(table="dead"):
                 self._dead.held.supply(answer)
-            case ReadStates():
+            case ReadStates(table="states"):
                 self._keeper.retained.supply(answer)
             case ReadDue():
                 self._due.supplied = answer
@@ -292,10 +310,8 @@ class DeliveryMachine(Rounds[W]):
                 return self.joined(offset, event, now_ms, score)
             case SubscriberLeft():
                 return self.left(offset, event, now_ms, score)
-            case OperatorRequeue():
-                return self.requeued(offset, event, now_ms, score)
-            case OperatorDrop():
-                return self._dropped(offset, event.topic, event.message_id)
+            case OperatorRequeue() | OperatorDrop() | OperatorRewind():
+                return self._ordered(offset, event, now_ms, score)
             case Tick():
                 return self._tick(offset, now_ms)
             case RulesChanged():
@@ -322,9 +338,25 @@ class DeliveryMachine(Rounds[W]):
         self._dead.held.settled()
         self._keeper.settled()
 
+    def _ordered(
+        self,
+        offset: int,
+        event: OperatorRequeue | OperatorDrop | OperatorRewind,
+        now_ms: int,
+        score: int,
+    ) -> Done:
+        """An operator's order."""
+        match event:
+            case OperatorRequeue():
+                return self.requeued(offset, event, now_ms, score)
+            case OperatorDrop():
+                return self.dropped(offset, event.topic, event.message_id)
+            case OperatorRewind():
+                return self.rewound(offset, event, now_ms, score)
+
     # -- what both agents do --------------------------------------------------------------------------------
 
-    def _dropped(self, offset: int, topic: str, message_id: str) -> Done:
+    def dropped(self, offset: int, topic: str, message_id: str) -> Done:
         """ON drop, or a dead message's time is over: it is deleted."""
         done = self._dead.take(offset, topic, message_id)
         if done is None:
@@ -340,7 +372,7 @@ class DeliveryMachine(Rounds[W]):
             if kind == WINDOW:
                 done += self.overdue_leases(offset, key, now_ms)
             elif kind == MEMBER:
-                done += self.member_due(due.partition("\0")[2], now_ms)
+                done += self.member_due(key, now_ms)
             elif kind == RETAINED:
                 done += self._keeper.sweep_retained(key, now_ms)
             else:

@@ -134,6 +134,10 @@ class Members:
             for name in self._holders.get(topic_filter, ()):
                 yield topic_filter, name, self.by_name[name].filters[topic_filter]
 
+    def holding_filter(self, topic_filter: str) -> Iterator[str]:
+        """Who holds a filter."""
+        yield from self._holders.get(topic_filter, ())
+
     def reaching(self, topic: str) -> list[Reach]:
         """The members of a topic, by name."""
         known = self._reaches.get(topic)

@@ -92,12 +92,12 @@ class Membership(Leasing[W]):
 
     def _leave(self, offset: int, name: str, member: Member, now_ms: int, *, ended: bool) -> Done:
         """A member has gone. What it has returns: at once if its session `ended`, else when the copies' validity does."""
+        done = self.went(name, now_ms, ended=ended)
         for topic_filter in list(member.filters):
             self._members.let_go(name, topic_filter)
         self._members.touch(name)
         member.forget_at = now_ms + FORGET_MS
-        done: Done = [self._due.falls_due(due_member(MEMBER, name), member.forget_at)]
-        done += self.went(name, now_ms, ended=ended)
+        done.append(self._due.falls_due(due_member(MEMBER, name), member.forget_at))
         keys = dict.fromkeys(member.leases.values())
         for key in keys:
             window = self.window(offset, key)

@@ -23,6 +23,10 @@ FILTERS_MAX: Final = 16  # of one of them
 PAGE_MAX: Final = 64  # windows that a wildcard leads to, or that go on after a pause
 
 
+# In front of the name of work that is nobody's round. No member's name begins so ([MQTT-1.5.4-2]).
+BESIDES: Final = "\0"
+
+
 class Stop(NamedTuple):
     """Where a member is on its round: a window, by which filter it came there, and its topic."""
 
@@ -58,6 +62,9 @@ class Rounds(Membership[W]):
             if name == RESUME:
                 reads[self._resume_page()] = None
                 continue
+            if name.startswith(BESIDES):
+                reads[self.page_besides(name)] = None
+                continue
             for _, page in self._way(name, self._members.by_name.get(name)):
                 if page is not None:
                     reads[page] = None
@@ -71,7 +78,9 @@ class Rounds(Membership[W]):
                 found += [(key, None) for key in self._pages[self._resume_page()]]
                 continue
             member = self._members.by_name.get(name)
-            if member is not None:
+            if name.startswith(BESIDES):
+                found += [(key, None) for key in self._pages[self.page_besides(name)]]
+            elif member is not None:
                 found += [(stop.key, member) for stop in self._stops(name, member)[0]]
         return found
 
@@ -116,6 +125,14 @@ class Rounds(Membership[W]):
         later = next((each for each in sorted(member.filters) if each > topic_filter), None)
         return list(stops.values()), None if later is None else (later, "")
 
+    def page_besides(self, name: str) -> ReadNames:
+        """What a tick has to read for other work of the agent's own."""
+        raise AssertionError(f"no such work: {name!r}")
+
+    def work_besides(self, offset: int, name: str, now_ms: int) -> Done:
+        """A piece of other work of the agent's own."""
+        raise AssertionError(f"no such work: {name!r}")
+
     def do_work(self, offset: int, now_ms: int) -> Done:
         """A piece for each whose turn it is."""
         done: Done = []
@@ -124,6 +141,9 @@ class Rounds(Membership[W]):
             done.append(SetIndex(WORK, name, None))
             if name == RESUME:
                 done += self._resumption(offset, now_ms)
+                continue
+            if name.startswith(BESIDES):
+                done += self.work_besides(offset, name, now_ms)
                 continue
             member = self._members.by_name.get(name)
             assert member is not None, "a member on its round is not forgotten"
@@ -161,7 +181,8 @@ class Rounds(Membership[W]):
             at.topic_filter, at.after = then
             return [*done, *self.queue_work(name)]
         if not at.whole:
-            member.round = Round(active=True, left_some=at.left_some, everything=at.everything)
+            # It began in the middle, or something has begun to wait since: that is in the index of what waits.
+            member.round = Round(active=True, left_some=at.left_some)
             return [*done, *self.queue_work(name)]
         if not at.left_some:
             member.served = self._counters.waits

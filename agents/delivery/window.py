@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
@@ -127,7 +128,11 @@ class Window(Struct, array_like=True, dict=True):
         """A lease ends and its message waits again, where it was in the log."""
         lease = self.leases.pop(message_id)
         self.stored_leases -= 1
-        insort(self.returned, Waiting(lease.score, message_id, lease.deliveries, lease.holders))
+        self.take_back(Waiting(lease.score, message_id, lease.deliveries, lease.holders))
+
+    def take_back(self, waiting: Waiting) -> None:
+        """A message waits again, where it was in the log."""
+        insort(self.returned, waiting)
 
     # -- asking
 
@@ -165,3 +170,8 @@ class Window(Struct, array_like=True, dict=True):
     def next_deadline(self) -> int | None:
         """When the first lease ends by itself."""
         return min((lease.until for lease in self.leases.values()), default=None)
+
+
+def holds(holders: Iterable[Holder], client_id: str) -> bool:
+    """Whether a client has had a copy."""
+    return any(holder == client_id for holder, _ in holders)

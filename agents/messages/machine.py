@@ -39,8 +39,6 @@ class MessagesMachine:
     """State and transitions of one partition."""
 
     agent: AgentName = "messages"
-    # A tick reads the index, so everything published before must be in it; new rules decide what is owned.
-    alone: frozenset[type] = frozenset({Tick, RulesChanged})
 
     def __init__(self) -> None:
         """An empty partition without rules; `restore` follows."""
@@ -70,6 +68,10 @@ class MessagesMachine:
     def rules(self) -> Rules:
         """The rules in force."""
         return self._keeper.rules
+
+    def alone(self, event: Event) -> bool:
+        """A tick reads the index, so everything published before must be in it; new rules decide what is owned."""
+        return isinstance(event, Tick | RulesChanged)
 
     def wanted(self, events: Sequence[Event], now_ms: int) -> Sequence[Read]:
         """The states of topics whose retained message may change; for a tick, what is due and its entries."""

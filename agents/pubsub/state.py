@@ -73,6 +73,23 @@ class Reader(Window, array_like=True, dict=True):
     lost: int = 0
     made_at: int | None = None
 
+    def clear(self) -> None:
+        """It was never made."""
+        self.cursor = self.read_offset = self.number = self.lost = 0
+        self.message_id = self.turn = ""
+        self.returned, self.leases, self.done = [], {}, []
+        self.made_at = None
+        self.stored_leases = 0
+        self.aliases = {}
+        self.forget_ahead()
+
+    def start(self, at: int) -> None:
+        """It is made, and begins behind a place in the log."""
+        self.cursor = self.read_offset = at
+        for message_id in [each for each, score in self.ahead.items() if score <= at]:
+            del self.ahead[message_id]
+        self.read_to = max(self.read_to, at)
+
     def finish(self, score: int, message_id: str) -> None:
         """A message is done with. One before the read offset was for a second time."""
         if score > self.read_offset:
@@ -108,6 +125,7 @@ class Reader(Window, array_like=True, dict=True):
             self.number = max(log.trimmed, self.number)
             self.cursor = floor
             self.read_to = max(self.read_to, floor)
+        if self.read_offset < floor and (floor, log.floor_id) not in self.done:
             insort(self.done, (floor, log.floor_id))
         self.advance()
 

@@ -20,7 +20,7 @@ from agents.delivery.leasing import WAITING, Done, in_turn
 from agents.delivery.machine import DeliveryMachine
 from agents.delivery.members import Reach
 from agents.delivery.rounds import PAGE_MAX, literal_prefix
-from agents.delivery.window import AHEAD_MAX, Holder, Waiting
+from agents.delivery.window import AHEAD_MAX, Waiting, holds
 from agents.due import DEAD, INDEX, MESSAGE, due_member
 from agents.effects import NO_SOURCE, Effect, HandOut, Refusal, Reindex, SetDue, Unindex
 from agents.held import Held
@@ -28,7 +28,15 @@ from agents.keeping import earliest, expired_entries
 from agents.ports import Read, ReadEntry, ReadIndex, ReadNames
 from agents.queue.state import QueueWindow, pack, unpack
 from schemas.errors import DecodeError
-from schemas.events import AgentName, Event, MessageAcked, MessagePublished, OperatorRequeue
+from schemas.events import (
+    AgentName,
+    Event,
+    MessageAcked,
+    MessagePublished,
+    OperatorDrop,
+    OperatorRequeue,
+    OperatorRewind,
+)
 
 # One tick looks at no more index entries than this; what is left over is still due, so that another tick follows.
 SWEEP_ENTRIES_MAX: Final = 4_096
@@ -77,6 +85,12 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         return self._members.reaching(key)
 
     def touched_by(self, event: MessagePublished | MessageAcked) -> Iterable[str]:
+        """See `DeliveryMachine`."""
+        return (event.topic,)
+
+    def touched_by_operator(
+        self, event: OperatorRequeue | OperatorDrop | OperatorRewind
+    ) -> Iterable[str]:
         """See `DeliveryMachine`."""
         return (event.topic,)
 
@@ -149,7 +163,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         limit = None if delivery is None else delivery.max_length
         window.length += 1
         window.last = score
-        if known and (limit is not None or self.reaching(topic)):
+        if known:
             window.append(message_id, score)
             self._ahead_total += 1
         else:
@@ -279,7 +293,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
     def came_due(self, offset: int, kind: str, key: str, message_id: str, now_ms: int) -> Done:
         """See `DeliveryMachine`."""
         if kind == DEAD:
-            return self._dropped(offset, key, message_id)
+            return self.dropped(offset, key, message_id)
         if kind == MESSAGE:
             done = (
                 self._unstore(NO_SOURCE, key, message_id)
@@ -366,8 +380,3 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
                 self._forget(window, message_id)
                 window.length -= 1
         return self._keeper.refused(event, refusal)
-
-
-def holds(holders: Iterable[Holder], client_id: str) -> bool:
-    """Whether a client has had a copy."""
-    return any(holder == client_id for holder, _ in holders)

@@ -86,8 +86,6 @@ class SessionsMachine:
     """State and transitions of one partition."""
 
     agent: AgentName = "sessions"
-    # A tick reads an index, so everything before must be in it; new rules decide what is announced.
-    alone: frozenset[type] = frozenset({events.Tick, events.RulesChanged})
 
     def __init__(self) -> None:
         """An empty partition without rules; `restore` follows."""
@@ -124,6 +122,10 @@ class SessionsMachine:
     def owns(self, key: str) -> bool:
         """Every client."""
         return True
+
+    def alone(self, event: Event) -> bool:
+        """A tick reads an index, so everything before must be in it; new rules decide what is announced."""
+        return isinstance(event, events.Tick | events.RulesChanged)
 
     def wanted(self, events_: Sequence[Event], now_ms: int) -> Sequence[Read]:
         """The states of the clients; for a tick, those of the next sweep."""

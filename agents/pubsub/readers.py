@@ -1,0 +1,434 @@
+"""Who reads which topic from where: how readers are made, moved up, looked for, and forgotten.
+
+The transitions that events cause are in `machine.py`; this is what all of them stand on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from agents.delivery.leasing import WAITING, Done
+from agents.delivery.machine import DeliveryMachine
+from agents.delivery.members import Held as Holding
+from agents.delivery.members import Reach, is_wildcard, make_reach, member_name
+from agents.delivery.rounds import BESIDES, PAGE_MAX, literal_prefix
+from agents.due import SUBSCRIBER, WINDOW, due_member
+from agents.effects import Effect, Output, SetIndex, SetState, ShowOffset
+from agents.held import Held
+from agents.ports import Read, ReadNames, ReadStates, Stored
+from agents.pubsub.state import (
+    Log,
+    Reader,
+    Subscriber,
+    pack,
+    reader_key,
+    shown,
+    split_reader,
+    subscriber_of,
+    unpack_log,
+    unpack_reader,
+    unpack_subscriber,
+)
+from schemas.events import AgentName, Event, SubscriberJoined, SubscriberLeft
+from schemas.filters import matches
+from schemas.rules import Rules
+
+TOPICS: Final = "topics"  # the index of topics that have a log
+READERS: Final = "readers"  # the index of readers
+
+
+class Readers(DeliveryMachine[Reader]):
+    """The readers of one partition. The key of a window is that of a reader."""
+
+    agent: AgentName = "pubsub"
+
+    def __init__(self) -> None:
+        """An empty partition without rules; `restore` follows."""
+        super().__init__(self.new_windows())
+        self._forget_memory()
+
+    def _forget_memory(self) -> None:
+        self._logs: Held[Log] = Held(unpack_log)
+        self._subscribers: Held[Subscriber] = Held(unpack_subscriber)
+        # Who joins in the batch by which filters, since when; and the readers of plain ones, by topic.
+        self._joining: dict[str, list[tuple[str, int]]] = {}
+        self._expected: dict[str, dict[str, None]] = {}
+        self._made: dict[
+            str, int | None
+        ] = {}  # readers that the batch has made (0) or forgotten (None)
+        self._shown: dict[str, str] = {}  # the read offsets that are shown, of readers touched
+        self._besides: Done = []  # what came of looking at a reader
+        self._of_topics: dict[str, dict[str, list[Reach]]] = {}
+        self._version = 0
+
+    def restore(self, partition_state: Mapping[str, Any], stored: Stored, rules: Rules) -> None:
+        """See `agents.ports.Machine`."""
+        super().restore(partition_state, stored, rules)
+        self._forget_memory()
+
+    def alone(self, event: Event) -> bool:
+        """A member that comes with a wildcard reads topics that the batch may not have loaded."""
+        joins = isinstance(event, SubscriberJoined) and is_wildcard(event.topic_filter)
+        return joins or super().alone(event)
+
+    # -- what `agents/delivery/` asks -----------------------------------------------------------------------
+
+    def new_windows(self) -> Held[Reader]:
+        """See `DeliveryMachine`."""
+        return Held(unpack_reader)
+
+    def packed(self, window: Reader) -> bytes | None:
+        """See `DeliveryMachine`."""
+        return None if window.made_at is None else pack(window)
+
+    def topic_of(self, key: str) -> str:
+        """See `Leasing`."""
+        return key.rpartition("\0")[2]
+
+    def own_key(self, name: str, topic: str) -> str:
+        """See `Membership`."""
+        return reader_key(subscriber_of(name, topic), topic)
+
+    def subscribers_of(self, topic: str) -> dict[str, list[Reach]]:
+        """The subscribers of a topic that are online, each with its members."""
+        if self._version != self._members.version or len(self._of_topics) > PAGE_MAX * PAGE_MAX:
+            self._version = self._members.version
+            self._of_topics = {}
+        if topic not in self._of_topics:
+            self._of_topics[topic] = self._find_subscribers(topic)
+        return self._of_topics[topic]
+
+    def _find_subscribers(self, topic: str) -> dict[str, list[Reach]]:
+        found: dict[tuple[str, str], list[Holding]] = {}
+        for topic_filter, name, held in self._members.holding(topic):
+            found.setdefault((subscriber_of(name, topic_filter), name), []).append(held)
+        reaches: dict[str, list[Reach]] = {}
+        for (subscriber, name), held_ones in sorted(found.items(), key=lambda each: each[0]):
+            reach = make_reach(name, self._members.by_name[name], held_ones)
+            reaches.setdefault(subscriber, []).append(reach)
+        return reaches
+
+    def reaching(self, key: str) -> list[Reach]:
+        """See `Leasing`."""
+        subscriber, topic = split_reader(key)
+        return self.subscribers_of(topic).get(subscriber, [])
+
+    def readers_of(self, topic: str) -> list[str]:
+        """The keys of the readers of a topic that are online."""
+        return [reader_key(subscriber, topic) for subscriber in self.subscribers_of(topic)]
+
+    def readers_of_client(self, client_id: str, topic: str) -> list[str]:
+        """The keys of a client's readers of a topic: its own, those of its groups, and those it has leases of."""
+        keys = {reader_key(client_id, topic): None}
+        for name, member in self._members.of_client(client_id):
+            for topic_filter in member.filters:
+                if matches(topic_filter, topic):
+                    keys[reader_key(subscriber_of(name, topic_filter), topic)] = None
+            keys.update(
+                (key, None) for key in member.leases.values() if self.topic_of(key) == topic
+            )
+        return list(keys)
+
+    def last_of(self, key: str) -> int:
+        """See `Leasing`."""
+        return self._logs[self.topic_of(key)].last
+
+    def something_waits(self, key: str, window: Reader) -> bool:
+        """See `Leasing`."""
+        if window.made_at is None:
+            return False
+        return bool(window.returned) or window.cursor < self.last_of(key)
+
+    def unread(self, key: str) -> int:
+        """See `DeliveryMachine`."""
+        reader, log = self._windows[key], self._logs[self.topic_of(key)]
+        return log.length if reader.read_to < log.last else 0
+
+    def note_waiting(self, key: str, window: Reader) -> Done:
+        """See `Leasing`. Where nothing is ahead the reader is at the log's end, whatever has gone from it meanwhile."""
+        last = self.last_of(key)
+        if window.made_at is not None and not window.ahead and window.read_to >= last:
+            window.cursor = max(window.cursor, last)
+        window.advance()
+        return super().note_waiting(key, window)
+
+    def page(self, name: str, topic_filter: str, after: str, *, everything: bool) -> ReadNames:
+        """See `Rounds`. A member that has come has no reader yet of topics that it has never read."""
+        prefix = literal_prefix(topic_filter)
+        if everything:
+            return ReadNames(None, TOPICS, prefix, after, PAGE_MAX)
+        subscriber = subscriber_of(name, topic_filter)
+        behind = reader_key(subscriber, after) if after else ""
+        return ReadNames(None, WAITING, reader_key(subscriber, prefix), behind, PAGE_MAX)
+
+    def key_on_page(self, name: str, topic_filter: str, entry: str, *, everything: bool) -> str:
+        """See `Rounds`."""
+        if everything:
+            return reader_key(subscriber_of(name, topic_filter), entry)
+        return entry
+
+    # -- making and moving up -------------------------------------------------------------------------------
+
+    def window(self, offset: int, key: str) -> Reader:
+        """See `Leasing`. A reader is made when it is first looked at, and moves up to what its log still has."""
+        reader = super().window(offset, key)
+        self._shown.setdefault(key, reader.message_id)
+        subscriber, topic = split_reader(key)
+        log = self._logs[topic]
+        if self._counters.forgetting:
+            # Given up, but the tick that forgets it has not come by yet.
+            self._besides += self._forget_reader(offset, key)
+        if reader.made_at is None:
+            self._make(key, reader, self._subscribers.get(subscriber), log)
+        elif reader.cursor < log.cursor or reader.read_offset < log.cursor:
+            reader.trim(log)
+        if reader.cursor >= log.last:
+            reader.number = log.number
+        return reader
+
+    def read_from(self, key: str) -> int:
+        """See `DeliveryMachine`. A reader that is yet to be made will start where its subscriber does."""
+        reader, (subscriber, topic) = self._windows[key], split_reader(key)
+        if reader.made_at is not None or reader.read_to:
+            return reader.read_to
+        floor, delivery = self._logs[topic].cursor, self.delivery(key)
+        if delivery is None or delivery.start == "earliest":
+            return floor
+        known = self._subscribers.get(subscriber)
+        times = [] if known is None else [known.since(topic)]
+        times += [
+            since for wanted, since in self._joining.get(subscriber, ()) if matches(wanted, topic)
+        ]
+        return max(floor, min((each for each in times if each is not None), default=floor))
+
+    def _make(self, key: str, reader: Reader, subscriber: Subscriber | None, log: Log) -> None:
+        topic = self.topic_of(key)
+        since = None if subscriber is None else subscriber.since(topic)
+        delivery = self.delivery(key)
+        if since is None or delivery is None:
+            return  # nobody of that name reads it
+        start = log.cursor if delivery.start == "earliest" else max(since, log.cursor)
+        reader.made_at = since
+        reader.number = log.trimmed
+        reader.start(start)
+        self._made[key] = 0
+
+    # -- remembering and forgetting -------------------------------------------------------------------------
+
+    def remember(self, name: str, topic_filter: str, event: SubscriberJoined, score: int) -> Done:
+        """See `Membership`."""
+        key = subscriber_of(name, topic_filter)
+        subscriber = self._subscribers.touch(event.source_offset, key)
+        subscriber.known.setdefault(topic_filter, _since(event, score))
+        subscriber.gone_at = None
+        return []
+
+    def forget(self, offset: int, name: str, topic_filter: str, now_ms: int, score: int) -> Done:
+        """See `Membership`. A group goes on without one of its members."""
+        if subscriber_of(name, topic_filter) != name:
+            return self._group_went(name, [topic_filter], now_ms)
+        subscriber = self._subscribers.touch(offset, name)
+        if subscriber.known.pop(topic_filter, None) is None:
+            return []
+        subscriber.given_up[topic_filter] = score
+        # What is in the client's hands is given up at once, all else a piece with every tick.
+        done: Done = []
+        for key in dict.fromkeys(self._members.by_name[name].leases.values()):
+            done += self._forget_reader(offset, key)
+        return [*done, *self._start_forgetting(name, score)]
+
+    def went(self, name: str, now_ms: int, *, ended: bool) -> Done:
+        """See `Membership`."""
+        member = self._members.by_name[name]
+        if any(subscriber_of(name, each) != name for each in member.filters):
+            return self._group_went(name, list(member.filters), now_ms)
+        return self._gone(name, now_ms) if ended else []
+
+    def _group_went(self, name: str, topic_filters: Iterable[str], now_ms: int) -> Done:
+        """Whose last member has gone, whatever for, is a subscriber that has gone."""
+        done: Done = []
+        for topic_filter in topic_filters:
+            subscriber = subscriber_of(name, topic_filter)
+            others = (
+                other
+                for other in self._members.holding_filter(topic_filter)
+                if other != name and subscriber_of(other, topic_filter) == subscriber
+            )
+            if next(others, None) is None:
+                done += self._gone(subscriber, now_ms)
+        return done
+
+    def _gone(self, key: str, now_ms: int) -> Done:
+        subscriber = self._subscribers.touch(0, key)
+        subscriber.gone_at = now_ms
+        return [self._due.falls_due(due_member(SUBSCRIBER, key), now_ms + self._retention_ms())]
+
+    def _retention_ms(self) -> int:
+        rules = self.rules.run_by_delivery(self.agent)
+        return max((each.offset_retention_s * 1000 for each in rules), default=0)
+
+    def subscriber_due(self, offset: int, key: str, now_ms: int) -> Done:
+        """A subscriber that has gone for good may have been away for too long."""
+        subscriber = self._subscribers.touch(offset, key)
+        if subscriber.gone_at is None:
+            return []
+        end = subscriber.gone_at + self._retention_ms()
+        if end > now_ms:
+            return [self._due.falls_due(due_member(SUBSCRIBER, key), end)]
+        score = now_ms * 1000
+        subscriber.given_up.update((each, score) for each in subscriber.known)
+        subscriber.known.clear()
+        return self._start_forgetting(key, score)
+
+    def _start_forgetting(self, subscriber: str, started: int) -> Done:
+        self._counters.forgetting += 1
+        return self.queue_work(f"{BESIDES}{started}\0{subscriber}\0")
+
+    def page_besides(self, name: str) -> ReadNames:
+        """See `Rounds`: readers of the subscriber that forgets some."""
+        _, subscriber, after = split_forgetting(name)
+        behind = reader_key(subscriber, after) if after else ""
+        return ReadNames(None, READERS, reader_key(subscriber, ""), behind, PAGE_MAX)
+
+    def work_besides(self, offset: int, name: str, now_ms: int) -> Done:
+        """See `Rounds`: forget the readers that were given up."""
+        started, subscriber, _ = split_forgetting(name)
+        state = self._subscribers.touch(offset, subscriber)
+        keys = self._pages[self.page_besides(name)]
+        done: Done = []
+        for key in keys:
+            made_at = self._windows[key].made_at
+            if made_at is not None and state.has_given_up(self.topic_of(key), made_at):
+                done += self._forget_reader(offset, key)
+        if len(keys) >= PAGE_MAX:
+            after = self.topic_of(keys[-1])
+            return [*done, *self.queue_work(f"{BESIDES}{started}\0{subscriber}\0{after}")]
+        self._counters.forgetting -= 1
+        state.given_up = {each: at for each, at in state.given_up.items() if at > started}
+        return done
+
+    def _forget_reader(self, offset: int, key: str) -> Done:
+        """A reader is no more, if its filter was given up; what it had leased is nobody's."""
+        subscriber, topic = split_reader(key)
+        reader = super().window(offset, key)
+        self._shown.setdefault(key, reader.message_id)
+        state = self._subscribers[subscriber]
+        if reader.made_at is None or not state.has_given_up(topic, reader.made_at):
+            return []
+        done: Done = []
+        for lease in list(reader.leases.values()):
+            done += self.release(lease)
+        reader.clear()
+        self._made[key] = None
+        return [*done, *super().note_waiting(key, reader)]
+
+    # -- what steps want ------------------------------------------------------------------------------------
+
+    def unknown(self, keys: Iterable[str]) -> list[ReadStates]:
+        """See `DeliveryMachine`: with the readers their logs, and the subscribers of those that are not made yet."""
+        every = list(keys)
+        reads = [*super().unknown(every), *self.unknown_logs(map(self.topic_of, every))]
+        if reads:
+            return reads
+        asked = (
+            key for key in every if self._counters.forgetting or self._windows[key].made_at is None
+        )
+        return self.unknown_subscribers(split_reader(key)[0] for key in asked)
+
+    def unknown_logs(self, topics: Iterable[str]) -> list[ReadStates]:
+        """The reads for logs that are not known."""
+        unknown = self._logs.unknown(topics)
+        return [ReadStates(unknown, "logs")] if unknown else []
+
+    def unknown_subscribers(self, subscribers: Iterable[str]) -> list[ReadStates]:
+        """The reads for subscribers that are not known."""
+        unknown = self._subscribers.unknown(subscribers)
+        return [ReadStates(unknown, "subscribers")] if unknown else []
+
+    def expected(self, topic: str) -> Iterable[str]:
+        """The readers of those who join in the batch."""
+        return self._expected.get(topic, ())
+
+    def expect(self, events: Sequence[Event]) -> None:
+        """Note who joins in a batch: what is published in it before that is for them, too."""
+        for event in events:
+            if isinstance(event, SubscriberJoined):
+                name, topic_filter = member_name(event.client_id, event.topic_filter)
+                subscriber = subscriber_of(name, topic_filter)
+                self._joining.setdefault(subscriber, []).append((topic_filter, _since(event, 0)))
+                key = reader_key(subscriber, topic_filter)
+                self._expected.setdefault(topic_filter, {})[key] = None
+
+    def subscribers_in(self, events: Sequence[Event]) -> Iterator[str]:
+        """The subscribers that come or go."""
+        for event in events:
+            if isinstance(event, SubscriberJoined | SubscriberLeft):
+                name, topic_filter = member_name(event.client_id, event.topic_filter)
+                yield subscriber_of(name, topic_filter)
+                member = self._members.by_name.get(name)
+                if member is not None:
+                    yield from (subscriber_of(name, each) for each in member.filters)
+                    yield from (split_reader(key)[0] for key in member.leases.values())
+
+    def due_windows(self, overdue: Sequence[tuple[str, str, str]]) -> dict[str, None]:
+        """See `DeliveryMachine`."""
+        keys: dict[str, None] = {}
+        for kind, key, _ in overdue:
+            if kind == WINDOW:
+                keys[key] = None
+            elif kind in self.of_logs:
+                keys.update(dict.fromkeys(self.readers_of(key)))
+        return keys
+
+    of_logs: tuple[
+        str, ...
+    ] = ()  # the kinds of due things after which a log's readers are looked at
+
+    def supply_besides(self, read: Read, answer: Any) -> None:
+        """See `DeliveryMachine`."""
+        match read:
+            case ReadStates(table="logs"):
+                self._logs.supply(answer)
+            case ReadStates(table="subscribers"):
+                self._subscribers.supply(answer)
+
+    # -- the end of a batch ---------------------------------------------------------------------------------
+
+    def finish(self) -> Sequence[Effect]:
+        """See `DeliveryMachine`."""
+        effects = [each for each in self._besides if not isinstance(each, Output)]
+        self._besides = []
+        for key, message_id in self._shown.items():
+            reader = self._windows[key]
+            if reader.message_id != message_id:
+                subscriber, topic = split_reader(key)
+                effects.append(ShowOffset(0, shown(subscriber), topic, reader.message_id or None))
+        effects += [SetIndex(READERS, key, score) for key, score in self._made.items()]
+        self._shown, self._made, self._joining, self._expected = {}, {}, {}, {}
+        for _, topic, _, log in self._logs.finish():
+            effects.append(SetState(topic, pack(log), "logs"))
+        for _, key, _, subscriber_state in self._subscribers.finish():
+            blank = not (subscriber_state.known or subscriber_state.given_up)
+            effects.append(SetState(key, None if blank else pack(subscriber_state), "subscribers"))
+        return [*effects, *super().finish()]
+
+    def settled(self) -> None:
+        """See `agents.ports.Machine`."""
+        super().settled()
+        self._logs.settled()
+        self._subscribers.settled()
+
+
+def _since(event: SubscriberJoined, score: int) -> int:
+    """The place in the log behind which all is that was published after the subscription; `score` if that is not told."""
+    return event.subscribed_at * 1000 - 1 if event.subscribed_at else score
+
+
+def split_forgetting(name: str) -> tuple[int, str, str]:
+    """When it was started (a score), the subscriber, and the topic behind which it goes on. A group's name has the
+    separator in front.
+    """
+    started, _, rest = name.removeprefix(BESIDES).partition("\0")
+    subscriber, _, after = rest.rpartition("\0")
+    return int(started), subscriber, after
