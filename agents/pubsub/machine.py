@@ -1,6 +1,6 @@
 """The pubsub agent's machine: one log for each topic, every subscriber its own read offset.
 
-Rule 1: every transition of a subscriber's reading is in this file or in `state.py`; leases and members are in
+Rule 1: every transition of a subscriber's reading is in this file, `forgetting.py` or `state.py`; leases and members are in
 `agents/delivery/`, what is kept besides in `agents/keeping.py`. Rule 2: no IO, no clock, no chance.
 
 ON published: unless its id was seen, append; hand to every online subscriber with room. QoS 0 is not stored unless a rule
@@ -24,7 +24,8 @@ from agents.due import DEAD, INDEX, MESSAGE, SUBSCRIBER, WINDOW, due_member
 from agents.effects import NO_SOURCE, Effect, HandOut, Refusal, SetIndex, Unindex
 from agents.keeping import expired_entries
 from agents.ports import Read, ReadEntry, ReadIndex
-from agents.pubsub.readers import TOPICS, Readers
+from agents.pubsub.forgetting import Forgetting
+from agents.pubsub.readers import TOPICS
 from agents.pubsub.state import GROUP, reader_key, shown, split_reader
 from schemas.errors import DecodeError
 from schemas.events import (
@@ -46,7 +47,7 @@ SWEEP_ENTRIES_MAX: Final = 4_096
 OVERFLOW_MAX: Final = 8
 
 
-class PubsubMachine(Readers):
+class PubsubMachine(Forgetting):
     """The transitions of one partition."""
 
     of_logs = (INDEX, MESSAGE)

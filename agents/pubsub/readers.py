@@ -12,8 +12,8 @@ from agents.delivery.leasing import WAITING, Done
 from agents.delivery.machine import DeliveryMachine
 from agents.delivery.members import Held as Holding
 from agents.delivery.members import Reach, is_wildcard, make_reach, member_name
-from agents.delivery.rounds import BESIDES, PAGE_MAX, literal_prefix
-from agents.due import SUBSCRIBER, WINDOW, due_member
+from agents.delivery.rounds import PAGE_MAX, literal_prefix
+from agents.due import WINDOW
 from agents.effects import Effect, Output, SetIndex, SetState, ShowOffset
 from agents.held import Held
 from agents.ports import Read, ReadNames, ReadStates, Stored
@@ -170,15 +170,17 @@ class Readers(DeliveryMachine[Reader]):
 
     # -- making and moving up -------------------------------------------------------------------------------
 
-    def window(self, offset: int, key: str) -> Reader:
-        """See `Leasing`. A reader is made when it is first looked at, and moves up to what its log still has."""
+    def touched(self, offset: int, key: str) -> Reader:
+        """A reader as it is, that the record at `offset` may change."""
         reader = super().window(offset, key)
         self._shown.setdefault(key, reader.message_id)
+        return reader
+
+    def window(self, offset: int, key: str) -> Reader:
+        """See `Leasing`. A reader is made when it is first looked at, and moves up to what its log still has."""
+        reader = self.touched(offset, key)
         subscriber, topic = split_reader(key)
         log = self._logs[topic]
-        if self._counters.forgetting:
-            # Given up, but the tick that forgets it has not come by yet.
-            self._besides += self._forget_reader(offset, key)
         if reader.made_at is None:
             self._make(key, reader, self._subscribers.get(subscriber), log)
         elif reader.cursor < log.cursor or reader.read_offset < log.cursor:
@@ -214,115 +216,6 @@ class Readers(DeliveryMachine[Reader]):
         reader.start(start)
         self._made[key] = 0
 
-    # -- remembering and forgetting -------------------------------------------------------------------------
-
-    def remember(self, name: str, topic_filter: str, event: SubscriberJoined, score: int) -> Done:
-        """See `Membership`."""
-        key = subscriber_of(name, topic_filter)
-        subscriber = self._subscribers.touch(event.source_offset, key)
-        subscriber.known.setdefault(topic_filter, _since(event, score))
-        subscriber.gone_at = None
-        return []
-
-    def forget(self, offset: int, name: str, topic_filter: str, now_ms: int, score: int) -> Done:
-        """See `Membership`. A group goes on without one of its members."""
-        if subscriber_of(name, topic_filter) != name:
-            return self._group_went(name, [topic_filter], now_ms)
-        subscriber = self._subscribers.touch(offset, name)
-        if subscriber.known.pop(topic_filter, None) is None:
-            return []
-        subscriber.given_up[topic_filter] = score
-        # What is in the client's hands is given up at once, all else a piece with every tick.
-        done: Done = []
-        for key in dict.fromkeys(self._members.by_name[name].leases.values()):
-            done += self._forget_reader(offset, key)
-        return [*done, *self._start_forgetting(name, score)]
-
-    def went(self, name: str, now_ms: int, *, ended: bool) -> Done:
-        """See `Membership`."""
-        member = self._members.by_name[name]
-        if any(subscriber_of(name, each) != name for each in member.filters):
-            return self._group_went(name, list(member.filters), now_ms)
-        return self._gone(name, now_ms) if ended else []
-
-    def _group_went(self, name: str, topic_filters: Iterable[str], now_ms: int) -> Done:
-        """Whose last member has gone, whatever for, is a subscriber that has gone."""
-        done: Done = []
-        for topic_filter in topic_filters:
-            subscriber = subscriber_of(name, topic_filter)
-            others = (
-                other
-                for other in self._members.holding_filter(topic_filter)
-                if other != name and subscriber_of(other, topic_filter) == subscriber
-            )
-            if next(others, None) is None:
-                done += self._gone(subscriber, now_ms)
-        return done
-
-    def _gone(self, key: str, now_ms: int) -> Done:
-        subscriber = self._subscribers.touch(0, key)
-        subscriber.gone_at = now_ms
-        return [self._due.falls_due(due_member(SUBSCRIBER, key), now_ms + self._retention_ms())]
-
-    def _retention_ms(self) -> int:
-        rules = self.rules.run_by_delivery(self.agent)
-        return max((each.offset_retention_s * 1000 for each in rules), default=0)
-
-    def subscriber_due(self, offset: int, key: str, now_ms: int) -> Done:
-        """A subscriber that has gone for good may have been away for too long."""
-        subscriber = self._subscribers.touch(offset, key)
-        if subscriber.gone_at is None:
-            return []
-        end = subscriber.gone_at + self._retention_ms()
-        if end > now_ms:
-            return [self._due.falls_due(due_member(SUBSCRIBER, key), end)]
-        score = now_ms * 1000
-        subscriber.given_up.update((each, score) for each in subscriber.known)
-        subscriber.known.clear()
-        return self._start_forgetting(key, score)
-
-    def _start_forgetting(self, subscriber: str, started: int) -> Done:
-        self._counters.forgetting += 1
-        return self.queue_work(f"{BESIDES}{started}\0{subscriber}\0")
-
-    def page_besides(self, name: str) -> ReadNames:
-        """See `Rounds`: readers of the subscriber that forgets some."""
-        _, subscriber, after = split_forgetting(name)
-        behind = reader_key(subscriber, after) if after else ""
-        return ReadNames(None, READERS, reader_key(subscriber, ""), behind, PAGE_MAX)
-
-    def work_besides(self, offset: int, name: str, now_ms: int) -> Done:
-        """See `Rounds`: forget the readers that were given up."""
-        started, subscriber, _ = split_forgetting(name)
-        state = self._subscribers.touch(offset, subscriber)
-        keys = self._pages[self.page_besides(name)]
-        done: Done = []
-        for key in keys:
-            made_at = self._windows[key].made_at
-            if made_at is not None and state.has_given_up(self.topic_of(key), made_at):
-                done += self._forget_reader(offset, key)
-        if len(keys) >= PAGE_MAX:
-            after = self.topic_of(keys[-1])
-            return [*done, *self.queue_work(f"{BESIDES}{started}\0{subscriber}\0{after}")]
-        self._counters.forgetting -= 1
-        state.given_up = {each: at for each, at in state.given_up.items() if at > started}
-        return done
-
-    def _forget_reader(self, offset: int, key: str) -> Done:
-        """A reader is no more, if its filter was given up; what it had leased is nobody's."""
-        subscriber, topic = split_reader(key)
-        reader = super().window(offset, key)
-        self._shown.setdefault(key, reader.message_id)
-        state = self._subscribers[subscriber]
-        if reader.made_at is None or not state.has_given_up(topic, reader.made_at):
-            return []
-        done: Done = []
-        for lease in list(reader.leases.values()):
-            done += self.release(lease)
-        reader.clear()
-        self._made[key] = None
-        return [*done, *super().note_waiting(key, reader)]
-
     # -- what steps want ------------------------------------------------------------------------------------
 
     def unknown(self, keys: Iterable[str]) -> list[ReadStates]:
@@ -356,7 +249,7 @@ class Readers(DeliveryMachine[Reader]):
             if isinstance(event, SubscriberJoined):
                 name, topic_filter = member_name(event.client_id, event.topic_filter)
                 subscriber = subscriber_of(name, topic_filter)
-                self._joining.setdefault(subscriber, []).append((topic_filter, _since(event, 0)))
+                self._joining.setdefault(subscriber, []).append((topic_filter, since_of(event, 0)))
                 key = reader_key(subscriber, topic_filter)
                 self._expected.setdefault(topic_filter, {})[key] = None
 
@@ -420,15 +313,6 @@ class Readers(DeliveryMachine[Reader]):
         self._subscribers.settled()
 
 
-def _since(event: SubscriberJoined, score: int) -> int:
+def since_of(event: SubscriberJoined, score: int) -> int:
     """The place in the log behind which all is that was published after the subscription; `score` if that is not told."""
     return event.subscribed_at * 1000 - 1 if event.subscribed_at else score
-
-
-def split_forgetting(name: str) -> tuple[int, str, str]:
-    """When it was started (a score), the subscriber, and the topic behind which it goes on. A group's name has the
-    separator in front.
-    """
-    started, _, rest = name.removeprefix(BESIDES).partition("\0")
-    subscriber, _, after = rest.rpartition("\0")
-    return int(started), subscriber, after
