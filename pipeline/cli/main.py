@@ -10,6 +10,7 @@ from aiokafka.errors import KafkaError
 
 from pipeline.cli import (
     client_commands,
+    dead_letter_commands,
     mqtt_commands,
     part_commands,
     redis_command,
@@ -32,6 +33,7 @@ app.command()(stack_commands.status)
 app.command()(part_commands.worker)
 app.command()(part_commands.bridge)
 app.add_typer(client_commands.clients, name="clients")
+app.add_typer(dead_letter_commands.dead_letters, name="dead-letters")
 app.add_typer(part_commands.kafka, name="kafka")
 app.add_typer(part_commands.config, name="config")
 app.command()(mqtt_commands.pub)

@@ -1,0 +1,265 @@
+"""`millpond dead-letters`: messages given up on, and what is to become of them."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import orjson
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline import dead_letters as letters
+from pipeline import orders
+from pipeline.cli.common import (
+    DEFAULT_DATA,
+    ConfigOption,
+    DataOption,
+    console,
+    errors,
+    load_settings,
+)
+from pipeline.dead_letters import Found, StoredMessage
+from pipeline.snapshot import Snapshot
+from schemas.errors import ConfigError, MillpondError
+from schemas.events import OperatorDrop, OperatorRequeue
+from schemas.filters import filter_error, split_share
+
+SHOWN_MAX = 100  # unless more are asked for
+ID_LENGTH = 40  # ids up to this stay in one piece, to be copied; EMQX's have 32 characters
+
+dead_letters = typer.Typer(
+    help="Messages given up on, and what is to become of them.", no_args_is_help=True
+)
+JsonOption = Annotated[bool, typer.Option("--json", help="For scripts.")]
+TopicOption = Annotated[
+    str | None,
+    typer.Option("--topic", "-t", metavar="FILTER", help="Those of topics that match."),
+]
+IdsArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[MESSAGE_ID]...", show_default=False)
+]
+AllOption = Annotated[bool, typer.Option("--all", help="All that there are now.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+
+@dead_letters.command("list")
+def list_dead_letters(
+    topic: TopicOption = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="The newest so many.")] = SHOWN_MAX,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    data: DataOption = DEFAULT_DATA,
+) -> None:
+    """The newest last; --json prints one list of objects."""
+    _check_filter(topic)
+    settings, rules = load_settings(config, data)
+
+    async def read(snapshot: Snapshot) -> None:
+        async for found in letters.scan(settings, rules, topic):
+            snapshot.add(*found)
+
+    with Snapshot() as snapshot:
+        asyncio.run(read(snapshot))
+        total, shown = len(snapshot), [Found(*each) for each in snapshot.newest(limit)]
+    if as_json:
+        _print_json([found.describe() for found in shown])
+        if len(shown) < total:  # a script that reads the list would not know
+            errors.print(_how_many(len(shown), total, topic), markup=False, soft_wrap=True)
+        return
+    if shown:
+        console.print(_table(shown))
+    console.print(_how_many(len(shown), total, topic), markup=False, soft_wrap=True)
+
+
+def _table(shown: list[Found]) -> Table:
+    table = Table(box=None)
+    whole = max(len(found.dead.message_id) for found in shown) <= ID_LENGTH
+    table.add_column("message id", no_wrap=whole, overflow="fold")
+    table.add_column("topic", overflow="fold")
+    table.add_column("when", no_wrap=True)
+    table.add_column("deliveries", no_wrap=True, justify="right")
+    table.add_column("reason", overflow="fold")
+    for _, dead in shown:
+        at, deliveries = _time(dead.at), str(dead.deliveries)
+        table.add_row(_cell(dead.message_id), _cell(dead.topic), at, deliveries, _cell(dead.reason))
+    return table
+
+
+def _how_many(shown: int, total: int, topic: str | None) -> str:
+    of_topics = "" if topic is None else f" of topics that match {topic!r}"
+    if shown < total:
+        return f"the {shown} newest of {_count(total)}{of_topics}: --limit shows more"
+    return f"{_count(total)}{of_topics}"
+
+
+def _count(number: int) -> str:
+    return f"{number or 'no'} dead letter{'' if number == 1 else 's'}"
+
+
+@dead_letters.command("show")
+def show_dead_letter(
+    message_id: Annotated[str, typer.Argument(help="The message's id.", show_default=False)],
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    data: DataOption = DEFAULT_DATA,
+) -> None:
+    """Why and when, and the message itself."""
+    settings, rules = load_settings(config, data)
+    found, message = asyncio.run(letters.show(settings, rules, message_id))
+    if as_json:
+        _print_json({**found.describe(), "message": msgspec.to_builtins(message)})
+        return
+    facts = Table(show_header=False, box=None)
+    facts.add_column(no_wrap=True)
+    facts.add_column(overflow="fold")
+    for name, value in (*_facts(found), *_message_facts(message)):
+        facts.add_row(name, _cell(value))
+    console.print(facts)
+    if message is not None and message.payload:
+        console.print(printable(message.payload, "\n\t"), markup=False, soft_wrap=True)
+
+
+def _facts(found: Found) -> list[tuple[str, str]]:
+    dead = found.dead
+    return [
+        ("message id", dead.message_id),
+        ("topic", dead.topic),
+        ("agent", found.agent),
+        ("given up on", _time(dead.at)),
+        ("deliveries", str(dead.deliveries)),
+        ("reason", dead.reason),
+        ("kept until", _time(found.describe()["kept_until"])),
+    ]
+
+
+def _message_facts(message: StoredMessage | None) -> list[tuple[str, str]]:
+    if message is None:
+        return [("message", "the store has it no more: drop this dead letter")]
+    form = {"utf-8": "text", "base64": "base64, since it is no text"}[message.payload_encoding]
+    return [
+        ("publisher", message.client_id),
+        ("published at", _time(message.published_at)),
+        ("expires at", "never" if message.expires_at is None else _time(message.expires_at)),
+        ("QoS", str(message.qos)),
+        ("retain", "yes" if message.retain else "no"),
+        ("payload", form if message.payload else "empty"),
+    ]
+
+
+@dead_letters.command("requeue")
+def requeue(
+    message_ids: IdsArgument = None,
+    topic: TopicOption = None,
+    every: AllOption = False,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    data: DataOption = DEFAULT_DATA,
+) -> None:
+    """Have them delivered once more, as if for the first time, behind what waits by now."""
+    _order(OperatorRequeue, message_ids or [], topic, every, yes, as_json, config, data)
+
+
+@dead_letters.command("drop")
+def drop(
+    message_ids: IdsArgument = None,
+    topic: TopicOption = None,
+    every: AllOption = False,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    data: DataOption = DEFAULT_DATA,
+) -> None:
+    """Delete them, with their messages."""
+    _order(OperatorDrop, message_ids or [], topic, every, yes, as_json, config, data)
+
+
+def _order(
+    order: orders.Order,
+    message_ids: list[str],
+    topic: str | None,
+    every: bool,
+    yes: bool,
+    as_json: bool,
+    config: Path | None,
+    data: Path,
+) -> None:
+    """Choose, ask, write. What is chosen is what there is before the first order is written."""
+    verb = "requeue" if order is OperatorRequeue else "drop"
+    _check_choice(verb, message_ids, topic, every)
+    if not (message_ids or yes or someone_is_there()):
+        raise ConfigError(f"nobody is at a terminal to confirm what {verb} shall do: add --yes")
+    settings, rules = load_settings(config, data)
+    with Snapshot() as snapshot:
+        left_out = 0
+        if message_ids:
+            chosen = asyncio.run(letters.pick(settings, rules, message_ids))
+            total, dead = len(chosen), (found.dead for found in chosen)
+        else:
+            left_out = asyncio.run(letters.take(settings, rules, topic, snapshot))
+            total, dead = len(snapshot), (each for _, each in snapshot)
+        if total and not (message_ids or yes):
+            _confirm(f"{verb.capitalize()} {_count(total)}?")
+        written = asyncio.run(orders.write(settings.kafka, order, dead)) if total else 0
+    if as_json:
+        _print_json({"written": written, "left_out": left_out})
+        return
+    if left_out:
+        console.print(f"left out {_count(left_out)} of topics without a delivery rule")
+    carried_out = ": the agents carry it out when they read it" if written else ""
+    done = "requeued" if order is OperatorRequeue else "dropped"
+    verbs = "is" if written == 1 else "are"
+    console.print(f"{_count(written)} {verbs} to be {done}{carried_out}", soft_wrap=True)
+
+
+def _check_choice(verb: str, message_ids: list[str], topic: str | None, every: bool) -> None:
+    _check_filter(topic)
+    if [bool(message_ids), topic is not None, every].count(True) != 1:
+        raise ConfigError(f"{verb} takes one of: message ids, --topic FILTER, --all")
+
+
+def _check_filter(topic: str | None) -> None:
+    if topic is None:
+        return
+    reason = filter_error(topic)
+    if reason is None and split_share(topic)[0] is not None:
+        reason = "a plain filter is wanted here, without $share"
+    if reason is not None:
+        raise ConfigError(f"--topic: {reason}")
+
+
+def someone_is_there() -> bool:
+    """Whether a question would be read."""
+    return sys.stdin.isatty()
+
+
+def _confirm(question: str) -> None:
+    if not typer.confirm(question, err=True):
+        raise MillpondError("not confirmed, so nothing was written")
+
+
+def _time(at_ms: int) -> str:
+    return f"{datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M:%SZ}"
+
+
+def _cell(text: str) -> str:
+    return escape(printable(text))
+
+
+def printable(text: str, kept: str = "") -> str:
+    """What a publisher wrote must not move the cursor of who looks at it."""
+    return "".join(
+        each if each.isprintable() or each in kept else each.encode("unicode_escape").decode()
+        for each in text
+    )
+
+
+def _print_json(found: Any) -> None:
+    sys.stdout.buffer.write(orjson.dumps(found) + b"\n")
+    sys.stdout.buffer.flush()

@@ -1,0 +1,68 @@
+"""What operators order to be done with dead letters: a record each, which the owner of the topic carries out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from itertools import islice
+from typing import Final, TypeAlias
+
+from aiokafka.errors import KafkaError
+
+from agents.delivery.dead import DeadMessage
+from pipeline.producer import Producer
+from pipeline.reach import unreachable
+from pipeline.settings import KafkaSettings
+from schemas import codec, keys
+from schemas.errors import MillpondError
+from schemas.events import OperatorDrop, OperatorRequeue
+
+Order: TypeAlias = type[OperatorRequeue | OperatorDrop]
+
+WRITTEN_AT_ONCE: Final = 1_000  # orders that wait for Kafka's acknowledgement
+ACKNOWLEDGED_TIMEOUT_S: Final = 60.0  # Kafka elects a new leader in less
+STOP_TIMEOUT_S: Final = 5.0
+
+
+async def write(settings: KafkaSettings, order: Order, dead: Iterable[DeadMessage]) -> int:
+    """Write an order for each dead letter, in order; how many. All are acknowledged by Kafka.
+
+    Raises:
+        ConfigError: Kafka cannot be reached; nothing was written.
+        MillpondError: Kafka did not take them all; it says how many it did.
+    """
+    producer = Producer(settings.client_options(), settings.message_bytes_max)
+    written, waiting = 0, iter(dead)
+    try:
+        try:
+            await producer.start()
+        except KafkaError as error:
+            raise await unreachable(settings) from error
+        while some := list(islice(waiting, WRITTEN_AT_ONCE)):
+            async with asyncio.timeout(ACKNOWLEDGED_TIMEOUT_S):
+                await _write_some(producer, order, some)
+            written += len(some)
+    except (KafkaError, TimeoutError) as error:
+        reason = str(error) or f"no acknowledgement for {ACKNOWLEDGED_TIMEOUT_S:g} s"
+        raise MillpondError(
+            f"Kafka took {written} orders and then no more: {reason}; once it is well, give the same command again:"
+            " what was carried out is no dead letter any more"
+        ) from error
+    finally:
+        # Its stop waits for Kafka for ever.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await producer.stop()
+    return written
+
+
+async def _write_some(producer: Producer, order: Order, some: Iterable[DeadMessage]) -> None:
+    now_ms = time.time_ns() // 1_000_000
+    acknowledged = []
+    for dead in some:
+        event = order(at=now_ms, node=keys.AGENT_NODE, topic=dead.topic, message_id=dead.message_id)
+        key, value = keys.record_key(event).encode(), codec.encode(event)
+        acknowledged.append(await producer.send(keys.MESSAGES_TOPIC, key, value))
+    await asyncio.gather(*acknowledged)
