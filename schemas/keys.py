@@ -7,19 +7,28 @@ Redis Cluster slot and can be written in one transaction.
 | key | type | content | owner | lifetime |
 |---|---|---|---|---|
 | `mqtt:msg:{topic}` | zset | message ids, score = log time in µs, never a tie | the topic's agent | an entry: `expired_time` |
-| `mqtt:msg:{message_id}` | hash | `id from qos topic payload ts retain` | the topic's agent | until index and retained entry let go |
+| `mqtt:msg:{message_id}` | hash | `id from qos topic payload ts retain`; `expires_at` in ms, if the message came with an expiry | the topic's agent | until index, retained entry and dead letter let go |
 | `mqtt:retain:{topic}` | zset | the one retained message id | the topic's agent | until replaced, cleared or expired |
 | `mqtt:receipt:{message_id}` | hash | `delivered:{client_id}`, `acked:{client_id}` → epoch seconds | the topic's agent | `expired_time` of the rule |
 | `mqtt:client:{client_id}` | hash | `state online_at offline_at` | sessions | grows with the clients |
 | `mqtt:node:{node}` | hash | client id → online timestamp | sessions | grows with the clients online |
 | `mqtt:sub:{client_id}` | hash | topic filter → QoS | your applications | yours |
-| `mqtt:acked:{client_id}:{topic}` | string | last message id of a read offset (a view) | pubsub | with the offset |
+| `mqtt:acked:{subscriber}:{topic}` | string | last message id of the read offset of a client, or of `$share/{group}/{filter}` (a view) | pubsub | with the offset |
 | `millpond:{app:agent:partition}:applied` | string | the fence: applied offset, sequence and partition-wide state, as JSON | the agent | for ever |
 | `millpond:{app:agent:partition}:journal` | hash | sequence → what must still be produced, as JSON | the agent | until produced |
 | the same, on a Redis Cluster | | `remove:{sequence}` → what runs after the fence, as MessagePack | the agent | until it has run |
 | `millpond:{app:agent:partition}:rules` | string | the rules in force, as JSON | the agent | for ever |
 | `millpond:{app:agent:partition}:seen:{0,1}` | string | two generations of message ids seen, a JSON string per line | the agent | two `dedup_window_s` |
-| `millpond:{app:agent:partition}:states` | hash | topic or client id → its state, as JSON | the agent | while it has state |
+| `millpond:{app:agent:partition}:states` | hash | client id → its state; topic → its retained message, as JSON | the agent | while it has state |
+| `millpond:{app:agent:partition}:windows` | hash | queue: topic; pubsub: subscriber and topic → what is handed out, and how far, as JSON | queue, pubsub | while there is something; pubsub: with the offset |
+| `millpond:{app:agent:partition}:members` | hash | client, or group and client → its filters and what it has in hand, as JSON | queue, pubsub | ten minutes longer than it is online |
+| `millpond:{app:agent:partition}:dead` | hash | message id → why it was given up on, as JSON | queue, pubsub | 7 days |
+| `millpond:{app:pubsub:partition}:logs` | hash | topic → how long its log is, and what was trimmed, as JSON | pubsub | grows with the topics |
+| `millpond:{app:pubsub:partition}:subscribers` | hash | subscriber → since when it is known by which filters, as JSON | pubsub | `offset_retention_s` longer than its session |
+| `millpond:{app:agent:partition}:waiting` | zset | windows with something that nobody had room for, by name | queue, pubsub | until it is handed out |
+| `millpond:{app:agent:partition}:work` | zset | members that go round many topics, in their order | queue, pubsub | until they have |
+| `millpond:{app:pubsub:partition}:topics` | zset | topics with a log, by name | pubsub | with its messages |
+| `millpond:{app:pubsub:partition}:readers` | zset | subscriber and topic of each offset, by name | pubsub | with the offset |
 | `millpond:{app:agent:partition}:retained` | zset | topics that retain a message, by name | the topic's agent | with the message |
 | `millpond:{app:sessions:partition}:node:{node}` | zset | client ids, score = offset that last showed all of theirs | sessions | with the session |
 | `millpond:{app:sessions:partition}:announced` | zset | ids of clients with subscriptions, score = offset of the rules they were announced by | sessions | with the subscriptions |

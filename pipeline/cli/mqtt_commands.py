@@ -98,6 +98,9 @@ def sub(
     exit_subscribed: Annotated[
         bool, typer.Option("--exit", "-E", help="Leave once the broker has the subscription.")
     ] = False,
+    no_ack: Annotated[
+        bool, typer.Option("--no-ack", help="Acknowledge nothing: it comes again.")
+    ] = False,
     qos: QosOption = 0,
     client_id: IdOption = None,
     host: HostOption = None,
@@ -115,6 +118,7 @@ def sub(
         async with aiomqtt.Client(
             *address, identifier=client_id, clean_session=not keep_session
         ) as client:
+            client._client.manual_ack_set(no_ack)  # noqa: SLF001  aiomqtt has no way to
             await client.subscribe(topic, qos=qos)
             if exit_subscribed:
                 return
