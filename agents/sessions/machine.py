@@ -248,8 +248,14 @@ class SessionsMachine:
     # -- announcing -------------------------------------------------------------------------------------
 
     def _change(self, change: Change, after: ClientState, *, again: bool) -> Sequence[Output]:
-        """Keep a new state, and tell the delivery agents of the members that came and went; `again` of all."""
-        was, now = after.announced, after.members(self._rules.delivered)
+        """Keep a new state, and tell the delivery agents of the members that came and went; `again` of all.
+
+        Of a session that ends while its client is away they know that it is away: they hear that it has ended, too.
+        """
+        before, delivered = self._clients[change.client_id], self._rules.delivered
+        was, now = after.announced, after.members(delivered)
+        if not before.same_session(after):
+            was = {**before.session_members(delivered), **was}
         again |= after.announced_by < self._partition.rules_offset
         after.announced, after.announced_by = now, self._partition.rules_offset
         self._clients.change(change.offset, change.client_id, after)

@@ -187,16 +187,29 @@ class ClientState(Struct, array_like=True):
 
     def members(self, delivered: Callable[[str], bool]) -> dict[str, Member]:
         """The subscriptions to be served now: of a client that is online, where a delivery rule can match."""
-        if not self.subscriptions or self.session is None:
-            return {}
-        presence, session = self.connections.presence(), self.session
+        presence = self.connections.presence() if self.subscriptions else None
         if presence is None or not presence.online:
+            return {}
+        return self.session_members(delivered)
+
+    def session_members(self, delivered: Callable[[str], bool]) -> dict[str, Member]:
+        """The subscriptions of the session that a delivery rule can match."""
+        session = self.session
+        if session is None:
             return {}
         return {
             topic_filter: Member(session.id, held.qos, held.broker_delivers, held.at)
             for topic_filter, held in self.subscriptions.items()
             if delivered(topic_filter)
         }
+
+    def same_session(self, other: ClientState) -> bool:
+        """Whether the session is the one that the other state has."""
+        return (
+            self.session is not None
+            and other.session is not None
+            and (self.session.id == other.session.id)
+        )
 
 
 _encode: Final = msgspec.json.Encoder().encode

@@ -272,6 +272,16 @@ def test_unsubscribing_disconnecting_and_the_end_of_a_session_are_told_apart() -
     ]  # fmt: skip
 
 
+def test_a_session_that_ends_while_its_client_is_away_is_announced_as_ended() -> None:
+    world = Sessions(QUEUE)
+    world.tell(world.created(), world.connected(), world.subscribed("queue/a"))
+    world.tell(world.disconnected(), world.event(events.SessionTerminated, "c", reason="normal"))
+    assert world.said() == [
+        ("+", "queue/a", 1), ("-", "queue/a", "disconnected"), ("-", "queue/a", "session_ended")
+    ]  # fmt: skip
+    assert len({event.session for _, event in world.announced}) == 1
+
+
 def test_a_subscription_told_of_again_is_announced_only_if_its_qos_changed() -> None:
     world = Sessions(QUEUE)
     world.tell(world.connected(), world.subscribed("queue/a"), world.subscribed("queue/a"))
