@@ -37,7 +37,8 @@ class Example(NamedTuple):
     @property
     def only_reads(self) -> bool:
         """Whether it may be typed again until it shows what was just published."""
-        return self.command.startswith(("millpond redis ", "millpond clients ", "cat "))
+        reads = ("millpond redis ", "millpond clients ", "millpond dead-letters list", "cat ")
+        return self.command.startswith(reads)
 
 
 def examples() -> Iterator[Example]:

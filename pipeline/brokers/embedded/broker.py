@@ -217,7 +217,7 @@ class EmbeddedBroker(ListeningBroker):
         client_id, reason = handler.client_id, handler.reason
         await handler.stop_sending()
         handler.connected = False
-        withdrawn = self._deliveries.withdraw(handler.outgoing)
+        withdrawn = await self._deliveries.withdraw(handler.outgoing)
         discarded = reason == "discarded"
         if session.clean_session or discarded:
             await super()._delete_session(client_id)

@@ -78,14 +78,18 @@ class Deliveries:
         )  # fmt: skip
         self._reports.add(Entry(event, lease, on_kept=ticket.done))
 
-    def withdraw(self, outgoing: Outgoing) -> list[Change]:
-        """A connection ended: its copies whose turn has not come have failed. The changes that waited among them."""
+    async def withdraw(self, outgoing: Outgoing) -> list[Change]:
+        """A connection ended: its copies whose turn has not come have failed. The changes that waited among them.
+
+        What became of its copies is told before the end of the connection is: else their leases would end untold.
+        """
         changes = []
         for item in outgoing.withdraw():
             if isinstance(item, Change):
                 changes.append(item)
             elif item.ticket is not None:
                 self.fail(item.ticket, "no_client")
+        await self._reports.flush()
         return changes
 
     def sent(self, copy: Copy) -> None:
