@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -101,7 +103,7 @@ class Supervisor:
         """Start it again whenever it ends, each time a little later."""
         backoff_s, started = BACKOFF_MIN_S, time.monotonic()
         while True:
-            code = await asyncio.to_thread(running.wait)
+            code = await self._exit_code(running)
             if self._stopping:
                 return
             child.is_ready = False
@@ -125,6 +127,21 @@ class Supervisor:
             else:
                 self._say(f"{child.name} is ready again")
 
+    async def _exit_code(self, running: subprocess.Popen[bytes]) -> int:
+        """Wait for its end: in a thread of its own, since asyncio's are as many as the processors, and all of them would
+        wait before anybody could be stopped.
+        """
+        ended = asyncio.get_running_loop().create_future()
+
+        def wait() -> None:
+            code = running.wait()
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                ended.get_loop().call_soon_threadsafe(_set, ended, code)
+
+        threading.Thread(target=wait, daemon=True).start()
+        code: int = await ended
+        return code
+
     async def stop(self) -> None:
         """Stop what was started last first."""
         self._stopping = True
@@ -135,3 +152,8 @@ class Supervisor:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _set(future: asyncio.Future[int], code: int) -> None:
+    if not future.done():
+        future.set_result(code)

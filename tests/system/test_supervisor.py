@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -82,3 +83,10 @@ async def test_children_are_stopped_in_reverse_order(world: World) -> None:
     await world.supervisor.stop()
     assert ends.read_text().split() == ["second", "first"]
     assert world.said.empty()
+
+
+async def test_more_children_than_asyncio_has_threads_are_stopped_as_quickly(world: World) -> None:
+    for number in range((os.cpu_count() or 1) + 8):
+        await world.supervisor.start(world.child(f"child{number}", "touch READY; exec sleep 600"))
+    async with asyncio.timeout(WAIT_S):
+        await world.supervisor.stop()
