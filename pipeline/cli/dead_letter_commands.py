@@ -240,7 +240,9 @@ def someone_is_there() -> bool:
 
 
 def _confirm(question: str) -> None:
-    if not typer.confirm(question, err=True):
+    # On stderr whole: typer's own leaves a blank on stdout, which may be a script's.
+    errors.print(f"{question} [y/N]", end=" ", markup=False, soft_wrap=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise MillpondError("not confirmed, so nothing was written")
 
 
