@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import msgspec
 import orjson
 import typer
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -32,6 +33,8 @@ from schemas.filters import filter_error, split_share
 
 SHOWN_MAX = 100  # unless more are asked for
 ID_LENGTH = 40  # ids up to this stay in one piece, to be copied; EMQX's have 32 characters
+WIDE = 110  # columns, from which on topics and reasons have room beside the ids
+PIPED_WIDTH = 1_000  # for grep: a dead letter is one line
 
 dead_letters = typer.Typer(
     help="Messages given up on, and what is to become of them.", no_args_is_help=True
@@ -72,22 +75,34 @@ def list_dead_letters(
         if len(shown) < total:  # a script that reads the list would not know
             errors.print(_how_many(len(shown), total, topic), markup=False, soft_wrap=True)
         return
-    if shown:
-        console.print(_table(shown))
+    if shown and console.is_terminal:
+        console.print(table(shown, wide=console.width >= WIDE))
+    elif shown:
+        Console(width=PIPED_WIDTH, highlight=False).print(table(shown, wide=True))
     console.print(_how_many(len(shown), total, topic), markup=False, soft_wrap=True)
 
 
-def _table(shown: list[Found]) -> Table:
-    table = Table(box=None)
+def table(shown: list[Found], *, wide: bool) -> Table:
+    """A line each where there is room; else id and topic, time and reason under each other."""
+    table = Table(box=None, pad_edge=False)
+    # An id in one piece can be copied.
     whole = max(len(found.dead.message_id) for found in shown) <= ID_LENGTH
-    table.add_column("message id", no_wrap=whole, overflow="fold")
-    table.add_column("topic", overflow="fold")
-    table.add_column("when", no_wrap=True)
+    table.add_column("message id" if wide else "message id\ntopic", no_wrap=whole and wide)
+    if wide:
+        table.add_column("topic", overflow="fold")
+    table.add_column("when" if wide else "when\nreason", no_wrap=wide)
     table.add_column("deliveries", no_wrap=True, justify="right")
-    table.add_column("reason", overflow="fold")
+    if wide:
+        table.add_column("reason", overflow="fold")
+    for column in table.columns:
+        column.overflow = "fold"
     for _, dead in shown:
+        message_id, topic, reason = map(_cell, (dead.message_id, dead.topic, dead.reason))
         at, deliveries = _time(dead.at), str(dead.deliveries)
-        table.add_row(_cell(dead.message_id), _cell(dead.topic), at, deliveries, _cell(dead.reason))
+        if wide:
+            table.add_row(message_id, topic, at, deliveries, reason)
+        else:
+            table.add_row(f"{message_id}\n{topic}", f"{at}\n{reason}", deliveries)
     return table
 
 
@@ -240,7 +255,9 @@ def someone_is_there() -> bool:
 
 
 def _confirm(question: str) -> None:
-    if not typer.confirm(question, err=True):
+    # On stderr whole: typer's own leaves a blank on stdout, which may be a script's.
+    errors.print(f"{question} [y/N]", end=" ", markup=False, soft_wrap=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise MillpondError("not confirmed, so nothing was written")
 
 

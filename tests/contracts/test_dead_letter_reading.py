@@ -1,0 +1,118 @@
+"""Dead letters are found in whatever kind of pool the agents that deliver keep them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from agents.delivery.dead import DeadMessage
+from agents.effects import SetState, StoreMessage
+from pipeline import dead_letters
+from pipeline.settings import KafkaSettings, Settings
+from pipeline.snapshot import Snapshot
+from pipeline.stack.ports import free_port
+from pipeline.stores.registry import open_store
+from schemas.errors import MillpondError, StoreDown
+from schemas.keys import Partition
+from schemas.pool import Pool
+from schemas.rules import Rules
+from tests import given
+from tests.contracts.redis_servers import RedisProcess, redis_process, until
+from tests.contracts.store_worlds import FAR_MS, commit, transaction
+
+HOST = "127.0.0.1"
+SETTINGS = Settings(app="app", kafka=KafkaSettings(partitions=3))
+PER_PARTITION = 700  # more than one answer of the store brings
+
+
+@pytest.fixture(params=["single", "sentinel", "cluster"])
+def pool(
+    request: pytest.FixtureRequest, single_redis: RedisProcess, tmp_path: Path
+) -> Iterator[Pool]:
+    """Each kind in turn, empty."""
+    single_redis.client.flushall()
+    match request.param:
+        case "single":
+            yield Pool(name="pool1", servers=((HOST, single_redis.port),))
+        case "sentinel":
+            config = f"sentinel monitor mymaster {HOST} {single_redis.port} 1\n"
+            with redis_process(tmp_path / "sentinel", sentinel=config) as sentinel:
+                until(lambda: bool(sentinel.client.sentinel_masters()), "a primary")
+                yield Pool(
+                    name="pool1",
+                    type="sentinel",
+                    servers=((HOST, sentinel.port),),
+                    sentinel="mymaster",
+                )
+        case _:
+            nodes = request.getfixturevalue("three_nodes")
+            for node in nodes:
+                node.client.flushall()
+            servers = tuple((HOST, node.port) for node in nodes)
+            yield Pool(name="pool1", type="cluster", servers=servers)
+
+
+def rules(pool: Pool) -> Rules:
+    both = given.rules(
+        given.queue("queue/#"),
+        given.a_rule(
+            hook="session.subscribed", topic="pubsub/#", action="on_message_fetch_for_pubsub"
+        ),
+    )
+    return Rules(both.rules, (pool,))
+
+
+async def keep(pool: Pool, partition: Partition, *dead: DeadMessage) -> None:
+    """What an agent does in the end."""
+    store = open_store(pool, partition)
+    await store.load()
+    effects: list[Any] = []
+    for each in dead:
+        event = given.published(each.message_id, each.topic)
+        effects += [
+            StoreMessage(1, event, each.at, indexed=False, expires_at=FAR_MS),
+            SetState(each.message_id, msgspec.json.encode(each), "dead"),
+        ]
+    await commit(store, transaction(1, *effects))
+    await store.close()
+
+
+def given_up(topic: str, number: int) -> DeadMessage:
+    return DeadMessage(
+        topic=topic, message_id=f"{topic}-{number:04}", reason="r", deliveries=5, at=number
+    )
+
+
+async def test_those_of_every_partition_of_every_agent_are_found(pool: Pool) -> None:
+    for number in range(3):
+        many = (given_up(f"queue/{number}", at) for at in range(PER_PARTITION))
+        await keep(pool, Partition("app", "queue", number), *many)
+    await keep(pool, Partition("app", "pubsub", 2), given_up("pubsub/a", 7))
+
+    with Snapshot() as snapshot:
+        assert await dead_letters.take(SETTINGS, rules(pool), None, snapshot) == 0
+        assert len(snapshot) == 3 * PER_PARTITION + 1
+        assert [dead.at for _, dead in snapshot.newest(3)] == [PER_PARTITION - 1] * 3
+    with Snapshot() as snapshot:
+        await dead_letters.take(SETTINGS, rules(pool), "+/a", snapshot)
+        assert list(snapshot) == [("pubsub", given_up("pubsub/a", 7))]
+
+    ids = ["queue/2-0001", "pubsub/a-0007", "queue/0-0699"]
+    found = await dead_letters.find(SETTINGS, rules(pool), ids)
+    assert [each.dead.message_id for each in found] == ids
+    with pytest.raises(MillpondError, match=r"letters: 'nobody', '\\udcff' \("):
+        await dead_letters.find(SETTINGS, rules(pool), [*ids, "nobody", "\udcff"])
+    shown, message = await dead_letters.show(SETTINGS, rules(pool), "pubsub/a-0007")
+    assert (shown.agent, shown.dead) == ("pubsub", given_up("pubsub/a", 7))
+    assert message is not None
+    assert (message.payload, message.client_id) == ("hello", "pub")
+
+
+async def test_a_store_that_is_away_is_told_at_once() -> None:
+    away = Pool(name="pool1", servers=((HOST, free_port()),))
+    with pytest.raises(StoreDown):
+        await dead_letters.find(SETTINGS, rules(away), ["m"])
