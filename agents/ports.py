@@ -141,6 +141,13 @@ class ReadEntry(NamedTuple):
     message_id: str
 
 
+class ReadLast(NamedTuple):
+    """The newest entry of a topic's index up to, and with, a score; answered by `list[tuple[message_id, score]]`."""
+
+    topic: str
+    until: int
+
+
 class ReadSubscriptions(NamedTuple):
     """What the user's applications wrote for a client; answered by `dict[topic filter, QoS as text]`, both bytes."""
 
@@ -178,6 +185,7 @@ Read: TypeAlias = (
     | ReadDue
     | ReadIndex
     | ReadEntry
+    | ReadLast
     | ReadSubscriptions
     | ReadNames
     | ReadRetained

@@ -26,7 +26,7 @@ from agents.keeping import expired_entries
 from agents.ports import Read, ReadEntry, ReadIndex
 from agents.pubsub.forgetting import Forgetting
 from agents.pubsub.readers import TOPICS
-from agents.pubsub.state import GROUP, reader_key, shown, split_reader
+from agents.pubsub.state import reader_key, shown, split_reader, subscriber_named
 from schemas.errors import DecodeError
 from schemas.events import (
     DeliveryFailed,
@@ -39,7 +39,6 @@ from schemas.events import (
     SubscriberJoined,
     SubscriberLeft,
 )
-from schemas.filters import SHARE_PREFIX
 
 # One tick looks at no more index entries than this; what is left over is still due, so that another tick follows.
 SWEEP_ENTRIES_MAX: Final = 4_096
@@ -192,7 +191,7 @@ class PubsubMachine(Forgetting):
     ) -> Iterable[str]:
         """See `DeliveryMachine`: the readers that gave up on a message, or that is rewound."""
         if isinstance(event, OperatorRewind):
-            return (reader_key(_subscriber(event.subscriber), event.topic),)
+            return (reader_key(subscriber_named(event.subscriber), event.topic),)
         dead = self._dead.held.get(event.message_id)
         if dead is None or isinstance(event, OperatorDrop):
             return ()
@@ -216,7 +215,7 @@ class PubsubMachine(Forgetting):
 
     def rewound(self, offset: int, event: OperatorRewind, now_ms: int, score: int) -> Done:
         """See the head of this file. What is in the subscriber's hands counts no more: it comes again, or is passed."""
-        key = reader_key(_subscriber(event.subscriber), event.topic)
+        key = reader_key(subscriber_named(event.subscriber), event.topic)
         reader, log = self.window(offset, key), self._logs[event.topic]
         if reader.made_at is None:
             raise DecodeError(f"{event.subscriber!r} does not read {event.topic!r}")
@@ -381,8 +380,3 @@ class PubsubMachine(Forgetting):
         if isinstance(event, MessagePublished) and refusal.part in ("body", "index"):
             self._logs.touch(refusal.offset, event.topic).length -= 1
         return self._keeper.refused(event, refusal)
-
-
-def _subscriber(name: str) -> str:
-    """A subscriber, as an operator names it."""
-    return f"{GROUP}{name}" if name.startswith(SHARE_PREFIX) else name

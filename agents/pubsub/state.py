@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct, field
 
 from agents.delivery.window import Window
-from schemas.filters import matches
+from schemas.filters import SHARE_PREFIX, matches
 
 # In front of a group's subscription, since a client id can look like one. No client id begins so ([MQTT-1.5.4-2]).
 GROUP: Final = "\0"
@@ -33,6 +33,11 @@ def split_reader(key: str) -> tuple[str, str]:
     """Subscriber and topic of a reader."""
     subscriber, _, topic = key.rpartition("\0")
     return subscriber, topic
+
+
+def subscriber_named(name: str) -> str:
+    """A subscriber, as users write it."""
+    return f"{GROUP}{name}" if name.startswith(SHARE_PREFIX) else name
 
 
 def shown(subscriber: str) -> str:

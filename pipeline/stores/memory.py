@@ -17,6 +17,7 @@ from agents.ports import (
     ReadDue,
     ReadEntry,
     ReadIndex,
+    ReadLast,
     ReadNames,
     ReadRetained,
     ReadStates,
@@ -97,6 +98,9 @@ class MemoryStore:
             case ReadIndex(topic, limit, after):
                 entries = self._public(keys.message_index(topic), Zset).ordered()
                 return [entry for entry in entries if entry[1] > after][:limit]
+            case ReadLast(topic, until):
+                entries = self._public(keys.message_index(topic), Zset).ordered()
+                return [entry for entry in entries if entry[1] <= until][-1:]
             case ReadEntry(topic, message_id):
                 return self._public(keys.message_index(topic), Zset).get(message_id)
             case ReadSubscriptions(client_id):

@@ -14,6 +14,7 @@ from agents.ports import (
     ReadDue,
     ReadEntry,
     ReadIndex,
+    ReadLast,
     ReadNames,
     ReadRetained,
     ReadStates,
@@ -25,7 +26,7 @@ from schemas.keys import Partition
 
 SCANNED: Final = 500  # states of one answer, about
 # What others may have put something else in the place of: it is as good as empty then.
-PUBLIC: Final = (ReadIndex, ReadEntry, ReadSubscriptions, ReadRetained, ReadBody)
+PUBLIC: Final = (ReadIndex, ReadEntry, ReadLast, ReadSubscriptions, ReadRetained, ReadBody)
 
 
 def read_command(partition: Partition, read: Read) -> Command:
@@ -46,6 +47,9 @@ def read_command(partition: Partition, read: Read) -> Command:
             return ("ZRANGE", name, behind, "+inf", "BYSCORE", "LIMIT", 0, limit, "WITHSCORES")
         case ReadEntry(topic, message_id):
             return ("ZSCORE", keys.message_index(topic), message_id)
+        case ReadLast(topic, until):
+            name = keys.message_index(topic)
+            return ("ZRANGE", name, until, "-inf", "BYSCORE", "REV", "LIMIT", 0, 1, "WITHSCORES")
         case ReadSubscriptions(client_id):
             return ("HGETALL", keys.subscriptions(client_id))
         case ReadNames(other, index, prefix, after, limit):

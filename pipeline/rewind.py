@@ -1,0 +1,99 @@
+"""Time travel for one subscriber of a pubsub topic: where it is to read on, worked out from what the store holds."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import Final, NamedTuple
+
+from agents.ports import ReadEntry, ReadIndex, ReadLast, ReadStates
+from agents.pubsub.state import reader_key, subscriber_named, unpack_log
+from pipeline.control import partition_of
+from pipeline.producer import Producer
+from pipeline.settings import Settings
+from pipeline.stores.reader import Reader
+from schemas import codec, keys
+from schemas.errors import ConfigError, MillpondError
+from schemas.events import OperatorRewind
+from schemas.keys import Partition
+from schemas.rules import Rules
+
+COUNTED_AT_ONCE: Final = 10_000  # entries of the index
+
+
+class Place(NamedTuple):
+    """Where a subscriber is to read on: behind this score, with so many messages to come as of now."""
+
+    after: int
+    messages: int
+
+
+async def find_place(
+    settings: Settings, rules: Rules, subscriber: str, topic: str, to: str
+) -> tuple[OperatorRewind, Place]:
+    """The order to an agent, and what it comes to. `to` is `earliest`, `latest`, an ISO time (of this machine's zone, if
+    it names none) or a message id: what was published at that time or later, or from that message on, comes again.
+
+    Raises:
+        ConfigError: the topic is not pubsub's, or `to` is none of these.
+        MillpondError: the subscriber does not read the topic.
+    """
+    if rules.owner(topic) != "pubsub":
+        raise ConfigError(f"{topic!r} is no pubsub topic by the rules in force")
+    number = partition_of(topic, settings.kafka.partitions)
+    partition = Partition(settings.app, "pubsub", number)
+    async with Reader(rules.pool("pubsub")) as reader:
+        key = reader_key(subscriber_named(subscriber), topic)
+        reads = [ReadStates((key,), "windows"), ReadStates((topic,), "logs")]
+        windows, logs = await reader.read(partition, reads)
+        if windows[key] is None:
+            raise MillpondError(
+                f"{subscriber!r} has no read offset of {topic!r}: it has never read it, or has unsubscribed"
+            )
+        log = unpack_log(logs[topic])
+        after = await _after(reader, partition, topic, to, log.last)
+        before = (await reader.read(partition, [ReadLast(topic, after)]))[0]
+        messages = await _count(reader, partition, topic, after)
+    order = OperatorRewind(
+        at=time.time_ns() // 1_000_000, node=keys.AGENT_NODE, topic=topic, subscriber=subscriber,
+        after=after, message_id=before[0][0] if before else None,
+    )  # fmt: skip
+    return order, Place(after, messages)
+
+
+async def _after(reader: Reader, partition: Partition, topic: str, to: str, last: int) -> int:
+    if to == "earliest":
+        return 0
+    if to == "latest":
+        return last
+    (score,) = await reader.read(partition, [ReadEntry(topic, to)])
+    if score is not None:
+        return int(score) - 1
+    try:
+        at = datetime.fromisoformat(to)
+    except ValueError as error:
+        raise ConfigError(
+            f"--to: {to!r} is neither earliest, latest, an ISO time nor the id of a message that {topic!r} has"
+        ) from error
+    return max(int(at.astimezone(UTC).timestamp() * 1_000_000) - 1, 0)
+
+
+async def _count(reader: Reader, partition: Partition, topic: str, after: int) -> int:
+    count = 0
+    while True:
+        (entries,) = await reader.read(partition, [ReadIndex(topic, COUNTED_AT_ONCE, after)])
+        count += len(entries)
+        if len(entries) < COUNTED_AT_ONCE:
+            return count
+        after = entries[-1][1]
+
+
+async def order(settings: Settings, event: OperatorRewind) -> None:
+    """Write an order; when this returns Kafka has it, and the agent carries it out when it reads it."""
+    producer = Producer(settings.kafka.client_options(), settings.kafka.message_bytes_max)
+    await producer.start()
+    try:
+        key, value = keys.record_key(event).encode(), codec.encode(event)
+        await (await producer.send(keys.MESSAGES_TOPIC, key, value))
+    finally:
+        await producer.stop()
