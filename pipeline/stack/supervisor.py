@@ -14,7 +14,7 @@ from pipeline.stack.processes import Process, identify
 from schemas.errors import MillpondError
 
 READY_TIMEOUT_S = 90.0
-READY_POLL_S = 0.1
+READY_POLL_S = ENDED_POLL_S = 0.1
 STOP_TIMEOUT_S = 20.0  # then SIGKILL: longer than a worker's batch bound and Kafka's own clean stop
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.5, 30.0
 SETTLED_AFTER_S = 60.0  # a child that ran this long starts with the shortest back-off again
@@ -101,7 +101,7 @@ class Supervisor:
         """Start it again whenever it ends, each time a little later."""
         backoff_s, started = BACKOFF_MIN_S, time.monotonic()
         while True:
-            code = await asyncio.to_thread(running.wait)
+            code = await _ended(running)
             if self._stopping:
                 return
             child.is_ready = False
@@ -135,3 +135,16 @@ class Supervisor:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def _ended(running: subprocess.Popen[bytes]) -> int:
+    """The exit code, once there is one. Not waited for in a thread: there may be fewer than children, and it takes one
+    to stop a child.
+    """
+    try:
+        while running.poll() is None:
+            await asyncio.sleep(ENDED_POLL_S)
+    finally:
+        code = running.poll()  # also of one that was stopped since we looked
+    assert code is not None, "it has ended"
+    return code

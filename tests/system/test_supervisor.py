@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -81,4 +82,12 @@ async def test_children_are_stopped_in_reverse_order(world: World) -> None:
         await world.supervisor.start(world.child(name, script.replace("NAME", name)))
     await world.supervisor.stop()
     assert ends.read_text().split() == ["second", "first"]
+    assert world.said.empty()
+
+
+async def test_more_children_than_there_are_threads_are_stopped_too(world: World) -> None:
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(max_workers=1))
+    for name in ("first", "second"):
+        await world.supervisor.start(world.child(name, "touch READY; exec sleep 600"))
+    await asyncio.wait_for(world.supervisor.stop(), WAIT_S)
     assert world.said.empty()
