@@ -47,16 +47,9 @@ class Found(NamedTuple):
     dead: DeadMessage
 
     def describe(self) -> dict[str, Any]:
-        """In words; times are ms since the epoch."""
-        return {
-            "message_id": self.dead.message_id,
-            "topic": self.dead.topic,
-            "agent": self.agent,
-            "at": self.dead.at,
-            "deliveries": self.dead.deliveries,
-            "reason": self.dead.reason,
-            "kept_until": self.dead.at + DEAD_LETTER_RETENTION_MS,
-        }
+        """All that is known of it; times are ms since the epoch."""
+        kept_until = self.dead.at + DEAD_LETTER_RETENTION_MS
+        return {**msgspec.structs.asdict(self.dead), "agent": self.agent, "kept_until": kept_until}
 
 
 async def scan(settings: Settings, rules: Rules, topic_filter: str | None) -> AsyncIterator[Found]:

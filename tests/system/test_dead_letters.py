@@ -115,11 +115,11 @@ async def test_dead_letters_are_listed_and_shown_for_people_and_for_scripts(
     assert len(json.loads(limited.stdout)) == 2
     assert limited.stderr.startswith("the 2 newest of 3 dead letters")
     (listed,) = json.loads(await said(pipeline, "list", "--json", "-t", "queue/[b]/#"))
-    at = listed["at"]
-    assert listed == {
-        "message_id": "b1", "topic": "queue/[b]/x", "agent": "queue", "at": at, "deliveries": 0,
-        "reason": REASON, "kept_until": at + WEEK_MS,
+    expected = {
+        "message_id": "b1", "topic": "queue/[b]/x", "agent": "queue", "deliveries": 0,
+        "reason": REASON, "kept_until": listed["at"] + WEEK_MS,
     }  # fmt: skip
+    assert listed.items() >= expected.items()
     assert json.loads(await said(pipeline, "show", "b1", "--json")) == {
         **listed,
         "message": {

@@ -37,7 +37,8 @@ class Example(NamedTuple):
     @property
     def only_reads(self) -> bool:
         """Whether it may be typed again until it shows what was just published."""
-        return self.command.startswith(("millpond redis ", "millpond clients ", "cat "))
+        reads = ("redis", "clients", "dead-letters list", "dead-letters show")
+        return self.command.startswith(("cat ", *(f"millpond {name}" for name in reads)))
 
 
 def examples() -> Iterator[Example]:
