@@ -47,16 +47,9 @@ class Found(NamedTuple):
     dead: DeadMessage
 
     def describe(self) -> dict[str, Any]:
-        """In words; times are ms since the epoch."""
-        return {
-            "message_id": self.dead.message_id,
-            "topic": self.dead.topic,
-            "agent": self.agent,
-            "at": self.dead.at,
-            "deliveries": self.dead.deliveries,
-            "reason": self.dead.reason,
-            "kept_until": self.dead.at + DEAD_LETTER_RETENTION_MS,
-        }
+        """All that is known of it; times are ms since the epoch."""
+        kept_until = self.dead.at + DEAD_LETTER_RETENTION_MS
+        return {**msgspec.structs.asdict(self.dead), "agent": self.agent, "kept_until": kept_until}
 
 
 async def scan(settings: Settings, rules: Rules, topic_filter: str | None) -> AsyncIterator[Found]:
@@ -71,7 +64,7 @@ async def scan(settings: Settings, rules: Rules, topic_filter: str | None) -> As
                     read = ReadAllStates(max(cursor, 0), "dead")
                     ((cursor, states),) = await reader.read(partition, [read])
                     for dead in map(unpack, states.values()):
-                        if dead is None:
+                        if dead is None or dead.requeued:
                             continue
                         if topic_filter is None or matches(topic_filter, dead.topic):
                             yield Found(agent, dead)
@@ -95,7 +88,7 @@ async def find(settings: Settings, rules: Rules, message_ids: Iterable[str]) -> 
                     read = ReadStates(tuple(possible[first : first + LOOKED_UP]), "dead")
                     (states,) = await reader.read(partition, [read])
                     for message_id, dead in zip(states, map(unpack, states.values()), strict=True):
-                        if dead is not None:
+                        if dead is not None and not dead.requeued:
                             found.setdefault(message_id, []).append(Found(agent, dead))
     missing = [each for each in asked if each not in found]
     if missing:

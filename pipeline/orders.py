@@ -1,9 +1,8 @@
-"""What operators order to be done with dead letters: a record each, which the owner of the topic carries out."""
+"""What operators order: a record each, which the owner of the topic carries out."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterable
 from contextlib import suppress
 from itertools import islice
@@ -11,30 +10,29 @@ from typing import Final, TypeAlias
 
 from aiokafka.errors import KafkaError
 
-from agents.delivery.dead import DeadMessage
 from pipeline.producer import Producer
 from pipeline.reach import unreachable
 from pipeline.settings import KafkaSettings
 from schemas import codec, keys
 from schemas.errors import MillpondError
-from schemas.events import OperatorDrop, OperatorRequeue
+from schemas.events import OperatorDrop, OperatorRequeue, OperatorRewind
 
-Order: TypeAlias = type[OperatorRequeue | OperatorDrop]
+Order: TypeAlias = OperatorRequeue | OperatorDrop | OperatorRewind
 
 WRITTEN_AT_ONCE: Final = 1_000  # orders that wait for Kafka's acknowledgement
 ACKNOWLEDGED_TIMEOUT_S: Final = 60.0  # Kafka elects a new leader in less
 STOP_TIMEOUT_S: Final = 5.0
 
 
-async def write(settings: KafkaSettings, order: Order, dead: Iterable[DeadMessage]) -> int:
-    """Write an order for each dead letter, in order; how many. All are acknowledged by Kafka.
+async def write(settings: KafkaSettings, orders: Iterable[Order]) -> int:
+    """Write orders one after the other; how many. All are acknowledged by Kafka.
 
     Raises:
         ConfigError: Kafka cannot be reached; nothing was written.
         MillpondError: Kafka did not take them all; it says how many it did.
     """
     producer = Producer(settings.client_options(), settings.message_bytes_max)
-    written, waiting = 0, iter(dead)
+    written, waiting = 0, iter(orders)
     try:
         try:
             await producer.start()
@@ -42,7 +40,7 @@ async def write(settings: KafkaSettings, order: Order, dead: Iterable[DeadMessag
             raise await unreachable(settings) from error
         while some := list(islice(waiting, WRITTEN_AT_ONCE)):
             async with asyncio.timeout(ACKNOWLEDGED_TIMEOUT_S):
-                await _write_some(producer, order, some)
+                await _write_some(producer, some)
             written += len(some)
     except (KafkaError, TimeoutError) as error:
         reason = str(error) or f"no acknowledgement for {ACKNOWLEDGED_TIMEOUT_S:g} s"
@@ -58,11 +56,9 @@ async def write(settings: KafkaSettings, order: Order, dead: Iterable[DeadMessag
     return written
 
 
-async def _write_some(producer: Producer, order: Order, some: Iterable[DeadMessage]) -> None:
-    now_ms = time.time_ns() // 1_000_000
+async def _write_some(producer: Producer, some: Iterable[Order]) -> None:
     acknowledged = []
-    for dead in some:
-        event = order(at=now_ms, node=keys.AGENT_NODE, topic=dead.topic, message_id=dead.message_id)
+    for event in some:
         key, value = keys.record_key(event).encode(), codec.encode(event)
         acknowledged.append(await producer.send(keys.MESSAGES_TOPIC, key, value))
     await asyncio.gather(*acknowledged)

@@ -9,10 +9,9 @@ from typing import Final, NamedTuple
 from agents.ports import ReadEntry, ReadIndex, ReadLast, ReadStates
 from agents.pubsub.state import reader_key, subscriber_named, unpack_log
 from pipeline.control import partition_of
-from pipeline.producer import Producer
 from pipeline.settings import Settings
 from pipeline.stores.reader import Reader
-from schemas import codec, keys
+from schemas import keys
 from schemas.errors import ConfigError, MillpondError
 from schemas.events import OperatorRewind
 from schemas.keys import Partition
@@ -86,14 +85,3 @@ async def _count(reader: Reader, partition: Partition, topic: str, after: int) -
         if len(entries) < COUNTED_AT_ONCE:
             return count
         after = entries[-1][1]
-
-
-async def order(settings: Settings, event: OperatorRewind) -> None:
-    """Write an order; when this returns Kafka has it, and the agent carries it out when it reads it."""
-    producer = Producer(settings.kafka.client_options(), settings.kafka.message_bytes_max)
-    await producer.start()
-    try:
-        key, value = keys.record_key(event).encode(), codec.encode(event)
-        await (await producer.send(keys.MESSAGES_TOPIC, key, value))
-    finally:
-        await producer.stop()

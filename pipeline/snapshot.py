@@ -7,24 +7,24 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Final, Self, cast
 
+import msgspec
+
 from agents.delivery.dead import DeadMessage
 from schemas.errors import MillpondError
 from schemas.events import AgentName
 
 WRITTEN_AT_ONCE: Final = 1_000
 
-# A key is unique, because a store that is changed while it is read may tell the same twice.
+# An agent's id is unique, because a store that is changed while it is read may tell the same twice.
 _CREATE: Final = """
-CREATE TABLE dead (
-    agent TEXT, message_id TEXT, topic TEXT, reason TEXT, deliveries INTEGER, at INTEGER,
-    UNIQUE (agent, message_id)
-)
+CREATE TABLE dead (agent TEXT, message_id TEXT, at INTEGER, packed BLOB, UNIQUE (agent, message_id))
 """
-_INSERT: Final = "INSERT OR IGNORE INTO dead VALUES (?, ?, ?, ?, ?, ?)"
-_IN_ORDER: Final = "SELECT * FROM dead ORDER BY at, message_id"
-_NEWEST: Final = "SELECT * FROM dead ORDER BY at DESC, message_id DESC LIMIT ?"
+_INSERT: Final = "INSERT OR IGNORE INTO dead VALUES (?, ?, ?, ?)"
+_IN_ORDER: Final = "SELECT agent, packed FROM dead ORDER BY at, message_id"
+_NEWEST: Final = "SELECT agent, packed FROM dead ORDER BY at DESC, message_id DESC LIMIT ?"
 
-_Row = tuple[AgentName, str, str, str, int, int]
+_encode: Final = msgspec.json.Encoder().encode
+_decode: Final = msgspec.json.Decoder(DeadMessage).decode
 
 
 class Snapshot:
@@ -40,7 +40,7 @@ class Snapshot:
         for setting in ("journal_mode", "synchronous"):
             self._database.execute(f"PRAGMA {setting} = OFF")  # nobody needs it after a crash
         self._database.execute(_CREATE)
-        self._new: list[_Row] = []
+        self._new: list[tuple[AgentName, str, int, bytes]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -55,8 +55,7 @@ class Snapshot:
 
     def add(self, agent: AgentName, dead: DeadMessage) -> None:
         """One more, unless it is there."""
-        row = (agent, dead.message_id, dead.topic, dead.reason, dead.deliveries, dead.at)
-        self._new.append(row)
+        self._new.append((agent, dead.message_id, dead.at, _encode(dead)))
         if len(self._new) >= WRITTEN_AT_ONCE:
             self._write()
 
@@ -87,9 +86,6 @@ class Snapshot:
         return [_found(row) for row in self._database.execute(_NEWEST, (limit,))][::-1]
 
 
-def _found(row: _Row) -> tuple[AgentName, DeadMessage]:
-    agent, message_id, topic, reason, deliveries, at = row
-    dead = DeadMessage(
-        topic=topic, message_id=message_id, reason=reason, deliveries=deliveries, at=at
-    )
-    return agent, dead
+def _found(row: tuple[AgentName, bytes]) -> tuple[AgentName, DeadMessage]:
+    agent, packed = row
+    return agent, _decode(packed)

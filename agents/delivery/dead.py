@@ -19,7 +19,7 @@ DEAD_LETTER_RETENTION_MS: Final = 7 * 86_400_000
 
 class DeadMessage(Struct, frozen=True, kw_only=True):
     """A message given up on `at` (ms), after so many deliveries; in pubsub by these subscribers, the latest one last.
-    Its body is kept as long as this is.
+    Its body is kept as long as this is, also when it was `requeued` to them: the log may have it no longer.
     """
 
     topic: str
@@ -29,6 +29,7 @@ class DeadMessage(Struct, frozen=True, kw_only=True):
     at: int
     score: int = 0
     subscribers: tuple[str, ...] = ()
+    requeued: bool = False
 
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -80,7 +81,9 @@ class DeadMessages:
 
     def requeued(self, offset: int, dead: DeadMessage) -> None:
         """It is nobody's dead message any more, but its body is kept until its time is over."""
-        self.held.change(offset, dead.message_id, structs.replace(dead, subscribers=()))
+        self.held.change(
+            offset, dead.message_id, structs.replace(dead, subscribers=(), requeued=True)
+        )
 
     def finish(self) -> list[Effect]:
         """The end of a batch."""

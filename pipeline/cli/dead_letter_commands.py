@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from agents.pubsub.state import shown
 from pipeline import dead_letters as letters
 from pipeline import orders
 from pipeline.cli.common import (
@@ -27,6 +29,7 @@ from pipeline.cli.common import (
 )
 from pipeline.dead_letters import Found, StoredMessage
 from pipeline.snapshot import Snapshot
+from schemas import keys
 from schemas.errors import ConfigError, MillpondError
 from schemas.events import OperatorDrop, OperatorRequeue
 from schemas.filters import filter_error, split_share
@@ -149,6 +152,7 @@ def _facts(found: Found) -> list[tuple[str, str]]:
         ("given up on", _time(dead.at)),
         ("deliveries", str(dead.deliveries)),
         ("reason", dead.reason),
+        *(("given up on by", shown(each)) for each in dead.subscribers),
         ("kept until", _time(found.describe()["kept_until"])),
     ]
 
@@ -196,7 +200,7 @@ def drop(
 
 
 def _order(
-    order: orders.Order,
+    order: type[OperatorRequeue | OperatorDrop],
     message_ids: list[str],
     topic: str | None,
     every: bool,
@@ -221,7 +225,16 @@ def _order(
             total, dead = len(snapshot), (each for _, each in snapshot)
         if total and not (message_ids or yes):
             _confirm(f"{verb.capitalize()} {_count(total)}?")
-        written = asyncio.run(orders.write(settings.kafka, order, dead)) if total else 0
+        events = (
+            order(
+                at=time.time_ns() // 1_000_000,
+                node=keys.AGENT_NODE,
+                topic=each.topic,
+                message_id=each.message_id,
+            )
+            for each in dead
+        )
+        written = asyncio.run(orders.write(settings.kafka, events)) if total else 0
     if as_json:
         _print_json({"written": written, "left_out": left_out})
         return

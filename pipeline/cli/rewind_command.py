@@ -8,9 +8,9 @@ from typing import Annotated
 import orjson
 import typer
 
+from pipeline import orders
 from pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, load_settings
 from pipeline.rewind import find_place
-from pipeline.rewind import order as send_order
 
 
 def rewind(
@@ -34,7 +34,7 @@ def rewind(
     async def run() -> int:
         order, place = await find_place(settings, rules, subscriber, topic, to)
         if not dry_run:
-            await send_order(settings, order)
+            await orders.write(settings.kafka, [order])
         return place.messages
 
     messages = asyncio.run(run())

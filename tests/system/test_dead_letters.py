@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from agents.delivery.dead import DeadMessage
 from pipeline import orders, topics
 from pipeline.producer import Producer
 from pipeline.settings import KafkaSettings
@@ -115,11 +114,11 @@ async def test_dead_letters_are_listed_and_shown_for_people_and_for_scripts(
     assert len(json.loads(limited.stdout)) == 2
     assert limited.stderr.startswith("the 2 newest of 3 dead letters")
     (listed,) = json.loads(await said(pipeline, "list", "--json", "-t", "queue/[b]/#"))
-    at = listed["at"]
-    assert listed == {
-        "message_id": "b1", "topic": "queue/[b]/x", "agent": "queue", "at": at, "deliveries": 0,
-        "reason": REASON, "kept_until": at + WEEK_MS,
+    expected = {
+        "message_id": "b1", "topic": "queue/[b]/x", "agent": "queue", "deliveries": 0,
+        "reason": REASON, "kept_until": listed["at"] + WEEK_MS,
     }  # fmt: skip
+    assert listed.items() >= expected.items()
     assert json.loads(await said(pipeline, "show", "b1", "--json")) == {
         **listed,
         "message": {
@@ -250,11 +249,11 @@ async def test_a_kafka_that_stops_answering_midway_is_given_up_on_and_what_it_to
     settings = KafkaSettings(bootstrap_servers=(own_kafka.address,), partitions=2)
     await topics.create(settings)
 
-    def letters() -> Iterator[DeadMessage]:
+    def drops() -> Iterator[OperatorDrop]:
         for at in range(3 * orders.WRITTEN_AT_ONCE):
             if at == orders.WRITTEN_AT_ONCE:
                 own_kafka.pause()
-            yield DeadMessage(topic="queue/a", message_id=f"m{at}", reason="r", deliveries=1, at=at)
+            yield OperatorDrop(at=at, node="n", topic="queue/a", message_id=f"m{at}")
 
     with pytest.raises(MillpondError, match="Kafka took 1000 orders and then no more: no ack"):
-        await orders.write(settings, OperatorDrop, letters())
+        await orders.write(settings, drops())

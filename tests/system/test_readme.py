@@ -37,8 +37,8 @@ class Example(NamedTuple):
     @property
     def only_reads(self) -> bool:
         """Whether it may be typed again until it shows what was just published."""
-        reads = ("millpond redis ", "millpond clients ", "millpond dead-letters list", "cat ")
-        return self.command.startswith(reads)
+        reads = ("redis", "clients", "dead-letters list", "dead-letters show")
+        return self.command.startswith(("cat ", *(f"millpond {name}" for name in reads)))
 
 
 def examples() -> Iterator[Example]:

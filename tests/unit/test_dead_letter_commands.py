@@ -17,6 +17,7 @@ from pipeline.cli.main import app
 from pipeline.dead_letters import AGENTS, Found, carried_out, no_such, stored_message
 from pipeline.snapshot import WRITTEN_AT_ONCE, Snapshot
 from schemas.errors import ConfigError, MillpondError
+from schemas.events import OperatorDrop
 from tests import given
 
 
@@ -82,11 +83,11 @@ def test_only_yes_means_yes(
             snapshot.add("queue", dead(f"m{at}", at))
         return 0
 
-    async def write(_: object, __: object, about: Iterable[DeadMessage]) -> int:
-        ordered.extend(about)
+    async def write(_: object, events: Iterable[OperatorDrop]) -> int:
+        ordered.extend(events)
         return len(ordered)
 
-    ordered: list[DeadMessage] = []
+    ordered: list[OperatorDrop] = []
     monkeypatch.setattr(dead_letters, "take", two)
     monkeypatch.setattr(orders, "write", write)
     monkeypatch.setattr(commands, "someone_is_there", lambda: True)
