@@ -33,10 +33,11 @@ UNCONFIRMED_MAX: Final = 16_384
 # After a command that did not reach its client the member rests: a second, twice that the next time, at most a minute.
 REST_MS: Final = 1_000
 REST_MS_MAX: Final = 60_000
-HOLDERS_MAX: Final = 16  # of one message, whose late acks are welcome; the latest ones
 WORK: Final = "work"  # the index of members whose round goes on, in their order
 WAITING: Final = "waiting"  # the index of windows with something to be handed out that nobody took
-RESUME: Final = ""  # in the place of a member: all windows that wait, after a pause
+RESUME: Final = (
+    "\0"  # in the place of a member, whose name never is: all windows that wait, after a pause
+)
 
 W = TypeVar("W", bound=Window)
 Done: TypeAlias = list[Effect | Output]
@@ -125,7 +126,9 @@ class Leasing(ABC, Generic[W]):
         done += self.note_waiting(key, window)
         if window.waits:
             for reach in reaches:
-                reach.member.round.whole &= not reach.member.round.active  # it comes by once more
+                if reach.member.round.whole:
+                    reach.member.round.whole = False  # it comes by once more
+                    self._members.touch(reach.name)
         return done
 
     def pauses(self) -> bool:
@@ -143,7 +146,7 @@ class Leasing(ABC, Generic[W]):
         number = self._counters.lease
         held = Lease(
             number, reach.name, now_ms, now_ms + SEND_TIMEOUT_MS, waiting.score, waiting.deliveries,
-            _with_holder(waiting.holders, member.client_id, None),
+            window.with_holder(waiting.holders, member.client_id, None),
         )  # fmt: skip
         window.lease(waiting.message_id, held)
         member.leases[number] = key
@@ -219,14 +222,21 @@ class Leasing(ABC, Generic[W]):
         return done
 
     def freed(self, offset: int, key: str, names: Iterable[str], now_ms: int) -> Done:
-        """Members have room again. One for which other windows may wait goes round them."""
+        """Members have room again. One for which other windows may wait goes round them; one that is at that, and had to
+        leave something, does so once more.
+        """
         done: Done = []
         others_wait = self._counters.waiting > self._windows[key].waits
         for name in names:
             member = self._members.by_name.get(name)
-            if member is None or not (member.spans and member.available()):
+            if member is None or not member.spans(self.topic_of(key)):
                 continue
-            if member.round.everything or (others_wait and self._counters.waits > member.served):
+            if member.available():
+                goes = others_wait and self._counters.waits > member.served
+                goes |= member.round.everything
+            else:
+                goes = others_wait and member.round.active and member.round.left_some
+            if goes:
                 done += self.start_round(name, member)
         return [*done, *self.dispatch(offset, key, now_ms)]
 
@@ -260,7 +270,7 @@ class Leasing(ABC, Generic[W]):
             window = self.window(offset, key)
             lease.sent = True
             lease.deliveries += 1
-            lease.holders = _with_holder(lease.holders, report.client_id, report.alias)
+            lease.holders = window.with_holder(lease.holders, report.client_id, report.alias)
             done += self._confirmed()
             self._reached(lease.member)
             if report.alias is not None:
@@ -305,7 +315,7 @@ class Leasing(ABC, Generic[W]):
         member = self._members.by_name[lease.member]
         if lease.number > member.epoch and not member.rests_until:
             done += self._rest(lease.member, member, now_ms)
-        return [*done, *self.dispatch(offset, key, now_ms)]
+        return [*done, *self.freed(offset, key, (lease.member,), now_ms)]
 
     def _rest(self, name: str, member: Member, now_ms: int) -> Done:
         member.failures += 1
@@ -370,11 +380,3 @@ def can_take(reach: Reach, waiting: Waiting, max_inflight: int) -> bool:
     """Whether a member has room for a message that is for Millpond to hand to it."""
     within = reach.newest is None or waiting.score <= reach.newest
     return within and len(reach.member.leases) < max_inflight
-
-
-def _with_holder(
-    holders: tuple[tuple[str, str | None], ...], client_id: str, alias: str | None
-) -> tuple[tuple[str, str | None], ...]:
-    """The holders of a message with one more, or with the id that the latest one's copy got."""
-    others = tuple(each for each in holders if each not in ((client_id, None), (client_id, alias)))
-    return (*others[1 - HOLDERS_MAX :], (client_id, alias))

@@ -47,6 +47,7 @@ from schemas.events import (
     Tick,
 )
 from schemas.filters import intersects
+from schemas.leases import lease_number
 from schemas.rules import Rules
 
 READ_MIN: Final = 256  # entries of an index read at once, when any are needed
@@ -158,8 +159,10 @@ class DeliveryMachine(Rounds[W]):
         return any(intersects(each, key) for each in filters)
 
     def alone(self, event: Event) -> bool:
-        """A tick reads indexes, so everything before must be in them; new rules decide what is owned."""
-        return isinstance(event, Tick | RulesChanged)
+        """A tick reads indexes, so everything before must be in them; new rules decide what is owned. What is requeued
+        enters the index that it may just have left, and within a batch a store removes last.
+        """
+        return isinstance(event, Tick | RulesChanged | OperatorRequeue)
 
     def wanted(self, events: Sequence[Event], now_ms: int) -> Sequence[Read]:
         """The windows of the events; then what lies ahead of them, as far as there is room for it."""
@@ -176,13 +179,28 @@ class DeliveryMachine(Rounds[W]):
         reads += self._dead.unknown(orders)
         if reads:
             return reads
-        publishes = Counter(
-            key for x in events if isinstance(x, MessagePublished) for key in self.touched_by(x)
-        )
+        appended = Counter(key for x in events for key in self._appended_to(x))
+        reported = self._reported_early(events)
         for key, count in freed.items():
-            need = min(self._room(key) + count, self.unread(key) + len(self._windows[key].ahead))
-            self._want_ahead(reads, key, need + self.more_needed(key, publishes[key]))
+            room = self._room(key) + count + reported
+            need = min(room, self.unread(key) + len(self._windows[key].ahead))
+            self._want_ahead(reads, key, need + self.more_needed(key, appended[key]))
         return [*reads, *self.wanted_besides(events)]
+
+    def _appended_to(self, event: Event) -> Iterable[str]:
+        match event:
+            case MessagePublished():
+                return self.touched_by(event)
+            case OperatorRequeue():
+                return self.touched_by_operator(event)
+            case _:
+                return ()
+
+    def _reported_early(self, events: Sequence[Event]) -> int:
+        """How many reports there are of leases that these events are yet to bring, as in a replay."""
+        names = [x.lease for x in events if isinstance(x, DeliveryFailed)]
+        names += [each.lease for x in events if isinstance(x, DeliveriesSent) for each in x.sent]
+        return sum(lease_number(name) > self._counters.lease for name in names)
 
     def unknown(self, keys: Iterable[str]) -> list[ReadStates]:
         """The reads for windows, and for what their topics retain, where they are not known."""
@@ -204,7 +222,7 @@ class DeliveryMachine(Rounds[W]):
                 if key is not None:
                     yield key, 1
             case OperatorRequeue() | OperatorDrop() | OperatorRewind():
-                yield from ((key, 0) for key in self.touched_by_operator(event))
+                yield from ((key, 1) for key in self.touched_by_operator(event))
             case SubscriberJoined() | SubscriberLeft():
                 yield from self._touched_by_member(event)
 
@@ -325,6 +343,7 @@ class DeliveryMachine(Rounds[W]):
         effects: list[Effect] = []
         for _, key, _, window in self._windows.finish():
             effects.append(SetState(key, self.packed(window), "windows"))
+            window.trim()
         effects += [*self._members.finish(), *self._dead.finish(), *self._keeper.finish()]
         if self._ahead_total > AHEAD_TOTAL_MAX:
             self._ahead_total = 0

@@ -63,10 +63,9 @@ class Member(Struct, array_like=True):
     served: int = 0
     forget_at: int = 0
 
-    @property
-    def spans(self) -> bool:
-        """Whether more than one topic may wait for it."""
-        return len(self.filters) != 1 or is_wildcard(next(iter(self.filters)))
+    def spans(self, topic: str) -> bool:
+        """Whether another topic than this one may wait for it."""
+        return any(each != topic for each in self.filters)
 
     def available(self) -> bool:
         """Whether it may be handed something now, if it has room. One on its round gets only what that brings."""

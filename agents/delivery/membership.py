@@ -65,6 +65,7 @@ class Membership(Leasing[W]):
         done += self.remember(name, topic_filter, event, score)
         known = member.filters.get(topic_filter)
         since = score if known is None else known.since
+        member.served = 0  # more may wait for it than did
         self._members.hold(name, topic_filter, Held(event.qos, since, event.broker_delivers))
         if rested or is_wildcard(topic_filter) or member.round.active:
             return [*done, *self.start_round(name, member, everything=is_wildcard(topic_filter))]

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 from agents.delivery.leasing import RESUME, WAITING, WORK, Done, W, can_take
 from agents.delivery.members import Member, Reach, Round, is_wildcard
 from agents.delivery.membership import Membership
+from agents.due import INDEX, due_member
 from agents.effects import SetIndex
 from agents.ports import Read, ReadBelow, ReadNames
 from schemas.events import AgentName
@@ -92,15 +93,17 @@ class Rounds(Membership[W]):
         if member is None:
             return []
         at = member.round
-        filters = [each for each in sorted(member.filters) if each >= at.topic_filter]
+        filters = [
+            each
+            for each in sorted(member.filters)
+            if each > at.topic_filter
+            or (each == at.topic_filter and (is_wildcard(each) or not at.after))
+        ]
         way: list[tuple[str, ReadNames | None]] = []
         for each in filters[:FILTERS_MAX]:
             after = at.after if each == at.topic_filter else ""
-            page = (
-                self.page(name, each, after, everything=at.everything)
-                if is_wildcard(each)
-                else None
-            )
+            wild = is_wildcard(each)
+            page = self.page(name, each, after, everything=at.everything) if wild else None
             way.append((each, page))
         return way
 
@@ -156,9 +159,15 @@ class Rounds(Membership[W]):
         return done
 
     def _resumption(self, offset: int, now_ms: int) -> Done:
+        """Windows that wait go on. Under new rules their messages may be too old already, with no time set for that."""
         done: Done = []
-        keys = self._pages[self._resume_page()]
+        keys = self._pages.get(self._resume_page())
+        if keys is None:
+            return self.queue_work(RESUME)  # it has been told to begin anew, in this very tick
         for key in keys:
+            topic = self.topic_of(key)
+            if self._keeper.plans.of(topic).index_lifetime_ms is not None:
+                done.append(self._due.falls_due(due_member(INDEX, topic), now_ms))
             done += self.dispatch(offset, key, now_ms)
         if self._counters.paused or len(keys) < PAGE_MAX:
             self._counters.resuming = False
@@ -213,12 +222,12 @@ class Rounds(Membership[W]):
     def _hand_one(self, done: Done, offset: int, name: str, key: str, now_ms: int) -> bool:
         delivery, waiting = self.delivery(key), self.window(offset, key).next()
         reach = self._reach(name, key)
-        if delivery is None or waiting is None or reach is None or self.pauses():
-            return False
-        if reach.member.rests_until or self.expired(key, waiting, now_ms):
+        if delivery is None or waiting is None or reach is None or reach.member.rests_until:
             return False
         if not can_take(reach, waiting, delivery.max_inflight):
             return False
+        if self.expired(key, waiting, now_ms) or self.pauses():
+            return False  # only now: without room, what is next need not be known
         done += self.lease(offset, key, waiting, reach, now_ms)
         return True
 

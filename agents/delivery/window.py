@@ -18,9 +18,10 @@ from msgspec import Struct
 # Entries of the index in memory, for one topic: more are read when they are needed.
 AHEAD_MAX: Final = 1_024
 
-Holder = tuple[
-    str, str | None
-]  # who had a copy of a message, and the id that the broker gave the copy
+HOLDERS_MAX: Final = 16  # of one message, whose late acks are welcome; the latest ones
+
+# Who had a copy of a message, and the id that the broker gave the copy.
+Holder = tuple[str, str | None]
 
 
 class Waiting(Struct, frozen=True, array_like=True, order=True):
@@ -90,6 +91,12 @@ class Window(Struct, array_like=True, dict=True):
         self.ahead.update(entries)
         self.read_to = entries[-1][1] if len(entries) >= limit else last
 
+    def trim(self) -> None:
+        """Of what is ahead, remember only what is handed out next."""
+        if len(self.ahead) > AHEAD_MAX:
+            kept = list(self.ahead.items())[:AHEAD_MAX]
+            self.ahead, self.read_to = OrderedDict(kept), kept[-1][1]
+
     def append(self, message_id: str, score: int) -> None:
         """A new message, which is stored: all before it is known."""
         self.ahead[message_id] = score
@@ -119,10 +126,25 @@ class Window(Struct, array_like=True, dict=True):
         self.leases[message_id] = lease
         self.stored_leases += 1
 
+    def with_holder(
+        self, holders: tuple[Holder, ...], client_id: str, alias: str | None
+    ) -> tuple[Holder, ...]:
+        """The holders of a message with one more, or with the id that the latest one's copy got."""
+        others = [each for each in holders if each not in ((client_id, None), (client_id, alias))]
+        after = (*others[1 - HOLDERS_MAX :], (client_id, alias))
+        known = {name for _, name in after}
+        for _, name in holders:
+            if name is not None and name not in known:
+                self.aliases.pop(name, None)
+        return after
+
     def unstore(self, message_id: str) -> None:
-        """A leased message is its holder's alone from now on."""
-        self.leases[message_id].stored = False
-        self.stored_leases -= 1
+        """A stored message goes; if it is leased, it is its holder's alone from now on."""
+        if message_id in self.leases:
+            self.leases[message_id].stored = False
+            self.stored_leases -= 1
+        else:
+            self.remove(message_id)
 
     def give_back(self, message_id: str) -> None:
         """A lease ends and its message waits again, where it was in the log."""

@@ -184,7 +184,7 @@ class Readers(DeliveryMachine[Reader]):
         if reader.made_at is None:
             self._make(key, reader, self._subscribers.get(subscriber), log)
         elif reader.cursor < log.cursor or reader.read_offset < log.cursor:
-            reader.trim(log)
+            reader.move_up(log)
         if reader.cursor >= log.last:
             reader.number = log.number
         return reader

@@ -114,7 +114,7 @@ class Reader(Window, array_like=True, dict=True):
             count += 1
         del self.done[:count]
 
-    def trim(self, log: Log) -> None:
+    def move_up(self, log: Log) -> None:
         """Move up to what the log still has. What is leased is its holder's alone."""
         floor = log.cursor
         for message_id in [each for each, lease in self.leases.items() if lease.score <= floor]:

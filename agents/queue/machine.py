@@ -20,9 +20,9 @@ from agents.delivery.leasing import WAITING, Done, in_turn
 from agents.delivery.machine import DeliveryMachine
 from agents.delivery.members import Reach
 from agents.delivery.rounds import PAGE_MAX, literal_prefix
-from agents.delivery.window import AHEAD_MAX, Waiting, holds
+from agents.delivery.window import Waiting, holds
 from agents.due import DEAD, INDEX, MESSAGE, due_member
-from agents.effects import NO_SOURCE, Effect, HandOut, Refusal, Reindex, SetDue, Unindex
+from agents.effects import NO_SOURCE, Effect, HandOut, Output, Refusal, Reindex, SetDue, Unindex
 from agents.held import Held
 from agents.keeping import earliest, expired_entries
 from agents.ports import Read, ReadEntry, ReadIndex, ReadNames
@@ -36,6 +36,7 @@ from schemas.events import (
     OperatorDrop,
     OperatorRequeue,
     OperatorRewind,
+    SubscriberJoined,
 )
 
 # One tick looks at no more index entries than this; what is left over is still due, so that another tick follows.
@@ -57,9 +58,10 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         self._forget_entries()
 
     def _forget_entries(self) -> None:
-        # Supplied for a batch: where messages are in their index, if the window does not know; for a tick the oldest
-        # entries of an index, and how many were asked for.
+        # Of a batch: where messages are in their index, if the window does not know; what has left an index; for a tick
+        # the oldest entries of an index, and how many were asked for.
         self._places: dict[tuple[str, str], int | None] = {}
+        self._left: dict[tuple[str, str], None] = {}
         self._oldest: dict[str, tuple[list[tuple[str, int]], int]] = {}
 
     # -- what `agents/delivery/` asks -----------------------------------------------------------------------
@@ -126,8 +128,8 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         return entry
 
     def note_waiting(self, key: str, window: QueueWindow) -> Done:
-        """See `Leasing`. An empty queue of one consumer, or none, is as good as a new one."""
-        if not window.length and not window.leases and len(self.reaching(key)) <= 1:
+        """See `Leasing`. An empty queue in which nobody takes turns is as good as a new one."""
+        if window.empty() and (not window.turn or len(self.reaching(key)) <= 1):
             window.clear()
         return super().note_waiting(key, window)
 
@@ -139,7 +141,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         if plan.error is not None:
             raise DecodeError(plan.error)
         seen = self._keeper.seen
-        if not seen.add(event.message_id, now_ms):
+        if not seen.add(event.message_id, now_ms) or self._is_known(event.topic, event.message_id):
             return []
         done: Done = []
         expired = event.expires_at is not None and event.expires_at <= now_ms
@@ -159,7 +161,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         """A stored message is the topic's newest; the oldest go if there are too many."""
         window, delivery = self.window(offset, topic), self.delivery(topic)
         window.first(score)
-        known = window.complete() and len(window.ahead) < AHEAD_MAX
+        known = window.complete()
         limit = None if delivery is None else delivery.max_length
         window.length += 1
         window.last = score
@@ -182,7 +184,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         assert oldest is not None, "a queue that is too long has an oldest message, and it is read"
         if not dead:
             return self._unstore(offset, topic, oldest.message_id)
-        self._forget(window, oldest.message_id)
+        window.unstore(oldest.message_id)
         return self.given_up(offset, topic, oldest, OVERFLOWED, now_ms)
 
     def _pass_on(self, offset: int, event: MessagePublished, score: int) -> Done:
@@ -233,7 +235,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
 
     def acknowledged(self, offset: int, key: str, message_id: str, score: int) -> Done:
         """See `Leasing`: the ack deletes."""
-        self._windows[key].length -= 1
+        self._leaves(key, message_id)
         return [*self._keeper.unindex(offset, key, (message_id,))]
 
     # -- what is stored no more -----------------------------------------------------------------------------
@@ -245,26 +247,33 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
             return lease.stored
         if message_id in window.ahead or window.returned_as(message_id) is not None:
             return True
-        return not window.complete() and self._places.get((topic, message_id)) is not None
+        if window.complete() or (topic, message_id) in self._left:
+            return False
+        return (self._places.get((topic, message_id)) or 0) > window.cursor
 
-    def _forget(self, window: QueueWindow, message_id: str) -> None:
-        """A stored message is not the queue's any more; if it is leased, it is its holder's alone."""
-        if message_id in window.leases:
-            window.unstore(message_id)
-        else:
-            window.remove(message_id)
+    def _is_known(self, topic: str, message_id: str) -> bool:
+        """Whether a message is stored, leased, or was so in this batch: a store removes last, and could not keep it."""
+        here = message_id in self._windows[topic].leases or (topic, message_id) in self._left
+        return here or self._is_stored(topic, message_id)
+
+    def _leaves(self, topic: str, message_id: str) -> None:
+        """A stored message that is not in the window any more is not in the index either."""
+        self._windows[topic].length -= 1
+        self._left[topic, message_id] = None
+
+    def _forget(self, topic: str, message_id: str) -> None:
+        """A stored message goes; if it is leased, it is its holder's alone."""
+        self._windows[topic].unstore(message_id)
+        self._leaves(topic, message_id)
 
     def _unstore(self, offset: int, topic: str, message_id: str) -> Done:
         """A stored message goes."""
-        window = self._windows[topic]
-        self._forget(window, message_id)
-        self._places[topic, message_id] = None
-        window.length -= 1
+        self._forget(topic, message_id)
         return [*self._keeper.unindex(offset, topic, (message_id,))]
 
     def given_up(self, offset: int, key: str, waiting: Waiting, reason: str, now_ms: int) -> Done:
         """See `Leasing`: the message leaves the queue, and is kept as dead."""
-        self._windows[key].length -= 1
+        self._leaves(key, waiting.message_id)
         dead = DeadMessage(
             topic=key, message_id=waiting.message_id, reason=reason,
             deliveries=waiting.deliveries, at=now_ms,
@@ -279,8 +288,15 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         """See the head of this file."""
         topic, message_id = event.topic, event.message_id
         done = self._dead.take(offset, topic, message_id)
-        if done is None:
-            return []
+        if done is None or self._is_stored(topic, message_id):
+            return done or []
+        window = self.window(offset, topic)
+        lease = window.leases.get(message_id)
+        if lease is not None:
+            # Dead by overflow, and still in somebody's hands: that copy counts no more.
+            done += self.release(lease)
+            window.remove(message_id)
+            done += self.freed(offset, topic, (lease.member,), now_ms)
         lifetime = self._keeper.plans.of(topic).index_lifetime_ms
         end = earliest(score // 1000, lifetime, None)
         done.append(Reindex(offset, topic, message_id, score, end))
@@ -295,11 +311,11 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         if kind == DEAD:
             return self.dropped(offset, key, message_id)
         if kind == MESSAGE:
-            done = (
-                self._unstore(NO_SOURCE, key, message_id)
-                if self._is_stored(key, message_id)
-                else []
-            )
+            done: Done = []
+            if self._is_stored(key, message_id):
+                done += self._unstore(NO_SOURCE, key, message_id)
+            elif self._dead.held.get(message_id) is not None:
+                return []  # given up in this very tick
             done += self._keeper.expire(key, message_id)
         else:
             done = self._sweep_index(key, now_ms)
@@ -311,15 +327,13 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         lifetime = self._keeper.plans.of(topic).index_lifetime_ms
         if lifetime is None:
             return []  # the rules changed: nothing of this topic expires any more
-        window = self._windows[topic]
         entries, limit = self._oldest[topic]
         expired, next_end = expired_entries(entries, limit, lifetime, now_ms)
-        scores = dict(entries)
+        expired = [each for each in expired if (topic, each) not in self._left]
+        self._places |= {(topic, message_id): score for message_id, score in entries}
         for message_id in expired:
-            ours = message_id in window.leases or window.returned_as(message_id) is not None
-            if ours or scores[message_id] > window.cursor:
-                self._forget(window, message_id)
-                window.length -= 1
+            if self._is_stored(topic, message_id):
+                self._forget(topic, message_id)
         done: Done = [*self._keeper.unindex(NO_SOURCE, topic, expired)]
         if next_end is not None:
             done.append(self._due.falls_due(due_member(INDEX, topic), next_end))
@@ -328,18 +342,22 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
     # -- what steps want besides ----------------------------------------------------------------------------
 
     def wanted_besides(self, events: Sequence[Event]) -> list[Read]:
-        """See `DeliveryMachine`: the place of what a broker's client acknowledges."""
-        acks = (event for event in events if isinstance(event, MessageAcked))
-        return self._unknown_places(
-            (event.topic, self._windows[event.topic].known_as(event.message_id))
-            for event in acks
-            if self._served_by_broker(event.topic, event.client_id)
-        )
+        """See `DeliveryMachine`: the place of what may be stored already, and of what a broker's client acknowledges."""
+        joining = {x.client_id for x in events if isinstance(x, SubscriberJoined)}
+        messages: dict[tuple[str, str], None] = {}
+        for event in events:
+            match event:
+                case MessagePublished() | OperatorRequeue():
+                    messages[event.topic, event.message_id] = None
+                case MessageAcked(message_id=message_id, topic=topic, client_id=client_id):
+                    if client_id in joining or self._served_by_broker(topic, client_id):
+                        messages[topic, self._windows[topic].known_as(message_id)] = None
+        return self._unknown_places(messages)
 
     def _unknown_places(self, messages: Iterable[tuple[str, str]]) -> list[Read]:
         return [
             ReadEntry(topic, message_id)
-            for topic, message_id in dict.fromkeys(messages)
+            for topic, message_id in messages
             if (topic, message_id) not in self._places and not self._windows[topic].complete()
         ]
 
@@ -374,9 +392,8 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         if isinstance(event, MessagePublished) and refusal.part in ("body", "index"):
             topic, message_id = event.topic, event.message_id
             window = self.window(refusal.offset, topic)
-            known = message_id in window.ahead or window.returned_as(message_id) is not None
-            lease = window.leases.get(message_id)
-            if known or (lease is not None and lease.stored):
-                self._forget(window, message_id)
-                window.length -= 1
+            if self._is_stored(topic, message_id):
+                self._forget(topic, message_id)
+            effects = [x for x in self.note_waiting(topic, window) if not isinstance(x, Output)]
+            return [*effects, *self._keeper.refused(event, refusal)]
         return self._keeper.refused(event, refusal)

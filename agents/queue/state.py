@@ -22,16 +22,20 @@ class QueueWindow(Window, array_like=True, dict=True):
 
     def complete(self) -> bool:
         """Whether all that is ahead is in memory."""
-        return self.read_to >= self.last or self.ready == len(self.returned)
+        return self.read_to >= self.last or self.ready == len(self.returned) + len(self.ahead)
+
+    def empty(self) -> bool:
+        """Whether nothing is stored, nor in anybody's hands."""
+        return not (self.length or self.leases)
 
     def blank(self) -> bool:
         """Whether it is as if there had never been a message."""
-        return not (self.length or self.leases or self.returned or self.turn)
+        return self.empty() and not self.turn
 
     def clear(self) -> None:
-        """Forget the place in the log and the turn; nothing is stored."""
+        """Forget the place in the log and the turn; it is empty."""
         self.cursor = self.last = 0
-        self.turn = ""
+        self.turn, self.due = "", None
         self.forget_ahead()
 
     def first(self, score: int) -> None:

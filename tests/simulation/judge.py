@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
 from agents.driver import PartitionDriver
 from agents.keeping import Retained, unpack
-from agents.messages.machine import MessagesMachine
 from agents.ports import Applied, Record
+from agents.registry import MACHINES
 from pipeline.memory_log import MemoryLog
 from pipeline.stores.memory import MemoryStore
 from pipeline.stores.memory_server import Entry, Hash, MemoryServer, Zset
@@ -69,11 +69,13 @@ def check_counters(server: MemoryServer) -> None:
     assert set(counters.values()) <= {b"1"}, f"counted more than once: {counters}"
 
 
-def comparable(server: MemoryServer) -> Mapping[str, Entry | Applied]:
+def comparable(
+    server: MemoryServer, partition: Partition = PARTITION
+) -> Mapping[str, Entry | Applied]:
     """A content without what depends on how the log was cut into transactions."""
     content: dict[str, Entry | Applied] = dict(server.dump())
-    content.pop(keys.journal(PARTITION), None)
-    name = keys.applied(PARTITION)
+    content.pop(keys.journal(partition), None)
+    name = keys.applied(partition)
     if name in content:
         packed = server.text(name)
         assert packed is not None
@@ -82,32 +84,59 @@ def comparable(server: MemoryServer) -> Mapping[str, Entry | Applied]:
     return content
 
 
-def check_equal(server: MemoryServer, expected: MemoryServer) -> None:
+def check_equal(
+    server: MemoryServer, expected: MemoryServer, partition: Partition = PARTITION
+) -> None:
     """Two contents are the same; says where they are not."""
-    here, there = comparable(server), comparable(expected)
+    here, there = comparable(server, partition), comparable(expected, partition)
     names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
     told = [f"{name}: {here.get(name)}, but expected {there.get(name)}" for name in names]
     assert not told, "\n".join(told)
 
 
 def clean_fold(
-    records: Iterable[Record], rules: Rules, run_records_max: int = 1_000_000
+    records: Iterable[Record],
+    rules: Rules,
+    run_records_max: int = 1_000_000,
+    partition: Partition = PARTITION,
 ) -> MemoryServer:
     """The content of a store that one owner filled from these records, without any trouble."""
-    log, server = MemoryLog(lambda: 0), MemoryServer()
     held = list(records)
-    log.records[PARTITION.topic, 0] = list(held)
-    driver = new_driver(PARTITION, server, log, rules)
+    return fold_with_restarts(held, rules, [run_records_max], partition=partition)
+
+
+def fold_with_restarts(
+    held: Sequence[Record],
+    rules: Rules,
+    sizes: Sequence[int],
+    *,
+    owners: bool = False,
+    again: int = 0,
+    partition: Partition = PARTITION,
+) -> MemoryServer:
+    """Cut into runs of these sizes in turn, each with a new owner, or all with one; before each run, the last `again`
+    records are handed over once more.
+    """
+    log, server = MemoryLog(lambda: 0), MemoryServer()
+    log.records[partition.topic, 0] = list(held)
+    driver = new_driver(partition, server, log, rules)
     run(driver.start())
-    for start in range(0, len(held), run_records_max):
-        run(driver.process(held[start : start + run_records_max]))
+    at = turn = 0
+    while at < len(held):
+        size = sizes[turn % len(sizes)]
+        run(driver.process(held[max(0, at - again) : at + size]))
+        at, turn = at + size, turn + 1
+        if owners:
+            run(driver.close())
+            driver = new_driver(partition, server, log, rules)
+            run(driver.start())
     run(driver.tend())
     return server
 
 
 def new_driver(partition: Partition, server: MemoryServer, log: MemoryLog, rules: Rules) -> Driver:
-    store = MemoryStore(partition, server)
-    return PartitionDriver(partition, MessagesMachine(), store, log, rules, _unheard)
+    store, machine = MemoryStore(partition, server), MACHINES[partition.agent]()
+    return PartitionDriver(partition, machine, store, log, rules, _unheard)
 
 
 def _unheard(notice: str) -> None:

@@ -14,12 +14,11 @@ from agents import held, seen
 from agents.messages import machine
 from agents.ports import Record
 from agents.seen import SeenIds
-from pipeline.memory_log import MemoryLog
 from pipeline.stores.memory_server import MemoryServer, Zset
 from schemas import keys
 from schemas.events import Event, MessagePublished, RulesChanged, Tick
 from tests import given as given_
-from tests.driving import PARTITION, run
+from tests.driving import PARTITION
 from tests.simulation import judge
 
 LIMIT_MS = 2_000  # lifetime of the index; the retained entry's is a second longer
@@ -128,25 +127,6 @@ def records(events: Sequence[tuple[int, Event | bytes]]) -> list[Record]:
     )
 
 
-def fold_with_restarts(held: Sequence[Record], sizes: Sequence[int], owners: bool) -> MemoryServer:
-    """Cut into runs of these sizes in turn; each run with a new owner, or all with one."""
-    log, server = MemoryLog(lambda: START_MS), MemoryServer()
-    log.records[PARTITION.topic, 0] = list(held)
-    driver = judge.new_driver(PARTITION, server, log, RULES)
-    run(driver.start())
-    at, turn = 0, 0
-    while at < len(held):
-        size = sizes[turn % len(sizes)]
-        run(driver.process(held[max(0, at - 2) : at + size]))  # some are handed over again
-        at, turn = at + size, turn + 1
-        if owners:
-            run(driver.close())
-            driver = judge.new_driver(PARTITION, server, log, RULES)
-            run(driver.start())
-    run(driver.tend())
-    return server
-
-
 @given(steps, cuts)
 @settings(deadline=None)
 def test_batches_and_owners_never_decide(log: list[Step], sizes: list[int]) -> None:
@@ -154,8 +134,9 @@ def test_batches_and_owners_never_decide(log: list[Step], sizes: list[int]) -> N
     assume(held)
     at_once = judge.clean_fold(held, RULES)
     judge.check_equal(judge.clean_fold(held, RULES, run_records_max=1), at_once)
-    judge.check_equal(fold_with_restarts(held, sizes, owners=False), at_once)
-    judge.check_equal(fold_with_restarts(held, sizes, owners=True), at_once)
+    for owners in (False, True):
+        folded = judge.fold_with_restarts(held, RULES, sizes, owners=owners, again=2)
+        judge.check_equal(folded, at_once)
 
 
 @given(steps)

@@ -1,0 +1,171 @@
+"""Plays a script against a running queue partition: what the world outside and its bridge do next depends on what the
+agent has handed out so far. The log that this leaves is a real one, to be folded again in other ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+from agents.ports import Record
+from agents.seen import SeenIds
+from schemas.commands import Deliver
+from schemas.events import DeliveriesSent, DeliveryFailed, MessagePublished, RulesChanged, Sent
+from schemas.rules import Rules
+from tests import given
+from tests.delivering import AT, Delivering
+
+Kind = Literal[
+    "publish", "qos 0", "retain", "expiring", "repeat", "join", "broker joins", "unsubscribe", "end session",
+    "disconnect", "sent", "sent again", "fail", "ack", "ack by alias", "foreign ack", "ack early", "pass time", "requeue",
+    "drop", "other rules", "restart",
+]  # fmt: skip
+KINDS: tuple[Kind, ...] = get_args(Kind)
+CLIENTS = ("a", "b", "c")
+TOPICS = ("queue/a", "queue/b", "queue/c")
+FILTERS: tuple[str, ...] = (
+    "queue/a", "queue/b", "queue/+", "queue/#", "$share/g/queue/+", "$share/g/queue/a", "queue/c",
+)  # fmt: skip
+REASONS: tuple[Literal["no_client", "stale", "bridge"], ...] = ("no_client", "stale", "bridge")
+
+
+class Step(NamedTuple):
+    """`which` and `other` choose among what there is; `later_ms` passes before."""
+
+    kind: Kind
+    which: int
+    other: int
+    later_ms: int
+
+
+class Player:
+    """A partition with its bridge, and what both have said."""
+
+    def __init__(self, *tables: str, other_rules: Sequence[Rules] = ()) -> None:
+        self.world = Delivering("queue", *tables)
+        self.other_rules = other_rules
+        self.commands: list[Deliver] = []
+        self.unreported: list[Deliver] = []
+        self.published: list[MessagePublished] = []
+        self.sessions: dict[str, int] = {}
+        self.seen = SeenIds()
+        self.clock = 100  # of source offsets
+
+    @property
+    def records(self) -> list[Record]:
+        return self.world.log.records[self.world.partition.topic, 0]
+
+    def play(self, step: Step) -> None:
+        """One step, folded with every tick that follows from it at once."""
+        if step.later_ms:
+            self.world.at(self.world.now_ms + step.later_ms)
+        kind = step.kind
+        if kind in ("publish", "qos 0", "retain", "expiring", "repeat"):
+            self._publish(step)
+        elif kind in ("join", "broker joins"):
+            self._join(step)
+        elif kind in ("unsubscribe", "end session", "disconnect"):
+            self._leave(step)
+        elif kind in ("sent", "sent again", "fail"):
+            self._report(step)
+        elif kind in ("ack", "ack by alias", "foreign ack", "ack early"):
+            self._ack(step)
+        else:
+            self._besides(step)
+        self._look()
+
+    def _look(self) -> None:
+        new = [each for each in self.world.take() if each.lease]
+        self.commands += new
+        self.unreported += new
+
+    def _publish(self, step: Step) -> None:
+        topic, now_ms = TOPICS[step.which % len(TOPICS)], self.world.now_ms
+        if step.kind == "repeat":
+            dead = self.world.table(
+                "dead"
+            )  # a dead letter shares its body with an old repeat of it
+            alive = [each for each in self.published if each.message_id not in dead]
+            if alive:
+                self.world.tell(alive[-1 - step.other % len(alive)])
+            return
+        event = given.published(
+            f"m{len(self.published)}", topic, retain=step.kind == "retain",
+            qos=0 if step.kind == "qos 0" else 1 + step.other % 2,
+            expires_at=now_ms + 3_000 if step.kind == "expiring" else None,
+        )  # fmt: skip
+        self.published.append(event)
+        self.world.tell(event)
+
+    def _join(self, step: Step) -> None:
+        client, topic_filter = CLIENTS[step.which % 3], FILTERS[step.other % len(FILTERS)]
+        self.clock += 1
+        session = self.sessions.setdefault(client, self.clock)
+        self.world.join(
+            client, topic_filter, qos=min(1, (step.other + step.which) % 4), session=session,
+            source_offset=self.clock, broker_delivers=step.kind == "broker joins",
+        )  # fmt: skip
+
+    def _leave(self, step: Step) -> None:
+        """Of a session that goes, sessions says so for each of its filters."""
+        client = CLIENTS[step.which % 3]
+        if client not in self.sessions:
+            return
+        self.clock += 1
+        session = self.sessions[client]
+        reason: Literal["unsubscribed", "session_ended", "disconnected"] = "disconnected"
+        filters = FILTERS
+        if step.kind == "unsubscribe":
+            reason, filters = "unsubscribed", FILTERS[step.other % len(FILTERS) :][:1]
+        elif step.kind == "end session":
+            reason = "session_ended"
+            del self.sessions[client]
+        for each in filters:
+            self.world.leave(client, each, reason, session=session, source_offset=self.clock)
+
+    def _report(self, step: Step) -> None:
+        among = self.commands if step.kind == "sent again" else self.unreported
+        if not among:
+            return
+        command = among[step.which % min(len(among), 3)]
+        if command in self.unreported:
+            self.unreported.remove(command)
+        if step.kind == "fail":
+            event = DeliveryFailed(
+                **AT, agent="queue", lease=command.lease, client_id=command.client_id,
+                message_id=command.message_id, reason=REASONS[step.other % 3],
+            )  # fmt: skip
+            self.world.tell(event)
+            return
+        alias = f"x{command.message_id}" if step.other % 2 else None
+        sent = Sent(
+            command.lease, command.client_id, command.message_id, alias,
+            1 if command.qos else 0,
+        )  # fmt: skip
+        self.world.tell(DeliveriesSent(**AT, agent="queue", sent=(sent,)))
+
+    def _ack(self, step: Step) -> None:
+        if step.kind == "ack early":
+            name, topic = f"m{len(self.published)}", TOPICS[step.which % 3]
+            self.world.ack(CLIENTS[step.other % 3], name, topic=topic)
+            return
+        if not self.commands:
+            return
+        command = self.commands[-1 - step.which % min(len(self.commands), 6)]
+        alias = "x" if step.kind == "ack by alias" else ""
+        client = CLIENTS[step.other % 3] if step.kind == "foreign ack" else command.client_id
+        self.world.ack(client, alias + command.message_id, topic=command.topic)
+
+    def _besides(self, step: Step) -> None:
+        dead = sorted(self.world.table("dead"))
+        match step.kind:
+            case "requeue" | "drop" if dead:
+                name = dead[step.which % len(dead)]
+                topic = next(each.topic for each in self.published if each.message_id == name)
+                act = self.world.requeue if step.kind == "requeue" else self.world.drop
+                act(name, topic=topic)
+            case "other rules" if self.other_rules:
+                rules = self.other_rules[step.which % len(self.other_rules)].canonical()
+                self.world.tell(RulesChanged(**AT, agent="queue", rules=rules))
+            case "restart":
+                self.world.restart()
