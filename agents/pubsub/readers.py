@@ -122,6 +122,8 @@ class Readers(DeliveryMachine[Reader]):
         """The keys of a client's readers of a topic: its own, those of its groups, and those it has leases of."""
         keys = {reader_key(client_id, topic): None}
         for name, member in self._members.of_client(client_id):
+            if name == client_id:
+                continue
             for topic_filter in member.filters:
                 if matches(topic_filter, topic):
                     keys[reader_key(subscriber_of(name, topic_filter), topic)] = None
