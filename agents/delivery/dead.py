@@ -19,7 +19,7 @@ DEAD_LETTER_RETENTION_MS: Final = 7 * 86_400_000
 
 class DeadMessage(Struct, frozen=True, kw_only=True):
     """A message given up on `at` (ms), after so many deliveries; in pubsub by these subscribers, the latest one last.
-    Its body is kept as long as this is.
+    Its body is kept as long as this is; at `score` the log has it, too.
     """
 
     topic: str

@@ -215,9 +215,10 @@ class Rounds(Membership[W]):
         reach = self._reach(name, key)
         if delivery is None or waiting is None or reach is None or self.pauses():
             return False
-        if reach.member.rests_until or self.expired(key, waiting, now_ms):
+        if reach.member.rests_until or not can_take(reach, waiting, delivery.max_inflight):
             return False
-        if not can_take(reach, waiting, delivery.max_inflight):
+        if self.expired(key, waiting, now_ms):
+            done.append(self.sweep(key, now_ms))
             return False
         done += self.lease(offset, key, waiting, reach, now_ms)
         return True
