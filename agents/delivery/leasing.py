@@ -336,10 +336,10 @@ class Leasing(ABC, Generic[W]):
         self._members.touch(name)
         if at.active:
             at.whole = False
-            if everything and not at.everything:
+            if everything:
                 at.topic_filter, at.after, at.everything = "", "", True
             return []
-        if everything and not at.everything:
+        if everything:
             at = Round()
         member.round = Round(
             at.topic_filter, at.after, active=True, everything=at.everything or everything

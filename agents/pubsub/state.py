@@ -83,7 +83,7 @@ class Reader(Window, array_like=True, dict=True):
         self.cursor = self.read_offset = self.number = self.lost = 0
         self.message_id = self.turn = ""
         self.returned, self.leases, self.done, self.requeued = [], {}, [], []
-        self.made_at = None
+        self.made_at = self.due = None
         self.stored_leases = 0
         self.aliases = {}
         self.forget_ahead()

@@ -88,12 +88,12 @@ class Trimming(Forgetting):
             if entry[1] > log.cursor and self._places.get((topic, entry[0]), 0) is not None
         ]
         done = self._trim(NO_SOURCE, topic, ours) if ours else []
-        if len(entries) < limit:
-            # Also what expired by itself and may come back from somebody's hands is too old now.
-            floor = min((now_ms - lifetime + 1) * 1000 - 1, log.last)
-            if floor > log.cursor:
-                self._logs.touch(NO_SOURCE, topic)
-                log.cursor, log.floor_id = floor, ""
+        # Also what expired by itself, and may come back from somebody's hands, is too old now.
+        left = [score - 1 for _, score in entries[len(expired) :]]
+        floor = min((now_ms - lifetime + 1) * 1000 - 1, log.last, *left[:1])
+        if floor > log.cursor:
+            self._logs.touch(NO_SOURCE, topic)
+            log.cursor, log.floor_id = floor, ""
         if next_end is not None:
             done.append(self._due.falls_due(due_member(INDEX, topic), next_end))
         return done
