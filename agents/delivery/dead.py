@@ -19,7 +19,7 @@ DEAD_LETTER_RETENTION_MS: Final = 7 * 86_400_000
 
 class DeadMessage(Struct, frozen=True, kw_only=True):
     """A message given up on `at` (ms), after so many deliveries; in pubsub by these subscribers, the latest one last.
-    Its body is kept as long as this is, also when it was `requeued` to them: the log may have it no longer.
+    Its body is kept as long as this is, also when it was `requeued` to them; `score` is its place in the log.
     """
 
     topic: str

@@ -18,8 +18,8 @@ from msgspec import Struct
 
 from agents.delivery.members import Member, Members, Reach, Round
 from agents.delivery.window import Lease, Waiting, Window
-from agents.due import MEMBER, WINDOW, DueTimes, due_member
-from agents.effects import Effect, HandOut, Output, SetIndex
+from agents.due import INDEX, MEMBER, WINDOW, DueTimes, due_member
+from agents.effects import Effect, HandOut, Output, SetDue, SetIndex
 from agents.held import Held as States
 from agents.keeping import Keeper
 from agents.plans import Delivery
@@ -35,9 +35,7 @@ REST_MS: Final = 1_000
 REST_MS_MAX: Final = 60_000
 WORK: Final = "work"  # the index of members whose round goes on, in their order
 WAITING: Final = "waiting"  # the index of windows with something to be handed out that nobody took
-RESUME: Final = (
-    "\0"  # in the place of a member, whose name never is: all windows that wait, after a pause
-)
+RESUME: Final = "\0resume"  # no member's name: all windows that wait, after a pause
 
 W = TypeVar("W", bound=Window)
 Done: TypeAlias = list[Effect | Output]
@@ -103,9 +101,13 @@ class Leasing(ABC, Generic[W]):
         """The place in the log (a score) of the newest message of a window."""
 
     def expired(self, key: str, waiting: Waiting, now_ms: int) -> bool:
-        """Whether a message is too old to be handed out. A tick that is due takes it away, and what is behind it waits."""
-        end = self._expires_at(key, waiting.score)
+        """Whether a message is too old to be handed out. What is behind it waits until a tick has taken it away."""
+        end = self.expires_at(key, waiting)
         return end is not None and end <= now_ms
+
+    def sweep(self, key: str, now_ms: int) -> SetDue:
+        """Have a tick take away what is too old, even if it became so by new rules."""
+        return self._due.falls_due(due_member(INDEX, self.topic_of(key)), now_ms)
 
     def delivery(self, key: str) -> Delivery | None:
         """How the rules in force have a window delivered."""
@@ -120,7 +122,10 @@ class Leasing(ABC, Generic[W]):
         reaches = self.reaching(key) if delivery is not None else []
         while reaches and delivery is not None and (waiting := window.next()) is not None:
             reach = in_turn(reaches, window.turn, waiting, delivery.max_inflight)
-            if reach is None or self.expired(key, waiting, now_ms) or self.pauses():
+            if reach is None or self.pauses():
+                break
+            if self.expired(key, waiting, now_ms):
+                done.append(self.sweep(key, now_ms))
                 break
             done += self.lease(offset, key, waiting, reach, now_ms)
         done += self.note_waiting(key, window)
@@ -153,13 +158,14 @@ class Leasing(ABC, Generic[W]):
         self._members.touch(reach.name)
         hand_out = HandOut(
             offset, number, member.client_id, member.epoch, waiting.message_id, self.topic_of(key),
-            reach.qos, waiting.deliveries + 1, self._expires_at(key, waiting.score),
+            reach.qos, waiting.deliveries + 1, self.expires_at(key, waiting),
         )  # fmt: skip
         return [hand_out, *self._deadline(key, window, held.until)]
 
-    def _expires_at(self, key: str, score: int) -> int | None:
+    def expires_at(self, key: str, waiting: Waiting) -> int | None:
+        """When (ms) a message is too old to be handed out, by its rule; None is never."""
         lifetime = self._keeper.plans.of(self.topic_of(key)).index_lifetime_ms
-        return None if lifetime is None else score // 1000 + lifetime
+        return None if lifetime is None else waiting.score // 1000 + lifetime
 
     def _deadline(self, key: str, window: W, at: int | None) -> Done:
         """See that a tick looks at a window's leases by then."""
@@ -250,10 +256,10 @@ class Leasing(ABC, Generic[W]):
                 return member.leases[number]
         return None
 
-    def _reported(self, report: Sent | DeliveryFailed) -> tuple[str, Lease] | None:
+    def _reported(self, offset: int, report: Sent | DeliveryFailed) -> tuple[str, Lease] | None:
         """The unconfirmed lease that a report is about. One that does not match its lease is ignored."""
         key = self.leased_key(report)
-        lease = None if key is None else self._windows[key].leases.get(report.message_id)
+        lease = None if key is None else self.window(offset, key).leases.get(report.message_id)
         if key is None or lease is None or lease.sent:
             return None
         return (key, lease) if lease.number == lease_number(report.lease) else None
@@ -262,7 +268,7 @@ class Leasing(ABC, Generic[W]):
         """Bridges have handed these over. Nobody acknowledges a copy of QoS 0: that it was sent is its ack."""
         done: Done = []
         for report in event.sent:
-            found = self._reported(report)
+            found = self._reported(offset, report)
             if found is None:
                 continue
             key, lease = found
@@ -300,7 +306,7 @@ class Leasing(ABC, Generic[W]):
 
     def failed(self, offset: int, event: DeliveryFailed, now_ms: int) -> Done:
         """A copy was not handed over."""
-        found = self._reported(event)
+        found = self._reported(offset, event)
         if found is None:
             return []
         key, lease = found
@@ -334,10 +340,10 @@ class Leasing(ABC, Generic[W]):
         self._members.touch(name)
         if at.active:
             at.whole = False
-            if everything and not at.everything:
+            if everything:
                 at.topic_filter, at.after, at.everything = "", "", True
             return []
-        if everything and not at.everything:
+        if everything:
             at = Round()
         member.round = Round(
             at.topic_filter, at.after, active=True, everything=at.everything or everything

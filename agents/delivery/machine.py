@@ -182,9 +182,9 @@ class DeliveryMachine(Rounds[W]):
         appended = Counter(key for x in events for key in self._appended_to(x))
         reported = self._reported_early(events)
         for key, count in freed.items():
-            room = self._room(key) + count + reported
+            room = self.room(key) + count + reported
             need = min(room, self.unread(key) + len(self._windows[key].ahead))
-            self._want_ahead(reads, key, need + self.more_needed(key, appended[key]))
+            self.want_ahead(reads, key, need + self.more_needed(key, appended[key]))
         return [*reads, *self.wanted_besides(events)]
 
     def _appended_to(self, event: Event) -> Iterable[str]:
@@ -237,7 +237,7 @@ class DeliveryMachine(Rounds[W]):
             delivery = self._keeper.plans.of(topic_filter).delivery
             yield self.own_key(name, topic_filter), delivery.max_inflight if delivery else 0
 
-    def _room(self, key: str) -> int:
+    def room(self, key: str) -> int:
         """How many messages of a window its members could take now."""
         delivery = self.delivery(key)
         if delivery is None:
@@ -246,7 +246,7 @@ class DeliveryMachine(Rounds[W]):
         members = (reach.member for reach in self.reaching(key))
         return sum(max(0, limit - len(each.leases)) for each in members if each.available())
 
-    def _want_ahead(self, reads: list[Read], key: str, need: int) -> None:
+    def want_ahead(self, reads: list[Read], key: str, need: int) -> None:
         """Read so much that reading more could not change what the steps decide."""
         window = self._windows[key]
         if len(window.ahead) >= need or not self.unread(key):
@@ -273,11 +273,11 @@ class DeliveryMachine(Rounds[W]):
         if reads:
             return reads
         for key in self.due_windows(overdue):
-            self._want_ahead(reads, key, self._room(key) + len(self._windows[key].leases))
+            self.want_ahead(reads, key, self.room(key) + len(self._windows[key].leases))
         limit = self.inflight_max()
         for key, member in work:
-            room = self._room(key) if member is None else limit - len(member.leases)
-            self._want_ahead(reads, key, room)
+            room = self.room(key) if member is None else limit - len(member.leases)
+            self.want_ahead(reads, key, room)
         return reads
 
     def due_windows(self, overdue: Sequence[tuple[str, str, str]]) -> dict[str, None]:

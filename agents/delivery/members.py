@@ -5,7 +5,7 @@ All of them are in memory: a partition's state of a member is some hundred bytes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final, NamedTuple
 
 import msgspec
@@ -122,6 +122,10 @@ class Members:
         self.version += 1
 
     # -- asking
+
+    def values(self) -> Iterable[Member]:
+        """All of them, also those that have gone."""
+        return self.by_name.values()
 
     def of_client(self, client_id: str) -> list[tuple[str, Member]]:
         """A client's memberships: its own, and those in groups."""

@@ -25,7 +25,7 @@ PAGE_MAX: Final = 64  # windows that a wildcard leads to, or that go on after a 
 
 
 # In front of the name of work that is nobody's round. No member's name begins so ([MQTT-1.5.4-2]).
-BESIDES: Final = "\0"
+BESIDES: Final = "\0besides\0"
 
 
 class Stop(NamedTuple):
@@ -171,9 +171,18 @@ class Rounds(Membership[W]):
             done += self.dispatch(offset, key, now_ms)
         if self._counters.paused or len(keys) < PAGE_MAX:
             self._counters.resuming = False
-            return done
+            return [*done, *self._interrupted()]
         self._counters.resume_after = keys[-1]
         return [*done, *self.queue_work(RESUME)]
+
+    def _interrupted(self) -> Done:
+        """Those go on whose way through all there is was interrupted by a pause: nothing waits where they were not yet."""
+        done: Done = []
+        for name, member in sorted(self._members.by_name.items()):
+            at = member.round
+            if at.everything and not at.active and member.filters and not self._counters.paused:
+                done += self.start_round(name, member)
+        return done
 
     def _go_round(self, offset: int, name: str, member: Member, now_ms: int) -> Done:
         at = member.round
@@ -209,14 +218,18 @@ class Rounds(Membership[W]):
         """One message of each window, again and again; the stop of the last one."""
         done: Done = []
         last: Stop | None = None
-        left = list(stops)
+        at, left = self._members.by_name[name].round, list(stops)
         while left:
             served = [stop for stop in left if self._hand_one(done, offset, name, stop.key, now_ms)]
             last, left = served[-1] if served else last, served
         for stop in stops:
             window = self._windows[stop.key]
             done += self.note_waiting(stop.key, window)
-            self._members.by_name[name].round.left_some |= window.waits
+            at.left_some |= window.waits
+            if window.waits and window.next() is None:
+                at.whole = (
+                    False  # what was read for this tick is not what there is: it comes by once more
+                )
         return last, done
 
     def _hand_one(self, done: Done, offset: int, name: str, key: str, now_ms: int) -> bool:
@@ -225,9 +238,12 @@ class Rounds(Membership[W]):
         if delivery is None or waiting is None or reach is None or reach.member.rests_until:
             return False
         if not can_take(reach, waiting, delivery.max_inflight):
+            return False  # what is next need not be known then
+        if self.expired(key, waiting, now_ms):
+            done.append(self.sweep(key, now_ms))
             return False
-        if self.expired(key, waiting, now_ms) or self.pauses():
-            return False  # only now: without room, what is next need not be known
+        if self.pauses():
+            return False
         done += self.lease(offset, key, waiting, reach, now_ms)
         return True
 

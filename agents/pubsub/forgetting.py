@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from agents.delivery.leasing import Done
 from agents.delivery.rounds import BESIDES, PAGE_MAX
 from agents.due import SUBSCRIBER, due_member
-from agents.ports import ReadNames
+from agents.ports import Read, ReadNames
 from agents.pubsub.readers import READERS, Readers, since_of
 from agents.pubsub.state import Reader, reader_key, split_reader, subscriber_of
 from schemas.events import SubscriberJoined
@@ -40,16 +40,13 @@ class Forgetting(Readers):
         if subscriber.known.pop(topic_filter, None) is None:
             return []
         subscriber.given_up[topic_filter] = score
-        # What is in the client's hands is given up at once, all else a piece with every tick.
-        done: Done = []
-        for key in dict.fromkeys(self._members.by_name[name].leases.values()):
-            done += self._forget_reader(offset, key)
-        return [*done, *self._start_forgetting(name, score)]
+        leased = dict.fromkeys(self._members.by_name[name].leases.values())
+        return self._start_forgetting(offset, name, leased, now_ms, score)
 
     def went(self, name: str, now_ms: int, *, ended: bool) -> Done:
         """See `Membership`."""
         member = self._members.by_name[name]
-        if any(subscriber_of(name, each) != name for each in member.filters):
+        if subscriber_of(name, "") != name:
             return self._group_went(name, list(member.filters), now_ms)
         return self._gone(name, now_ms) if ended else []
 
@@ -87,11 +84,25 @@ class Forgetting(Readers):
         score = now_ms * 1000
         subscriber.given_up.update((each, score) for each in subscriber.known)
         subscriber.known.clear()
-        return self._start_forgetting(key, score)
+        return self._start_forgetting(offset, key, self.leased((), (key,)), now_ms, score)
 
-    def _start_forgetting(self, subscriber: str, started: int) -> Done:
+    def _start_forgetting(
+        self, offset: int, subscriber: str, leased: Iterable[str], now_ms: int, started: int
+    ) -> Done:
+        """What is in somebody's hands is given up at once, all else a piece with every tick."""
+        done: Done = []
+        for key in leased:
+            names = [lease.member for lease in self._windows[key].leases.values()]
+            done += self._forget_reader(offset, key)
+            done += self.freed(offset, key, dict.fromkeys(names), now_ms)
         self._counters.forgetting += 1
-        return self.queue_work(f"{BESIDES}{started}\0{subscriber}\0")
+        return [*done, *self.queue_work(f"{BESIDES}{started}\0{subscriber}\0")]
+
+    def wanted_by_work(self) -> list[Read]:
+        """See `Rounds`: the subscribers that forget some readers, too."""
+        names = [name for name, _ in self._work or () if name.startswith(BESIDES)]
+        forgetting = self.unknown_subscribers(split_forgetting(name)[1] for name in names)
+        return [*super().wanted_by_work(), *forgetting]
 
     def page_besides(self, name: str) -> ReadNames:
         """See `Rounds`: readers of the subscriber that forgets some."""
@@ -120,8 +131,8 @@ class Forgetting(Readers):
         """A reader is no more, if its filter was given up; what it had leased is nobody's."""
         subscriber, topic = split_reader(key)
         reader = self.touched(offset, key)
-        state = self._subscribers[subscriber]
-        if reader.made_at is None or not state.has_given_up(topic, reader.made_at):
+        state = self._subscribers.get(subscriber)  # whoever has given up something is known
+        if reader.made_at is None or state is None or not state.has_given_up(topic, reader.made_at):
             return []
         done: Done = []
         for lease in list(reader.leases.values()):

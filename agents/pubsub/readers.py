@@ -13,7 +13,7 @@ from agents.delivery.machine import DeliveryMachine
 from agents.delivery.members import Held as Holding
 from agents.delivery.members import Reach, is_wildcard, make_reach, member_name
 from agents.delivery.rounds import PAGE_MAX, literal_prefix
-from agents.due import WINDOW
+from agents.due import MESSAGE, SUBSCRIBER, WINDOW
 from agents.effects import Effect, Output, SetIndex, SetState, ShowOffset
 from agents.held import Held
 from agents.ports import Read, ReadNames, ReadStates, Stored
@@ -30,7 +30,7 @@ from agents.pubsub.state import (
     unpack_reader,
     unpack_subscriber,
 )
-from schemas.events import AgentName, Event, SubscriberJoined, SubscriberLeft
+from schemas.events import AgentName, Event, OperatorRewind, SubscriberJoined, SubscriberLeft
 from schemas.filters import matches
 from schemas.rules import Rules
 
@@ -52,15 +52,16 @@ class Readers(DeliveryMachine[Reader]):
         self._logs: Held[Log] = Held(unpack_log)
         self._subscribers: Held[Subscriber] = Held(unpack_subscriber)
         # Who joins in the batch by which filters, since when; and the readers of plain ones, by topic.
-        self._joining: dict[str, list[tuple[str, int]]] = {}
+        self._joining: dict[str, dict[tuple[str, int], None]] = {}
         self._expected: dict[str, dict[str, None]] = {}
         self._made: dict[
             str, int | None
         ] = {}  # readers that the batch has made (0) or forgotten (None)
         self._shown: dict[str, str] = {}  # the read offsets that are shown, of readers touched
+        self._noted: dict[str, None] = {}  # readers that began to wait or do so no more
         self._besides: Done = []  # what came of looking at a reader
         self._of_topics: dict[str, dict[str, list[Reach]]] = {}
-        self._version = 0
+        self._version = self._now_ms = 0
 
     def restore(self, partition_state: Mapping[str, Any], stored: Stored, rules: Rules) -> None:
         """See `agents.ports.Machine`."""
@@ -68,9 +69,35 @@ class Readers(DeliveryMachine[Reader]):
         self._forget_memory()
 
     def alone(self, event: Event) -> bool:
-        """A member that comes with a wildcard reads topics that the batch may not have loaded."""
-        joins = isinstance(event, SubscriberJoined) and is_wildcard(event.topic_filter)
-        return joins or super().alone(event)
+        """A member that comes with a wildcard reads topics that the batch may not have loaded; one that has unsubscribed
+        may come again at once, and then begins elsewhere, as does one that is rewound.
+        """
+        match event:
+            case SubscriberJoined():
+                return is_wildcard(event.topic_filter)
+            case SubscriberLeft():
+                return event.reason == "unsubscribed"
+            case OperatorRewind():
+                return True
+            case _:
+                return super().alone(event)
+
+    def wanted(self, events: Sequence[Event], now_ms: int) -> Sequence[Read]:
+        """See `agents.ports.Machine`. Where those who join begin decides what is to be read."""
+        self.expect(events)
+        self._now_ms = now_ms
+        return super().wanted(events, now_ms)
+
+    def dispatch(self, offset: int, key: str, now_ms: int) -> Done:
+        """See `Leasing`. A reader that begins anew has nothing in memory: a tick reads for it."""
+        done, reader = super().dispatch(offset, key, now_ms), self._windows[key]
+        delivery = self.delivery(key)
+        if delivery is None or not reader.waits or reader.next() is not None or self.pauses():
+            return done
+        for name, member, *_ in self.reaching(key):
+            if member.available() and len(member.leases) < delivery.max_inflight:
+                done += self.start_round(name, member)
+        return done
 
     # -- what `agents/delivery/` asks -----------------------------------------------------------------------
 
@@ -150,10 +177,12 @@ class Readers(DeliveryMachine[Reader]):
     def note_waiting(self, key: str, window: Reader) -> Done:
         """See `Leasing`. Where nothing is ahead the reader is at the log's end, whatever has gone from it meanwhile."""
         last = self.last_of(key)
-        if window.made_at is not None and not window.ahead and window.read_to >= last:
+        if window.made_at is not None and not window.ahead and not self.unread(key):
             window.cursor = max(window.cursor, last)
         window.advance()
-        return super().note_waiting(key, window)
+        if super().note_waiting(key, window):
+            self._noted[key] = None
+        return []
 
     def page(self, name: str, topic_filter: str, after: str, *, everything: bool) -> ReadNames:
         """See `Rounds`. A member that has come has no reader yet of topics that it has never read."""
@@ -214,7 +243,7 @@ class Readers(DeliveryMachine[Reader]):
             return  # nobody of that name reads it
         start = log.cursor if delivery.start == "earliest" else max(since, log.cursor)
         reader.made_at = since
-        reader.number = log.trimmed
+        reader.number = log.gone if start == log.cursor else log.number
         reader.start(start)
         self._made[key] = 0
 
@@ -251,7 +280,7 @@ class Readers(DeliveryMachine[Reader]):
             if isinstance(event, SubscriberJoined):
                 name, topic_filter = member_name(event.client_id, event.topic_filter)
                 subscriber = subscriber_of(name, topic_filter)
-                self._joining.setdefault(subscriber, []).append((topic_filter, since_of(event, 0)))
+                self._joining.setdefault(subscriber, {})[topic_filter, since_of(event, 0)] = None
                 key = reader_key(subscriber, topic_filter)
                 self._expected.setdefault(topic_filter, {})[key] = None
 
@@ -274,7 +303,21 @@ class Readers(DeliveryMachine[Reader]):
                 keys[key] = None
             elif kind in self.of_logs:
                 keys.update(dict.fromkeys(self.readers_of(key)))
-        return keys
+        topics = [key for kind, key, _ in overdue if kind == MESSAGE]
+        subscribers = [key for kind, key, _ in overdue if kind == SUBSCRIBER]
+        return keys | self.leased(topics, subscribers)
+
+    def leased(self, topics: Sequence[str], subscribers: Sequence[str]) -> dict[str, None]:
+        """The readers of these topics or subscribers of which somebody has something in hand."""
+        if not (topics or subscribers):
+            return {}
+        every = (key for member in self._members.values() for key in member.leases.values())
+        parts = {key: split_reader(key) for key in every}
+        return {
+            key: None
+            for key, (subscriber, topic) in parts.items()
+            if topic in topics or subscriber in subscribers
+        }
 
     of_logs: tuple[
         str, ...
@@ -300,7 +343,9 @@ class Readers(DeliveryMachine[Reader]):
                 subscriber, topic = split_reader(key)
                 effects.append(ShowOffset(0, shown(subscriber), topic, reader.message_id or None))
         effects += [SetIndex(READERS, key, score) for key, score in self._made.items()]
-        self._shown, self._made, self._joining, self._expected = {}, {}, {}, {}
+        for key in self._noted:
+            effects.append(SetIndex(WAITING, key, 0 if self._windows[key].waits else None))
+        self._shown, self._made, self._noted, self._joining, self._expected = {}, {}, {}, {}, {}
         for _, topic, _, log in self._logs.finish():
             effects.append(SetState(topic, pack(log), "logs"))
         for _, key, _, subscriber_state in self._subscribers.finish():

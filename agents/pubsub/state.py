@@ -11,7 +11,7 @@ from typing import Final
 import msgspec
 from msgspec import Struct, field
 
-from agents.delivery.window import Window
+from agents.delivery.window import Waiting, Window
 from schemas.filters import SHARE_PREFIX, matches
 
 # In front of a group's subscription, since a client id can look like one. No client id begins so ([MQTT-1.5.4-2]).
@@ -48,15 +48,18 @@ def shown(subscriber: str) -> str:
 class Log(Window, array_like=True, dict=True):
     """What is stored of a topic: `length` messages; `number` have ever been, the newest at `last` (a score).
 
-    What is trimmed is what the log itself has taken off its head: up to `cursor`, of which `trimmed` is the number and
-    `floor_id` the message.
+    All up to `cursor` was taken off the log's head, `floor_id` last, if that is known; one that expired by itself leaves a gap behind it.
     """
 
     length: int = 0
     number: int = 0
     last: int = 0
-    trimmed: int = 0
     floor_id: str = ""
+
+    @property
+    def gone(self) -> int:
+        """How many are stored no more."""
+        return self.number - self.length
 
     def complete(self) -> bool:
         """Whether all that is stored is in memory."""
@@ -67,8 +70,9 @@ class Reader(Window, array_like=True, dict=True):
     """One subscriber's way through one topic.
 
     `done` are messages that are done with, ahead of the read offset: it moves over them once all before are. `number` is
-    that of the message at the cursor, `lost` counts those that were trimmed before they were handed over. `made_at` is
-    when (a score) it was made; None if it was not yet.
+    that of the message at the cursor, `lost` counts those that had gone before they were done with, and that are in
+    nobody's hands. `made_at` is when (a score) it was made; None if it was not yet. `requeued` are dead messages that come
+    once more, whatever the log and the offset are at.
     """
 
     read_offset: int = 0
@@ -77,13 +81,14 @@ class Reader(Window, array_like=True, dict=True):
     number: int = 0
     lost: int = 0
     made_at: int | None = None
+    requeued: list[str] = field(default_factory=list)
 
     def clear(self) -> None:
         """It was never made."""
         self.cursor = self.read_offset = self.number = self.lost = 0
         self.message_id = self.turn = ""
-        self.returned, self.leases, self.done = [], {}, []
-        self.made_at = None
+        self.returned, self.leases, self.done, self.requeued = [], {}, [], []
+        self.made_at = self.due = None
         self.stored_leases = 0
         self.aliases = {}
         self.forget_ahead()
@@ -95,42 +100,57 @@ class Reader(Window, array_like=True, dict=True):
             del self.ahead[message_id]
         self.read_to = max(self.read_to, at)
 
+    def take(self, waiting: Waiting) -> None:
+        """See `Window`."""
+        self.number += waiting.score > self.cursor
+        super().take(waiting)
+
+    def remove(self, message_id: str) -> None:
+        """See `Window`."""
+        super().remove(message_id)
+        if message_id in self.requeued:
+            self.requeued.remove(message_id)
+
     def finish(self, score: int, message_id: str) -> None:
         """A message is done with. One before the read offset was for a second time."""
-        if score > self.read_offset:
+        if score > self.read_offset and (score, message_id) not in self.done:
             insort(self.done, (score, message_id))
             self.advance()
 
     def advance(self) -> None:
         """Move the read offset over the unbroken run of messages that are done with."""
-        first = min((lease.score for lease in self.leases.values()), default=None)
-        if self.returned and (first is None or self.returned[0].score < first):
-            first = self.returned[0].score
+        leased = ((message_id, lease.score) for message_id, lease in self.leases.items())
+        returned = ((each.message_id, each.score) for each in self.returned)
+        first = min(
+            (score for each, score in (*leased, *returned) if each not in self.requeued),
+            default=None,
+        )
         count = 0
         for score, message_id in self.done:
             if first is not None and score > first:
                 break
-            self.read_offset, self.message_id = score, message_id
+            self.read_offset, self.message_id = score, message_id or self.message_id
             count += 1
         del self.done[:count]
 
     def move_up(self, log: Log) -> None:
         """Move up to what the log still has. What is leased is its holder's alone."""
         floor = log.cursor
-        for message_id in [each for each, lease in self.leases.items() if lease.score <= floor]:
-            if self.leases[message_id].stored:
+        for message_id, lease in self.leases.items():
+            if lease.score <= floor and lease.stored and message_id not in self.requeued:
                 self.unstore(message_id)
-        for waiting in [each for each in self.returned if each.score <= floor]:
-            self.remove(waiting.message_id)
-            self.lost += 1
+        for waiting in list(self.returned):
+            if waiting.score <= floor and waiting.message_id not in self.requeued:
+                self.remove(waiting.message_id)
+                self.lost += 1
         if self.cursor < floor:
             for message_id in [each for each, score in self.ahead.items() if score <= floor]:
                 del self.ahead[message_id]
-            self.lost += max(log.trimmed - self.number, 0)
-            self.number = max(log.trimmed, self.number)
+            self.lost += max(log.gone - self.number, 0)
+            self.number = max(log.gone, self.number)
             self.cursor = floor
             self.read_to = max(self.read_to, floor)
-        if self.read_offset < floor and (floor, log.floor_id) not in self.done:
+        if self.read_offset < floor and floor not in (score for score, _ in self.done):
             insort(self.done, (floor, log.floor_id))
         self.advance()
 

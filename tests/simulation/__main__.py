@@ -1,11 +1,16 @@
-"""Many seeds, until one fails or all are done: `python -m tests.simulation --seeds N [--first SEED]`."""
+"""Many seeds, until one fails or all are done: `python -m tests.simulation --seeds N [--first SEED] [--agent pubsub]`."""
 
 from __future__ import annotations
 
 import argparse
 import time
 from collections import Counter
+from collections.abc import Callable
 
+import pytest
+
+from tests.simulation.pubsub_faults import judge_seed
+from tests.simulation.test_pubsub_properties import LIMITS
 from tests.simulation.world import World
 
 PROGRESS_SEEDS = 500
@@ -16,20 +21,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--agent", choices=["messages", "pubsub"])
     arguments = parser.parse_args()
+    for agent, live in {"messages": messages, "pubsub": pubsub}.items():
+        if arguments.agent in (None, agent):
+            soak(agent, live, arguments.first, arguments.seeds)
+
+
+def messages(seed: int) -> Counter[str]:
+    """A world of the messages agent."""
+    world = World(seed)
+    world.live()
+    return world.happened
+
+
+def pubsub(seed: int) -> Counter[str]:
+    """A partition of the pubsub agent, with the limits of its tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in LIMITS.items():
+            patch.setattr(name, value)
+        return judge_seed(seed)
+
+
+def soak(agent: str, live: Callable[[int], Counter[str]], first: int, seeds: int) -> None:
+    """These seeds, one after the other."""
     happened: Counter[str] = Counter()
     started = time.monotonic()
-    for seed in range(arguments.first, arguments.first + arguments.seeds):
+    for seed in range(first, first + seeds):
         if seed % PROGRESS_SEEDS == 0:
             print(f"from seed {seed} on ({time.monotonic() - started:.0f} s)", flush=True)
-        world = World(seed)
         try:
-            world.live()
+            happened += live(seed)
         except BaseException:
-            print(f"seed {seed} failed: python -m tests.simulation --first {seed} --seeds 1")
+            print(
+                f"seed {seed} failed: python -m tests.simulation --agent {agent} --first {seed} --seeds 1"
+            )
             raise
-        happened += world.happened
-    print(f"{arguments.seeds} worlds in {time.monotonic() - started:.0f} s: {dict(happened)}")
+    print(f"{seeds} worlds of {agent} in {time.monotonic() - started:.0f} s: {dict(happened)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,324 @@
+"""What must be true of a pubsub partition's content, whatever happened on the way there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from agents.delivery import leasing, rounds
+from agents.delivery.dead import DeadMessage
+from agents.delivery.leasing import Counters
+from agents.delivery.members import Member
+from agents.due import WINDOW, due_member
+from agents.ports import Applied
+from agents.pubsub.readers import READERS, TOPICS
+from agents.pubsub.state import (
+    GROUP,
+    Log,
+    Reader,
+    Subscriber,
+    reader_key,
+    shown,
+    split_reader,
+    subscriber_of,
+    unpack_log,
+    unpack_reader,
+    unpack_subscriber,
+)
+from pipeline.stores.memory_server import Entry, Hash, MemoryServer, Zset
+from schemas import keys
+from schemas.commands import Deliver
+from schemas.events import (
+    DeliveriesSent,
+    DeliveryFailed,
+    Event,
+    MessageAcked,
+    OperatorRequeue,
+    OperatorRewind,
+)
+from schemas.filters import matches
+from schemas.keys import Partition
+from tests.driving import Driver
+
+if TYPE_CHECKING:
+    from tests.simulation.pubsub_world import Pubsub
+
+PUBSUB = Partition("millpond", "pubsub", 0)
+INDEX, RETAINED = keys.message_index(""), keys.retained("")
+
+
+def table(server: MemoryServer, name: Any) -> Hash:
+    return server.of(keys.table(PUBSUB, name), Hash)
+
+
+def index(server: MemoryServer, name: str) -> Zset:
+    return server.of(keys.index(PUBSUB, name), Zset)
+
+
+def readers(server: MemoryServer) -> dict[str, Reader]:
+    return {key: unpack_reader(packed) for key, packed in table(server, "windows").items()}
+
+
+def logs(server: MemoryServer) -> dict[str, Log]:
+    return {key: unpack_log(packed) for key, packed in table(server, "logs").items()}
+
+
+def members(server: MemoryServer) -> dict[str, Member]:
+    held = table(server, "members").items()
+    return {key: msgspec.json.decode(packed, type=Member) for key, packed in held}
+
+
+def subscribers(server: MemoryServer) -> dict[str, Subscriber]:
+    return {key: unpack_subscriber(packed) for key, packed in table(server, "subscribers").items()}
+
+
+def dead(server: MemoryServer) -> dict[str, DeadMessage]:
+    held = table(server, "dead").items()
+    return {key: msgspec.json.decode(packed, type=DeadMessage) for key, packed in held}
+
+
+def scores(server: MemoryServer, topic: str) -> Zset:
+    return server.of(keys.message_index(topic), Zset)
+
+
+def applied(server: MemoryServer) -> Applied:
+    packed = server.text(keys.applied(PUBSUB))
+    assert packed is not None
+    return msgspec.json.decode(packed, type=Applied)
+
+
+def counters(server: MemoryServer) -> Counters:
+    return msgspec.convert(applied(server).machine["delivery"], Counters)
+
+
+def check(server: MemoryServer, driver: Driver) -> None:
+    """Everything that is always true."""
+    check_bodies(server)
+    check_logs(server)
+    check_readers(server)
+    check_leases(server, driver)
+    check_counters(server)
+
+
+def check_bodies(server: MemoryServer) -> None:
+    """No id without its body, no body without a reference."""
+    referenced = {keys.message_body(name) for name in dead(server)}
+    for name, value in server.values.items():
+        if name.startswith((INDEX, RETAINED)) and isinstance(value, Zset):
+            referenced |= {keys.message_body(message_id) for message_id in value}
+    bodies = {
+        name
+        for name, value in server.values.items()
+        if name.startswith(INDEX) and isinstance(value, Hash)
+    }
+    assert not referenced - bodies, f"ids without a body: {referenced - bodies}"
+    assert not bodies - referenced, f"bodies that nobody refers to: {bodies - referenced}"
+
+
+def check_logs(server: MemoryServer) -> None:
+    """What is known of a topic is what is stored of it."""
+    for topic, log in logs(server).items():
+        held = scores(server, topic)
+        assert log.length == len(held), f"{topic}: {log.length} of {dict(held)}"
+        assert 0 <= log.length <= log.number, topic
+        assert all(log.cursor < score <= log.last for score in held.values()), (log, dict(held))
+    assert set(index(server, TOPICS)) == {x for x, log in logs(server).items() if log.length}
+
+
+def check_readers(server: MemoryServer) -> None:
+    """Offsets, what is ahead of them, and what is shown of them."""
+    every = readers(server)
+    assert set(index(server, READERS)) == set(every)
+    views = dict[str, bytes]()
+    for key, reader in every.items():
+        subscriber, topic = split_reader(key)
+        assert reader.read_offset <= reader.cursor, key
+        assert reader.done == sorted(set(reader.done)), key
+        assert all(score > reader.read_offset for score, _ in reader.done), key
+        unsafe = [*(x.score for x in reader.leases.values()), *(x.score for x in reader.returned)]
+        assert set(reader.requeued) <= {x.message_id for x in reader.returned} | set(reader.leases)
+        assert reader.returned == sorted(reader.returned), key
+        assert len({x.message_id for x in reader.returned}) == len(reader.returned), key
+        assert not {x.message_id for x in reader.returned} & set(reader.leases), key
+        assert all(score <= reader.cursor for score in unsafe), key
+        if reader.message_id:
+            views[keys.read_offset(shown(subscriber), topic)] = reader.message_id.encode()
+        known = subscribers(server).get(subscriber)
+        assert known is not None, f"{key!r} is nobody's"
+        assert known.since(topic) is not None or known.given_up, f"{key!r} is not to be read"
+    kept = {x: v for x, v in server.values.items() if x.startswith(keys.read_offset("", "")[:11])}
+    assert kept == views
+
+
+def check_leases(server: MemoryServer, driver: Driver) -> None:
+    """Each lease is in its window and with its member, and a tick looks at it in time."""
+    in_windows = Counter[tuple[str, int, str]]()
+    due = server.of(keys.due(PUBSUB), Zset)
+    for key, reader in readers(server).items():
+        for lease in reader.leases.values():
+            in_windows[lease.member, lease.number, key] += 1
+            at = due.get(due_member(WINDOW, key))
+            assert at is not None, (key, lease)
+            assert at <= lease.until, (key, lease)
+    with_members = Counter[tuple[str, int, str]]()
+    limit = max(each.max_inflight for each in driver.machine.rules.run_by_delivery("pubsub"))
+    for name, member in members(server).items():
+        assert len(member.leases) <= limit, f"{name} has {member.leases}"
+        with_members.update((name, number, key) for number, key in member.leases.items())
+    assert in_windows == with_members
+
+
+def check_counters(server: MemoryServer) -> None:
+    """What is counted is what can be counted."""
+    held, every = counters(server), readers(server)
+    leases = [lease for reader in every.values() for lease in reader.leases.values()]
+    assert held.unconfirmed == sum(not lease.sent for lease in leases)
+    waiting = {key for key, reader in every.items() if reader.waits}
+    assert waiting == set(index(server, leasing.WAITING))
+    assert held.waiting == len(waiting)
+    work = index(server, leasing.WORK)
+    assert held.work == len(work), f"{held.work} of {dict(work)}"
+    assert held.forgetting == sum(name.startswith(rounds.BESIDES) for name in work)
+    assert held.resuming == (leasing.RESUME in work)
+    active = {name for name, member in members(server).items() if member.round.active}
+    assert active == {x for x in work if not x.startswith((leasing.RESUME, rounds.BESIDES))}
+    if not held.forgetting:
+        assert not any(each.given_up for each in subscribers(server).values())
+    if not held.paused:
+        assert held.unconfirmed <= leasing.UNCONFIRMED_MAX
+
+
+def check_nobody_waits_idly(server: MemoryServer, driver: Driver, now_ms: int) -> None:
+    """With nothing due, who is there and has room has nothing that it could be given."""
+    if counters(server).paused:
+        return
+    every, stored, known = readers(server), logs(server), subscribers(server)
+    for name, member in members(server).items():
+        for topic_filter in member.filters:
+            for topic, log in stored.items():
+                rule = driver.machine.rules.delivery_rule(topic)
+                if rule is None or not matches(topic_filter, topic):
+                    continue
+                if len(member.leases) >= rule.max_inflight or not member.available():
+                    continue
+                subscriber = subscriber_of(name, topic_filter)
+                reader = every.get(reader_key(subscriber, topic))
+                left = _left(scores(server, topic), reader, known[subscriber], topic, rule.start)
+                assert not left or not log.length, f"{name} could be given {left} of {topic}"
+
+
+def _left(
+    held: Zset, reader: Reader | None, known: Subscriber, topic: str, start: str
+) -> list[str]:
+    if reader is None:
+        since = known.since(topic)
+        assert since is not None, (known, topic)
+        behind = 0 if start == "earliest" else since
+        return [name for name, score in held.items() if score > behind]
+    ahead = [name for name, score in held.items() if score > reader.cursor]
+    return [*(each.message_id for each in reader.returned), *ahead]
+
+
+def check_nothing_overdue(server: MemoryServer, now_ms: int) -> None:
+    """What was due has been done."""
+    due = server.of(keys.due(PUBSUB), Zset)
+    assert all(at > now_ms for at in due.values()), f"overdue at {now_ms}: {due}"
+
+
+def comparable(server: MemoryServer) -> Mapping[str, Entry | Applied]:
+    """A content without what depends on how the log was cut into transactions."""
+    content: dict[str, Entry | Applied] = dict(server.dump())
+    content.pop(keys.journal(PUBSUB), None)
+    content[keys.applied(PUBSUB)] = msgspec.structs.replace(applied(server), sequence=0, produced=0)
+    return content
+
+
+def check_equal(server: MemoryServer, expected: MemoryServer) -> None:
+    """Two contents are the same; says where they are not."""
+    here, there = comparable(server), comparable(expected)
+    names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    told = [f"{name}: {here.get(name)}, but expected {there.get(name)}" for name in names]
+    assert not told, "\n".join(told)
+
+
+def rewound_key(event: OperatorRewind) -> str:
+    """The reader that an order rewinds."""
+    group = GROUP if event.subscriber.startswith("$share/") else ""
+    return reader_key(group + event.subscriber, event.topic)
+
+
+class Watcher:
+    """Sees, step by step, that offsets only pass what is done with, and that first deliveries are in order."""
+
+    def __init__(self, world: Pubsub) -> None:
+        self._world = world
+        self._before: dict[str, Reader] = {}
+        self._done: set[tuple[str, str]] = set()  # client, message
+        self._first: dict[
+            str, dict[str, int]
+        ] = {}  # reader → messages handed out, with their place
+        self._events: list[Event] = []
+        self._requeued: set[str] = set()
+        self._places: dict[str, int] = {}
+
+    def told(self, events: Iterable[Event]) -> None:
+        """This has happened."""
+        self._events += events
+        for event in events:
+            match event:
+                case MessageAcked():
+                    name, _, _ = event.message_id.partition("@")  # an alias
+                    self._done.add((event.client_id, name))
+                case DeliveriesSent():
+                    for report in event.sent:
+                        if report.qos == 0:
+                            self._done.add((report.client_id, report.message_id))
+                case DeliveryFailed(reason="gone"):
+                    self._done.add((event.client_id, event.message_id))
+                case OperatorRequeue():
+                    self._requeued.add(event.message_id)
+
+    def look(self, commands: Sequence[Deliver]) -> None:
+        """What came of it."""
+        server = self._world.server
+        rewound = {rewound_key(x) for x in self._events if isinstance(x, OperatorRewind)}
+        self._events = []
+        now = readers(server)
+        for topic in logs(server):
+            self._places.update(scores(server, topic))
+        for key, before in self._before.items():
+            after = now.get(key)
+            if after is None or after.made_at != before.made_at or key in rewound:
+                self._first.pop(key, None)
+                continue
+            assert after.read_offset >= before.read_offset, f"{key!r} went back"
+            assert after.lost >= before.lost
+            self._passed(key, before, after)
+        self._in_order(commands, now)
+        self._before = now
+
+    def _passed(self, key: str, before: Reader, after: Reader) -> None:
+        subscriber, topic = split_reader(key)
+        for message_id, score in scores(self._world.server, topic).items():
+            if before.read_offset < score <= after.read_offset:
+                acked = any(name == message_id for _, name in self._done)
+                given_up = dead(self._world.server).get(message_id)
+                gave_up = given_up is not None and subscriber in given_up.subscribers
+                assert acked or gave_up, f"{key!r} passed {message_id}"
+
+    def _in_order(self, commands: Sequence[Deliver], now: Mapping[str, Reader]) -> None:
+        for command in commands:
+            number = int(command.lease.rpartition("/")[2]) if command.lease else 0
+            for key, reader in now.items():
+                lease = reader.leases.get(command.message_id)
+                if lease is None or lease.number != number:
+                    continue
+                first = self._first.setdefault(key, {})
+                if command.message_id in first or command.message_id in self._requeued:
+                    continue
+                latest = max(first.values(), default=0)
+                assert lease.score > latest, f"{key!r} got {command.message_id} out of order"
+                first[command.message_id] = lease.score

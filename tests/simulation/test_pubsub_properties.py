@@ -1,0 +1,67 @@
+"""Properties of pubsub logs: what is always true, and that neither batches nor owners nor evictions decide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.simulation import pubsub_judge as judge
+from tests.simulation.pubsub_world import KINDS, PUBSUB, RULES, Pubsub, Step, fold
+
+LIMITS = {
+    "agents.due.SWEEP_DUE_MAX": 2, "agents.held.STATES_HELD_MAX": 1,
+    "agents.delivery.machine.READ_MIN": 1, "agents.pubsub.trimming.READ_MIN": 1,
+    "agents.delivery.rounds.PAGE_MAX": 2, "agents.pubsub.readers.PAGE_MAX": 2,
+    "agents.pubsub.forgetting.PAGE_MAX": 2,
+    "agents.delivery.rounds.ROUNDS_MAX": 2, "agents.delivery.rounds.FILTERS_MAX": 2,
+    "agents.pubsub.trimming.AHEAD_MAX": 2, "agents.delivery.machine.AHEAD_TOTAL_MAX": 4,
+    "agents.delivery.leasing.UNCONFIRMED_MAX": 5, "agents.pubsub.trimming.SWEEP_ENTRIES_MAX": 3,
+    "agents.pubsub.machine.OVERFLOW_MAX": 2, "agents.pubsub.trimming.OVERFLOW_MAX": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_limits() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in LIMITS.items():
+            patch.setattr(name, value)
+        yield
+
+
+weighted = [kind for kind, weight in KINDS.items() for _ in range(weight)]
+steps = st.lists(
+    st.builds(Step, st.sampled_from(weighted), st.integers(0, 59), st.integers(0, 59)), max_size=60
+)
+cuts = st.lists(st.integers(1, 6), min_size=1, max_size=6)
+which_rules = st.integers(0, len(RULES) - 1)
+relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@given(which_rules, steps)
+@relaxed
+def test_offsets_pass_only_what_is_done_with_and_nobody_waits_idly(
+    rules: int, happens: Sequence[Step]
+) -> None:
+    world = Pubsub(rules)
+    world.live(happens)
+    world.settle()
+    judge.check_nothing_overdue(world.server, world.now_ms)
+
+
+@given(which_rules, steps, cuts)
+@relaxed
+def test_batches_and_owners_never_decide(
+    rules: int, happens: Sequence[Step], sizes: Sequence[int]
+) -> None:
+    world = Pubsub(rules, batched=True)
+    world.live(happens)
+    world.settle()
+    held = world.log.records[PUBSUB.topic, 0]
+    content, handed = fold(held, RULES[rules], [1])
+    for otherwise in (([10_000], False), (sizes, False), (sizes, True), ([1], True)):
+        other, handed_there = fold(held, RULES[rules], otherwise[0], owners=otherwise[1])
+        judge.check_equal(other, content)
+        assert handed_there == handed

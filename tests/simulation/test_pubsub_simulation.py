@@ -1,0 +1,42 @@
+"""Seeded pubsub partitions under faults; `python -m tests.simulation --agent pubsub` goes through many more."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from tests.simulation.pubsub_faults import judge_seed
+from tests.simulation.test_pubsub_properties import LIMITS
+
+SEEDS, CHUNK = 120, 30
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_limits() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in LIMITS.items():
+            patch.setattr(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def happened() -> Counter[str]:
+    return Counter()
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
+def test_whatever_happens_every_subscriber_reads_on_where_it_was(
+    first: int, happened: Counter[str]
+) -> None:
+    for seed in range(first, first + CHUNK):
+        print(f"seed {seed}")  # shown if it fails
+        happened.update(judge_seed(seed))
+
+
+def test_every_fault_has_happened(happened: Counter[str]) -> None:
+    assert happened.keys() >= {
+        "killed: before", "killed: after", "killed: read", "down: before", "down: after", "down: read",
+        "down: load", "taken over", "stray owner", "emptied",
+    }  # fmt: skip
