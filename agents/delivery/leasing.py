@@ -11,6 +11,7 @@ overdue leases return, or their messages are dead.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import Final, Generic, TypeAlias, TypeVar
 
@@ -375,8 +376,9 @@ def in_turn(
     reaches: Sequence[Reach], turn: str, waiting: Waiting, max_inflight: int
 ) -> Reach | None:
     """The first member behind the one served last that can take a message; None if no one can."""
-    start = next((at for at, reach in enumerate(reaches) if reach.name > turn), 0)
-    for reach in (*reaches[start:], *reaches[:start]):
+    first = bisect_right(reaches, turn, key=lambda reach: reach.name)
+    for at in range(first, first + len(reaches)):
+        reach = reaches[at % len(reaches)]
         if reach.member.available() and can_take(reach, waiting, max_inflight):
             return reach
     return None

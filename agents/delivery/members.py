@@ -5,6 +5,7 @@ All of them are in memory: a partition's state of a member is some hundred bytes
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final, NamedTuple
 
@@ -96,6 +97,8 @@ class Members:
         self._holders: dict[str, dict[str, None]] = {}  # filter → names
         self._wildcards = FilterTree()
         self._of_client: dict[str, tuple[str, ...]] = {}
+        self._groups: dict[str, dict[str, None]] = {}  # $share/{group}/{filter} → names
+        self._matching: dict[str, tuple[str, ...]] = {}
         self._reaches: dict[str, list[Reach]] = {}
         self.version = 0  # counts what changes who reaches what
         self._touched: dict[str, None] = {}
@@ -116,10 +119,26 @@ class Members:
 
     def _hold(self, name: str, topic_filter: str) -> None:
         self._holders.setdefault(topic_filter, {})[name] = None
+        group, separator, _ = name.partition("\0")
+        if separator:
+            self._groups.setdefault(f"{group}/{topic_filter}", {})[name] = None
         if is_wildcard(topic_filter):
             self._wildcards.add(topic_filter)
-        self._reaches.clear()
+        self._changed(name, topic_filter)
+
+    def _changed(self, name: str, topic_filter: str) -> None:
+        """A member holds a filter, or no longer: what was looked up is brought up to date, or forgotten."""
         self.version += 1
+        if is_wildcard(topic_filter):
+            self._matching.clear()
+            self._reaches.clear()
+            return
+        reaches = self._reaches.get(topic_filter)
+        if reaches is not None:
+            at = bisect_left(reaches, name, key=_name_of)
+            if at < len(reaches) and reaches[at].name == name:
+                del reaches[at]
+            reaches[at:at] = self.reach(name, topic_filter)
 
     # -- asking
 
@@ -131,15 +150,32 @@ class Members:
         """A client's memberships: its own, and those in groups."""
         return [(name, self.by_name[name]) for name in self._of_client.get(client_id, ())]
 
+    def matching(self, topic: str) -> tuple[str, ...]:
+        """The filters that match a topic: itself, and the wildcards that somebody holds."""
+        known = self._matching.get(topic)
+        if known is None:
+            if len(self._matching) >= TOPICS_REMEMBERED_MAX:
+                self._matching.clear()
+            known = self._matching[topic] = (topic, *self._wildcards.matching(topic))
+        return known
+
     def holding(self, topic: str) -> Iterator[tuple[str, str, Held]]:
         """The filters that match a topic, and who holds each how."""
-        for topic_filter in (topic, *self._wildcards.matching(topic)):
+        for topic_filter in self.matching(topic):
             for name in self._holders.get(topic_filter, ()):
                 yield topic_filter, name, self.by_name[name].filters[topic_filter]
 
-    def holding_filter(self, topic_filter: str) -> Iterator[str]:
-        """Who holds a filter."""
-        yield from self._holders.get(topic_filter, ())
+    def group(self, subscription: str) -> list[str]:
+        """The members of a shared subscription, `$share/{group}/{filter}`, by name."""
+        return sorted(self._groups.get(subscription, ()))
+
+    def reach(self, name: str, topic: str) -> list[Reach]:
+        """One member as a topic sees it; none if it has no filter that matches."""
+        member = self.by_name.get(name)
+        if member is None:
+            return []
+        held = [member.filters[each] for each in self.matching(topic) if each in member.filters]
+        return [make_reach(name, member, held)] if held else []
 
     def reaching(self, topic: str) -> list[Reach]:
         """The members of a topic, by name."""
@@ -178,13 +214,12 @@ class Members:
         self.touch(name)
         if self.by_name[name].filters.pop(topic_filter, None) is None:
             return
-        holders = self._holders[topic_filter]
-        del holders[name]
-        if not holders:
-            del self._holders[topic_filter]
+        group, separator, _ = name.partition("\0")
+        if separator:
+            _discard(self._groups, f"{group}/{topic_filter}", name)
+        if _discard(self._holders, topic_filter, name):
             self._wildcards.discard(topic_filter)
-        self._reaches.clear()
-        self.version += 1
+        self._changed(name, topic_filter)
 
     def remove(self, name: str) -> None:
         """Forget a member that holds no filter."""
@@ -202,6 +237,19 @@ class Members:
         for name in touched:
             member = self.by_name.get(name)
             yield SetState(name, None if member is None else _encode(member), "members")
+
+
+def _discard(names: dict[str, dict[str, None]], key: str, name: str) -> bool:
+    """Take a name away from a key; whether it was the key's last one."""
+    del names[key][name]
+    if names[key]:
+        return False
+    del names[key]
+    return True
+
+
+def _name_of(reach: Reach) -> str:
+    return reach.name
 
 
 def make_reach(name: str, member: Member, held: list[Held]) -> Reach:

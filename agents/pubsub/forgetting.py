@@ -11,7 +11,7 @@ from agents.delivery.rounds import BESIDES, PAGE_MAX
 from agents.due import SUBSCRIBER, due_member
 from agents.ports import Read, ReadNames
 from agents.pubsub.readers import READERS, Readers, since_of
-from agents.pubsub.state import Reader, reader_key, split_reader, subscriber_of
+from agents.pubsub.state import Reader, reader_key, shown, split_reader, subscriber_of
 from schemas.events import SubscriberJoined
 
 
@@ -55,12 +55,7 @@ class Forgetting(Readers):
         done: Done = []
         for topic_filter in topic_filters:
             subscriber = subscriber_of(name, topic_filter)
-            others = (
-                other
-                for other in self._members.holding_filter(topic_filter)
-                if other != name and subscriber_of(other, topic_filter) == subscriber
-            )
-            if next(others, None) is None:
+            if set(self._members.group(shown(subscriber))) <= {name}:
                 done += self._gone(subscriber, now_ms)
         return done
 

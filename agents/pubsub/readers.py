@@ -18,6 +18,7 @@ from agents.effects import Effect, Output, SetIndex, SetState, ShowOffset
 from agents.held import Held
 from agents.ports import Read, ReadNames, ReadStates, Stored
 from agents.pubsub.state import (
+    GROUP,
     Log,
     Reader,
     Subscriber,
@@ -31,7 +32,7 @@ from agents.pubsub.state import (
     unpack_subscriber,
 )
 from schemas.events import AgentName, Event, OperatorRewind, SubscriberJoined, SubscriberLeft
-from schemas.filters import matches
+from schemas.filters import matches, split_share
 from schemas.rules import Rules
 
 TOPICS: Final = "topics"  # the index of topics that have a log
@@ -139,7 +140,14 @@ class Readers(DeliveryMachine[Reader]):
     def reaching(self, key: str) -> list[Reach]:
         """See `Leasing`."""
         subscriber, topic = split_reader(key)
-        return self.subscribers_of(topic).get(subscriber, [])
+        if not subscriber.startswith(GROUP):
+            return self._members.reach(subscriber, topic)
+        subscription = shown(subscriber)
+        topic_filter = split_share(subscription)[1]
+        members = (
+            (name, self._members.by_name[name]) for name in self._members.group(subscription)
+        )
+        return [make_reach(name, each, [each.filters[topic_filter]]) for name, each in members]
 
     def readers_of(self, topic: str) -> list[str]:
         """The keys of the readers of a topic that are online."""
