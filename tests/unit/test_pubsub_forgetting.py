@@ -53,9 +53,10 @@ def test_unsubscribing_from_a_wildcard_forgets_page_by_page(
     assert not judge.readers(world.server)
 
 
-def test_who_subscribes_again_before_the_tick_that_forgets_begins_anew() -> None:
+@pytest.mark.parametrize("topic_filter", [TOPIC, "pubsub/#"])
+def test_who_subscribes_again_before_the_tick_that_forgets_begins_anew(topic_filter: str) -> None:
     world = Pubsub()
-    world.join("a", "pubsub/#")
+    world.join("a", topic_filter)
     world.publish("m1")
     world.hand_over()
     world.ack("a", "m1")
@@ -64,11 +65,11 @@ def test_who_subscribes_again_before_the_tick_that_forgets_begins_anew() -> None
             event
             for event in (
                 SubscriberLeft(
-                    at=0, node="n", client_id="a", topic_filter="pubsub/#", reason="unsubscribed",
+                    at=0, node="n", client_id="a", topic_filter=topic_filter, reason="unsubscribed",
                     session=1, source_offset=50,
                 ),
                 SubscriberJoined(
-                    at=0, node="n", client_id="a", topic_filter="pubsub/#", qos=1, session=1,
+                    at=0, node="n", client_id="a", topic_filter=topic_filter, qos=1, session=1,
                     source_offset=51,
                 ),
             )
@@ -208,12 +209,23 @@ def test_a_message_that_expired_in_somebodys_hands_is_not_dead_but_over() -> Non
 
 def test_a_repeat_that_nobody_recognises_does_no_harm() -> None:
     world = Pubsub(max_length=1)
-    for _ in range(3):
+    for number in range(3):
         world.publish("m1")
-        world.now_ms += 200_000
+        for each in "ab":
+            world.now_ms += 200_000
+            world.publish(f"{each}{number}", topic="pubsub/b")
+    assert world.stored(TOPIC) == ["m1"]
     world.publish("m2", "m3")
     assert world.stored(TOPIC) == ["m3"]
     assert judge.logs(world.server)[TOPIC].length == 1
+
+
+def test_what_is_too_old_when_it_is_published_is_not_stored() -> None:
+    world = Pubsub()
+    world.join("a")
+    world.publish("m1", expires_at=world.now_ms)
+    assert world.take() == []
+    assert world.stored(TOPIC) == []
 
 
 # -- dead
@@ -324,6 +336,18 @@ def test_rewinding_frees_what_is_in_the_subscribers_hands() -> None:
     world.rewind("a", place(world, "m2"))
     world.sent(commands)
     assert world.hand_over() == [("a", "m3")]
+
+
+def test_rewinding_frees_what_somebody_has_who_is_away() -> None:
+    world = Pubsub()
+    world.join("a")
+    world.publish("m1")
+    world.hand_over()
+    world.leave("a", TOPIC, "disconnected")
+    world.rewind("a", 0)
+    assert not reader(world).leases
+    world.join("a")
+    assert world.hand_over() == [("a", "m1")]
 
 
 def test_a_group_is_rewound_by_its_subscription_also_while_nobody_is_there() -> None:
