@@ -82,8 +82,10 @@ class PubsubMachine(Trimming):
             if limit is None or log.length <= limit:
                 break
             oldest = log.next()
-            if oldest is None:
-                log.length = limit  # what was published again too late to be known counts once
+            if oldest is None or oldest.message_id == message_id:
+                log.length = (
+                    1  # something was published again, too late to be known: it was counted twice
+                )
                 break
             done += self._trim(offset, topic, [(oldest.message_id, oldest.score)])
         online = self.readers_of(topic)

@@ -333,11 +333,8 @@ class Readers(DeliveryMachine[Reader]):
 
     def supply_besides(self, read: Read, answer: Any) -> None:
         """See `DeliveryMachine`."""
-        match read:
-            case ReadStates(table="logs"):
-                self._logs.supply(answer)
-            case ReadStates(table="subscribers"):
-                self._subscribers.supply(answer)
+        assert isinstance(read, ReadStates), "nothing else is wanted"
+        (self._logs if read.table == "logs" else self._subscribers).supply(answer)
 
     # -- the end of a batch ---------------------------------------------------------------------------------
 

@@ -125,7 +125,8 @@ def judge_seed(seed: int) -> Counter[str]:
     world = Troubled(seed)
     world.trouble(steps(world.random, STEPS))
     world.settle()
-    held = world.log.records[PUBSUB.topic, 0]
+    held = list(world.log.records[PUBSUB.topic, 0])
+    run(world.driver.tend())
     expected, _ = fold(held, world.rules, [7])
     judge.check_equal(world.server, expected)
     _liveness(world)

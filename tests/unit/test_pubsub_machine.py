@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from agents.delivery import membership
 from schemas import keys
@@ -12,6 +12,7 @@ from tests.delivering import AT, Delivering
 
 ACK_TIMEOUT_MS = 30_000
 TOPIC = "pubsub/a"
+Reason: TypeAlias = Literal["unsubscribed", "session_ended", "disconnected"]
 
 
 class Pubsub(Delivering):
@@ -25,6 +26,15 @@ class Pubsub(Delivering):
 
     def join(self, client: str, topic_filter: str = TOPIC, **fields: Any) -> None:
         super().join(client, topic_filter, **fields)
+
+    def leave(
+        self,
+        client: str,
+        topic_filter: str = TOPIC,
+        reason: Reason = "session_ended",
+        **fields: Any,
+    ) -> None:
+        super().leave(client, topic_filter, reason, **fields)
 
     def ack(self, client: str, *names: str, topic: str = TOPIC) -> None:
         super().ack(client, *names, topic=topic)
