@@ -16,8 +16,9 @@ from tests.system.pipeline import until
 from tests.system.world import Consumer, World, numbered, publish, running
 
 IN_FLIGHT = 32
+ACK_TIMEOUT_S = 3_600  # longer than any test: whatever comes back has another reason
 RULES = (
-    given.queue("queue/#", max_inflight=IN_FLIGHT),
+    given.queue("queue/#", max_inflight=IN_FLIGHT, ack_timeout_s=ACK_TIMEOUT_S),
     given.queue("poison/#", ack_timeout_s=1, max_deliveries=2),
 )
 

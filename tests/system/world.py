@@ -6,7 +6,7 @@ import asyncio
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -297,12 +297,13 @@ async def _take(client: Client) -> Packet | None:
 class Publisher:
     """A client that publishes at QoS 1, and once more what was not acknowledged when its connection ended."""
 
-    def __init__(self, world: World, client_id: str) -> None:
-        self.world, self.client_id = world, client_id
+    def __init__(self, world: World, client_id: str, *, rate_max: float = 1e6) -> None:
+        """`rate_max` is in messages a second."""
+        self.world, self.client_id, self._pause_s = world, client_id, 1 / rate_max
         self.acknowledged: dict[str, None] = {}  # payloads
         self.sent: Counter[str] = Counter()  # how often each payload
 
-    async def publish(self, messages: Sequence[tuple[str, str]]) -> None:
+    async def publish(self, messages: Iterable[tuple[str, str]]) -> None:
         """Topics and payloads, in this order, until all are acknowledged."""
         left = dict(enumerate(messages))
         deadline = time.monotonic() + 4 * WAIT_S
@@ -319,19 +320,27 @@ class Publisher:
 
     async def _over(self, client: Client, left: dict[int, tuple[str, str]]) -> None:
         """As many as can be published over one connection."""
-        waiting = iter(list(left.items()))
-        window: dict[int, int] = {}
-        while left:
-            while len(window) < PUBLISH_WINDOW and (following := next(waiting, None)) is not None:
-                number, (topic, payload) = following
-                window[number % 65_535 + 1] = number
-                self.sent[payload] += 1
-                client.send(a_publish(topic, payload.encode(), 1, number % 65_535 + 1))
-            came = await _take(client)
-            if came is None:
-                return
+        room = asyncio.Semaphore(PUBLISH_WINDOW)
+        reading = asyncio.create_task(self._acknowledgements(client, left, room))
+        for number, (topic, payload) in list(left.items()):
+            await room.acquire()
+            if reading.done():
+                break
+            self.sent[payload] += 1
+            client.send(a_publish(topic, payload.encode(), 1, number % 65_535 + 1))
+            await asyncio.sleep(self._pause_s)
+        await reading
+
+    async def _acknowledgements(
+        self, client: Client, left: dict[int, tuple[str, str]], room: asyncio.Semaphore
+    ) -> None:
+        numbers = {number % 65_535 + 1: number for number in left}
+        while left and (came := await _take(client)) is not None:
             assert came.kind == PUBACK, came
-            self.acknowledged[left.pop(window.pop(came.packet_id))[1]] = None
+            _, payload = left.pop(numbers[came.packet_id])
+            self.acknowledged[payload] = None
+            room.release()
+        room.release()  # whoever waits for room sees that the connection has ended
 
 
 async def publish(world: World, topic: str, *payloads: str, qos: int = 1) -> None:
