@@ -49,7 +49,7 @@ class Forgetting(Readers):
     def went(self, name: str, now_ms: int, *, ended: bool) -> Done:
         """See `Membership`."""
         member = self._members.by_name[name]
-        if any(subscriber_of(name, each) != name for each in member.filters):
+        if subscriber_of(name, "") != name:
             return self._group_went(name, list(member.filters), now_ms)
         return self._gone(name, now_ms) if ended else []
 
