@@ -50,9 +50,17 @@ class Load:
 class Crowd:
     """Consumers that leave after some messages, politely or not, and come back."""
 
-    def __init__(self, consumers: Sequence[Consumer], random: Random) -> None:
+    def __init__(
+        self, consumers: Sequence[Consumer], random: Random, absences: Sequence[int] = ()
+    ) -> None:
+        """Who leaves comes back when the others have got as many copies as its absence says."""
         self.consumers, self._random = consumers, random
+        self._absences = absences or [0] * len(consumers)
         self.left = self.vanished = self.lost = 0
+
+    def each(self) -> list[Crowd]:
+        """Every consumer for itself."""
+        return [Crowd([consumer], self._random) for consumer in self.consumers]
 
     def got(self) -> int:
         return sum(len(each.got) for each in self.consumers)
@@ -63,7 +71,7 @@ class Crowd:
             assert time.monotonic() < deadline, f"{self.got()} copies of {number}"
             await asyncio.sleep(0.02)
 
-    async def come_and_go(self, consumer: Consumer, visit: int) -> None:
+    async def come_and_go(self, consumer: Consumer, visit: int, absence: int) -> None:
         """Until it is cancelled. A visit ends after so many copies, or some more."""
         while True:
             if not consumer.online:
@@ -73,17 +81,22 @@ class Crowd:
                 await asyncio.sleep(0.02)
             if not consumer.online:
                 self.lost += 1
-            elif self._random.random() < 0.5:
+                continue
+            if self._random.random() < 0.5:
                 self.vanished += 1
                 await consumer.vanish()
             else:
                 self.left += 1
                 await consumer.leave()
+            back = self.got() + absence
+            while self.got() < back and any(each.online for each in self.consumers):
+                await asyncio.sleep(0.02)
 
     async def live(self, visit: int, work: Awaitable[object]) -> None:
         """Come and go until the work is done; then all stay."""
         visits = [
-            asyncio.create_task(self.come_and_go(consumer, visit)) for consumer in self.consumers
+            asyncio.create_task(self.come_and_go(consumer, visit, absence))
+            for consumer, absence in zip(self.consumers, self._absences, strict=True)
         ]
         try:
             await work

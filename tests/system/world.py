@@ -34,6 +34,7 @@ from tests.system.mqtt import (
 )
 from tests.system.pipeline import PARTITIONS, WAIT_S, Worker, until
 
+KILLED = -signal.SIGKILL
 PUBLISH_WINDOW = 100  # what a publisher sends before it waits for an acknowledgement
 _numbers = count(1)
 
@@ -135,13 +136,14 @@ class World:
         return found
 
     def complaints(self) -> list[str]:
-        """What its processes said of faults in their own code."""
+        """What its processes said of faults in their own code, and why any ended that was not killed."""
         logs = [*self.directory.glob("*.log"), *self.directory.glob("bridge-*/bridge.log")]
+        ended = {each.log for each in self.workers if each.process.poll() not in (None, KILLED)}
         return [
-            f"{log.name}: …{before[-300:]}Traceback{after[:3_000]}"
+            f"{log}:\n{said[:3_000]}\n…\n{said[-3_000:]}"
             for log in logs
-            for before, found, after in [log.read_text(errors="replace").partition("Traceback")]
-            if found
+            for said in [log.read_text(errors="replace")]
+            if log in ended or "Traceback" in said
         ]
 
     def stop(self) -> None:
@@ -161,7 +163,7 @@ def running(
     world = World(app, bootstrap, redis_url, directory, *rules)
     try:
         yield asyncio.run(world.start(*agents))
-        assert not world.complaints(), world.complaints()[0]
+        assert not world.complaints(), "\n".join(world.complaints())
     finally:
         world.stop()
 
