@@ -151,7 +151,8 @@ class Client:
     async def next(self, kind: int) -> Packet:
         """The next packet, which is of this kind."""
         came = await self.take()
-        assert came is not None, "the broker closed the connection"
+        if came is None:
+            raise ConnectionResetError("the broker closed the connection")
         assert came.kind == kind, came
         return came
 

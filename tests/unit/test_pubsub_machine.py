@@ -137,6 +137,19 @@ def test_a_group_is_one_subscriber_whose_members_compete() -> None:
     assert world.shown(f"$share/g/{TOPIC}") == "m2"
 
 
+def test_a_member_of_a_group_whose_session_ends_while_it_is_away_is_no_subscriber_of_its_own() -> (
+    None
+):
+    world = Pubsub()
+    world.join("a", f"$share/g/{TOPIC}")
+    world.publish("m1")
+    assert world.hand_over() == [("a", "m1")]
+    for reason in ("disconnected", "session_ended"):
+        world.leave("a", f"$share/g/{TOPIC}", reason=reason)
+    world.join("b", f"$share/g/{TOPIC}")
+    assert world.hand_over() == [("b", "m1")]
+
+
 def test_overdue_deliveries_come_again_and_are_dead_for_that_subscriber_in_the_end() -> None:
     world = Pubsub(max_deliveries=2)
     world.join("a")
