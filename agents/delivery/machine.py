@@ -257,8 +257,8 @@ class DeliveryMachine(Rounds[W]):
             self._want_ahead(reads, key, self._room(key) + len(self._windows[key].leases))
         limit = self.inflight_max()
         for key, member in work:
-            room = self._room(key) if member is None else limit - len(member.leases)
-            self._want_ahead(reads, key, room)
+            # What is overdue in the same tick may leave a member nothing in hand.
+            self._want_ahead(reads, key, self._room(key) if member is None else limit)
         return reads
 
     def _due_keys(self, overdue: Sequence[tuple[str, str, str]]) -> dict[str, None]:
@@ -352,6 +352,7 @@ class DeliveryMachine(Rounds[W]):
 
     def _tick(self, offset: int, now_ms: int) -> Done:
         done: Done = []
+        waits = self._counters.waits
         for due in self._due.take(now_ms):
             done.append(SetDue(due, None))
             kind, key, message_id = split_due(due)
@@ -363,4 +364,4 @@ class DeliveryMachine(Rounds[W]):
                 done += self._keeper.sweep_retained(key, now_ms)
             else:
                 done += self.came_due(offset, kind, key, message_id, now_ms)
-        return [*done, *self.do_work(offset, now_ms)]
+        return [*done, *self.do_work(offset, now_ms, waits)]

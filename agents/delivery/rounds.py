@@ -115,8 +115,8 @@ class Rounds(Membership[W]):
         later = next((each for each in sorted(member.filters) if each > topic_filter), None)
         return list(stops.values()), None if later is None else (later, "")
 
-    def do_work(self, offset: int, now_ms: int) -> Done:
-        """A piece for each whose turn it is."""
+    def do_work(self, offset: int, now_ms: int, waits: int) -> Done:
+        """A piece for each whose turn it is. So many windows had begun to wait when it was read which do."""
         done: Done = []
         for name, _ in self._work or ():
             self._counters.work -= 1
@@ -128,7 +128,7 @@ class Rounds(Membership[W]):
             assert member is not None, "a member on its round is not forgotten"
             self._members.touch(name)
             if member.filters:
-                done += self._go_round(offset, name, member, now_ms)
+                done += self._go_round(offset, name, member, now_ms, waits)
             else:
                 member.round = Round()
         self.forget_work()
@@ -151,10 +151,10 @@ class Rounds(Membership[W]):
         self._counters.resume_after = keys[-1]
         return [*done, *self.queue_work(RESUME)]
 
-    def _go_round(self, offset: int, name: str, member: Member, now_ms: int) -> Done:
+    def _go_round(self, offset: int, name: str, member: Member, now_ms: int, waits: int) -> Done:
         at = member.round
         if not at.topic_filter and not at.after:
-            at.whole = True
+            at.whole = waits == self._counters.waits
         stops, then = self._stops(name, member)
         last, done = self._serve(offset, name, stops, now_ms)
         if len(member.leases) >= self.inflight_max() or member.rests_until or self.pauses():
