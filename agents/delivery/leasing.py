@@ -106,6 +106,10 @@ class Leasing(ABC, Generic[W]):
         end = self._expires_at(key, waiting.score)
         return end is not None and end <= now_ms
 
+    def too_old(self, key: str, now_ms: int) -> Done:
+        """The next message of a window has expired, and rules of the past may have set no time for that."""
+        return []
+
     def delivery(self, key: str) -> Delivery | None:
         """How the rules in force have a window delivered."""
         return self._keeper.plans.of(self.topic_of(key)).delivery
@@ -119,7 +123,12 @@ class Leasing(ABC, Generic[W]):
         reaches = self.reaching(key) if delivery is not None else []
         while reaches and delivery is not None and (waiting := window.next()) is not None:
             reach = in_turn(reaches, window.turn, waiting, delivery.max_inflight)
-            if reach is None or self.expired(key, waiting, now_ms) or self.pauses():
+            if reach is None:
+                break
+            if self.expired(key, waiting, now_ms):
+                done += self.too_old(key, now_ms)
+                break
+            if self.pauses():
                 break
             done += self.lease(offset, key, waiting, reach, now_ms)
         done += self.note_waiting(key, window)

@@ -87,6 +87,10 @@ class DeliveryMachine(Rounds[W]):
     def wanted_by_due(self, overdue: Sequence[tuple[str, str, str]]) -> list[Read]:
         """What else a tick needs for what is due, by kind, key and message id."""
 
+    def leaving(self, key: str, overdue: Sequence[tuple[str, str, str]]) -> int:
+        """How many messages that wait in a window may go with what is due."""
+        return 0
+
     @abstractmethod
     def supply_besides(self, read: Read, answer: Any) -> None:
         """The answer to something of these."""
@@ -254,7 +258,8 @@ class DeliveryMachine(Rounds[W]):
         if reads:
             return reads
         for key in self._due_keys(overdue):
-            self._want_ahead(reads, key, self._room(key) + len(self._windows[key].leases))
+            leaving = len(self._windows[key].leases) + self.leaving(key, overdue)
+            self._want_ahead(reads, key, self._room(key) + leaving)
         limit = self.inflight_max()
         for key, member in work:
             # What is overdue in the same tick may leave a member nothing in hand.

@@ -12,7 +12,6 @@ from typing import Final, NamedTuple
 from agents.delivery.leasing import RESUME, WAITING, WORK, Done, W, can_take
 from agents.delivery.members import Member, Reach, Round, is_wildcard
 from agents.delivery.membership import Membership
-from agents.due import INDEX, due_member
 from agents.effects import SetIndex
 from agents.ports import Read, ReadBelow, ReadNames
 from schemas.events import AgentName
@@ -135,15 +134,11 @@ class Rounds(Membership[W]):
         return done
 
     def _resumption(self, offset: int, now_ms: int) -> Done:
-        """Windows that wait go on. Under new rules their messages may be too old already, with no time set for that."""
         done: Done = []
         keys = self._pages.get(self._resume_page())
         if keys is None:
             return self.queue_work(RESUME)  # it has been told to begin anew, in this very tick
         for key in keys:
-            topic = self.topic_of(key)
-            if self._keeper.plans.of(topic).index_lifetime_ms is not None:
-                done.append(self._due.falls_due(due_member(INDEX, topic), now_ms))
             done += self.dispatch(offset, key, now_ms)
         if self._counters.paused or len(keys) < PAGE_MAX:
             self._counters.resuming = False
@@ -201,7 +196,10 @@ class Rounds(Membership[W]):
             return False
         if not can_take(reach, waiting, delivery.max_inflight):
             return False
-        if self.expired(key, waiting, now_ms) or self.pauses():
+        if self.expired(key, waiting, now_ms):
+            done += self.too_old(key, now_ms)
+            return False
+        if self.pauses():
             return False  # only now: without room, what is next need not be known
         done += self.lease(offset, key, waiting, reach, now_ms)
         return True

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from agents import held, seen
 from agents.delivery import leasing, membership, rounds, window
 from agents.delivery import machine as delivery
-from agents.queue import machine
+from agents.queue import indexes, machine
 from tests import given as given_
 from tests.simulation import judge, queue_judge
 from tests.simulation.player import KINDS, Kind, Player, Step
@@ -66,7 +66,7 @@ cuts = st.lists(st.integers(1, 7), min_size=1, max_size=8)
 def _small_limits() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("agents.due.SWEEP_DUE_MAX", 2)
-        patch.setattr(machine, "SWEEP_ENTRIES_MAX", 2)
+        patch.setattr(indexes, "SWEEP_ENTRIES_MAX", 2)
         patch.setattr(held, "STATES_HELD_MAX", 1)
         patch.setattr(window, "AHEAD_MAX", 2)
         patch.setattr(delivery, "READ_MIN", 1)
