@@ -112,6 +112,10 @@ class Delivering(World):
     def requeue(self, *names: str, topic: str = "queue/a") -> None:
         self.tell(*(OperatorRequeue(**AT, topic=topic, message_id=name) for name in names))
 
+    def order(self, name: str, topic: str = "queue/a") -> Event:
+        """An operator's wish to have a dead letter delivered again."""
+        return OperatorRequeue(**AT, topic=topic, message_id=name)
+
     def drop(self, *names: str, topic: str = "queue/a") -> None:
         self.tell(*(OperatorDrop(**AT, topic=topic, message_id=name) for name in names))
 
