@@ -189,10 +189,9 @@ class Leasing(ABC, Generic[W]):
     # -- the end of a lease -------------------------------------------------------------------------------
 
     def release(self, lease: Lease) -> Done:
-        """A lease is over: its member has room again, unless it has gone."""
-        member = self._members.by_name.get(lease.member)
-        if member is not None and member.leases.pop(lease.number, None) is not None:
-            self._members.touch(lease.member)
+        """A lease is over: its member, which is not forgotten before, has room again."""
+        del self._members.by_name[lease.member].leases[lease.number]
+        self._members.touch(lease.member)
         return [] if lease.sent else self._confirmed()
 
     def _confirmed(self) -> Done:

@@ -54,7 +54,7 @@ class Rounds(Membership[W]):
             if name == RESUME:
                 reads[self._resume_page()] = None
                 continue
-            for _, page in self._way(name, self._members.by_name.get(name)):
+            for _, page in self._way(name, self._members.by_name[name]):
                 if page is not None:
                     reads[page] = None
         return [read for read in reads if read not in self._pages]
@@ -66,18 +66,15 @@ class Rounds(Membership[W]):
             if name == RESUME:
                 found += [(key, None) for key in self._pages[self._resume_page()]]
                 continue
-            member = self._members.by_name.get(name)
-            if member is not None:
-                found += [(stop.key, member) for stop in self._stops(name, member)[0]]
+            member = self._members.by_name[name]  # one on its round is not forgotten
+            found += [(stop.key, member) for stop in self._stops(name, member)[0]]
         return found
 
     def _resume_page(self) -> ReadNames:
         return ReadNames(None, WAITING, "", self._counters.resume_after, PAGE_MAX)
 
-    def _way(self, name: str, member: Member | None) -> list[tuple[str, ReadNames | None]]:
+    def _way(self, name: str, member: Member) -> list[tuple[str, ReadNames | None]]:
         """The filters from where a member is on its round, and what is to be read for each; None for a plain one."""
-        if member is None:
-            return []
         at = member.round
         filters = [
             each
@@ -123,8 +120,7 @@ class Rounds(Membership[W]):
             if name == RESUME:
                 done += self._resumption(offset, now_ms)
                 continue
-            member = self._members.by_name.get(name)
-            assert member is not None, "a member on its round is not forgotten"
+            member = self._members.by_name[name]
             self._members.touch(name)
             if member.filters:
                 done += self._go_round(offset, name, member, now_ms, waits)

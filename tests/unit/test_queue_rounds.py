@@ -9,8 +9,9 @@ import pytest
 from agents.delivery import leasing, rounds
 from agents.delivery import machine as delivery
 from agents.queue import machine as queue
+from schemas.events import RulesChanged
 from tests import given
-from tests.delivering import Delivering
+from tests.delivering import AT, Delivering
 from tests.unit.test_queue_machine import a_queue
 
 
@@ -188,3 +189,46 @@ def test_a_resumption_goes_on_page_by_page_and_begins_anew_when_told_so(
         for client, name in new:
             world.ack(client, name, topic=f"queue/{name[0]}")
     assert [world.stored(f"queue/{topic}") for topic in "abcd"] == [[], [], [], []]
+
+
+def test_a_resumption_told_to_begin_anew_in_its_own_tick_does_so(
+    monkeypatch: pytest.MonkeyPatch, small_pages: None
+) -> None:
+    """Found by reading: it looked for a page that nobody had read, and the worker stopped."""
+    monkeypatch.setattr(leasing, "UNCONFIRMED_MAX", 2)
+    monkeypatch.setattr(leasing, "SEND_TIMEOUT_MS", 5_000)
+    world = a_queue()
+    world.join("a", "queue/a")
+    world.join("b", "queue/b")
+    world.publish("a0", topic="queue/a")
+    for topic in "xy":
+        world.publish(f"{topic}0", topic=f"queue/{topic}")
+    rules = given.rules(given.queue()).canonical()
+    world.tell_unticked(RulesChanged(**AT, agent="queue", rules=rules))
+    world.tick()
+    world.tell_unticked(given.published("b0", "queue/b"), given.published("b1", "queue/b"))
+    counters = world.driver.machine.partition_state()["delivery"]
+    assert counters["paused"] and counters["resuming"] and counters["resume_after"]
+    world.at(world.now_ms + 5_000)
+    assert world.driver.machine.partition_state()["delivery"]["resuming"] is False
+    world.hand_over()
+    assert {name for _, name in world.hand_over()} <= {"a0", "b0", "b1"}
+
+
+def test_a_join_during_a_round_makes_it_go_once_more() -> None:
+    world = a_queue()
+    world.publish("a0", topic="queue/a")
+    world.publish("b0", topic="queue/b")
+    joins = [given.joined("w", each, source_offset=1) for each in ("queue/a/#", "queue/b")]
+    world.tell(*joins)
+    assert sorted(name for _, name in world.hand_over()) == ["a0", "b0"]
+
+
+def test_who_reaches_a_topic_is_remembered_for_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agents.delivery.members.TOPICS_REMEMBERED_MAX", 1)
+    world = a_queue()
+    world.join("w", "queue/#")
+    for topic in "abab":
+        world.publish(f"{topic}{world.now_ms}", topic=f"queue/{topic}")
+        world.now_ms += 1
+    assert len(world.take()) == 4
