@@ -85,7 +85,8 @@ class Outputs:
             case LookUpSubscriptions():
                 for record in await self._subscriptions(output, source):
                     yield record
-            case LookUpRetained():
+            case _:
+                assert isinstance(output, LookUpRetained), "the rest are of messages"
                 async for deliver in self._retained(output):
                     yield to_bridge(deliver)
 

@@ -65,6 +65,11 @@ class Delivering(World):
         self.settle()
         return records
 
+    def tell_unticked(self, *events: Event) -> None:
+        """Events in one batch, and no tick behind them."""
+        self.append(*events)
+        self.feed(self.driver)
+
     def restart(self) -> None:
         """A new owner goes on from what the store holds."""
         self.driver = self.started()
@@ -107,6 +112,10 @@ class Delivering(World):
     def requeue(self, *names: str, topic: str = "queue/a") -> None:
         self.tell(*(OperatorRequeue(**AT, topic=topic, message_id=name) for name in names))
 
+    def order(self, name: str, topic: str = "queue/a") -> Event:
+        """An operator's wish to have a dead letter delivered again."""
+        return OperatorRequeue(**AT, topic=topic, message_id=name)
+
     def drop(self, *names: str, topic: str = "queue/a") -> None:
         self.tell(*(OperatorDrop(**AT, topic=topic, message_id=name) for name in names))
 
@@ -134,6 +143,10 @@ class Delivering(World):
 
     def sent(self, commands: Iterable[Deliver], alias: str | None = None) -> None:
         """The bridge has handed these over; `alias` before the id of each names its copy."""
+        self.tell(*self.reports(commands, alias))
+
+    def reports(self, commands: Iterable[Deliver], alias: str | None = None) -> list[Event]:
+        """What the bridge says of what it has handed over."""
         reports = tuple(
             Sent(
                 each.lease, each.client_id, each.message_id,
@@ -142,7 +155,7 @@ class Delivering(World):
             for each in commands
             if each.lease
         )  # fmt: skip
-        self.tell(DeliveriesSent(**AT, agent=self.partition.agent, sent=reports))
+        return [DeliveriesSent(**AT, agent=self.partition.agent, sent=reports)]
 
     def hand_over(self) -> list[tuple[str, str]]:
         """Take and send what there is: client and message of each."""

@@ -6,7 +6,16 @@ from typing import Any
 
 from agents.ports import Record
 from schemas import codec, keys
-from schemas.events import AgentName, Event, MessageAcked, MessageDelivered, MessagePublished, Tick
+from schemas.events import (
+    AgentName,
+    Event,
+    MessageAcked,
+    MessageDelivered,
+    MessagePublished,
+    SubscriberJoined,
+    SubscriberLeft,
+    Tick,
+)
 from schemas.rules import Rules
 from schemas.rules_toml import parse_toml
 
@@ -106,3 +115,17 @@ def pubsub(topic: str = "pubsub/#", **settings: Any) -> str:
     return a_rule(
         hook="session.subscribed", topic=topic, action="on_message_fetch_for_pubsub", **settings
     )
+
+
+def joined(client: str, topic_filter: str, **fields: Any) -> SubscriberJoined:
+    """A client may be served."""
+    values = {"at": 0, "node": "n", "qos": 1, "session": 1, "source_offset": 0, **fields}
+    return SubscriberJoined(client_id=client, topic_filter=topic_filter, **values)
+
+
+def left(client: str, topic_filter: str, **fields: Any) -> SubscriberLeft:
+    """A client is not to be served any more."""
+    values = {
+        "at": 0, "node": "n", "session": 1, "source_offset": 0, "reason": "session_ended", **fields,
+    }  # fmt: skip
+    return SubscriberLeft(client_id=client, topic_filter=topic_filter, **values)

@@ -20,7 +20,7 @@ from msgspec import Struct
 from agents.delivery.members import Member, Members, Reach, Round
 from agents.delivery.window import Lease, Waiting, Window
 from agents.due import INDEX, MEMBER, WINDOW, DueTimes, due_member
-from agents.effects import Effect, HandOut, Output, SetDue, SetIndex
+from agents.effects import Effect, HandOut, Output, SetIndex
 from agents.held import Held as States
 from agents.keeping import Keeper
 from agents.plans import Delivery
@@ -106,9 +106,9 @@ class Leasing(ABC, Generic[W]):
         end = self.expires_at(key, waiting)
         return end is not None and end <= now_ms
 
-    def sweep(self, key: str, now_ms: int) -> SetDue:
-        """Have a tick take away what is too old, even if it became so by new rules."""
-        return self._due.falls_due(due_member(INDEX, self.topic_of(key)), now_ms)
+    def too_old(self, key: str, now_ms: int) -> Done:
+        """The next message of a window has expired: a tick is to take it away, even if it became too old by new rules."""
+        return [self._due.falls_due(due_member(INDEX, self.topic_of(key)), now_ms)]
 
     def delivery(self, key: str) -> Delivery | None:
         """How the rules in force have a window delivered."""
@@ -123,10 +123,12 @@ class Leasing(ABC, Generic[W]):
         reaches = self.reaching(key) if delivery is not None else []
         while reaches and delivery is not None and (waiting := window.next()) is not None:
             reach = in_turn(reaches, window.turn, waiting, delivery.max_inflight)
-            if reach is None or self.pauses():
+            if reach is None:
                 break
             if self.expired(key, waiting, now_ms):
-                done.append(self.sweep(key, now_ms))
+                done += self.too_old(key, now_ms)
+                break
+            if self.pauses():
                 break
             done += self.lease(offset, key, waiting, reach, now_ms)
         done += self.note_waiting(key, window)
@@ -188,10 +190,9 @@ class Leasing(ABC, Generic[W]):
     # -- the end of a lease -------------------------------------------------------------------------------
 
     def release(self, lease: Lease) -> Done:
-        """A lease is over: its member has room again, unless it has gone."""
-        member = self._members.by_name.get(lease.member)
-        if member is not None and member.leases.pop(lease.number, None) is not None:
-            self._members.touch(lease.member)
+        """A lease is over: its member, which is not forgotten before, has room again."""
+        del self._members.by_name[lease.member].leases[lease.number]
+        self._members.touch(lease.member)
         return [] if lease.sent else self._confirmed()
 
     def _confirmed(self) -> Done:

@@ -5,7 +5,6 @@ The decisions themselves are in `leasing.py`, `membership.py`, `rounds.py` and t
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -15,10 +14,9 @@ import msgspec
 from agents.delivery.dead import DeadMessages
 from agents.delivery.leasing import Counters, Done, W
 from agents.delivery.members import Members, is_wildcard, member_name
-from agents.delivery.rounds import Rounds
+from agents.delivery.own import Own
 from agents.due import MEMBER, RETAINED, WINDOW, split_due
 from agents.effects import Effect, Output, SetDue, SetRules, SetState
-from agents.held import Held
 from agents.ports import (
     Read,
     ReadAllStates,
@@ -29,7 +27,6 @@ from agents.ports import (
     ReadStates,
     Stored,
 )
-from schemas.errors import DecodeError
 from schemas.events import (
     AgentName,
     DeliveriesSent,
@@ -55,70 +52,10 @@ READ_MIN: Final = 256  # entries of an index read at once, when any are needed
 AHEAD_TOTAL_MAX: Final = 131_072
 
 
-class DeliveryMachine(Rounds[W]):
+class DeliveryMachine(Own[W]):
     """One partition of a delivery agent."""
 
     agent: AgentName
-
-    # -- what the agent says --------------------------------------------------------------------------------
-
-    @abstractmethod
-    def new_windows(self) -> Held[W]:
-        """No windows known."""
-
-    @abstractmethod
-    def touched_by(self, event: MessagePublished | MessageAcked) -> Iterable[str]:
-        """The windows that an event of a message changes."""
-
-    @abstractmethod
-    def touched_by_operator(
-        self, event: OperatorRequeue | OperatorDrop | OperatorRewind
-    ) -> Iterable[str]:
-        """The windows that an operator's order changes."""
-
-    @abstractmethod
-    def unread(self, key: str) -> int:
-        """How many messages of a window lie ahead and are not in memory."""
-
-    @abstractmethod
-    def more_needed(self, key: str, publishes: int) -> int:
-        """How many entries ahead so many publishes need, whoever has room."""
-
-    @abstractmethod
-    def wanted_besides(self, events: Sequence[Event]) -> list[Read]:
-        """What else the steps of these events need."""
-
-    @abstractmethod
-    def wanted_by_due(self, overdue: Sequence[tuple[str, str, str]]) -> list[Read]:
-        """What else a tick needs for what is due, by kind, key and message id."""
-
-    @abstractmethod
-    def supply_besides(self, read: Read, answer: Any) -> None:
-        """The answer to something of these."""
-
-    @abstractmethod
-    def packed(self, window: W) -> bytes | None:
-        """A window as it is stored; None if there is nothing to be remembered."""
-
-    @abstractmethod
-    def published(self, offset: int, event: MessagePublished, now_ms: int, score: int) -> Done:
-        """ON published."""
-
-    @abstractmethod
-    def acked_by_client(self, offset: int, event: MessageAcked, now_ms: int) -> Done:
-        """ON acked."""
-
-    @abstractmethod
-    def requeued(self, offset: int, event: OperatorRequeue, now_ms: int, score: int) -> Done:
-        """ON requeue."""
-
-    def rewound(self, offset: int, event: OperatorRewind, now_ms: int, score: int) -> Done:
-        """ON rewind: only pubsub has read offsets."""
-        raise DecodeError("only a subscriber of a pubsub topic can be rewound")
-
-    @abstractmethod
-    def came_due(self, offset: int, kind: str, key: str, message_id: str, now_ms: int) -> Done:
-        """ON tick: one thing that is due, and that only this agent knows of."""
 
     # -- what the driver asks -----------------------------------------------------------------------------
 
@@ -273,11 +210,12 @@ class DeliveryMachine(Rounds[W]):
         if reads:
             return reads
         for key in self.due_windows(overdue):
-            self.want_ahead(reads, key, self.room(key) + len(self._windows[key].leases))
+            leaving = len(self._windows[key].leases) + self.leaving(key, overdue)
+            self.want_ahead(reads, key, self.room(key) + leaving)
         limit = self.inflight_max()
         for key, member in work:
-            room = self.room(key) if member is None else limit - len(member.leases)
-            self.want_ahead(reads, key, room)
+            # What is overdue in the same tick may leave a member nothing in hand.
+            self.want_ahead(reads, key, self.room(key) if member is None else limit)
         return reads
 
     def due_windows(self, overdue: Sequence[tuple[str, str, str]]) -> dict[str, None]:
@@ -385,6 +323,7 @@ class DeliveryMachine(Rounds[W]):
 
     def _tick(self, offset: int, now_ms: int) -> Done:
         done: Done = []
+        waits = self._counters.waits
         for due in self._due.take(now_ms):
             done.append(SetDue(due, None))
             kind, key, message_id = split_due(due)
@@ -396,4 +335,4 @@ class DeliveryMachine(Rounds[W]):
                 done += self._keeper.sweep_retained(key, now_ms)
             else:
                 done += self.came_due(offset, kind, key, message_id, now_ms)
-        return [*done, *self.do_work(offset, now_ms)]
+        return [*done, *self.do_work(offset, now_ms, waits)]

@@ -119,9 +119,7 @@ class Membership(Leasing[W]):
 
     def member_due(self, name: str, now_ms: int) -> Done:
         """A member has rested, or may be forgotten."""
-        member = self._members.by_name.get(name)
-        if member is None:
-            return []
+        member = self._members.by_name[name]
         if not member.filters:
             if member.forget_at > now_ms or member.leases or member.round.active:
                 later = max(member.forget_at, now_ms + FORGET_MS)

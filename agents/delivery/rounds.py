@@ -12,7 +12,6 @@ from typing import Final, NamedTuple
 from agents.delivery.leasing import RESUME, WAITING, WORK, Done, W, can_take
 from agents.delivery.members import Member, Reach, Round, is_wildcard
 from agents.delivery.membership import Membership
-from agents.due import INDEX, due_member
 from agents.effects import SetIndex
 from agents.ports import Read, ReadBelow, ReadNames
 from schemas.events import AgentName
@@ -66,7 +65,7 @@ class Rounds(Membership[W]):
             if name.startswith(BESIDES):
                 reads[self.page_besides(name)] = None
                 continue
-            for _, page in self._way(name, self._members.by_name.get(name)):
+            for _, page in self._way(name, self._members.by_name[name]):
                 if page is not None:
                     reads[page] = None
         return [read for read in reads if read not in self._pages]
@@ -78,20 +77,18 @@ class Rounds(Membership[W]):
             if name == RESUME:
                 found += [(key, None) for key in self._pages[self._resume_page()]]
                 continue
-            member = self._members.by_name.get(name)
             if name.startswith(BESIDES):
                 found += [(key, None) for key in self._pages[self.page_besides(name)]]
-            elif member is not None:
-                found += [(stop.key, member) for stop in self._stops(name, member)[0]]
+                continue
+            member = self._members.by_name[name]  # one on its round is not forgotten
+            found += [(stop.key, member) for stop in self._stops(name, member)[0]]
         return found
 
     def _resume_page(self) -> ReadNames:
         return ReadNames(None, WAITING, "", self._counters.resume_after, PAGE_MAX)
 
-    def _way(self, name: str, member: Member | None) -> list[tuple[str, ReadNames | None]]:
+    def _way(self, name: str, member: Member) -> list[tuple[str, ReadNames | None]]:
         """The filters from where a member is on its round, and what is to be read for each; None for a plain one."""
-        if member is None:
-            return []
         at = member.round
         filters = [
             each
@@ -136,8 +133,8 @@ class Rounds(Membership[W]):
         """A piece of other work of the agent's own."""
         raise AssertionError(f"no such work: {name!r}")
 
-    def do_work(self, offset: int, now_ms: int) -> Done:
-        """A piece for each whose turn it is."""
+    def do_work(self, offset: int, now_ms: int, waits: int) -> Done:
+        """A piece for each whose turn it is. So many windows had begun to wait when it was read which do."""
         done: Done = []
         for name, _ in self._work or ():
             self._counters.work -= 1
@@ -148,26 +145,21 @@ class Rounds(Membership[W]):
             if name.startswith(BESIDES):
                 done += self.work_besides(offset, name, now_ms)
                 continue
-            member = self._members.by_name.get(name)
-            assert member is not None, "a member on its round is not forgotten"
+            member = self._members.by_name[name]
             self._members.touch(name)
             if member.filters:
-                done += self._go_round(offset, name, member, now_ms)
+                done += self._go_round(offset, name, member, now_ms, waits)
             else:
                 member.round = Round()
         self.forget_work()
         return done
 
     def _resumption(self, offset: int, now_ms: int) -> Done:
-        """Windows that wait go on. Under new rules their messages may be too old already, with no time set for that."""
         done: Done = []
         keys = self._pages.get(self._resume_page())
         if keys is None:
             return self.queue_work(RESUME)  # it has been told to begin anew, in this very tick
         for key in keys:
-            topic = self.topic_of(key)
-            if self._keeper.plans.of(topic).index_lifetime_ms is not None:
-                done.append(self._due.falls_due(due_member(INDEX, topic), now_ms))
             done += self.dispatch(offset, key, now_ms)
         if self._counters.paused or len(keys) < PAGE_MAX:
             self._counters.resuming = False
@@ -184,10 +176,10 @@ class Rounds(Membership[W]):
                 done += self.start_round(name, member)
         return done
 
-    def _go_round(self, offset: int, name: str, member: Member, now_ms: int) -> Done:
+    def _go_round(self, offset: int, name: str, member: Member, now_ms: int, waits: int) -> Done:
         at = member.round
         if not at.topic_filter and not at.after:
-            at.whole = True
+            at.whole = waits == self._counters.waits
         stops, then = self._stops(name, member)
         last, done = self._serve(offset, name, stops, now_ms)
         if len(member.leases) >= self.inflight_max() or member.rests_until or self.pauses():
@@ -240,7 +232,7 @@ class Rounds(Membership[W]):
         if not can_take(reach, waiting, delivery.max_inflight):
             return False  # what is next need not be known then
         if self.expired(key, waiting, now_ms):
-            done.append(self.sweep(key, now_ms))
+            done += self.too_old(key, now_ms)
             return False
         if self.pauses():
             return False

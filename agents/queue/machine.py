@@ -25,7 +25,8 @@ from agents.due import DEAD, INDEX, MESSAGE, due_member
 from agents.effects import NO_SOURCE, Effect, HandOut, Output, Refusal, Reindex, SetDue, Unindex
 from agents.held import Held
 from agents.keeping import earliest, expired_entries
-from agents.ports import Read, ReadEntry, ReadIndex, ReadNames
+from agents.ports import Read, ReadNames
+from agents.queue.indexes import Indexes
 from agents.queue.state import QueueWindow, pack, unpack
 from schemas.errors import DecodeError
 from schemas.events import (
@@ -39,8 +40,6 @@ from schemas.events import (
     SubscriberJoined,
 )
 
-# One tick looks at no more index entries than this; what is left over is still due, so that another tick follows.
-SWEEP_ENTRIES_MAX: Final = 4_096
 # A publish into a queue that is too long takes out the oldest; after a rule has made it shorter, up to this many.
 OVERFLOW_MAX: Final = 8
 ACKED_EARLY: Final = "acked\0"  # marks an id among those seen: its ack came before its publish
@@ -55,14 +54,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
     def __init__(self) -> None:
         """An empty partition without rules; `restore` follows."""
         super().__init__(self.new_windows())
-        self._forget_entries()
-
-    def _forget_entries(self) -> None:
-        # Of a batch: where messages are in their index, if the window does not know; what has left an index; for a tick
-        # the oldest entries of an index, and how many were asked for.
-        self._places: dict[tuple[str, str], int | None] = {}
-        self._left: dict[tuple[str, str], None] = {}
-        self._oldest: dict[str, tuple[list[tuple[str, int]], int]] = {}
+        self._indexes = Indexes()
 
     # -- what `agents/delivery/` asks -----------------------------------------------------------------------
 
@@ -169,7 +161,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
             window.append(message_id, score)
             self._ahead_total += 1
         else:
-            self._places[topic, message_id] = score
+            self._indexes.places[topic, message_id] = score
         done: Done = []
         for _ in range(OVERFLOW_MAX):
             if limit is None or window.length <= limit:
@@ -247,19 +239,18 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
             return lease.stored
         if message_id in window.ahead or window.returned_as(message_id) is not None:
             return True
-        if window.complete() or (topic, message_id) in self._left:
-            return False
-        return (self._places.get((topic, message_id)) or 0) > window.cursor
+        return not window.complete() and self._indexes.behind(window.cursor, topic, message_id)
 
     def _is_known(self, topic: str, message_id: str) -> bool:
         """Whether a message is stored, leased, or was so in this batch: a store removes last, and could not keep it."""
-        here = message_id in self._windows[topic].leases or (topic, message_id) in self._left
+        leased = message_id in self._windows[topic].leases
+        here = leased or (topic, message_id) in self._indexes.left
         return here or self._is_stored(topic, message_id)
 
     def _leaves(self, topic: str, message_id: str) -> None:
         """A stored message that is not in the window any more is not in the index either."""
         self._windows[topic].length -= 1
-        self._left[topic, message_id] = None
+        self._indexes.left[topic, message_id] = None
 
     def _forget(self, topic: str, message_id: str) -> None:
         """A stored message goes; if it is leased, it is its holder's alone."""
@@ -322,15 +313,20 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         self.window(offset, key)
         return [*done, *self.dispatch(offset, key, now_ms)]
 
+    def too_old(self, key: str, now_ms: int) -> Done:
+        """See `Leasing`. What a sweep has left over is due by itself."""
+        if key in self._indexes.oldest:
+            return []
+        return [self._due.falls_due(due_member(INDEX, key), now_ms)]
+
     def _sweep_index(self, topic: str, now_ms: int) -> Done:
         """The index entries that are too old by the rules in force, and their bodies."""
         lifetime = self._keeper.plans.of(topic).index_lifetime_ms
         if lifetime is None:
             return []  # the rules changed: nothing of this topic expires any more
-        entries, limit = self._oldest[topic]
+        entries, limit = self._indexes.oldest[topic]
         expired, next_end = expired_entries(entries, limit, lifetime, now_ms)
-        expired = [each for each in expired if (topic, each) not in self._left]
-        self._places |= {(topic, message_id): score for message_id, score in entries}
+        expired = [each for each in expired if (topic, each) not in self._indexes.left]
         for message_id in expired:
             if self._is_stored(topic, message_id):
                 self._forget(topic, message_id)
@@ -355,34 +351,33 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         return self._unknown_places(messages)
 
     def _unknown_places(self, messages: Iterable[tuple[str, str]]) -> list[Read]:
-        return [
-            ReadEntry(topic, message_id)
-            for topic, message_id in messages
-            if (topic, message_id) not in self._places and not self._windows[topic].complete()
-        ]
+        return self._indexes.unknown_places(
+            message for message in messages if not self._windows[message[0]].complete()
+        )
 
     def wanted_by_due(self, overdue: Sequence[tuple[str, str, str]]) -> list[Read]:
         """See `DeliveryMachine`: dead messages, the oldest entries of indexes, the places of messages."""
         reads: list[Read] = [*self._dead.unknown(each for kind, _, each in overdue if kind == DEAD)]
-        indexes = [topic for kind, topic, _ in overdue if kind == INDEX]
-        limit = SWEEP_ENTRIES_MAX // max(len(indexes), 1) + 1
-        reads += [ReadIndex(topic, limit) for topic in indexes if topic not in self._oldest]
+        reads += self._indexes.unknown_oldest(
+            [topic for kind, topic, _ in overdue if kind == INDEX]
+        )
         messages = [(topic, each) for kind, topic, each in overdue if kind == MESSAGE]
         if all(self._windows.get(topic) is not None for topic, _ in messages):
             reads += self._unknown_places(messages)
         return reads
 
+    def leaving(self, key: str, overdue: Sequence[tuple[str, str, str]]) -> int:
+        """See `DeliveryMachine`: what expires."""
+        entries, _ = self._indexes.oldest.get(key, ((), 0))
+        return len(entries) + sum(due[:2] == (MESSAGE, key) for due in overdue)
+
     def supply_besides(self, read: Read, answer: Any) -> None:
         """See `DeliveryMachine`."""
-        if isinstance(read, ReadEntry):
-            self._places[read.topic, read.message_id] = answer
-        else:
-            assert isinstance(read, ReadIndex), "nothing else is wanted"
-            self._oldest[read.topic] = answer, read.limit
+        self._indexes.supply(read, answer)
 
     def finish(self) -> Sequence[Effect]:
         """See `DeliveryMachine`."""
-        self._forget_entries()
+        self._indexes = Indexes()
         return super().finish()
 
     # -- after a refusal ------------------------------------------------------------------------------------

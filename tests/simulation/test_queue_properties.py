@@ -11,16 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents import held, seen
-from agents.delivery import leasing, membership, rounds, window
-from agents.delivery import machine as delivery
-from agents.queue import machine
+from agents import seen
+from agents.delivery.leasing import REST_MS
 from tests import given as given_
 from tests.simulation import judge, queue_judge
 from tests.simulation.player import KINDS, Kind, Player, Step
 from tests.simulation.queue_judge import QUEUE
+from tests.simulation.small_limits import SEND_MS, small_limits
 
-ACK_MS, EXPIRY_MS, REST_MS, SEND_MS = 2_000, 5_000, leasing.REST_MS, 7_000
+ACK_MS, EXPIRY_MS = 2_000, 5_000
+TIMES_MS = [0] * 14 + [
+    1, ACK_MS - 1, ACK_MS, ACK_MS + 1, EXPIRY_MS - 1, EXPIRY_MS, EXPIRY_MS + 1, REST_MS, SEND_MS,
+]  # fmt: skip
 WEIGHTS: dict[Kind, int] = {
     "publish": 14, "join": 8, "sent": 10, "ack": 10, "fail": 4, "repeat": 3, "ack by alias": 3, "disconnect": 2,
     "unsubscribe": 2, "end session": 2, "pass time": 4, "requeue": 2,
@@ -52,10 +54,7 @@ steps = st.lists(
         st.sampled_from([kind for kind in KINDS for _ in range(WEIGHTS.get(kind, 1))]),
         st.integers(0, 5),
         st.integers(0, 7),
-        st.sampled_from(
-            [0] * 12
-            + [1, ACK_MS - 1, ACK_MS, ACK_MS + 1, EXPIRY_MS - 1, EXPIRY_MS, EXPIRY_MS + 1, REST_MS, SEND_MS]
-        ),
+        st.sampled_from(TIMES_MS),
     ),
     max_size=40,
 )  # fmt: skip
@@ -65,22 +64,8 @@ cuts = st.lists(st.integers(1, 7), min_size=1, max_size=8)
 @pytest.fixture(autouse=True, scope="module")
 def _small_limits() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("agents.due.SWEEP_DUE_MAX", 2)
-        patch.setattr(machine, "SWEEP_ENTRIES_MAX", 2)
-        patch.setattr(held, "STATES_HELD_MAX", 1)
-        patch.setattr(window, "AHEAD_MAX", 2)
-        patch.setattr(delivery, "READ_MIN", 1)
-        patch.setattr(delivery, "AHEAD_TOTAL_MAX", 5)
-        patch.setattr(rounds, "ROUNDS_MAX", 1)
-        patch.setattr(rounds, "FILTERS_MAX", 1)
-        patch.setattr(rounds, "PAGE_MAX", 1)
-        patch.setattr(machine, "PAGE_MAX", 1)
-        patch.setattr(leasing, "UNCONFIRMED_MAX", 4)
-        patch.setattr(leasing, "SEND_TIMEOUT_MS", SEND_MS)
-        patch.setattr(window, "HOLDERS_MAX", 2)
-        patch.setattr(membership, "FORGET_MS", 3_000)
-        patch.setattr(membership, "COMMAND_VALID_FOR_S", 1)
-        patch.setattr("agents.delivery.dead.DEAD_LETTER_RETENTION_MS", 20_000)
+        small_limits(patch)
+        patch.setattr(seen, "DEDUP_WINDOW_MS", 1_000_000)
         yield
 
 

@@ -1,0 +1,48 @@
+"""What a batch has been told of its topics' indexes, and what has left them since."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from agents.ports import Read, ReadEntry, ReadIndex
+
+# One tick looks at no more index entries than this; what is left over is still due, so that another tick follows.
+SWEEP_ENTRIES_MAX: Final = 4_096
+
+
+class Indexes:
+    """Of one batch; it is no state."""
+
+    def __init__(self) -> None:
+        """Nothing told."""
+        self.places: dict[
+            tuple[str, str], int | None
+        ] = {}  # of messages that a window may not know
+        self.left: dict[tuple[str, str], None] = {}
+        self.oldest: dict[
+            str, tuple[Sequence[tuple[str, int]], int]
+        ] = {}  # and how many were asked
+
+    def unknown_places(self, messages: Iterable[tuple[str, str]]) -> list[Read]:
+        """The reads for where these messages of topics are, if anywhere."""
+        return [ReadEntry(*message) for message in messages if message not in self.places]
+
+    def unknown_oldest(self, topics: Sequence[str]) -> list[Read]:
+        """The reads for what a sweep of these topics looks at."""
+        limit = SWEEP_ENTRIES_MAX // max(len(topics), 1) + 1
+        return [ReadIndex(topic, limit) for topic in topics if topic not in self.oldest]
+
+    def supply(self, read: Read, answer: Any) -> None:
+        """The answer to one of these."""
+        if isinstance(read, ReadEntry):
+            self.places[read.topic, read.message_id] = answer
+            return
+        assert isinstance(read, ReadIndex), "nothing else is wanted"
+        self.oldest[read.topic] = answer, read.limit
+        self.places |= {(read.topic, message_id): score for message_id, score in answer}
+
+    def behind(self, cursor: int, topic: str, message_id: str) -> bool:
+        """Whether a message is in its topic's index behind a score, as far as was told."""
+        message = topic, message_id
+        return message not in self.left and (self.places.get(message) or 0) > cursor

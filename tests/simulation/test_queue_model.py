@@ -1,0 +1,133 @@
+"""What a queue holds and hands out is what a short model says: nothing is lost, nothing comes twice without need, nothing
+overtakes. Without brokers that deliver themselves, and under rules that do not change.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+
+from agents import seen
+from agents.delivery import window
+from schemas import codec
+from schemas.commands import Deliver
+from schemas.events import (
+    DeliveriesSent,
+    MessageAcked,
+    MessagePublished,
+    OperatorDrop,
+    OperatorRequeue,
+    Tick,
+)
+from tests.simulation import queue_judge
+from tests.simulation.player import Player, Step
+from tests.simulation.queue_judge import State
+from tests.simulation.small_limits import small_limits
+from tests.simulation.test_queue_properties import EXPIRY_MS, TABLES, steps
+
+NOT_MODELLED = ("broker joins", "ack early", "other rules")
+MAX_LENGTH = {"dropping": 2, "dead on overflow": 2, "latest": 1}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_limits() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        small_limits(patch)
+        patch.setattr(seen, "DEDUP_WINDOW_MS", 1_000_000)
+        patch.setattr(window, "HOLDERS_MAX", 16)
+        yield
+
+
+class Model:
+    """Stored messages by topic, in log order, each with its end; who had them; where in the log each was appended."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.stored: dict[str, dict[str, int | None]] = defaultdict(dict)
+        self.place: dict[str, int] = {}
+        self.holders: dict[str, set[str]] = defaultdict(set)
+        self.may_be_acked: set[str] = set()  # the machine knows whether it was
+        self.dead: set[str] = set()
+        self.newest_handed: dict[str, int] = defaultdict(lambda: -1)
+        self.handed: set[str] = set()
+        self.now_ms = 0
+
+    def fold(self, at: int, timestamp: int, event: object) -> None:
+        self.now_ms = max(self.now_ms, timestamp)
+        match event:
+            case MessagePublished(message_id=name) if name not in self.place:
+                self.place[name] = at
+                if event.qos or self.name == "latest":
+                    self.append(event.topic, name, event.expires_at)
+            case MessageAcked(message_id=name, topic=topic, client_id=client_id):
+                if client_id in self.holders[name]:
+                    self.stored[topic].pop(name, None)
+                self.may_be_acked.add(name.removeprefix("x"))
+            case DeliveriesSent(sent=sent):
+                self.may_be_acked |= {each.message_id for each in sent if each.qos == 0}
+            case OperatorRequeue(message_id=name, topic=topic) if name in self.dead:
+                self.dead.remove(name)
+                self.handed.discard(name)
+                self.holders[name].clear()
+                self.place[name] = at
+                self.append(topic, name, None)
+            case OperatorDrop(message_id=name):
+                self.dead.discard(name)
+            case Tick():
+                for topic, entries in self.stored.items():
+                    self.stored[topic] = {
+                        each: end for each, end in entries.items() if end is None or end > self.now_ms
+                    }  # fmt: skip
+
+    def append(self, topic: str, name: str, own_end: int | None) -> None:
+        end = self.now_ms + EXPIRY_MS if self.name == "expiring" else None
+        self.stored[topic][name] = min((x for x in (end, own_end) if x is not None), default=None)
+        while len(self.stored[topic]) > MAX_LENGTH.get(self.name, 1_000):
+            oldest = next(iter(self.stored[topic]))
+            del self.stored[topic][oldest]
+            if self.name == "dead on overflow":
+                self.dead.add(oldest)
+
+    def handed_out(self, command: Deliver) -> None:
+        name, topic = command.message_id, command.topic
+        assert command.attempt <= 2, f"{name} was delivered more often than may be"
+        if name not in self.handed:
+            assert self.place[name] > self.newest_handed[topic], f"{name} was overtaken"
+            self.newest_handed[topic] = self.place[name]
+        self.handed.add(name)
+        self.holders[name].add(command.client_id)
+
+    def compare(self, state: State) -> None:
+        """Nothing is gone that was not acknowledged, did not die, expire or overflow; and all that did is."""
+        assert self.dead <= state.dead.keys()
+        for topic in sorted(self.stored):
+            index, entries = state.index(topic), self.stored[topic]
+            for name in list(entries):
+                if name not in index:
+                    assert name in self.may_be_acked or name in state.dead, f"{name} is lost"
+                    del entries[name]
+            assert index == list(entries), f"{topic} holds {index}, but should {list(entries)}"
+        self.dead = set(state.dead)
+
+
+@pytest.mark.parametrize("name", TABLES)
+@given(log=steps)
+@settings(deadline=None)
+def test_the_store_holds_and_the_agent_hands_out_what_the_model_says(
+    name: str, log: list[Step]
+) -> None:
+    player, model = Player(*TABLES[name]), Model(name)
+    folded = commanded = 0
+    for step in log:
+        if step.kind in NOT_MODELLED:
+            continue
+        player.play(step)
+        for record in player.records[folded:]:
+            model.fold(record.offset, record.timestamp, codec.decode(record.value))
+        for command in player.commands[commanded:]:
+            model.handed_out(command)
+        folded, commanded = len(player.records), len(player.commands)
+        model.compare(queue_judge.check(player.world))

@@ -1,0 +1,140 @@
+"""Seeded worlds of a queue partition: a store that fails before and after each write, owners that succeed each other and do
+not know, a bridge that forgets; then the faults end, one client comes for everything, and everything is acknowledged or dead.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from random import Random
+
+import pytest
+
+from agents import seen
+from pipeline.stores.memory_server import Moment
+from schemas import keys
+from schemas.errors import StoreDown
+from schemas.keys import Partition
+from tests.driving import Driver
+from tests.simulation import judge, queue_judge
+from tests.simulation.player import KINDS, Player, Step
+from tests.simulation.queue_judge import QUEUE
+from tests.simulation.small_limits import small_limits
+from tests.simulation.test_queue_properties import OTHER_RULES, TABLES, TIMES_MS, WEIGHTS
+
+SEEDS, CHUNK = 500, 50
+STEPS = 50
+STEPS_TO_DRAIN_MAX = 200
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_limits() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        small_limits(patch)
+        patch.setattr(seen, "DEDUP_WINDOW_MS", 1_000_000)
+        yield
+
+
+class Simulated:
+    """One run of one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = Random(seed)
+        self.name = self.random.choice(list(TABLES))
+        self.player = Player(*TABLES[self.name], other_rules=OTHER_RULES)
+        self.world = self.player.world
+        self.happened: Counter[str] = Counter()
+        self.failing = self.random.choice([0, 0.01, 0.1])
+        self.succeeding = self.random.choice([0, 0.05, 0.3])
+        self.others: list[Driver] = []  # who do not know yet that they own it no more
+        kinds = [kind for kind in KINDS if self.random.random() < 0.85 or kind == "publish"]
+        self.kinds = [kind for kind in kinds for _ in range(WEIGHTS.get(kind, 1))]
+
+    def live(self) -> None:
+        """Trouble, then rest, then the judgement."""
+        self.world.server.fault = self._fault
+        for _ in range(STEPS):
+            self.player.play(
+                Step(
+                    self.random.choice(self.kinds), self.random.randrange(6), self.random.randrange(8),
+                    self.random.choice(TIMES_MS),
+                )
+            )  # fmt: skip
+            if self.random.random() < self.succeeding:
+                self._succeed()
+            if self.random.random() < 0.1:
+                self.world.commit(self.world.driver)
+        self.world.server.fault = lambda _moment, _partition: None
+        self.world.settle()
+        self._judge()
+        self._drain()
+        self._judge()
+
+    def _fault(self, moment: Moment, partition: Partition) -> None:
+        if self.random.random() < self.failing:
+            self.happened[f"down: {moment}"] += 1
+            raise StoreDown(f"down at {moment}")
+
+    def _succeed(self) -> None:
+        """A new owner; an old one goes on for a while, and is fenced off or takes over again."""
+        self.happened["new owner"] += 1
+        self.others = [*self.others[-1:], self.world.driver]
+        self.world.driver = self.world.started()
+        if self.random.random() < 0.5:
+            self.happened["an old owner goes on"] += 1
+            self.world.feed(self.random.choice(self.others))
+        self.world.settle()
+
+    def _judge(self) -> None:
+        state = queue_judge.check(self.world)
+        rules = self.world.driver.machine.rules
+        queue_judge.check_nothing_idle(state, rules, self.world.now_ms)
+        clean = judge.clean_fold(self.player.records, self.world.rules, partition=QUEUE)
+        judge.check_equal(self.world.server, clean, QUEUE)
+
+    def _drain(self) -> None:
+        """A client takes everything and acknowledges it, each command once."""
+        world = self.world
+        for client in "abc":
+            self.player.clock += 1
+            world.join(
+                client, "queue/#", session=self.player.clock, source_offset=self.player.clock
+            )
+        for _ in range(STEPS_TO_DRAIN_MAX):
+            new = world.take()
+            world.sent(new)
+            for command in new:
+                world.ack(command.client_id, command.message_id, topic=command.topic)
+            if not new:
+                if not self._left():
+                    return
+                world.at(world.now_ms + 2_000)
+        raise AssertionError(f"stuck with {self._left()}")
+
+    def _left(self) -> list[str]:
+        windows = queue_judge.State(self.world.server, {}).windows
+        return [topic for topic, window in windows.items() if window.length or window.leases]
+
+
+@pytest.fixture(scope="module")
+def happened() -> Counter[str]:
+    return Counter()
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
+def test_whatever_happens_every_message_is_acknowledged_or_dead_in_the_end(
+    first: int, happened: Counter[str]
+) -> None:
+    for seed in range(first, first + CHUNK):
+        print(f"seed {seed}")  # shown if it fails
+        simulated = Simulated(seed)
+        simulated.live()
+        happened.update(simulated.happened)
+        server = simulated.world.server
+        assert not any(server.values.get(keys.message_index(f"queue/{x}")) for x in "abc")
+
+
+def test_every_fault_has_happened(happened: Counter[str]) -> None:
+    assert happened.keys() >= {
+        "down: load", "down: read", "down: before", "down: after", "new owner", "an old owner goes on",
+    }  # fmt: skip
