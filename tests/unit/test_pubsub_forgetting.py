@@ -160,6 +160,7 @@ def test_a_lagging_subscriber_moves_up_and_its_loss_is_counted() -> None:
     assert reader(world).lost == 2  # m1 is the holder's alone
     world.ack("a", "m1")
     assert read_all(world) == ["m4", "m5"]
+    world.rewind("a", 0)
     assert reader(world).lost == 2
 
 
