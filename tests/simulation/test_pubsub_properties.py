@@ -1,4 +1,12 @@
-"""Properties of pubsub logs: what is always true, and that neither batches nor owners nor evictions decide."""
+"""Properties of pubsub logs: what is always true, and that neither batches nor owners nor evictions decide.
+
+Bugs planted to try the tests, and what found them: an offset that passes a gap, a loss that is not counted, a member
+that comes back and is dropped, "since" from the latest join, "latest" that skips equal milliseconds, a requeued message
+taken for one of the log, a freed member that is not told, filters given up for ever, a dead message that is dropped for
+others or loses its body when trimmed (rows of `tests/unit/test_pubsub_*.py`); a topic left in the index of topics
+(offsets pass …); a join that misses what its batch published before (batches …); leases that trimming leaves as stored
+(longer logs); a subscriber known by the latest of its filters (`test_pubsub_simulation.py`).
+"""
 
 from __future__ import annotations
 
