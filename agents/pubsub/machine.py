@@ -42,7 +42,7 @@ class PubsubMachine(Trimming):
     def touched_by(self, event: MessagePublished | MessageAcked) -> Iterable[str]:
         """See `DeliveryMachine`."""
         if isinstance(event, MessagePublished):
-            return self.readers_of(event.topic)
+            return dict.fromkeys((*self.readers_of(event.topic), *self.expected(event.topic)))
         return self.readers_of_client(event.client_id, event.topic)
 
     def published(self, offset: int, event: MessagePublished, now_ms: int, score: int) -> Done:

@@ -131,6 +131,18 @@ def test_a_group_is_dropped_after_its_last_member_went_for_whatever_reason() -> 
     assert not judge.readers(world.server)
 
 
+def test_a_group_is_dropped_after_its_last_member_unsubscribed() -> None:
+    world = Pubsub(offset_retention_s=60)
+    world.join("a", SHARED)
+    world.publish("m1")
+    world.hand_over()
+    world.ack("a", "m1")
+    world.leave("a", SHARED, "unsubscribed")
+    assert world.shown(SHARED) == "m1"
+    world.at(world.now_ms + RETENTION_MS)
+    assert not judge.subscribers(world.server)
+
+
 def test_the_session_of_a_group_member_that_is_away_ends_and_nobody_minds() -> None:
     world = Pubsub(offset_retention_s=60)
     world.join("a", SHARED)
@@ -160,6 +172,7 @@ def test_a_lagging_subscriber_moves_up_and_its_loss_is_counted() -> None:
     assert reader(world).lost == 2  # m1 is the holder's alone
     world.ack("a", "m1")
     assert read_all(world) == ["m4", "m5"]
+    world.rewind("a", 0)
     assert reader(world).lost == 2
 
 
