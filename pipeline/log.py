@@ -14,8 +14,11 @@ from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
 from agents.ports import LogBounds, Outgoing, Record
 from pipeline.producer import Producer
-from schemas import keys
+from schemas import codec, keys
+from schemas.commands import Deliver
+from schemas.events import DeliveryFailed
 from schemas.keys import Partition
+from schemas.leases import parse_lease
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +40,7 @@ class KafkaLog:
         self._reader = AIOKafkaConsumer(
             group_id=group, enable_auto_commit=False, auto_offset_reset="none", **client_options
         )
-        self._reading = asyncio.Lock()
+        self._reading, self._producing = asyncio.Lock(), asyncio.Lock()
 
     async def start(self) -> None:
         """Connect; the producer is started by who owns it."""
@@ -112,7 +115,11 @@ class KafkaLog:
         return asyncio.ensure_future(self._produce(records))
 
     async def _produce(self, records: Sequence[Outgoing]) -> None:
-        await asyncio.gather(*[await self._send(record) for record in records])
+        async with (
+            self._producing
+        ):  # or what finds the buffer full would be overtaken by a later batch
+            under_way = [await self._send(record) for record in records]
+        await asyncio.gather(*under_way)
 
     async def _send(self, record: Outgoing) -> asyncio.Future[Any]:
         """On its way. One that is too large for Kafka would be so at every attempt: a dead letter says that it was."""
@@ -123,7 +130,26 @@ class KafkaLog:
             logger.error("a record for %s is given up on: %s", topic, error)  # noqa: TRY400  no traceback
             reason = f"for {topic}, but too large: {error}".encode()
             marks = (*headers, ("not-produced", reason))
+            told = too_large(record)
+            if told is not None:
+                await self._producer.send(*told)
             return await self._producer.send(keys.DEAD_LETTERS_TOPIC, key, b"", None, marks)
+
+
+def too_large(record: Outgoing) -> tuple[str, bytes, bytes, int] | None:
+    """If a record that Kafka does not take is a delivery with a lease, what tells the agent that gave it out."""
+    if record.topic != keys.DELIVERIES_TOPIC:
+        return None
+    command = codec.decode_command(record.value)
+    if not isinstance(command, Deliver) or not command.lease:
+        return None
+    lease = parse_lease(command.lease)
+    failed = DeliveryFailed(
+        at=0, node=keys.AGENT_NODE, agent=lease.agent, lease=command.lease,
+        client_id=command.client_id, message_id=command.message_id, reason="too_large",
+    )  # fmt: skip
+    key = keys.record_key(failed).encode()
+    return keys.MESSAGES_TOPIC, key, codec.encode(failed), lease.partition
 
 
 async def persist(call: Callable[[], Awaitable[Answer]]) -> Answer:

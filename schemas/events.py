@@ -18,6 +18,8 @@ MESSAGE_ID_LENGTH_MAX = 256  # EMQX writes 32 hex characters; others may be long
 TimeMs = Annotated[int, Meta(ge=0, le=TIME_MS_MAX)]
 QoS = Annotated[int, Meta(ge=0, le=2)]
 Text = Annotated[str, Meta(max_length=TEXT_BYTES_MAX)]
+# A client id is part of names that a null character separates; no client may have one ([MQTT-1.5.4-2]).
+ClientId = Annotated[str, Meta(max_length=TEXT_BYTES_MAX, pattern=r"^[^\0]*\Z")]
 Topic = Annotated[str, Meta(min_length=1, max_length=TEXT_BYTES_MAX)]
 Offset = Annotated[int, Meta(ge=0)]
 MessageId = Annotated[str, Meta(min_length=1, max_length=MESSAGE_ID_LENGTH_MAX)]
@@ -37,7 +39,7 @@ class ClientConnected(Base, frozen=True, kw_only=True, tag="client.connected"):
     snapshot.
     """
 
-    client_id: Text
+    client_id: ClientId
     username: Text | None = None
     connection_id: Text
     connected_at: TimeMs
@@ -50,7 +52,7 @@ class ClientConnected(Base, frozen=True, kw_only=True, tag="client.connected"):
 class ClientDisconnected(Base, frozen=True, kw_only=True, tag="client.disconnected"):
     """The connection named by `connection_id` is gone."""
 
-    client_id: Text
+    client_id: ClientId
     connection_id: Text
     reason: Text
 
@@ -58,13 +60,13 @@ class ClientDisconnected(Base, frozen=True, kw_only=True, tag="client.disconnect
 class SessionCreated(Base, frozen=True, kw_only=True, tag="session.created"):
     """A session began without earlier state."""
 
-    client_id: Text
+    client_id: ClientId
 
 
 class SessionResumed(Base, frozen=True, kw_only=True, tag="session.resumed"):
     """A client came back to its session and keeps its subscriptions."""
 
-    client_id: Text
+    client_id: ClientId
 
 
 class SessionSubscribed(Base, frozen=True, kw_only=True, tag="session.subscribed"):
@@ -76,7 +78,7 @@ class SessionSubscribed(Base, frozen=True, kw_only=True, tag="session.subscribed
     what is published from now on, and Millpond hands it only what was stored before.
     """
 
-    client_id: Text
+    client_id: ClientId
     topic_filter: Topic
     qos: QoS
     proxied: bool = False
@@ -88,33 +90,33 @@ class SessionSubscribed(Base, frozen=True, kw_only=True, tag="session.subscribed
 class SessionUnsubscribed(Base, frozen=True, kw_only=True, tag="session.unsubscribed"):
     """One filter was given up."""
 
-    client_id: Text
+    client_id: ClientId
     topic_filter: Topic
 
 
 class SessionTerminated(Base, frozen=True, kw_only=True, tag="session.terminated"):
     """A session ended for good, with its subscriptions."""
 
-    client_id: Text
+    client_id: ClientId
     reason: Text
 
 
 class SessionDiscarded(Base, frozen=True, kw_only=True, tag="session.discarded"):
     """A clean start threw the client's earlier session away."""
 
-    client_id: Text
+    client_id: ClientId
 
 
 class SessionTakenOver(Base, frozen=True, kw_only=True, tag="session.takenover"):
     """A newer connection of the client took its session."""
 
-    client_id: Text
+    client_id: ClientId
 
 
 class ControlSubscribe(Base, frozen=True, kw_only=True, tag="control.subscribe"):
     """An application wants a client subscribed; written by the worker that heard of it."""
 
-    client_id: Text
+    client_id: ClientId
     topic_filter: Topic
     qos: QoS
 
@@ -122,7 +124,7 @@ class ControlSubscribe(Base, frozen=True, kw_only=True, tag="control.subscribe")
 class ControlUnsubscribe(Base, frozen=True, kw_only=True, tag="control.unsubscribe"):
     """An application wants a client's subscription ended; written by the worker that heard of it."""
 
-    client_id: Text
+    client_id: ClientId
     topic_filter: Topic
 
 
@@ -153,7 +155,7 @@ class MessagePublished(Base, frozen=True, kw_only=True, tag="message.published")
     topic: Topic
     qos: QoS
     retain: bool
-    client_id: Text
+    client_id: ClientId
     username: Text | None = None
     payload: str
     payload_encoding: PayloadEncoding = "utf-8"
@@ -167,7 +169,7 @@ class MessageDelivered(Base, frozen=True, kw_only=True, tag="message.delivered")
 
     message_id: MessageId
     topic: Topic
-    client_id: Text
+    client_id: ClientId
     from_client_id: Text | None = None
     qos: QoS
 
@@ -177,7 +179,7 @@ class MessageAcked(Base, frozen=True, kw_only=True, tag="message.acked"):
 
     message_id: MessageId
     topic: Topic
-    client_id: Text
+    client_id: ClientId
     from_client_id: Text | None = None
     qos: QoS
 
@@ -192,7 +194,7 @@ class SubscriberJoined(Base, frozen=True, kw_only=True, tag="subscriber.joined")
     published after its SUBACK is older.
     """
 
-    client_id: Text
+    client_id: ClientId
     topic_filter: Topic
     qos: QoS
     session: Offset
@@ -204,7 +206,7 @@ class SubscriberJoined(Base, frozen=True, kw_only=True, tag="subscriber.joined")
 class SubscriberLeft(Base, frozen=True, kw_only=True, tag="subscriber.left"):
     """A client is no longer to be served; see `SubscriberJoined`."""
 
-    client_id: Text
+    client_id: ClientId
     topic_filter: Topic
     reason: Literal["unsubscribed", "session_ended", "disconnected"]
     session: Offset
@@ -217,7 +219,7 @@ class Sent(Struct, frozen=True, array_like=True, gc=False):
     """
 
     lease: Text
-    client_id: Text
+    client_id: ClientId
     message_id: MessageId
     alias: MessageId | None = None
     qos: QoS = 1
@@ -232,14 +234,14 @@ class DeliveriesSent(Base, frozen=True, kw_only=True, tag="deliveries.sent"):
 
 class DeliveryFailed(Base, frozen=True, kw_only=True, tag="delivery.failed"):
     """A copy was not handed over: the client is not there, the command came too late (or after one of its epoch that
-    failed), the broker refused; or the message was gone from the store before the command was written.
+    failed), the broker refused; or, before a command was written, the message was gone from the store, or too large.
     """
 
     agent: AgentName
     lease: Text
-    client_id: Text
+    client_id: ClientId
     message_id: MessageId
-    reason: Literal["no_client", "stale", "bridge", "gone"]
+    reason: Literal["no_client", "stale", "bridge", "gone", "too_large"]
 
 
 class OperatorRequeue(Base, frozen=True, kw_only=True, tag="operator.requeue"):

@@ -165,7 +165,9 @@ class Delivering(World):
         return [(command.client_id, command.message_id) for command in commands]
 
     def fail(
-        self, commands: Iterable[Deliver], reason: Literal["no_client", "stale", "bridge", "gone"]
+        self,
+        commands: Iterable[Deliver],
+        reason: Literal["no_client", "stale", "bridge", "gone", "too_large"],
     ) -> None:
         """The bridge could not hand these over."""
         self.tell(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Final, TypeAlias
 
 Node: TypeAlias = "dict[str, Node]"
@@ -39,19 +38,24 @@ class FilterTree:
             del parent[level]
 
     def matching(self, topic: str) -> list[str]:
-        """The filters that match a topic, in no order that depends on how they came."""
-        return sorted("/".join(path) for path in _matching(self._root, topic.split("/"), 0))
-
-
-def _matching(node: Node, levels: list[str], depth: int) -> Iterator[tuple[str, ...]]:
-    hidden = depth == 0 and levels[0].startswith("$")  # [MQTT-4.7.2-1]
-    if "#" in node and not hidden:
-        yield ("#",)  # also the parent level: "a/#" matches "a"
-    if depth == len(levels):
-        if END in node:
-            yield ()
-        return
-    for level in dict.fromkeys((levels[depth], "+")):
-        if level in node and not (level == "+" and hidden):
-            for rest in _matching(node[level], levels, depth + 1):
-                yield (level, *rest)
+        """The filters that match a topic, in no order that depends on how they came. A topic may have 32,767 levels."""
+        levels = topic.split("/")
+        found: list[str] = []
+        # Nodes that match the levels so far, each with its path, from the last one pushed on.
+        nodes: list[tuple[Node, tuple[str, ...]]] = [(self._root, ())]
+        while nodes:
+            node, path = nodes.pop()
+            depth = len(path)
+            hidden = depth == 0 and levels[0].startswith("$")  # [MQTT-4.7.2-1]
+            if "#" in node and not hidden:
+                found.append("/".join((*path, "#")))  # also the parent level: "a/#" matches "a"
+            if depth == len(levels):
+                if END in node:
+                    found.append("/".join(path))
+                continue
+            nodes += (
+                (node[level], (*path, level))
+                for level in dict.fromkeys((levels[depth], "+"))
+                if level in node and not (level == "+" and hidden)
+            )
+        return sorted(found)

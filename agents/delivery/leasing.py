@@ -11,13 +11,12 @@ overdue leases return, or their messages are dead.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Final, Generic, TypeAlias, TypeVar
 
 from msgspec import Struct
 
-from agents.delivery.members import Member, Members, Reach, Round
+from agents.delivery.members import Member, Members, Reach, Round, in_turn
 from agents.delivery.window import Lease, Waiting, Window
 from agents.due import INDEX, MEMBER, WINDOW, DueTimes, due_member
 from agents.effects import Effect, HandOut, Output, SetIndex
@@ -37,6 +36,8 @@ REST_MS_MAX: Final = 60_000
 WORK: Final = "work"  # the index of members whose round goes on, in their order
 WAITING: Final = "waiting"  # the index of windows with something to be handed out that nobody took
 RESUME: Final = "\0resume"  # no member's name: all windows that wait, after a pause
+
+TOO_LARGE: Final = "the command to deliver it was larger than Kafka takes"
 
 W = TypeVar("W", bound=Window)
 Done: TypeAlias = list[Effect | Output]
@@ -158,6 +159,7 @@ class Leasing(ABC, Generic[W]):
         )  # fmt: skip
         window.lease(waiting.message_id, held)
         member.leases[number] = key
+        member.unconfirmed += 1
         self._members.touch(reach.name)
         hand_out = HandOut(
             offset, number, member.client_id, member.epoch, waiting.message_id, self.topic_of(key),
@@ -193,16 +195,28 @@ class Leasing(ABC, Generic[W]):
         """A lease is over: its member, which is not forgotten before, has room again."""
         del self._members.by_name[lease.member].leases[lease.number]
         self._members.touch(lease.member)
-        return [] if lease.sent else self._confirmed()
+        return [] if lease.sent else self._confirmed(lease)
 
-    def _confirmed(self) -> Done:
+    def _confirmed(self, lease: Lease) -> Done:
         """One lease less that nobody has confirmed."""
-        counters = self._counters
+        counters, member = self._counters, self._members.by_name[lease.member]
+        done: Done = []
+        member.unconfirmed -= 1
+        self._members.touch(lease.member)
+        if member.awaited and lease.number <= member.epoch:
+            member.awaited -= 1
+            if not member.awaited and member.filters:
+                done += self.start_round(lease.member, member)
         counters.unconfirmed -= 1
-        if not counters.paused or counters.unconfirmed > UNCONFIRMED_MAX // 2:
-            return []
-        counters.paused = False
-        return self.resume()
+        if counters.paused and counters.unconfirmed <= UNCONFIRMED_MAX // 2:
+            counters.paused = False
+            done += self.resume()
+        return done
+
+    def begin_epoch(self, member: Member) -> None:
+        """What a member is handed from now on may not overtake what it was before."""
+        member.epoch, member.awaited = self._counters.lease, member.unconfirmed
+        member.rests_until = 0
 
     def resume(self) -> Done:
         """Have all windows that wait looked at, a piece with every tick."""
@@ -279,7 +293,7 @@ class Leasing(ABC, Generic[W]):
             lease.sent = True
             lease.deliveries += 1
             lease.holders = window.with_holder(lease.holders, report.client_id, report.alias)
-            done += self._confirmed()
+            done += self._confirmed(lease)
             self._reached(lease.member)
             if report.alias is not None:
                 window.aliases[report.alias] = report.message_id
@@ -312,12 +326,15 @@ class Leasing(ABC, Generic[W]):
         if found is None:
             return []
         key, lease = found
-        if event.reason == "gone":
+        if event.reason in ("gone", "too_large"):
             window = self.window(offset, key)
             done = self.release(lease)
             window.remove(event.message_id)
-            if lease.stored:
+            if lease.stored and event.reason == "gone":
                 done += self.acknowledged(offset, key, event.message_id, lease.score)
+            elif lease.stored:
+                waiting = Waiting(lease.score, event.message_id, lease.deliveries, lease.holders)
+                done += self.given_up(offset, key, waiting, TOO_LARGE, now_ms)
             return [*done, *self.freed(offset, key, (lease.member,), now_ms)]
         done = self.give_back(offset, key, event.message_id, now_ms)
         member = self._members.by_name[lease.member]
@@ -346,11 +363,10 @@ class Leasing(ABC, Generic[W]):
                 at.topic_filter, at.after, at.everything = "", "", True
             return []
         if everything:
-            at = Round()
-        member.round = Round(
-            at.topic_filter, at.after, active=True, everything=at.everything or everything
-        )
-        return self.queue_work(name)
+            at = Round(everything=True)
+        goes = not member.awaited  # else when nothing is any more
+        member.round = Round(at.topic_filter, at.after, active=goes, everything=at.everything)
+        return self.queue_work(name) if goes else []
 
     def queue_work(self, name: str) -> Done:
         """One more that ticks work for, behind those that wait for it."""
@@ -371,21 +387,3 @@ class Leasing(ABC, Generic[W]):
         done += self.freed(offset, key, dict.fromkeys(lease.member for _, lease in overdue), now_ms)
         done += self._deadline(key, window, window.next_deadline())
         return done
-
-
-def in_turn(
-    reaches: Sequence[Reach], turn: str, waiting: Waiting, max_inflight: int
-) -> Reach | None:
-    """The first member behind the one served last that can take a message; None if no one can."""
-    first = bisect_right(reaches, turn, key=lambda reach: reach.name)
-    for at in range(first, first + len(reaches)):
-        reach = reaches[at % len(reaches)]
-        if reach.member.available() and can_take(reach, waiting, max_inflight):
-            return reach
-    return None
-
-
-def can_take(reach: Reach, waiting: Waiting, max_inflight: int) -> bool:
-    """Whether a member has room for a message that is for Millpond to hand to it."""
-    within = reach.newest is None or waiting.score <= reach.newest
-    return within and len(reach.member.leases) < max_inflight

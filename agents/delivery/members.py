@@ -5,14 +5,15 @@ All of them are in memory: a partition's state of a member is some hundred bytes
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
 from msgspec import Struct, field
 
 from agents.delivery.filter_tree import FilterTree
+from agents.delivery.window import Waiting
 from agents.effects import SetState
 from schemas.filters import WILDCARDS, split_share
 
@@ -49,7 +50,9 @@ class Member(Struct, array_like=True):
     `joined_at` is the source offset of the latest word of it: older ones are ignored. Leases up to `epoch` are of a
     time that is over. `leases` are the numbers of those in its hands and the windows they are of. `rests_until` (ms) after
     `failures` commands in a row that did not reach it. `served` is how many topics had ever begun to wait when it had
-    gone through all of its own. Without filters it is to be forgotten at `forget_at` (ms).
+    gone through all of its own. Without filters it is to be forgotten at `forget_at` (ms). `unconfirmed` counts
+    its leases that nobody has reported yet, `awaited` those of them up to `epoch`: until they are, it gets nothing new, or
+    that would overtake them.
     """
 
     client_id: str
@@ -63,6 +66,8 @@ class Member(Struct, array_like=True):
     round: Round = field(default_factory=Round)
     served: int = 0
     forget_at: int = 0
+    unconfirmed: int = 0
+    awaited: int = 0
 
     def spans(self, topic: str) -> bool:
         """Whether another topic than this one may wait for it."""
@@ -70,7 +75,11 @@ class Member(Struct, array_like=True):
 
     def available(self) -> bool:
         """Whether it may be handed something now, if it has room. One on its round gets only what that brings."""
-        return not self.rests_until and not self.round.active
+        return self.ready() and not self.round.active
+
+    def ready(self) -> bool:
+        """Whether its commands would be carried out, behind all that it was sent before."""
+        return not self.rests_until and not self.awaited
 
 
 class Reach(NamedTuple):
@@ -257,6 +266,24 @@ def make_reach(name: str, member: Member, held: list[Held]) -> Reach:
     broker_delivers = all(each.broker_delivers for each in held)
     newest = max(each.since for each in held) if broker_delivers else None
     return Reach(name, member, max(each.qos for each in held), newest)
+
+
+def in_turn(
+    reaches: Sequence[Reach], turn: str, waiting: Waiting, max_inflight: int
+) -> Reach | None:
+    """The first member behind the one served last that can take a message; None if no one can."""
+    first = bisect_right(reaches, turn, key=_name_of)
+    for at in range(first, first + len(reaches)):
+        reach = reaches[at % len(reaches)]
+        if reach.member.available() and can_take(reach, waiting, max_inflight):
+            return reach
+    return None
+
+
+def can_take(reach: Reach, waiting: Waiting, max_inflight: int) -> bool:
+    """Whether a member has room for a message that is for Millpond to hand to it."""
+    within = reach.newest is None or waiting.score <= reach.newest
+    return within and len(reach.member.leases) < max_inflight
 
 
 def member_name(client_id: str, topic_filter: str) -> tuple[str, str]:

@@ -35,8 +35,8 @@ class Membership(Leasing[W]):
         """A member's subscription was given up, and not only its connection."""
         return []
 
-    def went(self, name: str, now_ms: int, *, ended: bool) -> Done:
-        """A member has gone; `ended` with its session."""
+    def went(self, name: str, topic_filter: str, now_ms: int, *, ended: bool) -> Done:
+        """A member is no longer served by a filter, since it has gone; `ended` with its session."""
         return []
 
     @abstractmethod
@@ -57,11 +57,15 @@ class Membership(Leasing[W]):
         elif event.source_offset < member.joined_at:
             return []  # old news, told again
         elif member.session != event.session:
-            done += self._leave(offset, name, member, now_ms, ended=True)
+            done += self._leave(offset, name, topic_filter, now_ms, ended=True)
             member.session = event.session
         rested = member.rests_until > 0
-        member.joined_at, member.epoch = event.source_offset, self._counters.lease
-        member.rests_until = member.failures = 0
+        member.joined_at = event.source_offset
+        if rested or not member.filters or topic_filter in member.filters:
+            # Over a new connection, as far as can be told.
+            self.begin_epoch(member)
+            done += self._end_with_validity(offset, name, member, now_ms, unsent=True)
+            member.failures = 0
         done += self.remember(name, topic_filter, event, score)
         known = member.filters.get(topic_filter)
         since = score if known is None else known.since
@@ -75,12 +79,11 @@ class Membership(Leasing[W]):
         """A client is no longer to be served: by one filter, or, without its session or connection, at all."""
         name, topic_filter = member_name(event.client_id, event.topic_filter)
         member = self._members.by_name.get(name)
-        if (
-            member is None
-            or event.source_offset < member.joined_at
-            or event.session != member.session
-        ):
-            return []
+        if member is None:
+            # Long forgotten; what it is remembered by besides may go on from here to its end.
+            return self.went(name, topic_filter, now_ms, ended=event.reason == "session_ended")
+        if event.source_offset < member.joined_at or event.session < member.session:
+            return []  # old news, told again
         member.joined_at = event.source_offset
         done: Done = []
         if event.reason == "unsubscribed":
@@ -89,32 +92,41 @@ class Membership(Leasing[W]):
             if member.filters:
                 return done
         ended = event.reason == "session_ended"
-        return [*done, *self._leave(offset, name, member, now_ms, ended=ended)]
+        return [*done, *self._leave(offset, name, topic_filter, now_ms, ended=ended)]
 
-    def _leave(self, offset: int, name: str, member: Member, now_ms: int, *, ended: bool) -> Done:
-        """A member has gone. What it has returns: at once if its session `ended`, else when the copies' validity does."""
-        done = self.went(name, now_ms, ended=ended)
-        for topic_filter in list(member.filters):
+    def _leave(self, offset: int, name: str, left: str, now_ms: int, *, ended: bool) -> Done:
+        """A member has gone, as the word about one of its filters says. What it has returns: at once if its session `ended`, else when the copies' validity does."""
+        done: Done = []
+        member = self._members.by_name[name]
+        for topic_filter in dict.fromkeys((*member.filters, left)):
             self._members.let_go(name, topic_filter)
+            done += self.went(name, topic_filter, now_ms, ended=ended)
         self._members.touch(name)
         member.forget_at = now_ms + FORGET_MS
         done.append(self._due.falls_due(due_member(MEMBER, name), member.forget_at))
+        if not ended:
+            return [*done, *self._end_with_validity(offset, name, member, now_ms, unsent=False)]
         keys = dict.fromkeys(member.leases.values())
         for key in keys:
             window = self.window(offset, key)
-            theirs = [
-                (each, lease) for each, lease in window.leases.items() if lease.member == name
-            ]
-            for message_id, lease in theirs:
-                if ended:
-                    done += self.give_back(offset, key, message_id, now_ms)
-                else:
+            for message_id in [each for each, held in window.leases.items() if held.member == name]:
+                done += self.give_back(offset, key, message_id, now_ms)
+        for key in keys:
+            done += self.dispatch(offset, key, now_ms)
+        return done
+
+    def _end_with_validity(
+        self, offset: int, name: str, member: Member, now_ms: int, *, unsent: bool
+    ) -> Done:
+        """The leases of a member, or only those that nobody has reported, end when the validity of their copies does."""
+        done: Done = []
+        for key in dict.fromkeys(member.leases.values()):
+            window = self.window(offset, key)
+            for lease in window.leases.values():
+                if lease.member == name and not (unsent and lease.sent):
                     valid_until = lease.leased_at + COMMAND_VALID_FOR_S * 1000
                     lease.until = min(lease.until, max(valid_until, now_ms))
                     done += self._deadline(key, window, lease.until)
-        if ended:
-            for key in keys:
-                done += self.dispatch(offset, key, now_ms)
         return done
 
     def member_due(self, name: str, now_ms: int) -> Done:
@@ -130,5 +142,5 @@ class Membership(Leasing[W]):
             return []
         if member.rests_until > now_ms:
             return [self._due.falls_due(due_member(MEMBER, name), member.rests_until)]
-        member.rests_until, member.epoch = 0, self._counters.lease
+        self.begin_epoch(member)
         return self.start_round(name, member)

@@ -9,8 +9,8 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from agents.delivery.leasing import RESUME, WAITING, WORK, Done, W, can_take
-from agents.delivery.members import Member, Reach, Round, is_wildcard
+from agents.delivery.leasing import RESUME, WAITING, WORK, Done, W
+from agents.delivery.members import Member, Reach, Round, can_take, is_wildcard
 from agents.delivery.membership import Membership
 from agents.effects import SetIndex
 from agents.ports import Read, ReadBelow, ReadNames
@@ -182,7 +182,7 @@ class Rounds(Membership[W]):
             at.whole = waits == self._counters.waits
         stops, then = self._stops(name, member)
         last, done = self._serve(offset, name, stops, now_ms)
-        if len(member.leases) >= self.inflight_max() or member.rests_until or self.pauses():
+        if len(member.leases) >= self.inflight_max() or not member.ready() or self.pauses():
             # No room for anything: it goes on from here when it has.
             topic_filter, topic = (at.topic_filter, at.after) if last is None else last[1:]
             member.round = Round(topic_filter, topic, everything=at.everything)
@@ -227,7 +227,7 @@ class Rounds(Membership[W]):
     def _hand_one(self, done: Done, offset: int, name: str, key: str, now_ms: int) -> bool:
         delivery, waiting = self.delivery(key), self.window(offset, key).next()
         reach = self._reach(name, key)
-        if delivery is None or waiting is None or reach is None or reach.member.rests_until:
+        if delivery is None or waiting is None or reach is None or not reach.member.ready():
             return False
         if not can_take(reach, waiting, delivery.max_inflight):
             return False  # what is next need not be known then

@@ -87,9 +87,11 @@ class Window(Struct, array_like=True, dict=True):
         self.read_to = self.cursor
 
     def supply(self, entries: list[tuple[str, int]], limit: int, last: int) -> None:
-        """What the index holds behind `read_to`; less than was asked for is all there is."""
-        self.ahead.update(entries)
-        self.read_to = entries[-1][1] if len(entries) >= limit else last
+        """What the index holds behind `read_to`; less than was asked for is all there is. What is behind `last` is of a
+        publish that has yet to be folded, or will be again: on a Redis Cluster it is stored before its fence.
+        """
+        self.ahead.update(entry for entry in entries if entry[1] <= last)
+        self.read_to = min(entries[-1][1], last) if len(entries) >= limit else last
 
     def trim(self) -> None:
         """Of what is ahead, remember only what is handed out next."""

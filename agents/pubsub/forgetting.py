@@ -35,7 +35,7 @@ class Forgetting(Readers):
     def forget(self, offset: int, name: str, topic_filter: str, now_ms: int, score: int) -> Done:
         """See `Membership`. A group goes on without one of its members."""
         if subscriber_of(name, topic_filter) != name:
-            return self._group_went(name, [topic_filter], now_ms)
+            return self.went(name, topic_filter, now_ms, ended=False)
         subscriber = self._subscribers.touch(offset, name)
         if subscriber.known.pop(topic_filter, None) is None:
             return []
@@ -43,21 +43,12 @@ class Forgetting(Readers):
         leased = dict.fromkeys(self._members.by_name[name].leases.values())
         return self._start_forgetting(offset, name, leased, now_ms, score)
 
-    def went(self, name: str, now_ms: int, *, ended: bool) -> Done:
-        """See `Membership`."""
-        member = self._members.by_name[name]
-        if subscriber_of(name, "") != name:
-            return self._group_went(name, list(member.filters), now_ms)
-        return self._gone(name, now_ms) if ended else []
-
-    def _group_went(self, name: str, topic_filters: Iterable[str], now_ms: int) -> Done:
-        """Whose last member has gone, whatever for, is a subscriber that has gone."""
-        done: Done = []
-        for topic_filter in topic_filters:
-            subscriber = subscriber_of(name, topic_filter)
-            if set(self._members.group(shown(subscriber))) <= {name}:
-                done += self._gone(subscriber, now_ms)
-        return done
+    def went(self, name: str, topic_filter: str, now_ms: int, *, ended: bool) -> Done:
+        """See `Membership`. A group has gone with its last member, whatever that went for."""
+        subscriber = subscriber_of(name, topic_filter)
+        if subscriber == name:
+            return self._gone(name, now_ms) if ended else []
+        return [] if self._members.group(shown(subscriber)) else self._gone(subscriber, now_ms)
 
     def _gone(self, key: str, now_ms: int) -> Done:
         subscriber = self._subscribers.touch(0, key)

@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from agents.delivery.dead import DeadMessage
-from agents.delivery.leasing import Done, in_turn
+from agents.delivery.leasing import Done
+from agents.delivery.members import in_turn
 from agents.delivery.window import Waiting, holds
 from agents.due import DEAD, MESSAGE, SUBSCRIBER
 from agents.effects import Effect, HandOut, Refusal, SetIndex
@@ -202,7 +203,9 @@ class PubsubMachine(Trimming):
         for subscriber in dead.subscribers:
             key = reader_key(subscriber, topic)
             reader = self.window(offset, key)
-            if reader.made_at is not None and message_id not in reader.requeued:
+            here = message_id in reader.leases or reader.returned_as(message_id) is not None
+            comes = here or dead.score > reader.cursor or message_id in reader.requeued
+            if reader.made_at is not None and not comes:
                 reader.requeued.append(message_id)
                 reader.take_back(Waiting(dead.score, message_id))
                 done += self.dispatch(offset, key, now_ms)
@@ -239,6 +242,8 @@ class PubsubMachine(Trimming):
     def refused(self, event: Event, refusal: Refusal) -> Sequence[Effect]:
         """A foreign key was in the way of a message: it is not stored. Who has a copy keeps it for himself."""
         if isinstance(event, MessagePublished) and refusal.part in ("body", "index"):
-            shorter = self._shorter(refusal.offset, event.topic, 1)
+            again = event.message_id in self._refused  # body and index alike
+            self._refused[event.message_id] = None
+            shorter = [] if again else self._shorter(refusal.offset, event.topic, 1)
             return [*shorter, *self._keeper.refused(event, refusal)]
         return self._keeper.refused(event, refusal)

@@ -47,6 +47,7 @@ class Trimming(Forgetting):
         self._forget_entries()
 
     def _forget_entries(self) -> None:
+        self._refused: dict[str, None] = {}  # messages of which a part was
         # Supplied for a batch: where messages are in their index; the oldest entries of indexes, and how many were
         # asked for; the logs whose head is being read.
         self._places: dict[tuple[str, str], int | None] = {}

@@ -42,7 +42,7 @@ class Indexes:
         self.oldest[read.topic] = answer, read.limit
         self.places |= {(read.topic, message_id): score for message_id, score in answer}
 
-    def behind(self, cursor: int, topic: str, message_id: str) -> bool:
-        """Whether a message is in its topic's index behind a score, as far as was told."""
+    def between(self, cursor: int, last: int, topic: str, message_id: str) -> bool:
+        """Whether a message is in its topic's index behind a score and up to another, as far as was told."""
         message = topic, message_id
-        return message not in self.left and (self.places.get(message) or 0) > cursor
+        return message not in self.left and cursor < (self.places.get(message) or 0) <= last

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from agents.delivery.dead import DeadMessage
-from agents.delivery.leasing import WAITING, Done, in_turn
+from agents.delivery.leasing import WAITING, Done
 from agents.delivery.machine import DeliveryMachine
-from agents.delivery.members import Reach
+from agents.delivery.members import Reach, in_turn
 from agents.delivery.rounds import PAGE_MAX, literal_prefix
 from agents.delivery.window import Waiting, holds
 from agents.due import DEAD, INDEX, MESSAGE, due_member
@@ -239,7 +239,9 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
             return lease.stored
         if message_id in window.ahead or window.returned_as(message_id) is not None:
             return True
-        return not window.complete() and self._indexes.behind(window.cursor, topic, message_id)
+        if window.complete():
+            return False
+        return self._indexes.between(window.cursor, window.last, topic, message_id)
 
     def _is_known(self, topic: str, message_id: str) -> bool:
         """Whether a message is stored, leased, or was so in this batch: a store removes last, and could not keep it."""

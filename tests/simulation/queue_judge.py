@@ -8,8 +8,8 @@ import msgspec
 
 from agents.delivery import leasing
 from agents.delivery.dead import unpack as unpack_dead
-from agents.delivery.leasing import WAITING, WORK, Counters, in_turn
-from agents.delivery.members import Members
+from agents.delivery.leasing import WAITING, WORK, Counters
+from agents.delivery.members import Members, in_turn
 from agents.delivery.window import Waiting
 from agents.keeping import unpack as unpack_retained
 from agents.plans import Plans

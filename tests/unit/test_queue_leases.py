@@ -7,6 +7,7 @@ import pytest
 from agents.delivery import leasing, window
 from agents.delivery.dead import DEAD_LETTER_RETENTION_MS
 from schemas import keys
+from schemas.commands import COMMAND_VALID_FOR_S
 from schemas.events import DeliveriesSent, Sent
 from tests import given
 from tests.delivering import AT, Delivering
@@ -148,6 +149,46 @@ def test_a_rest_doubles_and_ends_with_a_join_or_with_a_copy_that_arrives() -> No
     assert world.taken() == [("a", "m2")]
 
 
+def test_nothing_new_overtakes_what_is_still_under_way_to_a_member_that_comes_back() -> None:
+    world = a_queue()
+    world.join("a")
+    world.publish("m1", "m2", "m3")
+    first, second, third = world.take()
+    # Given a connection that breaks before the first one was sent, and is made anew
+    world.fail([first], "no_client")
+    world.join("a")
+    world.publish("m4")
+    assert world.take() == []
+    # When the others have failed, too, Then all of them come, in order, in an epoch of their own
+    world.fail([second, third], "stale")
+    again = world.take()
+    assert [each.message_id for each in again] == ["m1", "m2", "m3", "m4"]
+    assert all(each.epoch > third.epoch for each in again)
+
+
+def test_what_is_under_way_to_a_member_that_comes_back_is_waited_for_until_its_validity_ends() -> (
+    None
+):
+    world = a_queue()
+    world.join("a")
+    world.publish("m1")
+    world.take()
+    world.join("a")
+    world.publish("m2")
+    assert world.take() == []
+    world.at(world.now_ms + COMMAND_VALID_FOR_S * 1000)
+    assert world.taken() == [("a", "m1"), ("a", "m2")]
+
+
+def test_a_second_subscription_does_not_wait_for_what_is_under_way() -> None:
+    world = a_queue()
+    world.join("a")
+    world.publish("m1")
+    world.join("a", "queue/b")
+    world.publish("m2", topic="queue/b")
+    assert world.taken() == [("a", "m1"), ("a", "m2")]
+
+
 def test_commands_of_an_epoch_that_is_over_do_not_send_a_member_to_rest() -> None:
     world = a_queue()
     world.join("a")
@@ -155,10 +196,18 @@ def test_commands_of_an_epoch_that_is_over_do_not_send_a_member_to_rest() -> Non
     first, second = world.take()
     world.fail([first], "no_client")
     world.at(world.now_ms + leasing.REST_MS)
-    (again,) = world.take()
-    assert again.epoch > second.epoch
-    world.fail([second], "no_client")
-    assert world.taken() == [("a", "m2")]
+    assert world.take() == []
+    world.fail([second], "stale")
+    assert world.taken() == [("a", "m1"), ("a", "m2")]
+
+
+def test_a_message_whose_command_is_too_large_is_dead() -> None:
+    world = a_queue()
+    world.join("a")
+    world.publish("m1")
+    world.fail(world.take(), "too_large")
+    assert world.stored("queue/a") == []
+    assert list(world.table("dead")) == ["m1"]
 
 
 def test_a_message_whose_body_is_missing_ends() -> None:

@@ -69,7 +69,7 @@ def test_old_news_of_a_member_is_ignored() -> None:
     world = a_queue()
     world.join("a", source_offset=10)
     world.leave("a", source_offset=9)
-    world.leave("a", source_offset=11, session=7)
+    world.leave("a", source_offset=11, session=0)
     world.join("a", "queue/b", source_offset=9)
     world.leave("stranger")
     world.publish("m1")
