@@ -77,6 +77,7 @@ def check_windows(state: State) -> None:
         assert window.length == len(stored), f"{topic} counts {window.length} of {stored}"
         held = [name for name, lease in window.leases.items() if lease.stored]
         back = [each.message_id for each in window.returned]
+        assert window.returned == sorted(window.returned)
         assert window.stored_leases == len(held)
         assert not set(held) & set(back) and len(back) == len(set(back))
         assert {*held, *back} <= set(stored), f"{topic}: {held} and {back} are not in {stored}"

@@ -147,3 +147,14 @@ def test_a_failed_command_returns_and_the_member_rests() -> None:
     (again,) = world.take()
     assert (again.message_id, again.attempt) == ("m1", 1)
     assert again.epoch != commands[0].epoch
+
+
+def test_what_comes_back_is_handed_out_in_log_order() -> None:
+    world = a_queue()
+    world.join("a")
+    world.publish("m1", "m2", "m3")
+    commands = world.take()
+    for each in reversed(commands):
+        world.fail([each], "no_client")
+    world.join("b")
+    assert world.hand_over() == [("b", "m1"), ("b", "m2"), ("b", "m3")]
