@@ -51,6 +51,8 @@ class Commander(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka sh
             group_id=keys.bridge_group_id(self._settings.app),
             enable_auto_commit=False,
             auto_offset_reset="earliest",
+            session_timeout_ms=int(self._settings.worker.session_timeout_s * 1000),
+            heartbeat_interval_ms=int(self._settings.worker.session_timeout_s * 1000 / 4),
             **self._settings.kafka.client_options(),
         )
         self._consumer.subscribe([keys.DELIVERIES_TOPIC], listener=self)
