@@ -17,7 +17,7 @@ from typing import Final
 from redis import Redis
 
 from schemas import codec, keys
-from tests.benchmarks import clients, latency, limit, memory, race, scene, venvs
+from tests.benchmarks import clients, delivery, latency, limit, memory, race, scene, venvs
 from tests.benchmarks.clients import SESSIONS
 from tests.benchmarks.events import PARTITIONS, TOPICS, event, fill, publishes
 from tests.benchmarks.latency import Latency
@@ -35,8 +35,12 @@ from tests.benchmarks.race import (
 from tests.benchmarks.table import Row, most_row, progress, ratio_row, show, thousands
 
 LIMIT, LATENCY, MEMORY, PRESENCE, REGISTRY = "limit", "latency", "memory", "presence", "registry"
+QUEUE, HAND_OUT, BACKLOG, PUBSUB, IDLE = "queue", "queue-latency", "backlog", "pubsub", "idle"
 RACERS: Final = (*SCRIPTS, TWO)
-PARTS: Final = (LIMIT, *(each.name for each in RACERS), LATENCY, MEMORY, PRESENCE, REGISTRY)
+PARTS: Final = (
+    LIMIT, *(each.name for each in RACERS), LATENCY, MEMORY, PRESENCE, REGISTRY,
+    QUEUE, HAND_OUT, BACKLOG, PUBSUB, IDLE,
+)  # fmt: skip
 
 
 def main() -> None:
@@ -64,7 +68,23 @@ def main() -> None:
         rows += _presence_rows(arguments.rounds)
     if REGISTRY in asked:
         rows += _registry_rows()
+    rows += _delivery_rows(asked, arguments)
     show(rows, notes)
+
+
+def _delivery_rows(asked: Sequence[str], arguments: argparse.Namespace) -> list[Row]:
+    rows: list[Row] = []
+    if QUEUE in asked:
+        rows += delivery.queue_rows(arguments.rounds)
+    if HAND_OUT in asked:
+        rows += delivery.latency_rows(arguments.seconds)
+    if BACKLOG in asked:
+        rows += delivery.backlog_rows()
+    if PUBSUB in asked:
+        rows += delivery.pubsub_rows(arguments.rounds)
+    if IDLE in asked:
+        rows += delivery.idle_rows()
+    return rows
 
 
 def _arguments() -> argparse.Namespace:

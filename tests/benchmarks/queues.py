@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 
 from redis import Redis
 
+from pipeline.stores.packing import BODY_FIELDS
 from schemas import keys
 from schemas.events import (
     DeliveriesSent,
@@ -22,7 +23,7 @@ from schemas.events import (
 from schemas.keys import Partition
 from schemas.leases import lease_name
 from tests import given
-from tests.benchmarks import scene
+from tests.benchmarks import limit, scene
 from tests.benchmarks.events import FIRST_MS, PARTITIONS, PAYLOAD, fill
 from tests.benchmarks.progress import until_applied
 
@@ -126,6 +127,27 @@ def run(messages: int) -> Lives:
         usec = sum(each["usec"] for each in stats.values())
     share = (last - first) / len(events)
     return Lives(messages * share / (last_at - first_at), calls / messages, usec / messages)
+
+
+def redis_limit(messages: int) -> float:
+    """Messages per second that Redis takes: what the worker writes for each, one kind of command after the other."""
+    message_id, second = limit.RANDOM_ID, str(FIRST_MS // 1000)
+    body = keys.message_body(message_id)
+    index = keys.message_index(topic_name(0).replace("0000000", limit.RANDOM))
+    # fmt: off
+    commands = (
+        ["HSET", body, "id", message_id, "from", "device", "qos", "1", "topic", topic_name(0),
+         "payload", limit.PAYLOAD_SHAPE, "ts", second, "retain", "false"],
+        ["PEXPIREAT", body, f"9{FIRST_MS}"],
+        ["ZADD", index, "NX", f"1700{limit.RANDOM}", message_id],
+        ["ZREM", index, message_id],
+        ["HDEL", body, *BODY_FIELDS],
+    )
+    # fmt: on
+    with TemporaryDirectory() as name, scene.redis(Path(name) / "redis") as redis:
+        address = scene.address(redis)
+        seconds = sum(messages / limit.rate(address, messages, command) for command in commands)
+    return messages / seconds
 
 
 def _verify(redis: Redis) -> None:

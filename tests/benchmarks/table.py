@@ -49,6 +49,13 @@ def ratio_row(
     )
 
 
+def least_row(what: str, rates: Sequence[float], least: float) -> Row:
+    """A rate that is to be reached: the median, with the lowest and the highest."""
+    middle = median(rates)
+    spread = f"{thousands(min(rates))}–{thousands(max(rates))}" if len(rates) > 1 else ""
+    return Row(what, spread, thousands(middle), f"at least {thousands(least)}", middle >= least)
+
+
 def most_row(what: str, figures: str, value: float, most: float, unit: str) -> Row:
     """A figure that is to stay below a limit."""
     shown = f"{value:.2f}" if unit == "x" else f"{value:.1f} {unit}"
