@@ -142,6 +142,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
             indexed = (event.qos > 0 or plan.store_qos0) and not acked
             done += self._keeper.published(offset, event, score, indexed=indexed)
             if indexed:
+                self._windows[event.topic].expiring |= event.expires_at is not None
                 done += self._append(offset, event.topic, event.message_id, score, now_ms)
             elif event.qos == 0 and not acked:
                 done += self._pass_on(offset, event, score)
@@ -164,9 +165,8 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
             self._indexes.places[topic, message_id] = score
         done: Done = []
         for _ in range(OVERFLOW_MAX):
-            if limit is None or window.length <= limit:
+            if delivery is None or limit is None or window.length <= limit:
                 break
-            assert delivery is not None, "it has a limit"
             done += self._overflow(offset, topic, now_ms, dead=delivery.dead_on_overflow)
         return [*done, *self.dispatch(offset, topic, now_ms)]
 
@@ -186,8 +186,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         if delivery is None or not reaches or self.pauses():
             return []
         waiting = Waiting(score, event.message_id)
-        reach = in_turn(reaches, window.turn, waiting, delivery.max_inflight)
-        if reach is None:
+        if (reach := in_turn(reaches, window.turn, waiting, delivery.max_inflight)) is None:
             return []
         window.turn = reach.name
         hand_out = HandOut(
@@ -220,15 +219,22 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         return []
 
     def _served_by_broker(self, topic: str, client_id: str) -> bool:
-        names = {name for name, _ in self._members.of_client(client_id)}
-        return bool(names) and any(
-            reach.newest is not None for reach in self.reaching(topic) if reach.name in names
+        return any(
+            reach.newest is not None
+            for name, _ in self._members.of_client(client_id)
+            for reach in self._members.reach(name, topic)
         )
 
     def acknowledged(self, offset: int, key: str, message_id: str, score: int) -> Done:
         """See `Leasing`: the ack deletes."""
         self._leaves(key, message_id)
-        return [*self._keeper.unindex(offset, key, (message_id,))]
+        return self._unindex(offset, key, message_id)
+
+    def _unindex(self, offset: int, topic: str, message_id: str) -> Done:
+        done: Done = [*self._keeper.unindex(offset, topic, (message_id,))]
+        if self._windows[topic].expiring:
+            done.append(SetDue(due_member(MESSAGE, topic, message_id), None))
+        return done
 
     # -- what is stored no more -----------------------------------------------------------------------------
 
@@ -245,9 +251,8 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
 
     def _is_known(self, topic: str, message_id: str) -> bool:
         """Whether a message is stored, leased, or was so in this batch: a store removes last, and could not keep it."""
-        leased = message_id in self._windows[topic].leases
-        here = leased or (topic, message_id) in self._indexes.left
-        return here or self._is_stored(topic, message_id)
+        here = message_id in self._windows[topic].leases or self._is_stored(topic, message_id)
+        return here or (topic, message_id) in self._indexes.left
 
     def _leaves(self, topic: str, message_id: str) -> None:
         """A stored message that is not in the window any more is not in the index either."""
@@ -262,7 +267,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
     def _unstore(self, offset: int, topic: str, message_id: str) -> Done:
         """A stored message goes."""
         self._forget(topic, message_id)
-        return [*self._keeper.unindex(offset, topic, (message_id,))]
+        return self._unindex(offset, topic, message_id)
 
     def given_up(self, offset: int, key: str, waiting: Waiting, reason: str, now_ms: int) -> Done:
         """See `Leasing`: the message leaves the queue, and is kept as dead."""
@@ -290,8 +295,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
             done += self.release(lease)
             window.remove(message_id)
             done += self.freed(offset, topic, (lease.member,), now_ms)
-        lifetime = self._keeper.plans.of(topic).index_lifetime_ms
-        end = earliest(score // 1000, lifetime, None)
+        end = earliest(score // 1000, self._keeper.plans.of(topic).index_lifetime_ms, None)
         done.append(Reindex(offset, topic, message_id, score, end))
         if end is not None:
             done.append(self._due.falls_due(due_member(INDEX, topic), end))

@@ -10,10 +10,13 @@ from agents.delivery.window import Window
 
 
 class QueueWindow(Window, array_like=True, dict=True):
-    """`length` counts the stored messages, leased ones among them; `last` is the place of the newest in the log (a score)."""
+    """`length` counts the stored messages, leased ones among them; `last` is the place of the newest in the log (a score);
+    `expiring` once a message came with an expiry of its own.
+    """
 
     length: int = 0
     last: int = 0
+    expiring: bool = False
 
     @property
     def ready(self) -> int:
@@ -35,7 +38,7 @@ class QueueWindow(Window, array_like=True, dict=True):
     def clear(self) -> None:
         """Forget the place in the log and the turn; it is empty."""
         self.cursor = self.last = 0
-        self.turn, self.due = "", None
+        self.turn, self.due, self.expiring = "", None, False
         self.forget_ahead()
 
     def first(self, score: int) -> None:

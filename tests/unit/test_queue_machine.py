@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from agents.delivery import leasing
+from agents.due import MESSAGE
+from pipeline.stores.memory_server import Zset
+from schemas import keys
 from tests import given
 from tests.delivering import Delivering
 
@@ -158,3 +161,14 @@ def test_what_comes_back_is_handed_out_in_log_order() -> None:
         world.fail([each], "no_client")
     world.join("b")
     assert world.hand_over() == [("b", "m1"), ("b", "m2"), ("b", "m3")]
+
+
+def test_nothing_falls_due_for_a_message_that_was_acknowledged_before_its_expiry() -> None:
+    world = a_queue()
+    world.join("a")
+    for name in ("m1", "m2"):
+        world.publish(name, expires_at=world.now_ms + 3_600_000)
+    world.hand_over()
+    world.ack("a", "m1", "m2")
+    due = world.server.of(keys.due(world.partition), Zset)
+    assert not [name for name in due if name.startswith(MESSAGE)]
