@@ -135,8 +135,6 @@ def rule_error(rule: Rule) -> tuple[str, str] | None:
         reason = command_error(rule.hook, fields)
         if reason is not None:
             return "commands", reason
-    if rule.delivery_agent == "pubsub" and rule.overflow == "dead_letter":
-        return "overflow", "dead_letter goes with queues: a pubsub log is trimmed"
     reason = _topic_error(rule)
     return None if reason is None else ("topic", reason)
 

@@ -24,8 +24,9 @@ SETTING_ACTIONS: Final[Mapping[str, frozenset[Action]]] = {
     "ack_timeout_s": frozenset(DELIVERY_AGENTS),
     "max_deliveries": frozenset(DELIVERY_AGENTS),
     "max_length": frozenset({"on_message_fetch_for_queue", "on_message_fetch_for_pubsub"}),
-    "overflow": frozenset({"on_message_fetch_for_queue", "on_message_fetch_for_pubsub"}),
+    "overflow": frozenset({"on_message_fetch_for_queue"}),
     "start": frozenset({"on_message_fetch_for_pubsub"}),
+    "offset_retention_s": frozenset({"on_message_fetch_for_pubsub"}),
     "store_qos0": frozenset({*DELIVERY_AGENTS, "on_message_publish"}),
 }
 

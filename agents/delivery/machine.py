@@ -303,13 +303,11 @@ class DeliveryMachine(Own[W]):
         score: int,
     ) -> Done:
         """An operator's order."""
-        match event:
-            case OperatorRequeue():
-                return self.requeued(offset, event, now_ms, score)
-            case OperatorDrop():
-                return self.dropped(offset, event.topic, event.message_id)
-            case OperatorRewind():
-                return self.rewound(offset, event, now_ms, score)
+        if isinstance(event, OperatorRequeue):
+            return self.requeued(offset, event, now_ms, score)
+        if isinstance(event, OperatorDrop):
+            return self.dropped(offset, event.topic, event.message_id)
+        return self.rewound(offset, event, now_ms, score)
 
     # -- what both agents do --------------------------------------------------------------------------------
 

@@ -42,9 +42,9 @@ class Own(Rounds[W]):
     def unread(self, key: str) -> int:
         """How many messages of a window lie ahead and are not in memory."""
 
+    @abstractmethod
     def more_needed(self, key: str, publishes: int) -> int:
         """How many entries ahead so many publishes need, whoever has room."""
-        return 0
 
     @abstractmethod
     def wanted_besides(self, events: Sequence[Event]) -> list[Read]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from agents.delivery import leasing
 from agents.due import MESSAGE
+from agents.queue.machine import QueueMachine
 from pipeline.stores.memory_server import Zset
 from schemas import keys
+from schemas.events import OperatorRewind
 from tests import given
-from tests.delivering import Delivering
+from tests.delivering import AT, Delivering
 
 ACK_TIMEOUT_MS = 30_000
 
@@ -172,3 +176,18 @@ def test_nothing_falls_due_for_a_message_that_was_acknowledged_before_its_expiry
     world.ack("a", "m1", "m2")
     due = world.server.of(keys.due(world.partition), Zset)
     assert not [name for name in due if name.startswith(MESSAGE)]
+
+
+def test_a_queue_cannot_be_rewound() -> None:
+    world = a_queue()
+    world.tell(OperatorRewind(**AT, topic="queue/a", subscriber="a", after=0))
+    (letter,) = world.dead_letters
+    assert b"only a subscriber of a pubsub topic" in dict(letter.headers)["reason"]
+
+
+def test_a_queue_has_no_work_besides_rounds() -> None:
+    machine = QueueMachine()
+    with pytest.raises(AssertionError, match="no such work"):
+        machine.page_besides("?")
+    with pytest.raises(AssertionError, match="no such work"):
+        machine.work_besides(0, "?", 0)

@@ -10,6 +10,7 @@ import pytest
 
 from agents.delivery import machine as delivery
 from agents.delivery import membership
+from agents.delivery.members import Members
 from agents.queue import indexes
 from pipeline.stores.memory_server import Zset
 from schemas import keys
@@ -345,3 +346,12 @@ def test_a_message_that_the_store_refused_is_the_queues_no_longer(
     world.take()
     world.join("b")
     assert world.take() == []
+
+
+def test_a_member_that_the_store_tells_of_twice_is_one() -> None:
+    world = a_queue()
+    world.join("a")
+    held = Members()
+    for _ in range(2):
+        held.supply(world.table("members"))
+    assert [name for name, _ in held.of_client("a")] == ["a"]

@@ -201,6 +201,8 @@ RULE = '[[rule]]\nhook = "message.publish"\n'  # lines 4 and 5
         (QUEUE + "max_length = 100000001\n", 8, ["<= 100000000"]),
         (QUEUE + 'overflow = "drop"\n', 8, ["unknown overflow 'drop'"]),
         (QUEUE + 'start = "earliest"\n', 8, ["start means nothing for on_message_fetch_for_queue"]),
+        (QUEUE + "offset_retention_s = 60\n", 8, ["offset_retention_s means nothing"]),
+        (QUEUE.replace("queue", "pubsub") + 'overflow = "drop_oldest"\n', 8, ["overflow means"]),
         (QUEUE + "store_qos0 = 1\n", 8, ["store_qos0: expected `bool`"]),
         (
             RULE + 'action = "on_retain_delete"\nmax_inflight = 1\n',
