@@ -6,6 +6,11 @@ import argparse
 import time
 from collections import Counter
 
+import pytest
+
+from agents import seen
+from tests.simulation.small_limits import small_limits
+from tests.simulation.test_queue_simulation import Simulated
 from tests.simulation.world import World
 
 PROGRESS_SEEDS = 500
@@ -17,19 +22,34 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0)
     arguments = parser.parse_args()
+    worlds: dict[str, type[World | Simulated]] = {"messages": World, "queue": Simulated}
+    for agent, kind in worlds.items():
+        with pytest.MonkeyPatch.context() as patch:
+            if agent == "queue":
+                small_limits(patch)
+                patch.setattr(seen, "DEDUP_WINDOW_MS", 1_000_000)
+            go_through(agent, kind, arguments)
+
+
+def go_through(agent: str, kind: type[World | Simulated], arguments: argparse.Namespace) -> None:
+    """All seeds of one agent."""
     happened: Counter[str] = Counter()
     started = time.monotonic()
     for seed in range(arguments.first, arguments.first + arguments.seeds):
         if seed % PROGRESS_SEEDS == 0:
-            print(f"from seed {seed} on ({time.monotonic() - started:.0f} s)", flush=True)
-        world = World(seed)
+            print(f"{agent}: from seed {seed} on ({time.monotonic() - started:.0f} s)", flush=True)
+        world = kind(seed)
         try:
             world.live()
         except BaseException:
-            print(f"seed {seed} failed: python -m tests.simulation --first {seed} --seeds 1")
+            print(
+                f"{agent}: seed {seed} failed: python -m tests.simulation --first {seed} --seeds 1"
+            )
             raise
         happened += world.happened
-    print(f"{arguments.seeds} worlds in {time.monotonic() - started:.0f} s: {dict(happened)}")
+    print(
+        f"{agent}: {arguments.seeds} worlds in {time.monotonic() - started:.0f} s: {dict(happened)}"
+    )
 
 
 if __name__ == "__main__":
