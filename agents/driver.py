@@ -173,10 +173,27 @@ class PartitionDriver(Generic[Packed]):
             except (StoreDown, Fenced) as error:
                 self._notice(f"{self.partition}: {error}; loading what the store holds")
                 self._forget()
+            except Exception as error:
+                superseded = await self._superseded()
+                self._forget()
+                if not superseded:
+                    raise
+                self._notice(f"{self.partition}: {error}; but it has another owner by now: loading")
             except BaseException:
                 # The position is beyond what was stepped and never sent: nobody may write it any more.
                 self._forget()
                 raise
+
+    async def _superseded(self) -> bool:
+        """Whether somebody else may have written: what we read was then of another time than what we hold."""
+        if not self._loaded:
+            return False
+        try:
+            await self._finish()
+            await self.store.check()
+        except (StoreDown, Fenced):
+            return True
+        return False
 
     def _forget(self) -> None:
         if self._in_flight is not None:

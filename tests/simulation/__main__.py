@@ -9,8 +9,11 @@ from collections.abc import Callable
 
 import pytest
 
+from agents import seen
 from tests.simulation.pubsub_faults import judge_seed
+from tests.simulation.small_limits import small_limits
 from tests.simulation.test_pubsub_properties import LIMITS
+from tests.simulation.test_queue_simulation import Simulated
 from tests.simulation.world import World
 
 PROGRESS_SEEDS = 500
@@ -21,9 +24,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--agent", choices=["messages", "pubsub"])
+    parser.add_argument("--agent", choices=["messages", "queue", "pubsub"])
     arguments = parser.parse_args()
-    for agent, live in {"messages": messages, "pubsub": pubsub}.items():
+    for agent, live in {"messages": messages, "queue": queue, "pubsub": pubsub}.items():
         if arguments.agent in (None, agent):
             soak(agent, live, arguments.first, arguments.seeds)
 
@@ -32,6 +35,16 @@ def messages(seed: int) -> Counter[str]:
     """A world of the messages agent."""
     world = World(seed)
     world.live()
+    return world.happened
+
+
+def queue(seed: int) -> Counter[str]:
+    """A partition of the queue agent, with the limits of its tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        small_limits(patch)
+        patch.setattr(seen, "DEDUP_WINDOW_MS", 1_000_000)
+        world = Simulated(seed)
+        world.live()
     return world.happened
 
 

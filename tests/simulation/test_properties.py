@@ -187,11 +187,13 @@ class Model:
     def __init__(self) -> None:
         self.index: dict[str, dict[str, int | None]] = {}
         self.retained: dict[str, tuple[str, int | None]] = {}
-        self.now_ms = 0
+        self.now_ms = self.score = 0
         self.seen = SeenIds()
 
     def fold(self, at: int, event: Event | bytes) -> None:
         self.now_ms = max(self.now_ms, at)
+        if not isinstance(event, bytes):
+            self.score = max(at * 1000, self.score + 1)
         if isinstance(event, MessagePublished) and self.seen.add(event.message_id, self.now_ms):
             if event.expires_at is None or event.expires_at > self.now_ms:
                 self.publish(event, expires="kept" not in event.topic)
@@ -203,7 +205,9 @@ class Model:
 
         def end(lifetime_ms: int) -> int | None:
             ends = [
-                x for x in (self.now_ms + lifetime_ms if expires else None, own) if x is not None
+                x
+                for x in (self.score // 1000 + lifetime_ms if expires else None, own)
+                if x is not None
             ]
             return min(ends, default=None)
 

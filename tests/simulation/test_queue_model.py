@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -26,7 +27,7 @@ from tests.simulation import queue_judge
 from tests.simulation.player import Player, Step
 from tests.simulation.queue_judge import State
 from tests.simulation.small_limits import small_limits
-from tests.simulation.test_queue_properties import EXPIRY_MS, TABLES, steps
+from tests.simulation.test_queue_properties import CHUNK, EXPIRY_MS, SEEDS, TABLES, a_script, steps
 
 NOT_MODELLED = ("broker joins", "ack early", "other rules")
 MAX_LENGTH = {"dropping": 2, "dead on overflow": 2, "latest": 1}
@@ -120,6 +121,18 @@ class Model:
 def test_the_store_holds_and_the_agent_hands_out_what_the_model_says(
     name: str, log: list[Step]
 ) -> None:
+    follow(name, log)
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
+def test_the_same_of_long_scripts(first: int) -> None:
+    for seed in range(first, first + CHUNK):
+        print(f"seed {seed}")  # shown if it fails
+        random = Random(seed)
+        follow(random.choice(list(TABLES)), a_script(random))
+
+
+def follow(name: str, log: list[Step]) -> None:
     player, model = Player(*TABLES[name]), Model(name)
     folded = commanded = 0
     for step in time_apart(log):

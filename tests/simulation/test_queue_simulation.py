@@ -17,13 +17,12 @@ from schemas.errors import StoreDown
 from schemas.keys import Partition
 from tests.driving import Driver
 from tests.simulation import judge, queue_judge
-from tests.simulation.player import KINDS, Player, Step
+from tests.simulation.player import Player
 from tests.simulation.queue_judge import QUEUE
 from tests.simulation.small_limits import small_limits
-from tests.simulation.test_queue_properties import OTHER_RULES, TABLES, TIMES_MS, WEIGHTS
+from tests.simulation.test_queue_properties import OTHER_RULES, TABLES, a_script
 
-SEEDS, CHUNK = 500, 50
-STEPS = 50
+SEEDS, CHUNK = 400, 50
 STEPS_TO_DRAIN_MAX = 200
 
 
@@ -47,19 +46,12 @@ class Simulated:
         self.failing = self.random.choice([0, 0.01, 0.1])
         self.succeeding = self.random.choice([0, 0.05, 0.3])
         self.others: list[Driver] = []  # who do not know yet that they own it no more
-        kinds = [kind for kind in KINDS if self.random.random() < 0.85 or kind == "publish"]
-        self.kinds = [kind for kind in kinds for _ in range(WEIGHTS.get(kind, 1))]
 
     def live(self) -> None:
         """Trouble, then rest, then the judgement."""
         self.world.server.fault = self._fault
-        for _ in range(STEPS):
-            self.player.play(
-                Step(
-                    self.random.choice(self.kinds), self.random.randrange(6), self.random.randrange(8),
-                    self.random.choice(TIMES_MS),
-                )
-            )  # fmt: skip
+        for step in a_script(self.random):
+            self.player.play(step)
             if self.random.random() < self.succeeding:
                 self._succeed()
             if self.random.random() < 0.1:

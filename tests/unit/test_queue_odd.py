@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from agents import held
 from agents.effects import HandOut
 from agents.hand_outs import Message, published, stored_message
 from agents.ports import Record
@@ -114,3 +117,28 @@ def test_a_message_of_qos_0_whose_record_is_gone_is_not_handed_out() -> None:
     world.log.forget(world.partition.topic, 0, record.offset + 1)
     world.restart()
     assert [each.message_id for each in world.take()] == ["m2"]
+
+
+def test_an_owner_that_trips_over_what_its_successor_wrote_loads_instead_of_stopping(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Found by the simulation: members held in memory and windows just read were of different times."""
+    monkeypatch.setattr(held, "STATES_HELD_MAX", 0)
+    world = a_queue()
+    world.join("a")
+    world.publish("m1")
+    world.publish("x", topic="queue/x")  # by now the window of the other topic is not in memory
+    old = world.driver
+    world.restart()
+    world.fail(world.take()[:1], "no_client")
+    world.join("b")
+    world.ack("stranger", "m1")
+    assert ("b", "m1") in world.taken()
+    world.notices.clear()
+    world.append(given.acked("m1", "queue/a", client_id="b"))
+    world.feed(old)
+    assert any("another owner" in notice for notice in world.notices)
+    world.driver = old
+    world.settle()
+    assert world.stored("queue/a") == []
+    assert world.driver.machine.partition_state()["delivery"]["unconfirmed"] == 0
