@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from agents import held
+from agents.delivery.members import Members
 from agents.effects import HandOut
 from agents.hand_outs import Message, published, stored_message
 from agents.ports import Record
+from pipeline.stores.memory_server import Hash, Zset
 from schemas import keys
 from tests import given
 from tests.delivering import Delivering
@@ -142,3 +144,24 @@ def test_an_owner_that_trips_over_what_its_successor_wrote_loads_instead_of_stop
     world.settle()
     assert world.stored("queue/a") == []
     assert world.driver.machine.partition_state()["delivery"]["unconfirmed"] == 0
+
+
+def test_a_topic_that_becomes_a_queue_leaves_alone_what_lay_there_before() -> None:
+    world = a_queue()
+    world.server.values[keys.message_index("queue/a")] = Zset({"old": 1})
+    world.server.values[keys.message_body("old")] = Hash({"qos": b"1", "payload": b"old"})
+    world.publish("m1")
+    world.restart()
+    world.join("a")
+    assert world.hand_over() == [("a", "m1")]
+    world.ack("a", "m1")
+    assert world.stored("queue/a") == ["old"]
+    assert world.table("windows") == {}
+
+
+def test_members_that_a_scan_finds_twice_are_there_once() -> None:
+    members, packed = Members(), b'["c",1,1,{"queue/a":[1,5,false]}]'
+    for _ in range(2):
+        members.supply({"c": packed})
+    assert [name for name, _ in members.of_client("c")] == ["c"]
+    assert [reach.name for reach in members.reaching("queue/a")] == ["c"]
