@@ -26,7 +26,7 @@ lint: install
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/pytest tests/unit tests/simulation --cov --cov-report=term-missing:skip-covered
+	$(BIN)/pytest tests/unit tests/simulation --numprocesses auto --cov --cov-report=term-missing:skip-covered
 	$(BIN)/pytest tests/contracts tests/system
 
 # Long simulations: more seeds than CI has time for.
