@@ -17,12 +17,14 @@ from typing import Any
 import psutil
 import pytest
 
+from agents.registry import AGENT_NAMES
 from pipeline.stack.directory import ChildState, DataDirectory, StackState
 from pipeline.stack.ports import HOST, free_port
 from pipeline.stack.processes import Process, identify
 from pipeline.stack.stack import down
 from tests.servers import Server
 
+WORKERS = [f"worker {agent}" for agent in AGENT_NAMES]
 WAIT_S = 120.0  # for a condition that comes true; generous, since machines are shared
 MILLPOND = (sys.executable, "-m", "pipeline.cli")
 FREE_PORTS = ("--mqtt-port", "0", "--web-port", "0", "--kafka-port", "0", "--redis-port", "0")
@@ -113,13 +115,13 @@ def test_status_tells_addresses_processes_readiness_and_lag(home: Home) -> None:
     found = home.status()
     assert found["ready"]
     names = [process["name"] for process in found["processes"]]
-    assert names == ["kafka", "redis", "bridge embedded", "worker sessions", "worker messages"]
+    assert names == ["kafka", "redis", "bridge embedded", *WORKERS]
     for process in found["processes"]:
         assert process["ready"]
         assert psutil.pid_exists(process["pid"])
     until(
-        lambda: home.status()["lag"] == {"sessions": 0, "messages": 0},
-        "the worker to have caught up",
+        lambda: home.status()["lag"] == dict.fromkeys(AGENT_NAMES, 0),
+        "the workers to have caught up",
     )
     table = home.says("status")
     assert all(name in table for name in names)
@@ -245,7 +247,7 @@ def test_a_kafka_and_a_redis_of_ones_own_take_the_place_of_ours(
         home.says(
             "up", "--detach", *FREE_PORTS, "--kafka", own_kafka.address, "--redis", own_redis.address
         )  # fmt: skip
-        assert list(home.pids()) == ["bridge embedded", "worker sessions", "worker messages"]
+        assert list(home.pids()) == ["bridge embedded", *WORKERS]
         addresses = home.status()["addresses"]
         assert addresses["Kafka"] == own_kafka.address
         assert addresses["Redis"] == own_redis.address.removeprefix("redis://")
