@@ -43,8 +43,10 @@ def parse_lease(name: str) -> Lease:
 
 def lease_number(name: str) -> int:
     """The number of a lease, to whom it concerns; 0, which no lease has, if it is not the name of one."""
-    number = name.rpartition("/")[2]
-    return int(number) if _is_number(number) else 0
+    try:
+        return int(name[name.rfind("/") + 1 :])
+    except ValueError:
+        return 0
 
 
 def _is_number(text: str) -> bool:

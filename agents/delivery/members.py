@@ -110,6 +110,7 @@ class Members:
         self._matching: dict[str, tuple[str, ...]] = {}
         self._reaches: dict[str, list[Reach]] = {}
         self.version = 0  # counts what changes who reaches what
+        self.broker_delivers = False  # whether a broker has ever delivered to one of them itself
         self._touched: dict[str, None] = {}
 
     def supply(self, packed: Mapping[str, bytes]) -> None:
@@ -117,7 +118,8 @@ class Members:
         for name, state in packed.items():
             member = _decode(state)
             self._put(name, member)
-            for topic_filter in member.filters:
+            for topic_filter, held in member.filters.items():
+                self.broker_delivers |= held.broker_delivers
                 self._hold(name, topic_filter)
 
     def _put(self, name: str, member: Member) -> None:
@@ -215,6 +217,7 @@ class Members:
     def hold(self, name: str, topic_filter: str, held: Held) -> None:
         """A member is to be served by a filter."""
         self.by_name[name].filters[topic_filter] = held
+        self.broker_delivers |= held.broker_delivers
         self._hold(name, topic_filter)
         self.touch(name)
 

@@ -219,7 +219,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         return []
 
     def _served_by_broker(self, topic: str, client_id: str) -> bool:
-        return any(
+        return self._members.broker_delivers and any(
             reach.newest is not None
             for name, _ in self._members.of_client(client_id)
             for reach in self._members.reach(name, topic)

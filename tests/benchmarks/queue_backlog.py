@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final, NamedTuple
@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 import psutil
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
+from pipeline.lag import lag
 from schemas import codec, keys
 from schemas.events import Event
 from tests.benchmarks import scene
@@ -30,7 +31,7 @@ class Backlog(NamedTuple):
 
 
 def run(stored: int) -> Backlog:
-    """So many messages wait in one topic; then its first consumer comes."""
+    """So many messages wait in one topic, stored by a worker that is no more; then its first consumer comes."""
     with (
         TemporaryDirectory() as name,
         scene.kafka(Path(name) / "kafka") as settings,
@@ -42,11 +43,25 @@ def run(stored: int) -> Backlog:
         process = scene.millpond("worker", "worker", "queue", directory=Path(name))
         try:
             until_applied(process, redis, APP, "queue", stored)
+            _until(lambda: asyncio.run(lag(settings, APP, "queue")) == 0, "its commit")
+        finally:
+            process.kill()
+        # Another one, whose memory is not that of having stored them.
+        process = scene.millpond("successor", "worker", "queue", directory=Path(name))
+        try:
+            _until(process.ready_file.exists, "the successor to be ready")
             seconds = asyncio.run(_first_command(bootstrap))
             rss = psutil.Process(process.pid).memory_info().rss / 2**20
         finally:
             process.kill()
     return Backlog(seconds, rss)
+
+
+def _until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited for {what}"
+        time.sleep(0.1)
 
 
 def _published(stored: int) -> Iterator[tuple[int, Event]]:
