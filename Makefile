@@ -27,6 +27,7 @@ lint: install
 
 test: lint
 	$(BIN)/pytest tests/unit tests/simulation --numprocesses auto --cov --cov-report=term-missing:skip-covered
+	$(BIN)/python -m tests.simulation --agent queue --first 1000 --seeds 1500
 	$(BIN)/pytest tests/contracts tests/system --numprocesses 2 --dist loadfile
 
 # Long simulations: more seeds than CI has time for.
