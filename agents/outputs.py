@@ -29,7 +29,7 @@ from agents.ports import (
 from schemas import codec, keys
 from schemas.commands import COMMAND_VALID_FOR_S, SUBSCRIPTIONS_MAX, Deliver, Subscribe
 from schemas.events import SubscriberJoined, SubscriberLeft
-from schemas.filters import WILDCARDS, filter_error, matches
+from schemas.filters import WILDCARDS, filter_error, has_wildcard, matches
 from schemas.keys import Partition
 
 # What one look-up may bring: a client that asks for everything gets this much of it.
@@ -162,11 +162,6 @@ class Outputs:
             if topic == keys.MESSAGES_TOPIC:
                 for number in range(self.partition_count):
                     yield Partition(self._partition.app, agent, number)
-
-
-def has_wildcard(topic_filter: str) -> bool:
-    """Whether a filter matches more than the topic that is spelled like it."""
-    return any(level in WILDCARDS for level in topic_filter.split("/"))
 
 
 def _delivery(output: LookUpRetained, body: Mapping[str, bytes]) -> Deliver | None:

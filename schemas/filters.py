@@ -45,6 +45,11 @@ def split_share(topic_filter: str) -> tuple[str | None, str]:
     return group, plain
 
 
+def has_wildcard(topic_filter: str) -> bool:
+    """Whether a filter matches more than the topic that is spelled like it."""
+    return any(level in WILDCARDS for level in topic_filter.split("/"))
+
+
 def matches(topic_filter: str, topic: str) -> bool:
     """Whether a valid filter, without `$share/{group}/`, matches a topic name."""
     pattern, levels = topic_filter.split("/"), topic.split("/")

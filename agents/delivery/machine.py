@@ -13,7 +13,7 @@ import msgspec
 
 from agents.delivery.dead import DeadMessages
 from agents.delivery.leasing import Counters, Done, W
-from agents.delivery.members import Members, is_wildcard, member_name
+from agents.delivery.members import Members, member_name
 from agents.delivery.own import Own
 from agents.due import MEMBER, RETAINED, WINDOW, split_due
 from agents.effects import Effect, Output, SetDue, SetRules, SetState
@@ -43,7 +43,7 @@ from schemas.events import (
     SubscriberLeft,
     Tick,
 )
-from schemas.filters import intersects
+from schemas.filters import has_wildcard, intersects
 from schemas.leases import lease_number
 from schemas.rules import Rules
 
@@ -90,7 +90,7 @@ class DeliveryMachine(Own[W]):
 
     def owns(self, key: str) -> bool:
         """The topics of this agent's delivery rules, and wildcards that may match one of them."""
-        if not is_wildcard(key):
+        if not has_wildcard(key):
             return self.rules.owner(key) == self.agent
         filters = (rule.topic_filter for rule in self.rules.run_by_delivery(self.agent))
         return any(intersects(each, key) for each in filters)
@@ -170,7 +170,7 @@ class DeliveryMachine(Own[W]):
         member = self._members.by_name.get(name)
         if member is not None:
             yield from ((key, 0) for key in member.leases.values())
-        if isinstance(event, SubscriberJoined) and not is_wildcard(topic_filter):
+        if isinstance(event, SubscriberJoined) and not has_wildcard(topic_filter):
             delivery = self._keeper.plans.of(topic_filter).delivery
             yield self.own_key(name, topic_filter), delivery.max_inflight if delivery else 0
 

@@ -15,7 +15,7 @@ from msgspec import Struct, field
 from agents.delivery.filter_tree import FilterTree
 from agents.delivery.window import Waiting
 from agents.effects import SetState
-from schemas.filters import WILDCARDS, split_share
+from schemas.filters import has_wildcard, split_share
 
 TOPICS_REMEMBERED_MAX: Final = (
     10_000  # whose members were looked up; past that the memory starts anew
@@ -133,14 +133,14 @@ class Members:
         group, separator, _ = name.partition("\0")
         if separator:
             self._groups.setdefault(f"{group}/{topic_filter}", {})[name] = None
-        if is_wildcard(topic_filter):
+        if has_wildcard(topic_filter):
             self._wildcards.add(topic_filter)
         self._changed(name, topic_filter)
 
     def _changed(self, name: str, topic_filter: str) -> None:
         """A member holds a filter, or no longer: what was looked up is brought up to date, or forgotten."""
         self.version += 1
-        if is_wildcard(topic_filter):
+        if has_wildcard(topic_filter):
             self._matching.clear()
             self._reaches.clear()
             return
@@ -293,8 +293,3 @@ def member_name(client_id: str, topic_filter: str) -> tuple[str, str]:
     """The name of the member that a client's subscription makes, and the filter without `$share/{group}/`."""
     group, plain = split_share(topic_filter)
     return (client_id if group is None else f"$share/{group}\0{client_id}"), plain
-
-
-def is_wildcard(topic_filter: str) -> bool:
-    """Whether a filter matches more than the topic that is spelled like it."""
-    return any(level in WILDCARDS for level in topic_filter.split("/"))

@@ -13,12 +13,12 @@ from abc import abstractmethod
 from typing import Final
 
 from agents.delivery.leasing import Done, Leasing, W
-from agents.delivery.members import Held, Member, is_wildcard, member_name
+from agents.delivery.members import Held, Member, member_name
 from agents.due import MEMBER, due_member
 from schemas.commands import COMMAND_VALID_FOR_S
 from schemas.errors import DecodeError
 from schemas.events import SubscriberJoined, SubscriberLeft
-from schemas.filters import filter_error
+from schemas.filters import filter_error, has_wildcard
 
 # How long a member that has gone is remembered, so that late words of it are known to be old.
 FORGET_MS: Final = 600_000
@@ -71,8 +71,8 @@ class Membership(Leasing[W]):
         since = score if known is None else known.since
         member.served = 0  # more may wait for it than did
         self._members.hold(name, topic_filter, Held(event.qos, since, event.broker_delivers))
-        if rested or is_wildcard(topic_filter) or member.round.active:
-            return [*done, *self.start_round(name, member, everything=is_wildcard(topic_filter))]
+        if rested or has_wildcard(topic_filter) or member.round.active:
+            return [*done, *self.start_round(name, member, everything=has_wildcard(topic_filter))]
         return [*done, *self.dispatch(offset, self.own_key(name, topic_filter), now_ms)]
 
     def left(self, offset: int, event: SubscriberLeft, now_ms: int, score: int) -> Done:
@@ -95,7 +95,9 @@ class Membership(Leasing[W]):
         return [*done, *self._leave(offset, name, topic_filter, now_ms, ended=ended)]
 
     def _leave(self, offset: int, name: str, left: str, now_ms: int, *, ended: bool) -> Done:
-        """A member has gone, as the word about one of its filters says. What it has returns: at once if its session `ended`, else when the copies' validity does."""
+        """A member has gone, as the word about one of its filters says. What it has returns: at once if its session
+        `ended`, else when the copies' validity does.
+        """
         done: Done = []
         member = self._members.by_name[name]
         for topic_filter in dict.fromkeys((*member.filters, left)):

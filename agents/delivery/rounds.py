@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from agents.delivery.leasing import RESUME, WAITING, WORK, Done, W
-from agents.delivery.members import Member, Reach, Round, can_take, is_wildcard
+from agents.delivery.members import Member, Reach, Round, can_take
 from agents.delivery.membership import Membership
 from agents.effects import SetIndex
 from agents.ports import Read, ReadBelow, ReadNames
 from schemas.events import AgentName
-from schemas.filters import WILDCARDS, matches
+from schemas.filters import WILDCARDS, has_wildcard, matches
 
 # What one tick does: some ms of Redis.
 ROUNDS_MAX: Final = 16  # members on their round
@@ -94,12 +94,12 @@ class Rounds(Membership[W]):
             each
             for each in sorted(member.filters)
             if each > at.topic_filter
-            or (each == at.topic_filter and (is_wildcard(each) or not at.after))
+            or (each == at.topic_filter and (has_wildcard(each) or not at.after))
         ]
         way: list[tuple[str, ReadNames | None]] = []
         for each in filters[:FILTERS_MAX]:
             after = at.after if each == at.topic_filter else ""
-            wild = is_wildcard(each)
+            wild = has_wildcard(each)
             page = self.page(name, each, after, everything=at.everything) if wild else None
             way.append((each, page))
         return way

@@ -11,7 +11,7 @@ from typing import Any, Final
 from agents.delivery.leasing import WAITING, Done
 from agents.delivery.machine import DeliveryMachine
 from agents.delivery.members import Held as Holding
-from agents.delivery.members import Reach, is_wildcard, make_reach, member_name
+from agents.delivery.members import Reach, make_reach, member_name
 from agents.delivery.rounds import PAGE_MAX, literal_prefix
 from agents.due import MESSAGE, SUBSCRIBER, WINDOW
 from agents.effects import Effect, Output, SetIndex, SetState, ShowOffset
@@ -32,7 +32,7 @@ from agents.pubsub.state import (
     unpack_subscriber,
 )
 from schemas.events import AgentName, Event, OperatorRewind, SubscriberJoined, SubscriberLeft
-from schemas.filters import matches, split_share
+from schemas.filters import has_wildcard, matches, split_share
 from schemas.rules import Rules
 
 TOPICS: Final = "topics"  # the index of topics that have a log
@@ -75,7 +75,7 @@ class Readers(DeliveryMachine[Reader]):
         """
         match event:
             case SubscriberJoined():
-                return is_wildcard(event.topic_filter)
+                return has_wildcard(event.topic_filter)
             case SubscriberLeft():
                 return event.reason == "unsubscribed"
             case OperatorRewind():
