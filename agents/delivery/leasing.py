@@ -23,7 +23,7 @@ from agents.effects import Effect, HandOut, Output, SetIndex
 from agents.held import Held as States
 from agents.keeping import Keeper
 from agents.plans import Delivery
-from schemas.events import DeliveriesSent, DeliveryFailed, Sent
+from schemas.events import DeliveriesSent, DeliveryFailed, MessagePublished, Sent
 from schemas.leases import lease_number
 
 # A lease whose bridge never says what came of it. By then its command is long past its validity: it cannot come twice.
@@ -167,6 +167,22 @@ class Leasing(ABC, Generic[W]):
         )  # fmt: skip
         return [hand_out, *self._deadline(key, window, held.until)]
 
+    def pass_on(self, offset: int, key: str, event: MessagePublished, score: int) -> Done:
+        """QoS 0, not stored: to one member of a window with room, once, and nobody waits for an ack."""
+        window, delivery = self.window(offset, key), self.delivery(key)
+        if delivery is None:
+            return []
+        waiting = Waiting(score, event.message_id)
+        reach = in_turn(self.reaching(key), window.turn, waiting, delivery.max_inflight)
+        if reach is None or self.pauses():
+            return []
+        window.turn = reach.name
+        hand_out = HandOut(
+            offset, 0, reach.member.client_id, reach.member.epoch, event.message_id, event.topic,
+            reach.qos, 1, event.expires_at, stored=False,
+        )  # fmt: skip
+        return [hand_out]
+
     def expires_at(self, key: str, waiting: Waiting) -> int | None:
         """When (ms) a message is too old to be handed out, by its rule; None is never."""
         lifetime = self._keeper.plans.of(self.topic_of(key)).index_lifetime_ms
@@ -294,7 +310,7 @@ class Leasing(ABC, Generic[W]):
             lease.deliveries += 1
             lease.holders = window.with_holder(lease.holders, report.client_id, report.alias)
             done += self._confirmed(lease)
-            self._reached(lease.member)
+            self._members.by_name[lease.member].failures = 0
             if report.alias is not None:
                 window.aliases[report.alias] = report.message_id
             if report.qos == 0:
@@ -303,12 +319,6 @@ class Leasing(ABC, Generic[W]):
                 lease.until = now_ms + delivery.ack_timeout_ms
                 done += self._deadline(key, window, lease.until)
         return done
-
-    def _reached(self, name: str) -> None:
-        member = self._members.by_name[name]
-        if member.failures:
-            member.failures = 0
-            self._members.touch(name)
 
     def acked(self, offset: int, key: str, message_id: str, now_ms: int) -> Done:
         """A leased message is acknowledged: it is done with, and its member has room."""

@@ -17,10 +17,9 @@ from collections.abc import Iterable, Sequence
 
 from agents.delivery.dead import DeadMessage
 from agents.delivery.leasing import Done
-from agents.delivery.members import in_turn
 from agents.delivery.window import Waiting, holds
 from agents.due import DEAD, MESSAGE, SUBSCRIBER
-from agents.effects import Effect, HandOut, Refusal, SetIndex
+from agents.effects import Effect, Refusal, SetIndex
 from agents.pubsub.readers import TOPICS
 from agents.pubsub.state import reader_key, shown, split_reader, subscriber_named
 from agents.pubsub.trimming import OVERFLOW_MAX, Trimming
@@ -60,7 +59,8 @@ class PubsubMachine(Trimming):
             if indexed:
                 done += self._append(offset, event.topic, event.message_id, score, now_ms)
             else:
-                done += self._pass_on(offset, event, score)
+                for key in self.readers_of(event.topic):
+                    done += self.pass_on(offset, key, event, score)
         if plan.commands["message.publish"]:
             done += self._keeper.commands(offset, event)
         return done
@@ -96,25 +96,6 @@ class PubsubMachine(Trimming):
                 self._read_ahead(reader, message_id, score)
         for key in online:
             done += self.dispatch(offset, key, now_ms)
-        return done
-
-    def _pass_on(self, offset: int, event: MessagePublished, score: int) -> Done:
-        """QoS 0, not stored: to every subscriber that is online and has room, once."""
-        delivery = self._keeper.plans.of(event.topic).delivery
-        if delivery is None or self.pauses():
-            return []
-        done: Done = []
-        waiting = Waiting(score, event.message_id)
-        for subscriber, reaches in self.subscribers_of(event.topic).items():
-            reader = self.window(offset, reader_key(subscriber, event.topic))
-            reach = in_turn(reaches, reader.turn, waiting, delivery.max_inflight)
-            if reach is not None:
-                reader.turn = reach.name
-                hand_out = HandOut(
-                    offset, 0, reach.member.client_id, reach.member.epoch, event.message_id,
-                    event.topic, reach.qos, 1, event.expires_at, stored=False,
-                )  # fmt: skip
-                done.append(hand_out)
         return done
 
     # -- done with ------------------------------------------------------------------------------------------

@@ -18,11 +18,11 @@ from typing import Any, Final
 from agents.delivery.dead import DeadMessage
 from agents.delivery.leasing import WAITING, Done
 from agents.delivery.machine import DeliveryMachine
-from agents.delivery.members import Reach, in_turn
+from agents.delivery.members import Reach
 from agents.delivery.rounds import PAGE_MAX, literal_prefix
 from agents.delivery.window import Waiting, holds
 from agents.due import DEAD, INDEX, MESSAGE, due_member
-from agents.effects import NO_SOURCE, Effect, HandOut, Output, Refusal, Reindex, SetDue, Unindex
+from agents.effects import NO_SOURCE, Effect, Output, Refusal, Reindex, SetDue, Unindex
 from agents.held import Held
 from agents.keeping import earliest, expired_entries
 from agents.ports import Read, ReadNames
@@ -145,7 +145,8 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
                 self._windows[event.topic].expiring |= event.expires_at is not None
                 done += self._append(offset, event.topic, event.message_id, score, now_ms)
             elif event.qos == 0 and not acked:
-                done += self._pass_on(offset, event, score)
+                done += self.pass_on(offset, event.topic, event, score)
+                done += self.note_waiting(event.topic, self._windows[event.topic])
         if plan.commands["message.publish"]:
             done += self._keeper.commands(offset, event)
         return done
@@ -178,22 +179,6 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
             return self._unstore(offset, topic, oldest.message_id)
         window.unstore(oldest.message_id)
         return self.given_up(offset, topic, oldest, OVERFLOWED, now_ms)
-
-    def _pass_on(self, offset: int, event: MessagePublished, score: int) -> Done:
-        """QoS 0, not stored: to one member, once, and nobody waits for an ack."""
-        window, delivery = self.window(offset, event.topic), self.delivery(event.topic)
-        reaches = self.reaching(event.topic)
-        if delivery is None or not reaches or self.pauses():
-            return []
-        waiting = Waiting(score, event.message_id)
-        if (reach := in_turn(reaches, window.turn, waiting, delivery.max_inflight)) is None:
-            return []
-        window.turn = reach.name
-        hand_out = HandOut(
-            offset, 0, reach.member.client_id, reach.member.epoch, event.message_id, event.topic,
-            reach.qos, 1, event.expires_at, stored=False,
-        )  # fmt: skip
-        return [hand_out, *self.note_waiting(event.topic, window)]
 
     # -- acked ----------------------------------------------------------------------------------------------
 
