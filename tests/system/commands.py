@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -130,6 +131,16 @@ async def until_acked(log: Log, client_id: str, *numbers: int) -> None:
     assert acked(log, client_id) == names
 
 
+async def answer_all(client: Client, count: int) -> list[int]:
+    """The numbers of the next copies, each acknowledged as it comes."""
+    numbers = []
+    for _ in range(count):
+        copy = await client.next(PUBLISH)
+        ack(client, copy)
+        numbers.append(number_of(copy))
+    return numbers
+
+
 async def next_copies(client: Client, count: int) -> list[Packet]:
     """The next packets, which are PUBLISHes."""
     return [await client.next(PUBLISH) for _ in range(count)]
@@ -172,6 +183,20 @@ async def until_dead_letters(
     finally:
         await consumer.stop()
     return letters
+
+
+async def until_read(bridge: Bridge, log: Log, commands: Commands, client_id: str) -> int:
+    """The bridge has read the commands of the client's partition: one more, after them, is reported.
+
+    Returns how many more were written for that.
+    """
+    names = (f"{client_id}-after-{number}" for number in itertools.count())
+    name = next(name for name in names if partition_of(name) == partition_of(client_id))
+    client = await bridge.connect(name)
+    await commands.deliver(name, 0)
+    assert await answer_all(client, 1) == [0]
+    await until_acked(log, name, 0)
+    return 1
 
 
 async def until_committed(bridge: Bridge, client_id: str, count: int) -> None:
