@@ -10,11 +10,11 @@ from typing import Final, NamedTuple, NoReturn
 import uvloop
 from aiokafka.errors import KafkaError
 
+from pipeline.brokers.commander import Commander
+from pipeline.brokers.deliveries import Deliveries
 from pipeline.brokers.embedded.broker import EmbeddedBroker
-from pipeline.brokers.embedded.commander import Commander
-from pipeline.brokers.embedded.deliveries import Deliveries
 from pipeline.brokers.embedded.recorder import Recorder
-from pipeline.brokers.embedded.reports import Reports
+from pipeline.brokers.reports import Reports
 from pipeline.producer import Producer
 from pipeline.reach import unreachable
 from pipeline.ready import say_ready
@@ -45,7 +45,7 @@ async def _run_embedded(settings: Settings, rules: Rules) -> None:
     producer = Producer(settings.kafka.client_options(), settings.kafka.message_bytes_max)
     recorder = Recorder(producer, rules, settings.bridge.node, settings.kafka.partitions)
     reports = Reports(recorder)
-    deliveries = Deliveries(recorder, reports)
+    deliveries = Deliveries(settings.bridge.node, reports)
     broker = EmbeddedBroker(settings.bridge, recorder, deliveries)
     commander = Commander(settings, broker, deliveries, producer)
     # Any of its steps may wait for Kafka as long as Kafka is away, and a signal must not.

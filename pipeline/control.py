@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Container
 from typing import Annotated, Any, Final, Literal
 
@@ -20,6 +19,7 @@ from msgspec import Meta, Struct
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from pipeline.clock import now_ms
 from pipeline.producer import Producer
 from pipeline.stores.registry import access_of, locate
 from schemas import codec, keys
@@ -117,7 +117,7 @@ class ControlChannel:
 
     async def _record(self, data: bytes) -> None:
         try:
-            event = order_event(data, time.time_ns() // 1_000_000)
+            event = order_event(data, now_ms())
         except DecodeError as error:
             if 0 in self._owned():
                 await self._give_up(data, str(error))

@@ -11,6 +11,7 @@ from typing import Any
 
 from agents.driver import PartitionDriver
 from agents.ports import Log, Record
+from pipeline.clock import now_ms
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class PartitionTask:
         return None
 
     async def _tick(self) -> None:
-        tick = self.driver.tick(int(time.time() * 1000))
+        tick = self.driver.tick(now_ms())
         if tick is not None:
             await self._log.produce([tick])
 

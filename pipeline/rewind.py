@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, datetime
 from typing import Final, NamedTuple
 
 from agents.ports import ReadEntry, ReadIndex, ReadLast, ReadStates
 from agents.pubsub.state import reader_key, subscriber_named, unpack_log
+from pipeline.clock import now_ms
 from pipeline.control import partition_of
 from pipeline.settings import Settings
 from pipeline.stores.reader import Reader
@@ -54,7 +54,7 @@ async def find_place(
         before = (await reader.read(partition, [ReadLast(topic, after)]))[0]
         messages = await _count(reader, partition, topic, after)
     order = OperatorRewind(
-        at=time.time_ns() // 1_000_000, node=keys.AGENT_NODE, topic=topic, subscriber=subscriber,
+        at=now_ms(), node=keys.AGENT_NODE, topic=topic, subscriber=subscriber,
         after=after, message_id=before[0][0] if before else None,
     )  # fmt: skip
     return order, Place(after, messages)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +26,7 @@ from pipeline.cli.common import (
     errors,
     load_settings,
 )
+from pipeline.clock import now_ms
 from pipeline.dead_letters import Found, StoredMessage
 from pipeline.snapshot import Snapshot
 from schemas import keys
@@ -227,7 +227,7 @@ def _order(
             _confirm(f"{verb.capitalize()} {_count(total)}?")
         events = (
             order(
-                at=time.time_ns() // 1_000_000,
+                at=now_ms(),
                 node=keys.AGENT_NODE,
                 topic=each.topic,
                 message_id=each.message_id,

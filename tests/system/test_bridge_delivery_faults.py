@@ -13,8 +13,8 @@ import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
-from pipeline.brokers.embedded.ledger import UNFINISHED_BYTES_MAX, UNFINISHED_MAX
 from pipeline.brokers.embedded.outgoing import DELIVERY_WINDOW
+from pipeline.brokers.ledger import UNFINISHED_BYTES_MAX, UNFINISHED_MAX
 from schemas import keys
 from tests import given, servers
 from tests.servers import Server

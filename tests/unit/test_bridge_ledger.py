@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.brokers.embedded.ledger import UNFINISHED_BYTES_MAX, UNFINISHED_MAX, Ledger
+from pipeline.brokers.ledger import UNFINISHED_BYTES_MAX, UNFINISHED_MAX, Ledger
 
 
 def test_a_partition_is_committed_up_to_the_first_command_that_is_not_finished() -> None:

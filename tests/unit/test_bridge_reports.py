@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.brokers.embedded.deliveries import FailedEpochs
-from pipeline.brokers.embedded.reports import SENT_BYTES_MAX, SENT_MAX, Entry, Report, collected
+from pipeline.brokers.deliveries import FailedEpochs
+from pipeline.brokers.reports import SENT_BYTES_MAX, SENT_MAX, Entry, Report, collected
 from schemas.events import AgentName, DeliveriesSent, DeliveryFailed, MessageAcked, Sent
 from schemas.leases import Lease
 

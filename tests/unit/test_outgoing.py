@@ -18,8 +18,8 @@ from pipeline.brokers.embedded.outgoing import (
     Message,
     Outgoing,
     Release,
-    Ticket,
 )
+from pipeline.brokers.tickets import Ticket
 from schemas.commands import Subscribe
 
 NOW_MS = 1_000

@@ -14,7 +14,7 @@ from amqtt.mqtt.constants import QOS_2
 from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
 from amqtt.session import Session
 
-from pipeline.brokers.embedded.deliveries import Deliveries
+from pipeline.brokers.deliveries import Deliveries
 from pipeline.brokers.embedded.handler import (
     Handler,
     Payload,
@@ -23,12 +23,14 @@ from pipeline.brokers.embedded.handler import (
     routed_copy,
 )
 from pipeline.brokers.embedded.listening import ListeningBroker
-from pipeline.brokers.embedded.outgoing import Change, Ordered, Ticket
-from pipeline.brokers.embedded.recorder import NEVER_EXPIRES_S, Recorder, now_ms
+from pipeline.brokers.embedded.outgoing import Change, ordered
+from pipeline.brokers.embedded.recorder import NEVER_EXPIRES_S, Recorder
 from pipeline.brokers.embedded.sender import Sender
 from pipeline.brokers.embedded.wire import Writer
+from pipeline.brokers.tickets import Ticket
+from pipeline.clock import now_ms
 from pipeline.settings import BridgeSettings
-from schemas.commands import Subscribe, Unsubscribe
+from schemas.commands import Command, Subscribe, Unsubscribe
 from schemas.errors import MillpondError
 from schemas.events import (
     ClientConnected,
@@ -217,7 +219,7 @@ class EmbeddedBroker(ListeningBroker):
         client_id, reason = handler.client_id, handler.reason
         await handler.stop_sending()
         handler.connected = False
-        withdrawn = await self._deliveries.withdraw(handler.outgoing)
+        withdrawn = await handler.withdraw()
         discarded = reason == "discarded"
         if session.clean_session or discarded:
             await super()._delete_session(client_id)
@@ -314,15 +316,16 @@ class EmbeddedBroker(ListeningBroker):
         Where a rule looks them up in the store, they come from there.
         """
         handler = self._get_handler(session)
-        if self._recorder.looks_up_retained(subscription[0]):
+        if self._recorder.answers.looks_up_retained(subscription[0]):
             return
         if isinstance(handler, Handler) and handler.connected_at_ms:
             await super()._publish_retained_messages_for_subscription(subscription, session)
 
     # -- commands
 
-    async def take(self, ticket: Ticket, item: Ordered) -> None:
+    async def take(self, ticket: Ticket, command: Command) -> None:
         """A command takes its place among those of its client, or its client is not there."""
+        item = ordered(command, ticket)
         _, handler = self._sessions.get(ticket.client_id, (None, None))
         if isinstance(handler, Handler) and handler.connected:
             handler.outgoing.put(item)
@@ -384,5 +387,5 @@ class EmbeddedBroker(ListeningBroker):
             )  # fmt: skip
             data = session.will_message = Payload.of(payload, event)  # which amqtt may retain
             force_qos = None  # the subscribers' own, at most the will's
-        if topic is None or not self._recorder.has_delivery_agent(topic):
+        if topic is None or not self._recorder.answers.has_delivery_agent(topic):
             await super()._broadcast_message(session, topic, data, force_qos)

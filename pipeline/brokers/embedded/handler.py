@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any, Final
 
 from aiokafka.errors import KafkaError
@@ -22,11 +23,12 @@ from amqtt.mqtt.subscribe import SubscribePacket
 from amqtt.mqtt.unsubscribe import UnsubscribePacket
 from amqtt.session import OutgoingApplicationMessage, Session
 
-from pipeline.brokers.embedded.deliveries import Deliveries
-from pipeline.brokers.embedded.outgoing import Copy, Message, Outgoing
+from pipeline.brokers.deliveries import Deliveries
+from pipeline.brokers.embedded.outgoing import Change, Copy, Message, Outgoing
 from pipeline.brokers.embedded.recorder import Recorder
 from pipeline.brokers.embedded.sender import Sender
 from pipeline.brokers.embedded.wire import Publish, Writer, read_packet
+from pipeline.brokers.reports import Entry
 from schemas.codec import topic_name_error
 from schemas.events import MessagePublished
 
@@ -314,6 +316,20 @@ class Handler(BrokerProtocolHandler):
             self._sending.cancel()
             await asyncio.wait((self._sending,))
 
+    async def withdraw(self) -> list[Change]:
+        """The connection ended: its copies whose turn has not come have failed. The changes that waited among them.
+
+        What became of its copies is told before the end of the connection is: else their leases would end untold.
+        """
+        changes = []
+        for item in self.outgoing.withdraw():
+            if isinstance(item, Change):
+                changes.append(item)
+            elif item.ticket is not None:
+                self._deliveries.fail(item.ticket, "no_client")
+        await self._deliveries.reports.flush()
+        return changes
+
     async def handle_puback(self, puback: PubackPacket) -> None:
         """A copy is acknowledged, however late."""
         self._acknowledged(self.outgoing.puback(puback.packet_id), puback.packet_id)
@@ -323,10 +339,19 @@ class Handler(BrokerProtocolHandler):
         self._acknowledged(self.outgoing.pubrec(pubrec.packet_id), pubrec.packet_id)
 
     def _acknowledged(self, copy: Copy | None, packet_id: int) -> None:
+        """Its room is free when Kafka is told."""
         if copy is None:
             logger.debug("%s acknowledges packet %d, which is not open", self.client_id, packet_id)
+            return
+        leased = copy.ticket is not None and copy.ticket.lease is not None
+        event = self._recorder.acknowledgement(
+            copy.message, self.client_id, copy.qos, leased=leased
+        )
+        if event is None:
+            self.outgoing.entered(copy)
         else:
-            self._deliveries.acknowledged(copy, self.client_id, self.outgoing)
+            entered = partial(self.outgoing.entered, copy)
+            self._deliveries.reports.add(Entry(event, None, on_entered=entered))
 
     async def handle_pubcomp(self, pubcomp: PubcompPacket) -> None:
         """The end of a packet id at QoS 2."""

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeAlias
 
 from pipeline.brokers.embedded.wire import publish_packet
-from schemas.commands import Subscribe, Unsubscribe
-from schemas.leases import Lease
+from pipeline.brokers.tickets import Ticket
+from schemas.codec import payload_bytes
+from schemas.commands import Command, Deliver, Subscribe, Unsubscribe
 
 # Un-acked copies of one client, of each lane. A client that is a millisecond away is served at over 100,000 a second
 # with that; more would only be sent again after a broken connection.
@@ -35,20 +36,6 @@ class Message(NamedTuple):
     message_id: str
     topic: str
     from_client_id: str | None
-
-
-class Ticket(NamedTuple):
-    """One command: whose it is, how long it is good for, and what to call when Kafka knows what came of it.
-
-    Nobody wants a report of a command without a lease.
-    """
-
-    client_id: str
-    lease: Lease | None
-    epoch: int
-    message_id: str
-    valid_until_ms: int
-    done: Callable[[], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -82,6 +69,17 @@ class Change(NamedTuple):
 
     ticket: Ticket
     command: Subscribe | Unsubscribe
+
+
+def ordered(command: Command, ticket: Ticket) -> Ordered:
+    """A command as it waits for its turn."""
+    if not isinstance(command, Deliver):
+        return Change(ticket, command)
+    message = Message(command.message_id, command.topic, None)
+    return Copy(
+        message, payload_bytes(command), command.qos, command.retain, ticket,
+        repeated=command.attempt > 1,
+    )  # fmt: skip
 
 
 class Release(NamedTuple):

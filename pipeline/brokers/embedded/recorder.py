@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
 from pipeline.brokers.embedded.message_id import MessageIds
 from pipeline.brokers.embedded.outgoing import Message
+from pipeline.brokers.rule_answers import RuleAnswers
+from pipeline.clock import now_ms
 from pipeline.producer import Producer
 from schemas import codec, keys
 from schemas.events import (
@@ -36,14 +37,10 @@ from schemas.events import (
     SessionTerminated,
     SessionUnsubscribed,
 )
-from schemas.rule import Hook
 from schemas.rules import Rules
 
 logger = logging.getLogger(__name__)
 
-TOPICS_REMEMBERED_MAX: Final = (
-    10_000  # whose hooks were looked up; past that the memory starts anew
-)
 NEVER_EXPIRES_S: Final = 0xFFFF_FFFF  # [MQTT5-3.1.2-11.2]; an MQTT 3.1.1 session that is not clean
 
 ClientEvent = (
@@ -55,22 +52,16 @@ MessageEvent = MessageDelivered | MessageAcked | DeliveriesSent | DeliveryFailed
 NodeEvent = type[NodeStarted] | type[NodeStopped] | type[NodeSyncStarted] | type[NodeSyncCompleted]
 
 
-def now_ms() -> int:
-    """The bridge's clock."""
-    return time.time_ns() // 1_000_000
-
-
 class Recorder:
     """Produces events; one at a time enters the producer, so that none overtakes another."""
 
     def __init__(self, producer: Producer, rules: Rules, node: str, partitions: int) -> None:
         """`partitions` is how many each topic has: node events go to every one."""
         self.node = node
-        self._producer, self._rules, self._partitions = producer, rules, partitions
+        self.answers = RuleAnswers(rules)
+        self._producer, self._partitions = producer, partitions
         self._ids = MessageIds(node, os.getpid())
         self._entering = asyncio.Lock()
-        self._wanted: dict[tuple[Hook, str], bool] = {}
-        self._owned: dict[str, bool] = {}
         # A larger packet cannot become a record: what a payload is in JSON is never shorter.
         self.packet_bytes_max = producer.message_bytes_max + 2 + TEXT_BYTES_MAX + 2
         self._waiting: set[asyncio.Task[None]] = set()
@@ -103,7 +94,7 @@ class Recorder:
 
     async def delivered(self, message: Message, client_id: str, qos: int) -> None:
         """The broker is about to hand a message to a client."""
-        if self._wants("message.delivered", message.topic):
+        if self.answers.wants("message.delivered", message.topic):
             event = MessageDelivered(
                 at=now_ms(), node=self.node, message_id=message.message_id, topic=message.topic,
                 client_id=client_id, from_client_id=message.from_client_id, qos=qos,
@@ -114,36 +105,12 @@ class Recorder:
         self, message: Message, client_id: str, qos: int, *, leased: bool
     ) -> MessageAcked | None:
         """A client acknowledged a message: the event, to be entered, if anybody wants it."""
-        if not leased and not self._wants("message.acked", message.topic):
+        if not leased and not self.answers.wants("message.acked", message.topic):
             return None
         return MessageAcked(
             at=now_ms(), node=self.node, message_id=message.message_id, topic=message.topic,
             client_id=client_id, from_client_id=message.from_client_id, qos=qos,
         )  # fmt: skip
-
-    def _wants(self, hook: Hook, topic: str) -> bool:
-        """Whether a rule, or the topic's delivery agent, needs this event."""
-        known = self._wanted.get((hook, topic))
-        if known is None:
-            if len(self._wanted) >= TOPICS_REMEMBERED_MAX:
-                self._wanted.clear()
-            owned = hook == "message.acked" and self.has_delivery_agent(topic)
-            known = self._wanted[hook, topic] = owned or bool(self._rules.matching(hook, topic))
-        return known
-
-    def has_delivery_agent(self, topic: str) -> bool:
-        """Whether an agent has the topic's messages delivered: then the broker does not route them."""
-        known = self._owned.get(topic)
-        if known is None:
-            if len(self._owned) >= TOPICS_REMEMBERED_MAX:
-                self._owned.clear()
-            known = self._owned[topic] = self._rules.owner(topic) != "messages"
-        return known
-
-    def looks_up_retained(self, topic_filter: str) -> bool:
-        """Whether a rule has the stored retained messages delivered to new subscriptions of this filter."""
-        rules = self._rules.matching("session.subscribed", topic_filter)
-        return any(rule.action == "on_retain_lookup" for rule in rules)
 
     # -- clients, sessions, nodes
 

@@ -8,10 +8,11 @@ from functools import partial
 
 from amqtt.adapters import WriterAdapter
 
-from pipeline.brokers.embedded.deliveries import Deliveries
+from pipeline.brokers.deliveries import Deliveries
 from pipeline.brokers.embedded.outgoing import Change, Copy, Ordered, Outgoing, Release, Step
-from pipeline.brokers.embedded.recorder import Recorder, now_ms
+from pipeline.brokers.embedded.recorder import Recorder
 from pipeline.brokers.embedded.wire import pubrel_packet
+from pipeline.clock import now_ms
 
 
 class Sender:
@@ -93,7 +94,8 @@ class Sender:
             self._outgoing.recall(copy)
             raise
         self._in_hand = None
-        self._deliveries.sent(copy)
+        if copy.ticket is not None:
+            self._deliveries.sent(copy.ticket, copy.qos)
 
     def _still_good(self, copy: Copy) -> bool:
         good = copy.ticket is None or self._deliveries.good(copy.ticket)

@@ -7,11 +7,11 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn, Protocol
 
 from aiokafka.errors import KafkaError
 
-from pipeline.brokers.embedded.recorder import Recorder, now_ms
+from pipeline.clock import now_ms
 from schemas.events import DeliveriesSent, DeliveryFailed, MessageAcked, Sent
 from schemas.leases import Lease
 
@@ -26,6 +26,21 @@ SENT_MAX: Final = 500  # copies in one record
 SENT_BYTES_MAX: Final = 64 * 1024
 
 Call = Callable[[], None]
+
+
+class Recording(Protocol):
+    """What a bridge enters its events with."""
+
+    node: str
+
+    async def enter(
+        self, event: DeliveriesSent | DeliveryFailed | MessageAcked, partition: int | None = None
+    ) -> asyncio.Future[Any]:
+        """The future is done when the event is kept.
+
+        Raises:
+            KafkaError: it cannot be, ever.
+        """
 
 
 class Entry(NamedTuple):
@@ -49,7 +64,7 @@ class Report(NamedTuple):
 class Reports:
     """One per bridge. Whoever adds to it bounds it: there is one entry per unfinished command and un-acked copy."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recording) -> None:
         """`run` enters what was added."""
         self._recorder = recorder
         self._entries: list[Entry] = []

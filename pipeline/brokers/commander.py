@@ -1,4 +1,4 @@
-"""Reads from `mqtt.deliveries` what the embedded broker is to do, and commits what is done."""
+"""Reads from `mqtt.deliveries` what a broker is to do, and commits what is done."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import asyncio
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Protocol
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import KafkaError
 
 from agents.dead_letters import headers_of
-from pipeline.brokers.embedded.broker import EmbeddedBroker
-from pipeline.brokers.embedded.deliveries import Deliveries
-from pipeline.brokers.embedded.ledger import Ledger
-from pipeline.brokers.embedded.outgoing import Change, Copy, Message, Ticket
+from pipeline.brokers.deliveries import Deliveries
+from pipeline.brokers.ledger import Ledger
+from pipeline.brokers.tickets import Ticket
 from pipeline.log import persist
 from pipeline.producer import Producer
 from pipeline.settings import Settings
@@ -33,11 +32,18 @@ COMMIT_INTERVAL_S: Final = 0.1
 STOP_TIMEOUT_S: Final = 1.0  # for a last commit: what it misses is carried out again
 
 
+class Broker(Protocol):
+    """What carries commands out."""
+
+    async def take(self, ticket: Ticket, command: Command) -> None:
+        """A command takes its place among those of its client; a report, or `ticket.done`, follows when it is done."""
+
+
 class Commander(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships no types
     """One per bridge. A command is committed when Kafka knows what came of it; commands finish in any order."""
 
     def __init__(
-        self, settings: Settings, broker: EmbeddedBroker, deliveries: Deliveries, producer: Producer
+        self, settings: Settings, broker: Broker, deliveries: Deliveries, producer: Producer
     ) -> None:
         """`run` connects."""
         self._broker, self._deliveries, self._producer = broker, deliveries, producer
@@ -132,12 +138,10 @@ class Commander(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka sh
             return
         if not self._deliveries.good(ticket):
             return
-        if not isinstance(command, Deliver):
-            await self._broker.take(ticket, Change(ticket, command))
-        elif codec.topic_name_error(command.topic) is not None:
+        if isinstance(command, Deliver) and codec.topic_name_error(command.topic) is not None:
             self._deliveries.fail(ticket, "bridge")
         else:
-            await self._broker.take(ticket, _copy(command, ticket))
+            await self._broker.take(ticket, command)
 
     def _ticket(self, command: Command, log_ms: int, done: Callable[[], None]) -> Ticket:
         """The paper of a command.
@@ -170,11 +174,3 @@ class Commander(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka sh
             keys.DEAD_LETTERS_TOPIC, record.key, record.value, None, headers
         )
         acknowledged.add_done_callback(lambda _: done())
-
-
-def _copy(command: Deliver, ticket: Ticket) -> Copy:
-    message = Message(command.message_id, command.topic, None)
-    return Copy(
-        message, codec.payload_bytes(command), command.qos, command.retain, ticket,
-        repeated=command.attempt > 1,
-    )  # fmt: skip

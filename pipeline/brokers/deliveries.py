@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from functools import partial
 from typing import Final, Literal, TypeAlias
 
-from pipeline.brokers.embedded.outgoing import Change, Copy, Outgoing, Ticket
-from pipeline.brokers.embedded.recorder import Recorder, now_ms
-from pipeline.brokers.embedded.reports import Entry, Reports
+from pipeline.brokers.reports import Entry, Reports
+from pipeline.brokers.tickets import Ticket
+from pipeline.clock import now_ms
 from schemas.events import DeliveryFailed, Sent
 from schemas.leases import Lease
 
@@ -49,9 +48,10 @@ class FailedEpochs:
 class Deliveries:
     """One per bridge."""
 
-    def __init__(self, recorder: Recorder, reports: Reports) -> None:
-        """`reports` tells the agents."""
-        self._recorder, self._reports = recorder, reports
+    def __init__(self, node: str, reports: Reports) -> None:
+        """`reports` tells the agents; `node` is who says so."""
+        self.reports = reports
+        self._node = node
         self._failed = FailedEpochs()
 
     def good(self, ticket: Ticket) -> bool:
@@ -73,41 +73,15 @@ class Deliveries:
             return
         self._failed.add(ticket.client_id, lease, ticket.epoch)
         event = DeliveryFailed(
-            at=now_ms(), node=self._recorder.node, agent=lease.agent, lease=str(lease),
+            at=now_ms(), node=self._node, agent=lease.agent, lease=str(lease),
             client_id=ticket.client_id, message_id=ticket.message_id, reason=reason,
         )  # fmt: skip
-        self._reports.add(Entry(event, lease, on_kept=ticket.done))
+        self.reports.add(Entry(event, lease, on_kept=ticket.done))
 
-    async def withdraw(self, outgoing: Outgoing) -> list[Change]:
-        """A connection ended: its copies whose turn has not come have failed. The changes that waited among them.
-
-        What became of its copies is told before the end of the connection is: else their leases would end untold.
-        """
-        changes = []
-        for item in outgoing.withdraw():
-            if isinstance(item, Change):
-                changes.append(item)
-            elif item.ticket is not None:
-                self.fail(item.ticket, "no_client")
-        await self._reports.flush()
-        return changes
-
-    def sent(self, copy: Copy) -> None:
-        """A copy was written to its client's connection."""
-        ticket = copy.ticket
-        if ticket is None:
-            return
+    def sent(self, ticket: Ticket, qos: int) -> None:
+        """A copy was handed to its client's connection."""
         if ticket.lease is None:
             ticket.done()
             return
-        sent = Sent(str(ticket.lease), ticket.client_id, ticket.message_id, qos=copy.qos)
-        self._reports.add(Entry(sent, ticket.lease, on_kept=ticket.done))
-
-    def acknowledged(self, copy: Copy, client_id: str, outgoing: Outgoing) -> None:
-        """A client has acknowledged a copy: its room is free when Kafka is told."""
-        leased = copy.ticket is not None and copy.ticket.lease is not None
-        event = self._recorder.acknowledgement(copy.message, client_id, copy.qos, leased=leased)
-        if event is None:
-            outgoing.entered(copy)
-        else:
-            self._reports.add(Entry(event, None, on_entered=partial(outgoing.entered, copy)))
+        sent = Sent(str(ticket.lease), ticket.client_id, ticket.message_id, qos=qos)
+        self.reports.add(Entry(sent, ticket.lease, on_kept=ticket.done))
