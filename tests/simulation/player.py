@@ -17,7 +17,7 @@ from tests.delivering import AT, Delivering
 
 Kind = Literal[
     "publish", "qos 0", "retain", "expiring", "repeat", "join", "broker joins", "unsubscribe", "end session",
-    "disconnect", "sent", "sent again", "fail", "ack", "ack by alias", "foreign ack", "ack early", "pass time", "requeue",
+    "disconnect", "sent", "sent again", "fail", "fail late", "ack", "ack by alias", "foreign ack", "ack early", "pass time", "requeue",
     "drop", "other rules", "restart",
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -66,7 +66,7 @@ class Player:
             self._join(step)
         elif kind in ("unsubscribe", "end session", "disconnect"):
             self._leave(step)
-        elif kind in ("sent", "sent again", "fail"):
+        elif kind in ("sent", "sent again", "fail", "fail late"):
             self._report(step)
         elif kind in ("ack", "ack by alias", "foreign ack", "ack early"):
             self._ack(step)
@@ -124,13 +124,13 @@ class Player:
             self.world.leave(client, each, reason, session=session, source_offset=self.clock)
 
     def _report(self, step: Step) -> None:
-        among = self.commands if step.kind == "sent again" else self.unreported
+        among = self.commands if step.kind in ("sent again", "fail late") else self.unreported
         if not among:
             return
         command = among[step.which % min(len(among), 3)]
         if command in self.unreported:
             self.unreported.remove(command)
-        if step.kind == "fail":
+        if step.kind in ("fail", "fail late"):
             event = DeliveryFailed(
                 **AT, agent="queue", lease=command.lease, client_id=command.client_id,
                 message_id=command.message_id, reason=REASONS[step.other % 3],
