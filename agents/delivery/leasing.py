@@ -290,9 +290,9 @@ class Leasing(ABC, Generic[W]):
 
     def _reported(self, offset: int, report: Sent | DeliveryFailed) -> tuple[str, Lease] | None:
         """The lease that a report is about. One that does not match its lease is ignored."""
-        key = self.leased_key(report)
-        lease = None if key is None else self.window(offset, key).leases.get(report.message_id)
-        if key is None or lease is None:
+        if (key := self.leased_key(report)) is None:
+            return None
+        if (lease := self.window(offset, key).leases.get(report.message_id)) is None:
             return None
         return (key, lease) if lease.number == lease_number(report.lease) else None
 
@@ -331,9 +331,7 @@ class Leasing(ABC, Generic[W]):
         return [*done, *self.freed(offset, key, (lease.member,), now_ms)]
 
     def failed(self, offset: int, event: DeliveryFailed, now_ms: int) -> Done:
-        """A copy was not handed over, though perhaps told of as sent: a broker that tells before it routes a message may
-        find that nobody is there.
-        """
+        """A copy was not handed over, though perhaps told of as sent by a broker that had yet to find nobody there."""
         found = self._reported(offset, event)
         if found is None:
             return []
@@ -348,8 +346,7 @@ class Leasing(ABC, Generic[W]):
                 waiting = Waiting(lease.score, event.message_id, lease.deliveries, lease.holders)
                 done += self.given_up(offset, key, waiting, TOO_LARGE, now_ms)
             return [*done, *self.freed(offset, key, (lease.member,), now_ms)]
-        if lease.sent:
-            lease.deliveries -= 1
+        lease.deliveries -= int(lease.sent)  # which counted as a delivery
         done = self.give_back(offset, key, event.message_id, now_ms)
         member = self._members.by_name[lease.member]
         if lease.number > member.epoch and not member.rests_until:

@@ -16,7 +16,7 @@ from tests import given
 from tests.delivering import AT, Delivering
 
 Kind = Literal[
-    "publish", "qos 0", "retain", "expiring", "repeat", "join", "broker joins", "unsubscribe", "end session",
+    "publish", "qos 0", "retain", "expiring", "repeat", "broker retains", "join", "broker joins", "unsubscribe", "end session",
     "disconnect", "sent", "sent again", "fail", "fail late", "ack", "ack by alias", "foreign ack", "ack early", "pass time", "requeue",
     "drop", "other rules", "restart",
 ]  # fmt: skip
@@ -60,7 +60,7 @@ class Player:
         if step.later_ms:
             self.world.at(self.world.now_ms + step.later_ms)
         kind = step.kind
-        if kind in ("publish", "qos 0", "retain", "expiring", "repeat"):
+        if kind in ("publish", "qos 0", "retain", "expiring", "repeat", "broker retains"):
             self._publish(step)
         elif kind in ("join", "broker joins"):
             self._join(step)
@@ -81,6 +81,11 @@ class Player:
 
     def _publish(self, step: Step) -> None:
         topic, now_ms = TOPICS[step.which % len(TOPICS)], self.world.now_ms
+        if step.kind == "broker retains":
+            if self.published:
+                event = self.published[-1 - step.other % len(self.published)]
+                self.world.tell(given.broker_retains(event))
+            return
         if step.kind == "repeat":
             dead = self.world.table(
                 "dead"
