@@ -353,5 +353,5 @@ def test_a_member_that_the_store_tells_of_twice_is_one() -> None:
     world.join("a")
     held = Members()
     for _ in range(2):
-        held.supply(world.table("members"))
+        held.supply_all(world.table("members"))
     assert [name for name, _ in held.of_client("a")] == ["a"]
