@@ -162,7 +162,7 @@ async def test_what_one_has_missed_or_in_hand_is_passed_by(world: World, to: str
     await consumer.come()
     await publish(world, topic, "40")
     await until_at(world, client_id, topic, 40)
-    assert consumer.payloads()[32:] == ["40"]
+    assert set(consumer.payloads()[32:]) == {"40"}  # twice, if the join was folded behind its lease
     await consumer.leave()
 
 
