@@ -33,6 +33,7 @@ from agents.held import Changed, Held
 from agents.plans import MessageHook, Plans
 from agents.ports import ReadStates, Stored
 from agents.seen import SeenIds
+from schemas.errors import DecodeError
 from schemas.events import Event, MessageAcked, MessageDelivered, MessagePublished
 from schemas.rules import Rules
 
@@ -98,6 +99,13 @@ class Keeper:
         )
 
     # -- a publish --------------------------------------------------------------------------------------
+
+    def is_new(self, event: MessagePublished, now_ms: int) -> bool:
+        """Whether a publish is none that was seen before. A topic that is none is a `DecodeError`."""
+        error = self.plans.of(event.topic).error
+        if error is not None:
+            raise DecodeError(error)
+        return self.seen.add(event.message_id, now_ms)
 
     def published(
         self, offset: int, event: MessagePublished, score: int, *, indexed: bool

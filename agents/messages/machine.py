@@ -18,7 +18,6 @@ from agents.effects import NO_SOURCE, Effect, Output, Refusal, SetDue, SetRules
 from agents.keeping import Keeper, expired_entries
 from agents.ports import Read, ReadDue, ReadIndex, ReadStates, Stored
 from schemas import keys
-from schemas.errors import DecodeError
 from schemas.events import (
     AgentName,
     Event,
@@ -137,11 +136,9 @@ class MessagesMachine:
     def _published(
         self, offset: int, event: MessagePublished, now_ms: int, score: int
     ) -> Sequence[Effect | Output]:
-        plan = self._keeper.plans.of(event.topic)
-        if plan.error is not None:
-            raise DecodeError(plan.error)
-        if not self._keeper.seen.add(event.message_id, now_ms):
+        if not self._keeper.is_new(event, now_ms):
             return ()
+        plan = self._keeper.plans.of(event.topic)
         done: list[Effect | Output] = []
         if event.expires_at is None or event.expires_at > now_ms:
             indexed = plan.store and (event.qos > 0 or plan.store_qos0)

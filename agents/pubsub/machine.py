@@ -47,11 +47,9 @@ class PubsubMachine(Trimming):
 
     def published(self, offset: int, event: MessagePublished, now_ms: int, score: int) -> Done:
         """See the head of this file."""
-        plan = self._keeper.plans.of(event.topic)
-        if plan.error is not None:
-            raise DecodeError(plan.error)
-        if not self._keeper.seen.add(event.message_id, now_ms):
+        if not self._keeper.is_new(event, now_ms):
             return []
+        plan = self._keeper.plans.of(event.topic)
         done: Done = []
         if event.expires_at is None or event.expires_at > now_ms:
             indexed = event.qos > 0 or plan.store_qos0
