@@ -11,11 +11,11 @@ due goes, a bounded piece at a time. ON rules changed: go on by the new ones.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 from agents.due import INDEX, RETAINED, DueTimes, due_member, split_due
 from agents.effects import NO_SOURCE, Effect, Output, Refusal, SetDue, SetRules
-from agents.keeping import Keeper, expired_entries
+from agents.keeping import Keeper, expired_entries, oldest_entries
 from agents.ports import Read, ReadDue, ReadIndex, ReadStates, Stored
 from schemas import keys
 from schemas.events import (
@@ -28,10 +28,6 @@ from schemas.events import (
     Tick,
 )
 from schemas.rules import Rules
-
-# One tick looks at no more index entries than this: some ms of Redis. What is left over is still due, so that another
-# tick follows at once.
-SWEEP_ENTRIES_MAX: Final = 4_096
 
 
 class MessagesMachine:
@@ -85,9 +81,7 @@ class MessagesMachine:
         overdue = self._due.overdue(now_ms)
         reads: list[Read] = [*self._keeper.unknown(topic for _, topic, _ in overdue)]
         indexes = [topic for kind, topic, _ in overdue if kind == INDEX]
-        limit = SWEEP_ENTRIES_MAX // max(len(indexes), 1) + 1
-        reads.extend(ReadIndex(topic, limit) for topic in indexes if topic not in self._entries)
-        return reads
+        return [*reads, *oldest_entries(indexes, self._entries)]
 
     def supply(self, read: Read, answer: Any) -> None:
         """See `agents.ports.Machine`."""

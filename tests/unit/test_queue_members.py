@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from agents import keeping
 from agents.delivery import machine as delivery
 from agents.delivery import membership
 from agents.delivery.members import Members
-from agents.queue import indexes
 from pipeline.stores.memory_server import Zset
 from schemas import keys
 from schemas.commands import COMMAND_VALID_FOR_S
@@ -148,7 +148,7 @@ def test_a_filter_that_is_none_is_a_dead_letter() -> None:
 def test_an_expired_message_is_gone_for_everyone_but_its_holder(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(indexes, "SWEEP_ENTRIES_MAX", 1)
+    monkeypatch.setattr(keeping, "SWEEP_ENTRIES_MAX", 1)
     for end in ("ack", "failure"):
         world = a_queue(expired_time=20, max_inflight=1)
         world.join("a")
