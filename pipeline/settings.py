@@ -111,16 +111,31 @@ class StackSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class BridgeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the embedded broker listens, and what its node is called in events.
+    """Which broker the bridge is for: its own, which listens at `host` and the ports, or an EMQX.
 
     Every `sync_interval_s` all that is connected and subscribed is told anew: what an event missed is right by then.
+    `exhook_listen` (host:port) is what EMQX's ExHook calls; with `certificate_file` and `key_file` over TLS, with
+    `client_ca_file` from clients with a certificate of that CA only. `api_key_file` holds one line `key:secret` of
+    EMQX's REST API at `rest_url`. With `mountpoint`, that of a listener of EMQX, Millpond delivers. What Kafka does not
+    take is kept under `spool_directory`, up to `spool_bytes_max` for each process.
     """
 
+    kind: Literal["embedded", "emqx"] = "embedded"
     host: str = "127.0.0.1"
     mqtt_port: Port = 1883
     websocket_port: Port = 8083
     node: str = "embedded@127.0.0.1"
     sync_interval_s: Annotated[float, Meta(ge=1)] = 300.0
+    exhook_listen: Annotated[str, Meta(pattern=r"^.+:[0-9]{1,5}$")] = "127.0.0.1:9000"
+    certificate_file: str | None = None
+    key_file: str | None = None
+    client_ca_file: str | None = None
+    rest_url: Annotated[str, Meta(pattern=r"^https?://[^@]+$")] = "http://127.0.0.1:18083"
+    rest_ca_file: str | None = None
+    api_key_file: str | None = None
+    mountpoint: Annotated[str, Meta(pattern=r"^[^$+#]+/\$\{clientid\}/$")] | None = None
+    spool_directory: str = ".millpond/spool"
+    spool_bytes_max: Annotated[int, Meta(ge=1024 * 1024)] = 4 * 1024 * 1024 * 1024
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -9,7 +9,7 @@ import msgspec
 
 from schemas.commands import Command, Deliver
 from schemas.errors import DecodeError
-from schemas.events import TEXT_BYTES_MAX, Event, MessagePublished, PayloadEncoding
+from schemas.events import TEXT_BYTES_MAX, Event, Message, PayloadEncoding
 
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
@@ -32,7 +32,7 @@ def decode(value: bytes | None) -> Event:
         raise DecodeError("the record has no value")
     try:
         event = _decoder.decode(value)
-        if type(event) is MessagePublished and event.payload_encoding == "base64":
+        if isinstance(event, Message) and event.payload_encoding == "base64":
             b64decode(event.payload, validate=True)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise DecodeError(str(error)) from error

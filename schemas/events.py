@@ -75,7 +75,8 @@ class SessionSubscribed(Base, frozen=True, kw_only=True, tag="session.subscribed
     `proxied` if the bridge subscribed the client to it, by a command. `retain_handling` says when retained messages
     are wanted (MQTT 5.0, 3.8.3.1): 0 always, 1 with a new subscription, 2 never. `told_again` in a snapshot, where it
     is no SUBSCRIBE. `broker_delivers` where the bridge cannot reach this client alone: then the broker routes to it
-    what is published from now on, and Millpond hands it only what was stored before.
+    what is published from now on, and Millpond hands it only what was stored before. Not `reachable` where Millpond
+    delivers, and the bridge cannot reach this client: no delivery agent serves it.
     """
 
     client_id: ClientId
@@ -83,6 +84,7 @@ class SessionSubscribed(Base, frozen=True, kw_only=True, tag="session.subscribed
     qos: QoS
     proxied: bool = False
     broker_delivers: bool = False
+    reachable: bool = True
     retain_handling: Annotated[int, Meta(ge=0, le=2)] = 0
     told_again: bool = False
 
@@ -148,8 +150,8 @@ class NodeSyncCompleted(Base, frozen=True, kw_only=True, tag="node.sync.complete
     sync_id: Text
 
 
-class MessagePublished(Base, frozen=True, kw_only=True, tag="message.published"):
-    """A client published. `message_id` is the broker's own and is kept as it is."""
+class Message(Base, frozen=True, kw_only=True):
+    """A message as its publisher gave it. `message_id` is the broker's own and is kept as it is."""
 
     message_id: MessageId
     topic: Topic
@@ -162,6 +164,16 @@ class MessagePublished(Base, frozen=True, kw_only=True, tag="message.published")
     published_at: TimeMs
     expires_at: TimeMs | None = None
     user_properties: dict[str, str] = field(default_factory=dict)
+
+
+class MessagePublished(Message, frozen=True, kw_only=True, tag="message.published"):
+    """A client published."""
+
+
+class MessageRetained(Message, frozen=True, kw_only=True, tag="message.retained"):
+    """What the broker retains of a topic now, as a bridge found it that had to ask: a publish that may have been told
+    before, without its retain flag. With an empty payload nothing is retained.
+    """
 
 
 class MessageDelivered(Base, frozen=True, kw_only=True, tag="message.delivered"):
@@ -287,7 +299,7 @@ class Tick(Base, frozen=True, kw_only=True, tag="tick"):
 Event: TypeAlias = (
     ClientConnected | ClientDisconnected | SessionCreated | SessionResumed | SessionSubscribed
     | SessionUnsubscribed | SessionTerminated | SessionDiscarded | SessionTakenOver
-    | ControlSubscribe | ControlUnsubscribe | NodeStarted | NodeStopped | NodeSyncStarted | NodeSyncCompleted | MessagePublished | MessageDelivered
+    | ControlSubscribe | ControlUnsubscribe | NodeStarted | NodeStopped | NodeSyncStarted | NodeSyncCompleted | MessagePublished | MessageRetained | MessageDelivered
     | MessageAcked | SubscriberJoined | SubscriberLeft | DeliveriesSent | DeliveryFailed
     | OperatorRequeue | OperatorDrop | OperatorRewind | RulesChanged | Tick
 )

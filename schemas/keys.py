@@ -44,9 +44,9 @@ from schemas.events import (
     DeliveriesSent,
     DeliveryFailed,
     Event,
+    Message,
     MessageAcked,
     MessageDelivered,
-    MessagePublished,
     NodeStarted,
     NodeStopped,
     NodeSyncCompleted,
@@ -119,8 +119,8 @@ def agent_record_key(agent: AgentName) -> str:
 
 def record_key(event: Event) -> str:
     """The Kafka key of an event's record: it decides the partition, and so what the event is ordered with."""
-    if type(event) is MessagePublished or isinstance(event, MessageAcked | MessageDelivered):
-        return event.topic  # the type is compared first because nearly every record is a publish
+    if isinstance(event, Message | MessageAcked | MessageDelivered):
+        return event.topic
     if isinstance(event, OperatorRequeue | OperatorDrop | OperatorRewind):
         return event.topic
     if isinstance(event, RulesChanged | Tick | DeliveriesSent | DeliveryFailed):

@@ -25,6 +25,7 @@ class Subscription(Struct, frozen=True, array_like=True):
     proxied: bool
     broker_delivers: bool = False
     at: int = 0
+    reachable: bool = True
 
 
 class Session(Struct, frozen=True, array_like=True):
@@ -139,6 +140,7 @@ class ClientState(Struct, array_like=True):
             event.proxied or (known is not None and known.proxied),
             event.broker_delivers,
             now_ms if known is None else known.at,
+            event.reachable,
         )
         return known is None or known.qos != event.qos
 
@@ -193,14 +195,14 @@ class ClientState(Struct, array_like=True):
         return self.session_members(delivered)
 
     def session_members(self, delivered: Callable[[str], bool]) -> dict[str, Member]:
-        """The subscriptions of the session that a delivery rule can match."""
+        """The subscriptions of the session that a delivery rule can match, and the bridge can serve."""
         session = self.session
         if session is None:
             return {}
         return {
             topic_filter: Member(session.id, held.qos, held.broker_delivers, held.at)
             for topic_filter, held in self.subscriptions.items()
-            if delivered(topic_filter)
+            if held.reachable and delivered(topic_filter)
         }
 
     def same_session(self, other: ClientState) -> bool:

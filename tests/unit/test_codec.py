@@ -46,7 +46,7 @@ GOLDEN: dict[str, tuple[Event, str]] = {
     "session.resumed": (events.SessionResumed(**CLIENT), f'{STAMP},"client_id":"sub"'),
     "session.subscribed": (
         events.SessionSubscribed(**CLIENT, topic_filter="queue/+", qos=1),
-        f'{STAMP},"client_id":"sub","topic_filter":"queue/+","qos":1,"proxied":false,"broker_delivers":false,"retain_handling":0,"told_again":false',
+        f'{STAMP},"client_id":"sub","topic_filter":"queue/+","qos":1,"proxied":false,"broker_delivers":false,"reachable":true,"retain_handling":0,"told_again":false',
     ),
     "session.unsubscribed": (
         events.SessionUnsubscribed(**CLIENT, topic_filter="queue/+"),
@@ -78,6 +78,12 @@ GOLDEN: dict[str, tuple[Event, str]] = {
         (f'{STAMP},"message_id":"0005","topic":"queue/a","qos":1,"retain":false,"client_id":"pub",'
         '"username":null,"payload":"{\\"cmd\\":1}","payload_encoding":"utf-8","published_at":5,'
         '"expires_at":null,"user_properties":{"k":"é"}'),
+    ),
+    "message.retained": (
+        events.MessageRetained(**PUBLISH, payload="", payload_encoding="base64"),
+        (f'{STAMP},"message_id":"0005","topic":"queue/a","qos":1,"retain":false,"client_id":"pub",'
+        '"username":null,"payload":"","payload_encoding":"base64","published_at":5,'
+        '"expires_at":null,"user_properties":{}'),
     ),
     "message.delivered": (
         events.MessageDelivered(**MESSAGE),

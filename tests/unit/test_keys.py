@@ -73,6 +73,7 @@ def test_a_partition_knows_its_topic_and_says_who_reads_it() -> None:
 
 KEYS = {
     "message.published": "queue/a",
+    "message.retained": "queue/a",
     "message.delivered": "queue/a",
     "message.acked": "queue/a",
     "node.started": "$millpond/sessions",

@@ -250,6 +250,15 @@ def test_a_subscription_that_a_delivery_rule_can_match_is_announced_and_no_other
     assert {event.session for _, event in world.announced} == {created_at}
 
 
+def test_a_client_that_the_bridge_cannot_reach_is_nobody_to_deliver_to() -> None:
+    world = Sessions(QUEUE)
+    world.tell(world.connected(), world.subscribed("queue/a", reachable=False))
+    assert world.said() == []
+    # Over a listener where it can, the same subscription counts
+    world.tell(world.subscribed("queue/a"), world.subscribed("queue/a", reachable=False))
+    assert world.said() == [("+", "queue/a", 1), ("-", "queue/a", "disconnected")]
+
+
 def test_a_shared_subscription_is_announced_under_its_filter() -> None:
     world = Sessions(QUEUE)
     world.tell(world.connected(), world.subscribed("$share/g/queue/a"))
