@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from base64 import b64encode
 from typing import Any
@@ -204,7 +205,9 @@ def test_what_goes_by_millponds_own_ways_is_no_event() -> None:
 
 def test_a_clean_start_begins_a_session_before_it_is_connected() -> None:
     created, connected = read(value(CONNECTED, clean_start=True, expiry_interval=0))
-    assert created == SessionCreated(at=1645003570001, node=NODE, client_id="c_sub")
+    assert created == SessionCreated(
+        at=1645003570001, node=NODE, client_id="c_sub", began_at=1645003570000
+    )
     assert isinstance(connected, ClientConnected)
     assert (connected.clean_start, connected.session_expiry_s) == (True, 0)
 
@@ -247,22 +250,24 @@ def test_a_mountpoint_is_taken_off_what_is_the_clients_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("topic", "topic_filter", "broker_delivers"),
+    ("topic", "topic_filter", "reachable"),
     [
-        ("mp/c_sub/queue/#", "queue/#", False),
-        ("$share/g/mp/c_sub/queue/a", "$share/g/queue/a", False),
-        ("queue/a", "queue/a", True),
-        ("$share/g/queue/a", "$share/g/queue/a", True),
-        ("mp/c_other/queue/a", "mp/c_other/queue/a", True),
+        ("mp/c_sub/queue/#", "queue/#", True),
+        ("$share/g/mp/c_sub/queue/a", "$share/g/queue/a", True),
+        ("queue/a", "queue/a", False),
+        ("$share/g/queue/a", "$share/g/queue/a", False),
+        ("mp/c_other/queue/a", "mp/c_other/queue/a", False),
     ],
 )
-def test_the_broker_delivers_where_there_is_no_mountpoint(
-    topic: str, topic_filter: str, broker_delivers: bool
+def test_with_a_mountpoint_millpond_delivers_below_it(
+    topic: str, topic_filter: str, reachable: bool
 ) -> None:
-    (event,) = read(value(SUBSCRIBED, topic=topic), unmounting("mp/${clientid}/"))
+    unmounted = unmounting("mp/${clientid}/")
+    (event,) = read(value(SUBSCRIBED, topic=topic), unmounted)
     assert isinstance(event, SessionSubscribed)
-    assert (event.topic_filter, event.broker_delivers) == (topic_filter, broker_delivers)
-    (ended,) = read(value(UNSUBSCRIBED, topic=topic), unmounting("mp/${clientid}/"))
+    assert (event.topic_filter, event.reachable) == (topic_filter, reachable)
+    assert not event.broker_delivers
+    (ended,) = read(value(UNSUBSCRIBED, topic=topic), unmounted)
     assert isinstance(ended, SessionUnsubscribed)
     assert ended.topic_filter == topic_filter
 
@@ -313,6 +318,15 @@ def test_the_broker_delivers_where_there_is_no_mountpoint(
 def test_what_cannot_be_read(record: bytes | None, reason: str) -> None:
     with pytest.raises(DecodeError, match=reason):
         read(record)
+
+
+@pytest.mark.parametrize("client", ["a/b", "+", "#"])
+def test_a_client_that_no_mountpoint_can_name_is_not_reached(client: str) -> None:
+    told = value(SUBSCRIBED, clientid=client, topic=f"mp/{client}/t")
+    with contextlib.suppress(DecodeError):
+        (event,) = read(told, unmounting("mp/${clientid}/"))
+        assert isinstance(event, SessionSubscribed)
+        assert not event.reachable
 
 
 def test_a_mountpoint_without_topic_is_no_topic() -> None:

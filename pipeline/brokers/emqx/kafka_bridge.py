@@ -14,7 +14,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
 from agents.dead_letters import REASON_LENGTH_MAX, headers_of
-from pipeline.brokers.emqx.rule_events import Unmounted, as_it_is, read
+from pipeline.brokers.emqx.rule_events import Unmounted, as_it_is, read, unmounting
 from pipeline.brokers.rule_answers import RuleAnswers
 from pipeline.brokers.source import Source
 from pipeline.producer import Producer
@@ -218,7 +218,9 @@ async def _serve(
         await producer.start()
     except KafkaError as error:
         raise await unreachable(settings.kafka) from error
-    bridge = KafkaBridge(producer, RuleAnswers(rules))
+    mountpoint = settings.bridge.mountpoint
+    unmounted = as_it_is if mountpoint is None else unmounting(mountpoint)
+    bridge = KafkaBridge(producer, RuleAnswers(rules), unmounted)
     source = Source(settings, keys.rule_events_group_id(settings.app), topics, bridge.handle)
     say_ready(f"bridge {NAME}")
     async with asyncio.TaskGroup() as tasks:

@@ -3,8 +3,11 @@
 Messages are read whole. Clients are read as far as rule events go: they have no `session.created`, `.resumed` or
 `.terminated`, so these follow from the connects.
 
-- A connect with `clean_start` begins a session: `session.created` is told, then `client.connected`. What was subscribed
-  before is over. A connect without it changes nothing of the session: whether EMQX had kept one is not told.
+- A connect with `clean_start` begins a session: `session.created` is told, with the time of the connect, then
+  `client.connected`. What was subscribed before is over. One that comes late takes nothing away: the agent keeps what
+  was subscribed since, and ignores a session older than the one it knows; a subscription that comes after its session's
+  successor is ignored, too. An UNSUBSCRIBE that comes before its SUBSCRIBE ends nothing: then the filter stays.
+- A connect without `clean_start` changes nothing of the session: whether EMQX had kept one is not told.
 - A disconnect ends the connection, never the session. A rule's `client.disconnected` does not say when the session
   expires (no version's does), and looking back at the connect is no way out: that may be in another partition, or not yet
   here. So the subscriptions of a clean session stay known until the client comes back with `clean_start`. They do nothing
@@ -249,7 +252,9 @@ def _connected(value: bytes, unmounted: Unmounted) -> tuple[Event, ...]:
     )  # fmt: skip
     if not rule.clean_start:
         return (connected,)
-    created = SessionCreated(at=rule.timestamp, node=rule.node, client_id=rule.clientid)
+    created = SessionCreated(
+        at=rule.timestamp, node=rule.node, client_id=rule.clientid, began_at=rule.connected_at
+    )
     return created, connected
 
 
@@ -280,11 +285,18 @@ def _subscribed(value: bytes, unmounted: Unmounted) -> tuple[Event, ...]:
     if qos is None:
         raise DecodeError("the subscription has no QoS")
     topic_filter = _filter(rule, unmounted)
+    mounting = unmounted is not as_it_is
     subscribed = SessionSubscribed(
         at=rule.timestamp, node=rule.node, client_id=rule.clientid, topic_filter=topic_filter,
-        qos=qos, broker_delivers=topic_filter == rule.topic,
+        qos=qos, broker_delivers=not mounting,
+        reachable=not mounting or (topic_filter != rule.topic and _has_own_level(rule.clientid)),
     )  # fmt: skip
     return (subscribed,)
+
+
+def _has_own_level(client_id: str) -> bool:
+    """Whether a client can be named in a mountpoint: by one level, and without a wildcard."""
+    return not any(each in client_id for each in "/+#")
 
 
 def _unsubscribed(value: bytes, unmounted: Unmounted) -> tuple[Event, ...]:
