@@ -386,6 +386,14 @@ async def test_sources_that_cannot_be(
     assert "Traceback" not in bridge.said()
 
 
+async def test_a_pubsub_rule_needs_a_mountpoint(kafka: str, tmp_path: Path) -> None:
+    bridge = KafkaBridge(kafka, tmp_path, "emqx-cli", ["rules"], [given.pubsub("pubsub/#")])
+    assert await bridge.ended() == 1
+    said = " ".join(bridge.said().split())
+    assert "emqx-kafka.toml:" in said.replace(" ", "")
+    assert "a pubsub rule (pubsub/#) needs an EMQX listener with a mountpoint" in said
+
+
 async def test_no_kafka_at_the_start(tmp_path: Path) -> None:
     bridge = KafkaBridge("127.0.0.1:1", tmp_path, "emqx-cli", ["rules"])
     assert await bridge.ended() == 1

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple, NoReturn
 
-import uvloop
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
@@ -17,6 +16,7 @@ from agents.dead_letters import REASON_LENGTH_MAX, headers_of
 from pipeline.brokers.emqx.rule_events import Unmounted, as_it_is, read, unmounting
 from pipeline.brokers.rule_answers import RuleAnswers
 from pipeline.brokers.source import Source
+from pipeline.event_loop import use_uvloop
 from pipeline.producer import Producer
 from pipeline.reach import unreachable
 from pipeline.ready import say_ready
@@ -178,10 +178,19 @@ def run_emqx_kafka(settings: Settings, rules: Rules, topics: Sequence[str]) -> N
     """Run the bridge until SIGTERM or SIGINT.
 
     Raises:
-        MillpondError: Kafka cannot be reached at the start, or has no such topic.
+        MillpondError: Kafka cannot be reached at the start, or has no such topic; or a rule needs what no bridge can do.
     """
-    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+    if settings.bridge.mountpoint is None:
+        _refuse_pubsub(rules)
+    use_uvloop()
     asyncio.run(_run(settings, rules, topics))
+
+
+def _refuse_pubsub(rules: Rules) -> None:
+    """Without a mountpoint no client can be reached alone, and each subscriber of a log reads on by itself."""
+    for rule in rules.run_by_delivery("pubsub"):
+        reason = f"a pubsub rule ({rule.topic}) needs an EMQX listener with a mountpoint: [bridge] mountpoint"
+        raise ConfigError(reason, file=rule.file, line=rule.line)
 
 
 async def _run(settings: Settings, rules: Rules, topics: Sequence[str]) -> None:
