@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.brokers.deliveries import Deliveries
+from pipeline.brokers.emqx.mounting import Mountpoint
 from pipeline.brokers.emqx.rest import Rest
+from pipeline.brokers.emqx.returning import Returning
 from pipeline.brokers.emqx.sender import Sender
 from pipeline.brokers.reports import Reports
 from pipeline.brokers.tickets import Ticket
@@ -19,9 +21,11 @@ from pipeline.settings import BridgeSettings
 from schemas.commands import Command, Deliver, Subscribe, Unsubscribe
 from schemas.events import DeliveriesSent, DeliveryFailed, Event, MessageAcked
 from schemas.leases import Lease
-from tests.system.emqx import NODE, Client, Emqx, Message, NoHooks
-from tests.system.emqx_rest import EmqxRest
+from tests.system.emqx import MOUNTPOINT, NODE, Client, Emqx, Message, NoHooks
+from tests.system.emqx_rest import SECRET, EmqxRest
 from tests.system.pipeline import until
+
+RETURNING = Returning(SECRET)
 
 
 class Recorder:
@@ -163,10 +167,12 @@ class Scene:
         ]
 
 
-def settings_for(server: EmqxRest, directory: Path, **fields: Any) -> BridgeSettings:
+def settings_for(
+    server: EmqxRest, directory: Path, *, url: str | None = None, **fields: Any
+) -> BridgeSettings:
     key_file = directory / "api-key"
     key_file.write_text(server.key + "\n")
-    return BridgeSettings(rest_url=server.url, api_key_file=str(key_file), **fields)
+    return BridgeSettings(rest_url=url or server.url, api_key_file=str(key_file), **fields)
 
 
 @contextlib.asynccontextmanager

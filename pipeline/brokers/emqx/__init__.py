@@ -1,1 +1,1 @@
-"""The bridges to EMQX."""
+"""The bridge of an EMQX: what its hooks tell, into Kafka; deliveries, through its REST API."""

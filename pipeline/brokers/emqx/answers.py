@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Final
+from typing import Annotated, Final, TypeAlias
 
 import msgspec
 from msgspec import Meta, Struct
@@ -16,7 +16,7 @@ NOT_HANDED_OVER: Final = (
 )
 DURABLE: Final = "all"  # in the place of a node, where a durable session is on none
 
-Time = datetime | str | None  # RFC 3339; whatever cannot be read as that is as good as none
+Time: TypeAlias = str | int | None  # RFC 3339; whatever cannot be read as that is as good as none
 
 
 class Fault(Struct, frozen=True):
@@ -109,7 +109,9 @@ class Subscribed(Struct, frozen=True):
 
 def milliseconds(time: Time) -> int | None:
     """A time in milliseconds since the epoch, if it is one."""
-    if not isinstance(time, datetime) or time.tzinfo is None:
+    try:
+        at = datetime.fromisoformat(time if isinstance(time, str) else "")
+        at_ms = int(at.timestamp() * 1000)
+    except (ValueError, OverflowError, OSError):
         return None
-    at_ms = int(time.timestamp() * 1000)
-    return at_ms if 0 <= at_ms <= TIME_MS_MAX else None
+    return at_ms if at.tzinfo is not None and 0 <= at_ms <= TIME_MS_MAX else None

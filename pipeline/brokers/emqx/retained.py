@@ -96,6 +96,7 @@ class RetainedLooks:
             self._waiting[broker_topic] = asked
         else:
             self._waiting[broker_topic] = newer._replace(cleared=newer.cleared or asked.cleared)
+        self._added.set()
         if self._trouble.failed(str(error), _time_s(), random.random()):  # noqa: S311  spreads attempts
             logger.warning("retained messages are not known: %s", error)
 

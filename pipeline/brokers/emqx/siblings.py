@@ -1,7 +1,8 @@
-"""What one bridge process tells the others of its machine: which copies were acknowledged, which sessions ended.
+"""What one bridge process tells the others of its machine: acknowledged copies, ended sessions, gaps in what it heard.
 
 A client's commands are read by one process, and its calls come to another. They talk by datagrams in the spool
-directory, which nobody else may write to. One that is lost costs a copy's room until its validity ends.
+directory, which nobody else may write to. One that is lost costs a copy's room until its validity ends, or a snapshot
+until the next.
 """
 
 from __future__ import annotations
@@ -10,24 +11,24 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Final, NoReturn, Protocol
+from typing import Final, Literal, NoReturn, Protocol, TypeAlias
 
 import msgspec
 
 logger = logging.getLogger(__name__)
 
 COLLECT_S: Final = 0.005  # what is told waits for company
+ATTEMPTS_MAX: Final = 20  # to tell one sibling, each after that time
 DATAGRAM_BYTES_MAX: Final = 64 * 1024
 RECEIVE_BYTES_MAX: Final = 1024 * 1024
 PENDING_MAX: Final = 10_000  # not told yet; what is more is lost
 LOOK_INTERVAL_S: Final = 2.0  # how late a new sibling is noticed
 NAME: Final = "process-{}.socket"
 
-Note = tuple[
-    str, str | None
-]  # a client, and the alias of what it acknowledged; None: its session ended
+# A client, and the alias of what it acknowledged; or a client whose session ended; or a node.
+Note: TypeAlias = tuple[Literal["acked", "ended", "gap"], str, str]
 
 _decoder: msgspec.json.Decoder[list[Note]] = msgspec.json.Decoder(list[Note])
 
@@ -45,10 +46,12 @@ class Copies(Protocol):
 class Siblings:
     """One per process, between what its hooks hear and the senders of all."""
 
-    def __init__(self, directory: Path, number: int, own: Copies) -> None:
-        """`number` tells the process from its siblings."""
+    def __init__(
+        self, directory: Path, number: int, own: Copies, on_gap: Callable[[], None] | None = None
+    ) -> None:
+        """`number` tells the process from its siblings; `on_gap` is that of the one which takes snapshots."""
         self._path = directory / NAME.format(number)
-        self._own = own
+        self._own, self._on_gap = own, on_gap
         self._others: list[str] = []
         self._pending: list[Note] = []
         self._added = asyncio.Event()
@@ -59,12 +62,19 @@ class Siblings:
     def acked(self, client_id: str, alias: str) -> None:
         """A client acknowledged a copy."""
         if not self._own.acked(client_id, alias):
-            self._tell((client_id, alias))
+            self._tell(("acked", client_id, alias))
 
     def session_ended(self, client_id: str) -> None:
         """A session was terminated or discarded."""
         self._own.session_ended(client_id)
-        self._tell((client_id, None))
+        self._tell(("ended", client_id, ""))
+
+    def gap(self, node: str = "") -> None:
+        """What happened at a node before now is not known."""
+        if self._on_gap is not None:
+            self._on_gap()
+        else:
+            self._tell(("gap", node, ""))
 
     def _tell(self, note: Note) -> None:
         if self._others and len(self._pending) < PENDING_MAX:
@@ -76,6 +86,8 @@ class Siblings:
     async def run(self) -> NoReturn:
         """Until cancelled."""
         self._open()
+        self._find()
+        self.gap()  # nobody has heard what came to this process before it was there
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._look())
@@ -107,9 +119,12 @@ class Siblings:
 
     async def _look(self) -> NoReturn:
         while True:
-            found = self._path.parent.glob(NAME.format("*"))
-            self._others = [str(path) for path in found if path != self._path]
             await asyncio.sleep(LOOK_INTERVAL_S)
+            self._find()
+
+    def _find(self) -> None:
+        found = self._path.parent.glob(NAME.format("*"))
+        self._others = [str(path) for path in found if path != self._path]
 
     async def _tell_others(self) -> NoReturn:
         while True:
@@ -119,24 +134,37 @@ class Siblings:
             pending, self._pending = self._pending, []
             for datagram in _datagrams(pending):
                 for other in self._others:
-                    self._send(datagram, other)
+                    await self._send(datagram, other)
 
-    def _send(self, datagram: bytes, other: str) -> None:
-        if self._socket is not None:
-            # Full, or gone: see above.
-            with contextlib.suppress(OSError):
+    async def _send(self, datagram: bytes, other: str) -> None:
+        """One that does not listen for so long, or is gone, does without: see above."""
+        if self._socket is None:
+            return
+        for _ in range(ATTEMPTS_MAX):
+            try:
                 self._socket.sendto(datagram, other)
+            except BlockingIOError:
+                await asyncio.sleep(COLLECT_S)
+            except OSError:
+                return
+            else:
+                return
 
     def _receive(self) -> None:
         assert self._socket is not None, "it is being read"
         with contextlib.suppress(BlockingIOError):
             while True:
                 datagram = self._socket.recv(RECEIVE_BYTES_MAX)
-                for client_id, alias in _notes(datagram):
-                    if alias is None:
-                        self._own.session_ended(client_id)
-                    else:
-                        self._own.acked(client_id, alias)
+                for note in _notes(datagram):
+                    self._hear(*note)
+
+    def _hear(self, kind: str, of: str, alias: str) -> None:
+        if kind == "acked":
+            self._own.acked(of, alias)
+        elif kind == "ended":
+            self._own.session_ended(of)
+        elif self._on_gap is not None:
+            self._on_gap()
 
 
 def _notes(datagram: bytes) -> list[Note]:
