@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import grpc
+import msgspec
 from google.protobuf.message import Message
 
 from pipeline.brokers.emqx import exhook_pb2 as pb
-from pipeline.brokers.emqx.calls import Calls
+from pipeline.brokers.emqx.calls import Calls, Keeping
 from pipeline.brokers.emqx.hooks import Version
 from pipeline.brokers.emqx.mounting import Mountpoint
 from pipeline.brokers.emqx.returning import Returning
@@ -67,6 +69,12 @@ def _answered(kept: asyncio.Future[None], acknowledged: asyncio.Future[Any]) -> 
         kept.set_result(None)
 
 
+def unary(channel: grpc.aio.Channel, name: str) -> Callable[..., Any]:
+    """A call of bytes, answered with bytes."""
+    method: Callable[..., Any] = channel.unary_unary(name)
+    return method
+
+
 class Provider:
     """A server, and a connection to it as EMQX's."""
 
@@ -77,8 +85,7 @@ class Provider:
 
     def method(self, name: str, version: Version = "v2") -> Callable[..., Any]:
         """A call of bytes, answered with bytes."""
-        method: Callable[..., Any] = self.channel.unary_unary(path(version, name))
-        return method
+        return unary(self.channel, path(version, name))
 
     async def call(self, name: str, request: Message | bytes, version: Version = "v2") -> bytes:
         data = request if isinstance(request, bytes) else request.SerializeToString()
@@ -90,32 +97,42 @@ class Provider:
 
 
 @contextlib.asynccontextmanager
-async def serving(
-    bootstrap: str,
+async def answering(
+    inlet: Keeping,
     rules: Rules,
     mountpoint: Mountpoint | None = None,
-    partitions: int = PARTITIONS,
-    **settings: Any,
+    settings: Mapping[str, str] = MappingProxyType({}),
 ) -> AsyncIterator[Provider]:
-    """A server of this process on a free port, and the topics that it writes to are there."""
+    """A server of this process, on a free port unless the settings say otherwise."""
+    heard = Heard()
+    calls = Calls(rules, mountpoint, Returning(SECRET), inlet, heard, PARTITIONS)
+    listen = msgspec.convert({"exhook_listen": f"{HOST}:0", **settings}, BridgeSettings)
+    server = HookServer(listen, calls, inlet)
+    port = await server.start()
+    running = asyncio.create_task(server.run())
+    provider = Provider(server, calls, heard, port)
+    try:
+        yield provider
+    finally:
+        await provider.channel.close()
+        await server.stop(0)
+        running.cancel()
+        await asyncio.wait((running,))
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    bootstrap: str, rules: Rules, mountpoint: Mountpoint | None = None
+) -> AsyncIterator[Provider]:
+    """The same, and what it enters comes into Kafka, whose topics are there."""
     producer = Producer({"bootstrap_servers": [bootstrap]}, MESSAGE_BYTES_MAX)
     await producer.start()
-    inlet, heard = KafkaInlet(producer), Heard()
-    calls = Calls(rules, mountpoint, Returning(SECRET), inlet, heard, partitions)
-    listen = {"exhook_listen": f"{HOST}:0", **settings}
-    server = HookServer(BridgeSettings(**listen), calls, inlet)
-    running = [asyncio.create_task(inlet.run())]
+    inlet = KafkaInlet(producer)
+    running = asyncio.create_task(inlet.run())
     try:
-        port = await server.start()
-        running.append(asyncio.create_task(server.run()))
-        provider = Provider(server, calls, heard, port)
-        try:
+        async with answering(inlet, rules, mountpoint) as provider:
             yield provider
-        finally:
-            await provider.channel.close()
     finally:
-        await server.stop(0)
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        running.cancel()
+        await asyncio.wait((running,))
         await producer.stop()
