@@ -344,10 +344,10 @@ async def test_whenever_kafka_stops_goes_on_or_is_killed_nothing_overtakes_at_th
             while not done.is_set():
                 for _ in range(chance.randrange(40)):
                     each = chance.randrange(TOPICS)
-                    size = chance.choice((0, 0, 0, 100, 50_000))
+                    size = chance.choice((0, 0, 0, 100, 5_000))
                     futures.append(enter(one.inlet, f"s{seed}/{each}", counts[each], size))
                     counts[each] += 1
-                await asyncio.sleep(chance.choice((0, 0.001, 0.02)))
+                await asyncio.sleep(chance.choice((0.001, 0.01, 0.03)))
 
         publishing = asyncio.create_task(publish())
         for number in range(ROUNDS):
