@@ -69,6 +69,10 @@ def has(log: Log, topics: Sequence[str], number: int) -> bool:
     return any(number in numbers(log, topic) for topic in topics)
 
 
+async def has_answered(process: Process, count: int) -> bool:
+    return len(process.answered) >= count
+
+
 async def until_drained(inlet: Inlet) -> None:
     async def drained() -> bool:
         return not inlet.spooling and inlet.depth == (0, 0)
@@ -369,3 +373,32 @@ async def test_whenever_kafka_stops_goes_on_or_is_killed_nothing_overtakes_at_th
     for each, count in enumerate(counts):
         await log.until_published(f"s{seed}/{each}", count)
         assert numbers(log, f"s{seed}/{each}") == list(range(count))
+
+
+@pytest.mark.parametrize("seed", range(SEED, SEED + 2))
+async def test_whenever_the_bridge_is_killed_what_it_answered_is_there_in_order(
+    paused: Server, log: Log, tmp_path: Path, seed: int
+) -> None:
+    chance = random.Random(seed)
+    client, told = f"r{seed}", list[int]()
+    for number in range(ROUNDS):
+        # Given a bridge that is killed at some moment: before, in or after an outage, or while the spool is emptied
+        process = Process(paused.address, tmp_path / "spool", client, number * 1_000_000)
+        await until(partial(has_answered, process, 200), "answers")
+        for _ in range(chance.randrange(4)):
+            paused.pause()
+            await asyncio.sleep(chance.uniform(0, 2))
+            paused.resume()
+            await asyncio.sleep(chance.uniform(0, 0.3))
+        told += await process.kill()
+    async with running(paused.address, tmp_path / "spool") as one:
+        await until_drained(one.inlet)
+    # Then what was answered is there, and in order; a batch of the dead that is on its way still may come late
+    topics = [topic_of(client, number) for number in range(TOPICS)]
+    await log.until(
+        lambda: set(told) <= {number for topic in topics for number in numbers(log, topic)}, "all"
+    )
+    answered = set(told)
+    for topic in topics:
+        found = first_times(number for number in numbers(log, topic) if number in answered)
+        assert found == sorted(found)
