@@ -32,6 +32,8 @@ from pipeline.producer import Producer
 from schemas import codec, keys
 from schemas.events import Event
 
+__all__ = ["Inlet", "NotKept"]
+
 logger = logging.getLogger(__name__)
 
 # EMQX waits for 5 s by default, and takes what was not answered then for a success.

@@ -197,8 +197,7 @@ class Sender:
             return
         except SpoolDamaged:  # the log says so
             found = []
-        if not found:
-            self.give_up_file(source)
+        self._lose_through(source, found[0][0] - 1 if found else source.last)
         now = asyncio.get_running_loop().time()
         for sent, (number, record) in enumerate(found, 1):
             await self._room()
@@ -210,8 +209,12 @@ class Sender:
 
     def give_up_file(self, source: Source) -> None:
         """What it held is no longer there."""
-        self._lost[LOST_IN_THE_SPOOL] += source.last - source.taken
-        source.taken = source.last
+        self._lose_through(source, source.last)
+
+    def _lose_through(self, source: Source, number: int) -> None:
+        if number > source.taken:
+            self._lost[LOST_IN_THE_SPOOL] += number - source.taken
+            source.taken = number
 
     async def _send(self, entry: Entry) -> None:
         """Take one, and give it to the producer."""

@@ -33,6 +33,7 @@ WAL_BYTES_MAX: Final = 16 * 1024 * 1024  # of which the file keeps no more when 
 LOCKED_S: Final = 1.0  # if somebody looks into the file; nobody else writes
 FORMAT: Final = 1  # of the blocks; SQLite's user_version
 
+RESCUE: Final = "pipeline.brokers.spool_rescue"
 _DAMAGED: Final = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _TABLE: Final = """
 CREATE TABLE IF NOT EXISTS block (
@@ -64,6 +65,15 @@ class SpoolDamaged(MillpondError):
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[list[Record]] = msgspec.msgpack.Decoder(list[Record])
+
+
+def unpacked(packed: bytes) -> list[Record]:
+    """The records of a block.
+
+    Raises:
+        msgspec.DecodeError: it is none.
+    """
+    return _decoder.decode(packed)
 
 
 def size_of(record: Record) -> int:
@@ -142,9 +152,11 @@ class SpoolFile:
             for last, count, size, packed in rows:
                 numbers = range(last - count + 1, last + 1)
                 try:
-                    block = _decoder.decode(packed)
+                    block = unpacked(packed)
                 except msgspec.DecodeError as error:
                     raise _NotOurs(f"block {last}: {error}") from error
+                if len(block) != count:
+                    raise _NotOurs(f"block {last} holds {len(block)} records, not {count}")
                 both = zip(numbers, block, strict=True)
                 found += [(number, record) for number, record in both if after < number <= through]
                 bytes_max -= size
@@ -287,9 +299,8 @@ class SpoolFile:
         self.damaged.append(aside)
         sentence = (
             f"{self.path} cannot be read ({error}): it is now {aside}, with {count} or more records"
-            " that Kafka may not have. To save them:"
-            f" sqlite3 {aside} .recover | sqlite3 {aside.with_name('spool-999.db')}"
-            " and start the bridge again; or delete it"
+            f" that Kafka may not have. To save what can be read: python -m {RESCUE} {aside},"
+            " and start the bridge again. Or delete it"
         )
         logger.error("%s", sentence)
         return SpoolDamaged(sentence)

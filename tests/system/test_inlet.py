@@ -15,8 +15,8 @@ import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
-from pipeline.brokers.inlet import Inlet
-from pipeline.brokers.inlet_sender import NotKept
+from pipeline.brokers.inlet import Inlet, NotKept
+from pipeline.brokers.inlet_sender import LOST_IN_THE_SPOOL
 from schemas import keys
 from schemas.events import NodeStarted
 from tests import servers
@@ -227,6 +227,45 @@ async def test_a_bridge_that_is_killed_in_an_outage_has_told_the_truth(
         found = [first_times(numbers(log, topic)) for topic in topics]
         assert all(each == sorted(each) for each in found)
         assert set(numbers_told) <= {number for each in found for number in each}
+
+
+async def test_a_bridge_that_starts_without_kafka_serves_and_ends_as_others_do(
+    hurt_kafka: Server, log: Log, tmp_path: Path
+) -> None:
+    async with running("127.0.0.1:1", tmp_path) as one:
+        begun = time.monotonic()
+        await asyncio.gather(*(enter(one.inlet, "early", number) for number in range(10)))
+        assert time.monotonic() - begun < ANSWER_S
+        await enter(one.inlet, "early", 10)
+        assert not one.inlet.connected.is_set()
+    async with running(hurt_kafka.address, tmp_path) as two:
+        await enter(two.inlet, "early", 11)
+        await until_drained(two.inlet)
+    await log.until_published("early", 12)
+    assert numbers(log, "early") == list(range(12))
+
+
+async def test_a_spool_that_is_damaged_or_deleted_in_an_outage_is_counted_and_goes_on(
+    paused: Server, log: Log, tmp_path: Path
+) -> None:
+    async with running(paused.address, tmp_path) as one:
+        await enter(one.inlet, "damaged", 0)
+        paused.pause()
+        # Given more than the producer takes, or it would have what the file loses
+        await asyncio.gather(*(enter(one.inlet, "damaged", n, 50_000) for n in range(1, 300)))
+        untaken = one.inlet._sender.own.last - one.inlet._sender.own.taken
+        assert 100 < untaken < 299
+        # When the file is deleted, and more comes
+        one.spool.own.path.unlink()
+        await asyncio.gather(*(enter(one.inlet, "damaged", n) for n in range(300, 320)))
+        paused.resume()
+        await until_drained(one.inlet)
+        # Then what is lost is counted, and the rest is there
+        assert one.inlet.lost == {LOST_IN_THE_SPOOL: untaken}
+        await enter(one.inlet, "damaged", 320)
+    await log.until_published("damaged", 321 - untaken)
+    first = 300 - untaken
+    assert numbers(log, "damaged") == [*range(first), *range(300, 321)]
 
 
 async def test_a_record_that_kafka_refuses_is_lost_alone_and_is_counted(

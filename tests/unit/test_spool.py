@@ -27,6 +27,7 @@ from pipeline.brokers.spool_file import (
     SpoolFile,
     size_of,
 )
+from pipeline.brokers.spool_rescue import rescue
 from schemas.errors import ConfigError
 
 MIB = 1024 * 1024
@@ -235,7 +236,7 @@ def test_a_damaged_file_is_moved_aside_and_the_log_says_how_to_save_it(
     (aside,) = file.damaged
     assert aside.read_bytes() == b"no database at all " * 1_000
     assert str(aside) in caplog.text
-    assert ".recover" in caplog.text
+    assert f"pipeline.brokers.spool_rescue {aside}" in caplog.text
     assert file.keep(some(1)) == 1
 
 
@@ -248,6 +249,33 @@ def test_a_file_that_is_damaged_while_it_is_read_keeps_its_numbers(file: SpoolFi
         everything(file)
     assert file.keep(some(1, first=3)) == 3
     assert file.bytes == size_of(a_record(3))
+
+
+def test_what_can_be_read_of_a_damaged_file_is_taken_at_the_next_start(tmp_path: Path) -> None:
+    # Given a file of which pages in the middle are gone, as its directory's other files are not
+    file = SpoolFile(tmp_path / "spool-3.db")
+    for first in range(1, 1_000, 3):
+        file.keep(some(3, first=first, size=1_500))
+    file.close()
+    content = bytearray(file.path.read_bytes())
+    middle = len(content) // 2 // 4096 * 4096
+    content[middle : middle + 3 * 4096] = b"\xff" * 3 * 4096
+    file.path.write_bytes(content)
+    with pytest.raises(SpoolDamaged, match="spool_rescue"):
+        everything(file)
+    # When it is rescued
+    path, records, missing = rescue(file.damaged[0])
+    # Then nearly all of it is there, in order, and is sent by who starts next
+    assert path == tmp_path / "spool-999.db"
+    assert 0 < missing < 50
+    assert records + missing == 999
+    spool = Spool(tmp_path, MIB)
+    spool.open()
+    (left,) = spool.left
+    found = [int(record.value.rstrip(b".")) for _, record in everything(left)]
+    assert len(found) == records
+    assert found == sorted(found)
+    spool.close()
 
 
 def test_a_file_of_another_format_is_not_touched(file: SpoolFile) -> None:
