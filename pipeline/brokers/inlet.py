@@ -174,17 +174,24 @@ class Inlet:
         await self._write_all()
         for source in self._sender.sources[:-1]:
             await self._tidy_left(source)
+        if self._write_timer is not None:
+            self._write_timer.cancel()
         await asyncio.get_running_loop().run_in_executor(None, self._spool.close)
 
     async def _write_all(self) -> None:
-        """All that is not kept; once more than needed, so that what Kafka has is discarded."""
+        """All that is not kept, as far as the spool has room; and what Kafka has is discarded."""
+        if self._writing is not None:
+            await asyncio.wait((self._writing,))
         while self._broken is None:
-            done = not self._unkept_bytes and self._writing is None
+            before = self._unkept_bytes
             self._write()
-            if self._writing is not None:
-                await asyncio.wait((self._writing,))
-            if done:
-                return
+            if self._writing is None:
+                break
+            await asyncio.wait((self._writing,))
+            if self._unkept_bytes == before:
+                break
+        if self._unkept:
+            logger.error("%d events are neither in Kafka nor in the spool", len(self._unkept))
 
     # -- keeping
 

@@ -193,6 +193,26 @@ async def test_a_bridge_that_ends_leaves_what_kafka_has_not_taken_to_the_next(
     assert first_times(numbers(log, "ends")) == list(range(101))
 
 
+async def test_a_bridge_that_ends_with_more_than_the_spool_has_room_for_ends_nevertheless(
+    paused: Server, log: Log, tmp_path: Path
+) -> None:
+    one = running(paused.address, tmp_path, bytes_max=100_000, patience_s=30)
+    inlet = await one.__aenter__()
+    await enter(inlet.inlet, "more", 0)
+    paused.pause()
+    futures = [enter(inlet.inlet, "more", number, 10_000) for number in range(1, 100)]
+    await inlet.end(grace_s=0.1)
+    # Then the first ones are kept, and of the others everyone hears that they are not
+    kept = [number for number, future in enumerate(futures, 1) if future.exception() is None]
+    assert kept == list(range(1, 10))
+    paused.resume()
+    async with running(paused.address, tmp_path) as two:
+        await until_drained(two.inlet)
+        await enter(two.inlet, "more", 100)
+    await log.until(lambda: 100 in numbers(log, "more"), "the last")
+    assert set(kept) <= set(numbers(log, "more"))
+
+
 async def test_a_bridge_that_is_killed_in_an_outage_has_told_the_truth(
     hurt_kafka: Server, log: Log, tmp_path: Path
 ) -> None:
@@ -245,7 +265,31 @@ async def test_a_bridge_that_starts_without_kafka_serves_and_ends_as_others_do(
     assert numbers(log, "early") == list(range(12))
 
 
-async def test_a_spool_that_is_damaged_or_deleted_in_an_outage_is_counted_and_goes_on(
+async def test_a_spool_that_is_damaged_in_an_outage_is_moved_aside_and_counted(
+    paused: Server, log: Log, tmp_path: Path
+) -> None:
+    async with running(paused.address, tmp_path) as one:
+        await enter(one.inlet, "unreadable", 0)
+        paused.pause()
+        await asyncio.gather(*(enter(one.inlet, "unreadable", n, 50_000) for n in range(1, 300)))
+        own = one.inlet._sender.own
+        untaken, database = own.last - own.taken, own.file._database
+        assert database is not None
+        assert 100 < untaken < 299
+        # When what is in the file cannot be read
+        await one.spool.call(database.execute, "UPDATE block SET packed = x'c1'")
+        paused.resume()
+        await until_drained(one.inlet)
+        # Then it is kept for who can, and counted, and the bridge goes on
+        assert one.inlet.lost == {LOST_IN_THE_SPOOL: untaken}
+        (aside,) = own.file.damaged
+        assert aside.exists()
+        await enter(one.inlet, "unreadable", 300)
+    await log.until_published("unreadable", 301 - untaken)
+    assert numbers(log, "unreadable") == [*range(300 - untaken), 300]
+
+
+async def test_a_spool_that_is_deleted_in_an_outage_is_counted_and_goes_on(
     paused: Server, log: Log, tmp_path: Path
 ) -> None:
     async with running(paused.address, tmp_path) as one:
