@@ -17,7 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from pipeline.brokers.emqx import exhook_pb2 as pb
 from pipeline.brokers.emqx.calls import EMPTY, Calls, Keeping
 from pipeline.brokers.emqx.hooks import Version
-from pipeline.settings import BridgeSettings
+from pipeline.settings import PORT_MAX, BridgeSettings
 from schemas.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,9 @@ class HookServer:
 
     def _listen(self, server: grpc.aio.Server) -> int:
         address, credentials = self._settings.exhook_listen, _credentials(self._settings)
+        port = int(address.rpartition(":")[2])
+        if port > PORT_MAX:  # gRPC would take what is left of it in 16 bits
+            raise ConfigError(f"[bridge] exhook_listen: there is no port {port}")
         try:
             if credentials is None:
                 return server.add_insecure_port(address)

@@ -58,7 +58,7 @@ class Translator:
         client = request.clientinfo
         return ClientConnected(
             at=at, node=node_of(client.node), client_id=client_id_of(client),
-            username=client.username or None, connection_id=connection_of(client),
+            username=_text(client.username) or None, connection_id=connection_of(client),
             connected_at=at, protocol="MQTT" if client.protocol == "mqtt" else _text(client.protocol),
         )  # fmt: skip
 
@@ -152,7 +152,7 @@ class Translator:
             at=published_at, node=node_of(message.node), message_id=message_id_of(message.id),
             topic=topic, qos=qos_of(message.qos), retain=False,
             client_id=_client_id(message.from_client_id),
-            username=message.headers.get("username"), payload=payload, payload_encoding=encoding,
+            username=_text(message.headers.get("username", "")) or None, payload=payload, payload_encoding=encoding,
             published_at=published_at, expires_at=_expires_at(request.props, published_at),
             user_properties={each.name: each.value for each in request.user_props},
         )  # fmt: skip
