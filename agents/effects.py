@@ -18,7 +18,7 @@ from typing import ClassVar, Literal, TypeAlias
 from msgspec import Struct
 
 from schemas.commands import Subscribe, Unsubscribe
-from schemas.events import MessagePublished, SubscriberJoined, SubscriberLeft
+from schemas.events import Message, SubscriberJoined, SubscriberLeft
 
 # The tables of packed states that a partition has: retained messages or clients; what is being handed out, and to whom;
 # dead letters; what pubsub knows of topics and subscribers.
@@ -44,7 +44,7 @@ class StoreMessage(Struct, frozen=True, gc=False):
 
     stage: ClassVar[Stage] = Stage.STORE
     offset: int
-    event: MessagePublished
+    event: Message
     score: int
     indexed: bool
     expires_at: int | None

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from agents.commands import run_commands
 from agents.due import INDEX, MESSAGE, RETAINED, DueTimes, due_member
@@ -31,9 +31,17 @@ from agents.effects import (
 )
 from agents.held import Changed, Held
 from agents.plans import MessageHook, Plans
-from agents.ports import ReadStates, Stored
+from agents.ports import Read, ReadEntry, ReadStates, Stored
 from agents.seen import SeenIds
-from schemas.events import Event, MessageAcked, MessageDelivered, MessagePublished
+from schemas.errors import DecodeError
+from schemas.events import (
+    Event,
+    Message,
+    MessageAcked,
+    MessageDelivered,
+    MessagePublished,
+    MessageRetained,
+)
 from schemas.rules import Rules
 
 
@@ -72,13 +80,14 @@ class Keeper:
         self.rules_changed(Rules())
         self.retained: Held[Retained | None] = Held(unpack)
         self._dropped: dict[str, None] = {}  # bodies that nothing refers to after this batch
+        self._places: dict[ReadEntry, int | None] = {}  # told of in this batch
 
     def restore(self, partition_state: Mapping[str, Any], stored: Stored, rules: Rules) -> None:
         """Start anew from what the store holds."""
         self.seen.restore(partition_state, stored.seen)
         self.rules_changed(rules)
         self.retained = Held(unpack)
-        self._dropped = {}
+        self._dropped, self._places = {}, {}
 
     def rules_changed(self, rules: Rules) -> None:
         """Go on by these rules."""
@@ -131,6 +140,57 @@ class Keeper:
         elif event.retain and plan.clear_retained and event.payload == "":
             done += self._retain(offset, event.topic, None)
         return done
+
+    # -- what the broker retains, as far as a bridge had to ask -----------------------------------------
+
+    def wanted_by_retained(self, event: MessageRetained) -> list[Read]:
+        """What the topic retains so far, and whether its index has the message."""
+        reads: list[Read] = [*self.unknown([event.topic])]
+        entry = ReadEntry(event.topic, event.message_id)
+        return reads if entry in self._places else [*reads, entry]
+
+    def retains(self, topic: str, message_id: str) -> bool:
+        """Whether this is what a topic retains, where that is known: one published again is known by it."""
+        held = self.retained[topic]
+        return held is not None and held.message_id == message_id
+
+    def supply_place(self, read: ReadEntry, answer: int | None) -> None:
+        """Where the index has the message."""
+        self._places[read] = answer
+
+    def broker_retains(
+        self, offset: int, event: MessageRetained, score: int, *, dead: bool
+    ) -> list[Effect]:
+        """ON retained: keep or clear it, as at a publish. The message itself was told of before, or never is; `dead` if
+        it is a dead letter.
+
+        Raises:
+            DecodeError: the topic cannot be published to.
+        """
+        plan = self.plans.of(event.topic)
+        place = self._places[ReadEntry(event.topic, event.message_id)]
+        if plan.error is not None:
+            raise DecodeError(plan.error)
+        if event.payload == "":
+            return self._retain(offset, event.topic, None) if plan.clear_retained else []
+        before = self.retained[event.topic]
+        if not plan.retain or (before is not None and before.message_id == event.message_id):
+            return []
+        end = earliest(score // 1000, plan.retained_lifetime_ms, event.expires_at)
+        needed_until = None if dead else end
+        if place is not None:
+            indexed_until = earliest(place // 1000, plan.index_lifetime_ms, event.expires_at)
+            needed_until = later(needed_until, indexed_until)
+        state = Retained(
+            message_id=event.message_id, score=score, expires_at=end,
+            indexed=dead or place is not None,
+        )  # fmt: skip
+        message = structs.replace(event, retain=True)
+        effects: list[Effect] = [StoreMessage(offset, message, score, False, needed_until)]
+        if event.expires_at is not None:
+            due = due_member(MESSAGE, event.topic, event.message_id)
+            effects.append(self._due.falls_due(due, event.expires_at))
+        return [*effects, *self._retain(offset, event.topic, state)]
 
     def commands(self, offset: int, event: MessagePublished) -> Sequence[Effect | Output]:
         """What the user's commands ask for at a publish."""
@@ -186,7 +246,7 @@ class Keeper:
         """Index and dead letters hold a body no longer; the retained entry still may."""
         held = self.retained[topic]
         if held is not None and held.message_id == message_id:
-            without = msgspec.structs.replace(held, indexed=False)
+            without = structs.replace(held, indexed=False)
             self.retained.change(NO_SOURCE, topic, without)
         else:
             self._dropped[message_id] = None
@@ -212,10 +272,11 @@ class Keeper:
 
     def refused(self, event: Event, refusal: Refusal) -> Sequence[Effect]:
         """A foreign key was in the way: what was half written of the message goes."""
-        if not isinstance(event, MessagePublished):
+        if not isinstance(event, Message):
             return ()
         topic, message_id = event.topic, event.message_id
-        held = self.retained.get(topic) if event.retain else None
+        retains = event.retain or isinstance(event, MessageRetained)
+        held = self.retained.get(topic) if retains else None
         if held is not None and held.message_id != message_id:
             held = None  # replaced meanwhile, and its body let go by that
         match refusal.part:
@@ -224,7 +285,7 @@ class Keeper:
                     self.retained.change(refusal.offset, topic, None)
                 return (Unindex(NO_SOURCE, topic, (message_id,)), SpareBody(message_id))
             case "index" if held is not None:
-                without = msgspec.structs.replace(held, indexed=False)
+                without = structs.replace(held, indexed=False)
                 self.retained.change(refusal.offset, topic, without)
             case "index":
                 self._dropped[message_id] = None
@@ -241,7 +302,7 @@ class Keeper:
 
         A body that was let go and stored again within the batch stays: what is removed is removed last.
         """
-        dropped, self._dropped = self._dropped, {}
+        dropped, self._dropped, self._places = self._dropped, {}, {}
         changed = [effect for change in self.retained.finish() for effect in _kept(change)]
         return [*map(DropBody, dropped), *changed, *self.seen.finish()]
 

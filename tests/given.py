@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from msgspec import structs
+
 from agents.ports import Record
 from schemas import codec, keys
 from schemas.events import (
@@ -12,6 +14,7 @@ from schemas.events import (
     MessageAcked,
     MessageDelivered,
     MessagePublished,
+    MessageRetained,
     SubscriberJoined,
     SubscriberLeft,
     Tick,
@@ -74,6 +77,15 @@ def published(message_id: str = "m1", topic: str = "t", **fields: Any) -> Messag
         "payload": "hello", "published_at": 1_000, **fields,
     }  # fmt: skip
     return MessagePublished(message_id=message_id, topic=topic, **values)
+
+
+def retained(message_id: str = "m1", topic: str = "t", **fields: Any) -> MessageRetained:
+    return broker_retains(published(message_id, topic, **fields))
+
+
+def broker_retains(event: MessagePublished) -> MessageRetained:
+    """What a bridge says that finds a publish retained."""
+    return MessageRetained(**structs.asdict(event))
 
 
 def acked(message_id: str = "m1", topic: str = "t", **fields: Any) -> MessageAcked:

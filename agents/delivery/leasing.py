@@ -4,8 +4,8 @@ Rule 1: every transition of a lease is in this file; members come and go in `mem
 message is the agent's own. Rule 2: no IO, no clock, no chance.
 
 ON something to hand out: members with room take turns. ON sent: the lease counts as a delivery, and has until its ack is
-due. ON failed: the lease returns and counts nothing; the member rests. ON acked: the message is done with. ON tick:
-overdue leases return, or their messages are dead.
+due. ON failed, also after sent: the lease returns and counts nothing; the member rests. ON acked: the message is done
+with. ON tick: overdue leases return, or their messages are dead.
 """
 
 from __future__ import annotations
@@ -289,10 +289,10 @@ class Leasing(ABC, Generic[W]):
         return None
 
     def _reported(self, offset: int, report: Sent | DeliveryFailed) -> tuple[str, Lease] | None:
-        """The unconfirmed lease that a report is about. One that does not match its lease is ignored."""
-        key = self.leased_key(report)
-        lease = None if key is None else self.window(offset, key).leases.get(report.message_id)
-        if key is None or lease is None or lease.sent:
+        """The lease that a report is about. One that does not match its lease is ignored."""
+        if (key := self.leased_key(report)) is None:
+            return None
+        if (lease := self.window(offset, key).leases.get(report.message_id)) is None:
             return None
         return (key, lease) if lease.number == lease_number(report.lease) else None
 
@@ -301,7 +301,7 @@ class Leasing(ABC, Generic[W]):
         done: Done = []
         for report in event.sent:
             found = self._reported(offset, report)
-            if found is None:
+            if found is None or found[1].sent:
                 continue
             key, lease = found
             delivery = self.delivery(key)
@@ -310,7 +310,6 @@ class Leasing(ABC, Generic[W]):
             lease.deliveries += 1
             lease.holders = window.with_holder(lease.holders, report.client_id, report.alias)
             done += self._confirmed(lease)
-            self._members.by_name[lease.member].failures = 0
             if report.alias is not None:
                 window.aliases[report.alias] = report.message_id
             if report.qos == 0:
@@ -324,6 +323,7 @@ class Leasing(ABC, Generic[W]):
         """A leased message is acknowledged: it is done with, and its member has room."""
         window = self.window(offset, key)
         lease = window.leases[message_id]
+        self._members.by_name[lease.member].failures = 0
         done = self.release(lease)
         window.remove(message_id)
         if lease.stored:
@@ -331,7 +331,7 @@ class Leasing(ABC, Generic[W]):
         return [*done, *self.freed(offset, key, (lease.member,), now_ms)]
 
     def failed(self, offset: int, event: DeliveryFailed, now_ms: int) -> Done:
-        """A copy was not handed over."""
+        """A copy was not handed over, though perhaps told of as sent by a broker that had yet to find nobody there."""
         found = self._reported(offset, event)
         if found is None:
             return []
@@ -346,6 +346,7 @@ class Leasing(ABC, Generic[W]):
                 waiting = Waiting(lease.score, event.message_id, lease.deliveries, lease.holders)
                 done += self.given_up(offset, key, waiting, TOO_LARGE, now_ms)
             return [*done, *self.freed(offset, key, (lease.member,), now_ms)]
+        lease.deliveries -= int(lease.sent)  # which counted as a delivery
         done = self.give_back(offset, key, event.message_id, now_ms)
         member = self._members.by_name[lease.member]
         if lease.number > member.epoch and not member.rests_until:

@@ -22,6 +22,7 @@ from agents.ports import (
     ReadAllStates,
     ReadBelow,
     ReadDue,
+    ReadEntry,
     ReadIndex,
     ReadNames,
     ReadStates,
@@ -35,6 +36,7 @@ from schemas.events import (
     MessageAcked,
     MessageDelivered,
     MessagePublished,
+    MessageRetained,
     OperatorDrop,
     OperatorRequeue,
     OperatorRewind,
@@ -96,10 +98,10 @@ class DeliveryMachine(Own[W]):
         return any(intersects(each, key) for each in filters)
 
     def alone(self, event: Event) -> bool:
-        """A tick reads indexes, so everything before must be in them; new rules decide what is owned. What is requeued
+        """Some read indexes, so everything before must be in them; new rules decide what is owned. What is requeued
         enters the index that it may just have left, and within a batch a store removes last.
         """
-        return isinstance(event, Tick | RulesChanged | OperatorRequeue)
+        return isinstance(event, Tick | MessageRetained | RulesChanged | OperatorRequeue)
 
     def wanted(self, events: Sequence[Event], now_ms: int) -> Sequence[Read]:
         """The windows of the events; then what lies ahead of them, as far as there is room for it."""
@@ -107,6 +109,9 @@ class DeliveryMachine(Own[W]):
             return [ReadAllStates(self._members_cursor, "members")]
         if len(events) == 1 and isinstance(events[0], Tick):
             return self._wanted_by_tick(now_ms)
+        if len(events) == 1 and isinstance(events[0], MessageRetained):
+            dead = self._dead.unknown([events[0].message_id])
+            return [*dead, *self._keeper.wanted_by_retained(events[0])]
         freed: Counter[str] = Counter()
         for event in events:
             for key, count in self._touches(event):
@@ -235,6 +240,9 @@ class DeliveryMachine(Own[W]):
                 self._dead.held.supply(answer)
             case ReadStates(table="states"):
                 self._keeper.retained.supply(answer)
+            case ReadEntry():
+                self._keeper.supply_place(read, answer)
+                self.supply_besides(read, answer)
             case ReadDue():
                 self._due.supplied = answer
             case ReadBelow():
@@ -253,6 +261,9 @@ class DeliveryMachine(Own[W]):
         match event:
             case MessagePublished():
                 return self.published(offset, event, now_ms, score)
+            case MessageRetained():
+                dead = self._dead.held[event.message_id] is not None
+                return self._keeper.broker_retains(offset, event, score, dead=dead)
             case MessageAcked():
                 done: Done = [*self._keeper.reported(offset, event, now_ms)]
                 return [*done, *self.acked_by_client(offset, event, now_ms)]

@@ -4,7 +4,7 @@ Rule 1: every transition of a message without a delivery rule is in this file; w
 are delivered is in `agents/keeping.py`. Rule 2: no IO, no clock, no chance.
 
 ON published: unless its id was seen, keep the body, its index entry and the retained entry, as the topic's rules
-say; run the user's commands. ON delivered, acked: note the receipt; run the user's commands. ON tick: what is
+say; run the user's commands. ON retained: the retained entry alone. ON delivered, acked: note the receipt; run the user's commands. ON tick: what is
 due goes, a bounded piece at a time. ON rules changed: go on by the new ones.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, Final
 from agents.due import INDEX, RETAINED, DueTimes, due_member, split_due
 from agents.effects import NO_SOURCE, Effect, Output, Refusal, SetDue, SetRules
 from agents.keeping import Keeper, expired_entries
-from agents.ports import Read, ReadDue, ReadIndex, ReadStates, Stored
+from agents.ports import Read, ReadDue, ReadEntry, ReadIndex, ReadStates, Stored
 from schemas import keys
 from schemas.errors import DecodeError
 from schemas.events import (
@@ -25,6 +25,7 @@ from schemas.events import (
     MessageAcked,
     MessageDelivered,
     MessagePublished,
+    MessageRetained,
     RulesChanged,
     Tick,
 )
@@ -70,13 +71,15 @@ class MessagesMachine:
         return self._keeper.rules
 
     def alone(self, event: Event) -> bool:
-        """A tick reads the index, so everything published before must be in it; new rules decide what is owned."""
-        return isinstance(event, Tick | RulesChanged)
+        """Some read the index, so everything published before must be in it; new rules decide what is owned."""
+        return isinstance(event, Tick | MessageRetained | RulesChanged)
 
     def wanted(self, events: Sequence[Event], now_ms: int) -> Sequence[Read]:
         """The states of topics whose retained message may change; for a tick, what is due and its entries."""
         if len(events) == 1 and isinstance(events[0], Tick):
             return self._wanted_by_tick(now_ms)
+        if len(events) == 1 and isinstance(events[0], MessageRetained):
+            return self._keeper.wanted_by_retained(events[0])
         touched = filter(self._keeper.touches_retained, events)
         return self._keeper.unknown(keys.record_key(event) for event in touched)
 
@@ -97,6 +100,8 @@ class MessagesMachine:
                 self._keeper.retained.supply(answer)
             case ReadDue():
                 self._due.supplied = answer
+            case ReadEntry():
+                self._keeper.supply_place(read, answer)
             case _:
                 assert isinstance(read, ReadIndex), "nothing else is wanted"
                 self._entries[read.topic] = answer, read.limit
@@ -106,6 +111,8 @@ class MessagesMachine:
         match event:
             case MessagePublished():
                 return self._published(offset, event, now_ms, score)
+            case MessageRetained():
+                return self._keeper.broker_retains(offset, event, score, dead=False)
             case MessageAcked() | MessageDelivered():
                 return self._keeper.reported(offset, event, now_ms)
             case Tick():

@@ -50,7 +50,8 @@ class PubsubMachine(Trimming):
         plan = self._keeper.plans.of(event.topic)
         if plan.error is not None:
             raise DecodeError(plan.error)
-        if not self._keeper.seen.add(event.message_id, now_ms):
+        message_id, topic = event.message_id, event.topic
+        if not self._keeper.seen.add(message_id, now_ms) or self._keeper.retains(topic, message_id):
             return []
         done: Done = []
         if event.expires_at is None or event.expires_at > now_ms:

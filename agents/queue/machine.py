@@ -235,9 +235,10 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         return self._indexes.between(window.cursor, window.last, topic, message_id)
 
     def _is_known(self, topic: str, message_id: str) -> bool:
-        """Whether a message is stored, leased, or was so in this batch: a store removes last, and could not keep it."""
+        """Whether a message is stored, leased, retained, or was so in this batch: a store removes last, and could not keep it."""
         here = message_id in self._windows[topic].leases or self._is_stored(topic, message_id)
-        return here or (topic, message_id) in self._indexes.left
+        kept = here or self._keeper.retains(topic, message_id)
+        return kept or (topic, message_id) in self._indexes.left
 
     def _leaves(self, topic: str, message_id: str) -> None:
         """A stored message that is not in the window any more is not in the index either."""

@@ -20,7 +20,7 @@ from redis.exceptions import RedisError
 from agents.registry import AGENT_NAMES
 from pipeline import topics
 from pipeline.ready import READY_FILE
-from pipeline.settings import KafkaSettings, Settings, load
+from pipeline.settings import BridgeSettings, KafkaSettings, Settings, load
 from pipeline.stack.directory import ChildState, DataDirectory, StackState
 from pipeline.stack.kafka import KafkaServer
 from pipeline.stack.ports import HOST, claim, free_port
@@ -82,10 +82,16 @@ class Stack:
         def port(asked: int | None, configured: int, option: str) -> int:
             return claim(configured if asked is None else asked, option)
 
-        mqtt_port = port(options.mqtt_port, stack.mqtt_port, "--mqtt-port")
-        websocket_port = port(options.websocket_port, stack.websocket_port, "--web-port")
         replace = msgspec.structs.replace
-        kafka, redis = settings.kafka, settings.redis
+        kafka, redis, bridge = settings.kafka, settings.redis, settings.bridge
+        if bridge.kind == "embedded":
+            mqtt_port = port(options.mqtt_port, stack.mqtt_port, "--mqtt-port")
+            websocket_port = port(options.websocket_port, stack.websocket_port, "--web-port")
+            bridge = replace(bridge, host=HOST, mqtt_port=mqtt_port, websocket_port=websocket_port)
+        elif bridge.spool_directory == BridgeSettings().spool_directory:
+            bridge = replace(
+                bridge, spool_directory=str((self._directory.root / "spool").absolute())
+            )
         if self._own_kafka:
             kafka_port = port(options.kafka_port, stack.kafka_port, "--kafka-port")
             kafka = replace(kafka, bootstrap_servers=(f"{HOST}:{kafka_port}",))
@@ -104,9 +110,7 @@ class Stack:
             kafka=kafka,
             redis=redis,
             rules_file=rules_file,
-            bridge=replace(
-                settings.bridge, host=HOST, mqtt_port=mqtt_port, websocket_port=websocket_port
-            ),
+            bridge=bridge,
         )
 
     @property
@@ -115,9 +119,14 @@ class Stack:
         bridge = self.settings.bridge
         _, rules = load(self._directory.configuration)
         servers = (f"{host}:{port}" for host, port in rules.pool("messages").servers)
-        return {
+        broker = {
             "MQTT": f"{bridge.host}:{bridge.mqtt_port}",
             "MQTT over WebSocket": f"ws://{bridge.host}:{bridge.websocket_port}",
+        }
+        if bridge.kind == "emqx":
+            broker = {"ExHook": bridge.exhook_listen, "EMQX's REST API": bridge.rest_url}
+        return {
+            **broker,
             "Kafka": ", ".join(self.settings.kafka.bootstrap_servers),
             "Redis": ", ".join(servers),
         }
@@ -156,7 +165,7 @@ class Stack:
         await topics.create(self.settings.kafka)
         if self._own_redis:
             await self._start_redis()
-        await self._start_part("bridge embedded")
+        await self._start_part(f"bridge {self.settings.bridge.kind}")
         for agent in AGENT_NAMES:
             await self._start_part(f"worker {agent}")
 

@@ -16,8 +16,8 @@ from tests import given
 from tests.delivering import AT, Delivering
 
 Kind = Literal[
-    "publish", "qos 0", "retain", "expiring", "repeat", "join", "broker joins", "unsubscribe", "end session",
-    "disconnect", "sent", "sent again", "fail", "ack", "ack by alias", "foreign ack", "ack early", "pass time", "requeue",
+    "publish", "qos 0", "retain", "expiring", "repeat", "broker retains", "join", "broker joins", "unsubscribe", "end session",
+    "disconnect", "sent", "sent again", "fail", "fail late", "ack", "ack by alias", "foreign ack", "ack early", "pass time", "requeue",
     "drop", "other rules", "restart",
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -60,13 +60,13 @@ class Player:
         if step.later_ms:
             self.world.at(self.world.now_ms + step.later_ms)
         kind = step.kind
-        if kind in ("publish", "qos 0", "retain", "expiring", "repeat"):
+        if kind in ("publish", "qos 0", "retain", "expiring", "repeat", "broker retains"):
             self._publish(step)
         elif kind in ("join", "broker joins"):
             self._join(step)
         elif kind in ("unsubscribe", "end session", "disconnect"):
             self._leave(step)
-        elif kind in ("sent", "sent again", "fail"):
+        elif kind in ("sent", "sent again", "fail", "fail late"):
             self._report(step)
         elif kind in ("ack", "ack by alias", "foreign ack", "ack early"):
             self._ack(step)
@@ -81,6 +81,11 @@ class Player:
 
     def _publish(self, step: Step) -> None:
         topic, now_ms = TOPICS[step.which % len(TOPICS)], self.world.now_ms
+        if step.kind == "broker retains":
+            if self.published:
+                event = self.published[-1 - step.other % len(self.published)]
+                self.world.tell(given.broker_retains(event))
+            return
         if step.kind == "repeat":
             dead = self.world.table(
                 "dead"
@@ -124,13 +129,13 @@ class Player:
             self.world.leave(client, each, reason, session=session, source_offset=self.clock)
 
     def _report(self, step: Step) -> None:
-        among = self.commands if step.kind == "sent again" else self.unreported
+        among = self.commands if step.kind in ("sent again", "fail late") else self.unreported
         if not among:
             return
         command = among[step.which % min(len(among), 3)]
         if command in self.unreported:
             self.unreported.remove(command)
-        if step.kind == "fail":
+        if step.kind in ("fail", "fail late"):
             event = DeliveryFailed(
                 **AT, agent="queue", lease=command.lease, client_id=command.client_id,
                 message_id=command.message_id, reason=REASONS[step.other % 3],

@@ -24,7 +24,7 @@ OTHER_RULES = (
     ),
 )
 KINDS = {
-    "publish": 40, "retain": 20, "clear": 8, "repeat": 15, "ack": 5, "unreadable": 4, "misplaced": 3,
+    "publish": 40, "retain": 20, "broker retains": 8, "clear": 8, "repeat": 15, "ack": 5, "unreadable": 4, "misplaced": 3,
     "bad topic": 2, "bad rules": 1, "other rules": 2, "another agent's": 5,
 }  # fmt: skip
 
@@ -72,6 +72,8 @@ class Publisher:
                 return self._new(
                     topic, retain=True, qos=random.choice([0, 1]), expires_at=self._expiry()
                 )
+            case "broker retains" if recent := self._recent():
+                return given.broker_retains(random.choice(recent))
             case "clear":
                 return self._new(topic, retain=True, payload="")
             case "ack":

@@ -249,11 +249,15 @@ class Pubsub(World):
         return [DeliveriesSent(**AT, agent="pubsub", sent=reports)] if reports else []
 
     def _failed(self, which: int, other: int) -> Event:
-        command = self.under_way.pop(which % len(self.under_way))
         reasons: list[Any] = ["no_client", "stale", "bridge", "gone"]
+        if self.in_hand and which % 3 == 0:  # told of as sent before
+            command = self.in_hand[other % len(self.in_hand)][0]
+            del reasons[3]
+        else:
+            command = self.under_way.pop(which % len(self.under_way))
         return DeliveryFailed(
             **AT, agent="pubsub", lease=command.lease, client_id=command.client_id,
-            message_id=command.message_id, reason=reasons[other % 4],
+            message_id=command.message_id, reason=reasons[other % len(reasons)],
         )  # fmt: skip
 
     def _rewind(self, client_id: str, topic: str, other: int) -> Event:

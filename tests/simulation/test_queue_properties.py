@@ -58,7 +58,7 @@ TIMES_MS = [0] * 14 + [
     1, ACK_MS - 1, ACK_MS, ACK_MS + 1, EXPIRY_MS - 1, EXPIRY_MS, EXPIRY_MS + 1, REST_MS, SEND_MS,
 ]  # fmt: skip
 WEIGHTS: dict[Kind, int] = {
-    "publish": 14, "join": 8, "sent": 10, "ack": 10, "fail": 4, "repeat": 3, "ack by alias": 3, "disconnect": 2,
+    "publish": 14, "join": 8, "sent": 10, "ack": 10, "fail": 4, "fail late": 2, "broker retains": 2, "repeat": 3, "ack by alias": 3, "disconnect": 2,
     "unsubscribe": 2, "end session": 2, "pass time": 4, "requeue": 2,
 }  # fmt: skip
 ONE_RULE: dict[str, Any] = {"max_inflight": 2, "ack_timeout_s": 2, "max_deliveries": 2}

@@ -129,7 +129,33 @@ def test_a_failure_returns_the_message_to_who_does_not_rest(reason: str) -> None
     assert {client for client, _ in world.hand_over()} == {"b"}
 
 
-def test_a_rest_doubles_and_ends_with_a_join_or_with_a_copy_that_arrives() -> None:
+def test_what_was_told_of_as_sent_may_fail_after_all_and_counts_nothing() -> None:
+    world = a_queue(max_deliveries=1)
+    world.join("a")
+    world.publish("m1")
+    for _ in range(2):
+        commands = world.take()
+        assert [each.attempt for each in commands] == [1]
+        world.sent(commands)
+        world.fail(commands, "no_client")
+        world.join("a")
+    assert world.hand_over() == [("a", "m1")]
+    assert world.stored("queue/a") == ["m1"]
+
+
+def test_a_failure_that_comes_after_the_ack_changes_nothing() -> None:
+    world = a_queue()
+    world.join("a")
+    world.publish("m1", "m2")
+    first, second = world.take()
+    world.sent([first, second])
+    world.ack("a", "m1")
+    world.fail([first], "no_client")
+    world.publish("m3")
+    assert world.hand_over() == [("a", "m3")]
+
+
+def test_a_rest_doubles_until_a_join_or_an_acknowledgement() -> None:
     world = a_queue()
     world.join("a")
     world.publish("m1")
@@ -142,7 +168,10 @@ def test_a_rest_doubles_and_ends_with_a_join_or_with_a_copy_that_arrives() -> No
     world.join("a")
     commands = world.take()
     assert [each.message_id for each in commands] == ["m1"]
-    world.sent(commands)
+    world.fail(commands, "no_client")
+    world.at(world.now_ms + 1_000)
+    assert world.hand_over() == [("a", "m1")]
+    world.ack("a", "m1")
     world.publish("m2")
     world.fail(world.take(), "no_client")
     world.at(world.now_ms + 1_000)
