@@ -120,12 +120,16 @@ class Heard:
         self.loaded: list[str] = []
         self.acks: list[tuple[str, str]] = []
         self.retained: list[tuple[str, MessagePublished]] = []
+        self.ended: list[str] = []
 
     def provider_loaded(self, node: str) -> None:
         self.loaded.append(node)
 
     def acked(self, client_id: str, message_id: str) -> None:
         self.acks.append((client_id, message_id))
+
+    def session_ended(self, client_id: str) -> None:
+        self.ended.append(client_id)
 
     def retainable(self, topic: str, event: MessagePublished) -> None:
         self.retained.append((topic, event))

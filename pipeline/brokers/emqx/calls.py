@@ -20,7 +20,14 @@ from pipeline.brokers.rule_answers import RuleAnswers
 from pipeline.clock import now_ms
 from schemas import keys
 from schemas.errors import DecodeError, MillpondError
-from schemas.events import DeliveriesSent, Event, MessagePublished, Sent
+from schemas.events import (
+    DeliveriesSent,
+    Event,
+    MessagePublished,
+    Sent,
+    SessionDiscarded,
+    SessionTerminated,
+)
 from schemas.leases import parse_lease
 from schemas.rules import Rules
 
@@ -56,6 +63,10 @@ class Listening(Protocol):
 
     def acked(self, client_id: str, message_id: str) -> None:
         """A client acknowledged a message or a copy, by the id that the broker gave it; its event was entered."""
+        ...
+
+    def session_ended(self, client_id: str) -> None:
+        """A client's session was terminated or discarded: the broker holds nothing for it any more."""
         ...
 
     def retainable(self, topic: str, event: MessagePublished) -> None:
@@ -168,6 +179,8 @@ class Calls:
             self.refusals.add("invalid", f"{rpc}: {error}")
             return EMPTY
         self._inlet.enter(told.topic, event, hook=told.hook)
+        if isinstance(event, SessionTerminated | SessionDiscarded):
+            self._listener.session_ended(event.client_id)
         return EMPTY
 
     def _delivered(self, request: pb.MessageDeliveredRequest, at: int) -> Event:

@@ -107,6 +107,14 @@ class Rest:
     def __repr__(self) -> str:
         return f"Rest({self._url!r})"
 
+    def secret(self) -> str:
+        """The key's second half, which only this bridge and EMQX know.
+
+        Raises:
+            ConfigError: the file cannot be read, or holds no key.
+        """
+        return _key(self._key_file).partition(":")[2]
+
     async def start(self) -> None:
         """Get ready; the first request connects.
 
@@ -298,12 +306,18 @@ class Rest:
         return self._authorization
 
 
+def _key(path: str) -> str:
+    """`key:secret` of a file."""
+    line = read_secret(path, "[bridge] api_key_file").strip()
+    key, _, secret = line.partition(":")
+    if not key or not secret:
+        raise ConfigError(f"[bridge] api_key_file: {path} does not hold one line key:secret")
+    return line
+
+
 def _authorization(path: str) -> str:
     """The header for the key in a file."""
-    line = read_secret(path, "[bridge] api_key_file").strip()
-    if ":" not in line:
-        raise ConfigError(f"[bridge] api_key_file: {path} does not hold one line key:secret")
-    return "Basic " + b64encode(line.encode()).decode()
+    return "Basic " + b64encode(_key(path).encode()).decode()
 
 
 async def _body(response: aiohttp.ClientResponse) -> bytes:
