@@ -113,8 +113,8 @@ class EmqxBridge:
         self._spool = Spool(Path(bridge.spool_directory), bridge.spool_bytes_max)
         self._spool.open()
         self._inlet = Inlet(self._producer, self._spool)
-        self._reports = Reports(_Reporting(self._inlet, bridge.node))
-        deliveries = Deliveries(bridge.node, self._reports)
+        self._reports = Reports(_Reporting(self._inlet, keys.AGENT_NODE))
+        deliveries = Deliveries(keys.AGENT_NODE, self._reports)
         self._sender = Sender(self._rest, deliveries, returning, mountpoint)
         self._snapshots = Snapshots(
             self._rest, self._inlet, Translator(mountpoint).own_filter, settings.kafka.partitions,
