@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
+from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -32,7 +33,8 @@ from schemas.codec import payload_bytes
 from schemas.errors import ConfigError
 
 SHOWN_MAX = 20  # subscribers, members, leases, events: --json has all of them
-WIDE = 100  # columns
+ID_LENGTH = 40  # ids up to this stay in one piece, to be copied; EMQX's have 32 characters
+PIPED_WIDTH = 1_000
 
 
 def explain(
@@ -87,9 +89,15 @@ def cell(text: object) -> str:
     return escape(printable(str(text)))
 
 
-def say(line: str) -> None:
+def say(line: str = "") -> None:
     """A line of its own, however long."""
     console.print(printable(line), markup=False, soft_wrap=True)
+
+
+def show(table: Table) -> None:
+    """A table; for grep, a row is one line."""
+    to = console if console.is_terminal else Console(width=PIPED_WIDTH, highlight=False)
+    to.print(table)
 
 
 def facts_table() -> Table:
@@ -128,19 +136,21 @@ def _show_message(found: MessageFacts) -> None:
         *_stored(found),
     ):
         facts.add_row(name, cell(value))
-    console.print(facts)
+    show(facts)
     subscribers = found.states[1:]
     if subscribers:
         counts = Counter(each.state for each in subscribers)
         said = ", ".join(f"{number} {state}" for state, number in counts.items())
-        say(f"\n{words.count(len(subscribers), 'subscriber')}: {said}")
+        say()
+        say(f"{words.count(len(subscribers), 'subscriber')}: {said}")
         table = listing("subscriber", "state")
         for each in subscribers[:SHOWN_MAX]:
             table.add_row(cell(each.subscriber), cell(each.words))
-        console.print(table)
+        show(table)
         left_out(len(subscribers), "subscribers")
     elif found.agent == "pubsub":
-        say("\nno subscriber of its topic is known")
+        say()
+        say("no subscriber of its topic is known")
     _show_events(found)
     for note in found.notes:
         say(f"note: {note}")
@@ -173,11 +183,12 @@ def _stored(found: MessageFacts) -> list[tuple[str, str]]:
 
 def _show_events(found: MessageFacts) -> None:
     if not found.events:
-        say("\nKafka has no record of it where it was searched:")
+        say()
+        say("Kafka has no record of it where it was searched:")
         for part in found.searched:
             say(f"  {words.searched(part)}")
         return
-    say("")
+    say()
     table = listing("in Kafka", "offset", "time", "event", "client", "")
     for event in found.events[:SHOWN_MAX]:
         what = [event.kind.replace("_", " ")]
@@ -190,7 +201,7 @@ def _show_events(found: MessageFacts) -> None:
             f"{event.kafka_topic}\\[{event.partition}]", str(event.offset), words.time(event.at),
             ", ".join(what), cell(event.client_id or ""), cell("; ".join(said)),
         )  # fmt: skip
-    console.print(table)
+    show(table)
     left_out(len(found.events), "records")
 
 
@@ -205,7 +216,7 @@ def show_topic(found: TopicFacts, *, as_json: bool) -> None:
     facts = facts_table()
     for name, value in _topic_rows(found):
         facts.add_row(name, cell(value))
-    console.print(facts)
+    show(facts)
     if found.agent == "queue":
         _show_members(found)
     if found.agent == "pubsub":
@@ -223,7 +234,8 @@ def _topic_rows(found: TopicFacts) -> list[tuple[str, str]]:
         ("agent", f"{found.agent}, partition {found.partition}, applied up to {applied}"),
     ]
     if found.rule is not None:
-        settings = ("max_inflight", "max_deliveries", "max_length", "start")
+        settings = ["max_inflight", "max_deliveries", "max_length"]
+        settings += ["start"] if found.agent == "pubsub" else []
         said = [f"{name} {found.rule[name]}" for name in settings if found.rule.get(name)]
         said.append(f"ack_timeout_s {found.rule['ack_timeout_ms'] // 1000}")
         rows.append(("rule", f"{found.rule['action']} {found.rule['topic']}: {', '.join(said)}"))
@@ -243,10 +255,11 @@ def _topic_rows(found: TopicFacts) -> list[tuple[str, str]]:
 
 def _show_members(found: TopicFacts) -> None:
     if not found.members:
-        say("\nnobody is online to take messages")
+        say()
+        say("nobody is online to take messages")
         return
     now = now_ms()
-    say("")
+    say()
     table = listing("client", "group", "QoS", "in hand", "unconfirmed", "rests")
     for each in found.members[:SHOWN_MAX]:
         rests = "" if each.rests_until is None else f"{words.age(each.rests_until - now)} more"
@@ -254,15 +267,16 @@ def _show_members(found: TopicFacts) -> None:
             cell(each.client_id), cell(each.group or ""), str(each.qos),
             f"{each.in_hand} of {each.max_inflight}", str(each.unconfirmed), rests,
         )  # fmt: skip
-    console.print(table)
+    show(table)
     left_out(len(found.members), "clients")
 
 
 def _show_subscribers(found: TopicFacts) -> None:
     if not found.subscribers:
-        say("\nno subscriber is known")
+        say()
+        say("no subscriber is known")
         return
-    say("")
+    say()
     table = listing("subscriber", "online", "read offset", "ready", "leased", "lost")
     for each in found.subscribers[:SHOWN_MAX]:
         at = each.read_offset or ("before the first" if each.begun else "not begun")
@@ -270,7 +284,7 @@ def _show_subscribers(found: TopicFacts) -> None:
             cell(each.subscriber), str(each.online or "no"), cell(at), str(each.ready),
             str(each.leased), str(each.lost or ""),
         )  # fmt: skip
-    console.print(table)
+    show(table)
     left_out(len(found.subscribers), "subscribers")
 
 
@@ -278,16 +292,17 @@ def _show_leases(found: TopicFacts) -> None:
     if not found.leases:
         return
     now = now_ms()
-    say("")
+    say()
     table = listing("leased message", "by", "for", "delivery", "")
+    table.columns[0].no_wrap = all(len(each.message_id) <= ID_LENGTH for each in found.leases)
     for each in found.leases[:SHOWN_MAX]:
         left = each.until - now
-        returns = f"returns in {words.age(left)}" if left > 0 else "overdue"
+        returns = f"{words.age(left)} left" if left > 0 else "overdue"
         sent = "sent" if each.sent else "not confirmed"
         by = each.client_id if each.group is None else f"{each.client_id} ({each.group})"
         table.add_row(
             cell(each.message_id), cell(by), words.age(now - each.since), str(each.attempt),
             f"{sent}, {returns}",
         )  # fmt: skip
-    console.print(table)
+    show(table)
     left_out(len(found.leases), "leases")

@@ -6,24 +6,20 @@ import asyncio
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.status import Status
 
 from pipeline.cli.common import (
     DEFAULT_DATA,
     ConfigOption,
     DataOption,
-    console,
     errors,
     load_settings,
 )
-from pipeline.cli.explain_command import cell, listing, print_json, say, show_topic
+from pipeline.cli.explain_command import cell, listing, print_json, say, show, show_topic
 from pipeline.clock import now_ms
 from pipeline.inside import topic as one_topic
 from pipeline.inside import words
 from pipeline.inside.topics import LISTED_MAX, TopicList, deepest
-
-PIPED_WIDTH = 1_000  # for grep: a topic is one line
 
 
 def topics(
@@ -62,8 +58,7 @@ def _show(found: TopicList) -> None:
             "" if row.oldest is None else words.age(now - row.oldest), str(row.dead or ""),
         )  # fmt: skip
     if found.rows:
-        to = console if console.is_terminal else Console(width=PIPED_WIDTH, highlight=False)
-        to.print(table)
+        show(table)
     total = f"{words.count(found.topics, 'topic')}, {words.count(found.messages, 'message')}"
     if len(found.rows) < found.topics:
         total = f"the {len(found.rows)} deepest of {total}: --limit shows more"

@@ -76,6 +76,14 @@ async def explain(
         wanted = Wanted(message_id, where, () if held is None else held.aliases)
         since = None if held is None or held.score is None else held.score // 1000
         found = await records.search(log, wanted, numbers, since, records_max, progress)
+    if wanted.copy_of not in (None, message_id):
+        assert wanted.copy_of is not None, "it has just been looked at"
+        told = await explain(
+            settings, rules, wanted.copy_of,
+            topic=topic, client=client, records_max=records_max, progress=progress,
+        )  # fmt: skip
+        note = f"{message_id!r} is the id that the broker gave to a copy of it"
+        return structs.replace(told, notes=[note, *told.notes])
     where = where or next((each.topic for each in found.events if each.topic is not None), None)
     if where is None:
         raise _unknown(message_id, topic, found)
@@ -112,7 +120,8 @@ def _unknown(message_id: str, topic: str | None, found: Found) -> MillpondError:
 def _all_of(kafka_topic: str, parts: Sequence[Searched]) -> str:
     looked = sum(each.stop - each.first for each in parts)
     total = sum(each.end - each.start for each in parts)
-    return f"the newest {looked} of {total} records in the {len(parts)} partitions of {kafka_topic}"
+    which = f"the {total} records" if looked == total else f"the newest {looked} of {total} records"
+    return f"{which} in the {len(parts)} partitions of {kafka_topic}"
 
 
 # -- Redis -------------------------------------------------------------------------------------------------------------

@@ -135,6 +135,7 @@ class Wanted:
     def __init__(self, message_id: str, topic: str | None, aliases: Iterable[str] = ()) -> None:
         """`topic` None: it is yet to be found out."""
         self.message_id, self.topic = message_id, topic
+        self.copy_of: str | None = None  # whose, if the id is one that the broker gave a copy
         self._ids: dict[str, bytes] = {}
         self._escaped = False
         for each in (message_id, *aliases):
@@ -191,7 +192,9 @@ class Wanted:
     def _sent(self, record: Any, event: DeliveriesSent) -> list[Event]:
         found = []
         for each in event.sent:
-            if each.message_id == self.message_id:
+            if each.alias == self.message_id:
+                self.copy_of = each.message_id
+            if self.message_id in (each.message_id, each.alias):
                 if each.alias is not None:
                     self._add(each.alias)
                 one = _event(record, each.alias or each.message_id)
@@ -323,7 +326,7 @@ async def _backwards(
             found.events[:0] = chunk
             steps.add(each.first - first)
             searched[at] = structs.replace(each, first=first)
-            if any(event.kind == "published" for event in chunk):
+            if wanted.copy_of is not None or any(event.kind == "published" for event in chunk):
                 return Found(events=found.events, searched=searched)
         if not some:
             break

@@ -207,6 +207,11 @@ def start_of(reading: Reading, topic: str, log: Log, plan: Plan) -> int | None:
     return log.cursor if plan.delivery.start == "earliest" else max(since, log.cursor)
 
 
+def still_in(log: Log, reader: Reader, message_id: str, score: int) -> bool:
+    """Whether what a reader has is still to be had: one that is looked at later than its log moves up only then."""
+    return score > log.cursor or message_id in reader.requeued
+
+
 def of_pubsub(known: Known, topic: str, log: Log, reading: Reading) -> MessageState | None:
     """A message for one subscriber of its topic; None if it has never been for it."""
     state = _of_pubsub(known, topic, log, reading)
@@ -217,11 +222,12 @@ def _of_pubsub(known: Known, topic: str, log: Log, reading: Reading) -> MessageS
     message_id, reader = known.message_id, reading.reader
     lease = reader.leases.get(message_id)
     if lease is not None:
-        return structs.replace(leased(lease), online=reading.online)
+        stored = lease.stored and still_in(log, reader, message_id, lease.score)
+        return structs.replace(leased(lease), online=reading.online, stored=stored)
     waiting = reader.returned_as(message_id)
-    if waiting is not None:
-        if message_id in reader.requeued:  # kept as long as if it were dead
-            return MessageState(state="ready", deliveries=waiting.deliveries, online=reading.online)
+    if waiting is not None and message_id in reader.requeued:  # kept as long as if it were dead
+        return MessageState(state="ready", deliveries=waiting.deliveries, online=reading.online)
+    if waiting is not None and waiting.score > log.cursor:
         return waits(known, waiting, reading.online)
     dead = known.dead
     if dead is not None and reading.subscriber in dead.subscribers:

@@ -293,7 +293,7 @@ def subscriber_facts(reading: states.Reading, topic: str, log: Log, plan: Plan) 
         subscriber=shown(reading.subscriber), online=reading.online,
         begun=reader.made_at is not None, read_offset=reader.message_id or None,
         read_offset_at=reader.read_offset // 1000 or None if reader.made_at is not None else None,
-        ready=ready_for(reading, topic, log, plan), returned=len(reader.returned),
+        ready=ready_for(reading, topic, log, plan), returned=returned_to(reader, log),
         leased=len(reader.leases), done_ahead=len(reader.done), lost=reader.lost,
         gone_at=reading.known.gone_at,
     )  # fmt: skip
@@ -305,7 +305,14 @@ def ready_for(reading: states.Reading, topic: str, log: Log, plan: Plan) -> int:
     if reader.made_at is None:
         start = states.start_of(reading, topic, log, plan)
         return log.length if start == log.cursor else 0
-    return len(reader.returned) + ahead_of(reader, log)
+    return returned_to(reader, log) + ahead_of(reader, log)
+
+
+def returned_to(reader: Reading, log: Log) -> int:
+    """How many messages have come back to a reader, and are still there."""
+    return sum(
+        states.still_in(log, reader, each.message_id, each.score) for each in reader.returned
+    )
 
 
 def ahead_of(reader: Reading, log: Log) -> int:
