@@ -70,6 +70,10 @@ async def explain(
         notes.append("Redis does not have it, so its topic was looked for in the log")
     async with records.Log(settings.kafka) as log:
         held = None if where is None else await _held(settings, rules, message_id, where)
+        if held is not None and held.elsewhere is not None:
+            raise MillpondError(
+                f"{message_id!r} is a message of topic {held.elsewhere!r}, not of {where!r}"
+            )
         numbers = range(settings.kafka.partitions)
         if where is not None:
             numbers = range((at := partition_of(where, settings.kafka.partitions)), at + 1)
@@ -152,6 +156,14 @@ class _Held(Struct, frozen=True, kw_only=True):
         lease = self.window is not None and self.message_id in self.window.leases
         stored = stored_message(self.message_id, self.body) is not None
         return not (stored or mine or lease or self.receipts or self.dead) and self.score is None
+
+    @property
+    def elsewhere(self) -> str | None:
+        """The topic that its body names, if that is another."""
+        if stored_message(self.message_id, self.body) is None:
+            return None
+        named = self.body.get("topic", b"").decode("utf-8", "replace")
+        return None if named == self.topic else named
 
     @property
     def aliases(self) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -12,7 +13,7 @@ from agents import keeping
 from agents.delivery.dead import unpack as unpack_dead
 from agents.delivery.members import Member
 from agents.delivery.window import Window
-from agents.plans import Plan, make_plan
+from agents.plans import Plan, Plans
 from agents.ports import ReadIndex, ReadLast, ReadStates
 from agents.pubsub.state import (
     Log,
@@ -30,7 +31,7 @@ from pipeline.control import partition_of
 from pipeline.inside import states
 from pipeline.inside.windows import MemberOf, members_of, pages
 from pipeline.settings import Settings
-from pipeline.stores.outside import CountIndex, ReadFence, ReadRules
+from pipeline.stores.outside import CountBetween, CountIndex, ReadFence, ReadRules
 from pipeline.stores.reader import Reader
 from schemas.codec import topic_name_error
 from schemas.errors import ConfigError, MillpondError
@@ -173,7 +174,8 @@ class _Looking:
             self._partition, reads
         )
         rules = configured if text is None else Rules.from_canonical(text)
-        plan, rule = make_plan(rules, topic), rules.delivery_rule(topic)
+        plans, rule = Plans(rules), rules.delivery_rule(topic)
+        plan = plans.of(topic)
         members = await self._members(plan) if agent != "messages" else {}
         shown_members = [each for each in members.values() if self._is_asked(each)]
         queue = unpack_queue(windows[topic]) if agent == "queue" else None
@@ -181,7 +183,7 @@ class _Looking:
         leases = [] if queue is None else list(self._leases(queue, None))
         subscribers: list[SubscriberFacts] = []
         if log is not None:
-            async for one, reader_leases in self._subscribers(plan, log, members):
+            async for one, reader_leases in self._subscribers(plans, log, members):
                 subscribers.append(one)
                 leases += reader_leases
         retained = keeping.unpack(kept[topic])
@@ -246,22 +248,29 @@ class _Looking:
             )  # fmt: skip
 
     async def _subscribers(
-        self, plan: Plan, log: Log, members: dict[str, MemberFacts]
+        self, plans: Plans, log: Log, members: dict[str, MemberFacts]
     ) -> AsyncIterator[tuple[SubscriberFacts, list[LeaseFacts]]]:
         told: dict[str, None] = {}
+        online = Counter(name for each in members.values() for name in each.subscribers)
         async for packed in self._known():
             known = {name: unpack_subscriber(packed[name]) for name in packed if name not in told}
             names = [name for name, each in known.items() if each.since(self._topic) is not None]
             told.update(dict.fromkeys(names))
             keys = tuple(reader_key(name, self._topic) for name in names)
             (windows,) = await self._reader.read(self._partition, [ReadStates(keys, "windows")])
-            for name, key in zip(names, keys, strict=True):
-                reading = states.Reading(
+            readings = [
+                states.Reading(
                     subscriber=name, known=known[name], reader=unpack_reader(windows[key]),
-                    online=sum(shown(name) in each.subscribers for each in members.values()),
-                )  # fmt: skip
-                leases = list(self._leases(reading.reader, shown(name)))
-                yield subscriber_facts(reading, self._topic, log, plan), leases
+                    online=online[shown(name)],
+                )
+                for name, key in zip(names, keys, strict=True)
+            ]  # fmt: skip
+            about = [(self._topic, reading) for reading in readings]
+            logs = {self._topic: log}
+            ready = await ready_for(self._reader, self._partition, about, logs, plans)
+            for reading, number in zip(readings, ready, strict=True):
+                leases = list(self._leases(reading.reader, shown(reading.subscriber)))
+                yield subscriber_facts(reading, log, number), leases
 
     async def _known(self) -> AsyncIterator[dict[str, bytes | None]]:
         if self._client is not None:
@@ -286,26 +295,22 @@ def _member(found: MemberOf, plan: Plan) -> MemberFacts:
     )  # fmt: skip
 
 
-def subscriber_facts(reading: states.Reading, topic: str, log: Log, plan: Plan) -> SubscriberFacts:
-    """How far one subscriber of a pubsub topic is."""
+def subscriber_facts(reading: states.Reading, log: Log, ready: int) -> SubscriberFacts:
+    """How far one subscriber of a pubsub topic is; `ready` are those that are to be handed to it."""
     reader = reading.reader
     return SubscriberFacts(
-        subscriber=shown(reading.subscriber), online=reading.online,
-        begun=reader.made_at is not None, read_offset=reader.message_id or None,
+        subscriber=shown(reading.subscriber),
+        online=reading.online,
+        begun=reader.made_at is not None,
+        read_offset=reader.message_id or None,
         read_offset_at=reader.read_offset // 1000 or None if reader.made_at is not None else None,
-        ready=ready_for(reading, topic, log, plan), returned=returned_to(reader, log),
-        leased=len(reader.leases), done_ahead=len(reader.done), lost=reader.lost,
+        ready=ready,
+        returned=returned_to(reader, log),
+        leased=len(reader.leases),
+        done_ahead=len(reader.done),
+        lost=reader.lost,
         gone_at=reading.known.gone_at,
-    )  # fmt: skip
-
-
-def ready_for(reading: states.Reading, topic: str, log: Log, plan: Plan) -> int:
-    """How many messages of a topic are to be handed to a subscriber: what came back, and what lies ahead of it."""
-    reader = reading.reader
-    if reader.made_at is None:
-        start = states.start_of(reading, topic, log, plan)
-        return log.length if start == log.cursor else 0
-    return returned_to(reader, log) + ahead_of(reader, log)
+    )
 
 
 def returned_to(reader: Reading, log: Log) -> int:
@@ -315,9 +320,26 @@ def returned_to(reader: Reading, log: Log) -> int:
     )
 
 
-def ahead_of(reader: Reading, log: Log) -> int:
-    """How many messages of the log a reader has yet to be handed for the first time."""
-    return 0 if reader.cursor >= log.last else log.number - max(reader.number, log.gone)
+async def ready_for(
+    reader: Reader,
+    partition: Partition,
+    readings: Sequence[tuple[str, states.Reading]],
+    logs: Mapping[str, Log],
+    plans: Plans,
+) -> list[int]:
+    """How many messages are to be handed to each of these subscribers of topics: what came back, and what lies ahead."""
+    reads = []
+    for topic, reading in readings:
+        log, cursor = logs[topic], reading.reader.cursor
+        if reading.reader.made_at is None:
+            start = states.start_of(reading, topic, log, plans.of(topic))
+            cursor = log.last if start is None else start
+        reads.append(CountBetween(topic, max(cursor, log.cursor), log.last))
+    ahead = await reader.read(partition, reads)
+    return [
+        returned_to(reading.reader, logs[topic]) + number
+        for (topic, reading), number in zip(readings, ahead, strict=True)
+    ]
 
 
 def _settings(rule: Any, plan: Plan) -> dict[str, Any]:

@@ -273,11 +273,16 @@ async def _read_by(
         )
         keys = tuple(starmap(reader_key, pairs))
         (windows,) = await reader.read(partition, [ReadStates(keys, "windows")])
-        for (name, topic), key in zip(pairs, keys, strict=True):
-            reading = Reading(
-                subscriber=name, known=known[name], reader=unpack_reader(windows[key])
+        readings = [
+            (
+                topic,
+                Reading(subscriber=name, known=known[name], reader=unpack_reader(windows[key])),
             )
+            for (name, topic), key in zip(pairs, keys, strict=True)
+        ]
+        ready = await ready_for(reader, partition, readings, logs, plans)
+        for (topic, reading), number in zip(readings, ready, strict=True):
             found = read_by[topic]
-            found.names[name] = None
-            found.ready += ready_for(reading, topic, logs[topic], plans.of(topic))
+            found.names[reading.subscriber] = None
+            found.ready += number
             found.leased += len(reading.reader.leases)

@@ -36,6 +36,14 @@ class CountBefore(NamedTuple):
     message_id: str
 
 
+class CountBetween(NamedTuple):
+    """How many messages of a topic's index are behind a score and up to another; answered by a number."""
+
+    topic: str
+    after: int
+    last: int
+
+
 class ReadReceipt(NamedTuple):
     """Who got and who acknowledged a message; answered by `dict[field, epoch seconds]`."""
 
@@ -56,11 +64,18 @@ class ScanDue(NamedTuple):
 
 
 Outside: TypeAlias = (
-    ReadFence | ReadRules | CountIndex | CountBefore | ReadReceipt | ReadLifetime | ScanDue
+    ReadFence
+    | ReadRules
+    | CountIndex
+    | CountBefore
+    | CountBetween
+    | ReadReceipt
+    | ReadLifetime
+    | ScanDue
 )
 
 # What others may have put something else in the place of: it is as good as empty then.
-PUBLIC: Final = (CountIndex, CountBefore, ReadReceipt)
+PUBLIC: Final = (CountIndex, CountBefore, CountBetween, ReadReceipt)
 
 
 def outside_command(partition: Partition, read: Outside) -> Command:
@@ -74,6 +89,8 @@ def outside_command(partition: Partition, read: Outside) -> Command:
             return ("ZCARD", keys.message_index(topic))
         case CountBefore(topic, message_id):
             return ("ZRANK", keys.message_index(topic), message_id)
+        case CountBetween(topic, after, last):
+            return ("ZCOUNT", keys.message_index(topic), f"({after}", last)
         case ReadReceipt(message_id):
             return ("HGETALL", keys.receipt(message_id))
         case ReadLifetime(message_id):
@@ -90,7 +107,7 @@ def outside_answer(read: Outside, reply: Any, where: object) -> Any:
         StoreDown, StoreRefused: it is an error that says so.
     """
     if isinstance(reply, ReplyError) and code(reply) == "WRONGTYPE" and isinstance(read, PUBLIC):
-        reply = None if isinstance(read, CountBefore) else 0 if isinstance(read, CountIndex) else []
+        reply = {CountBefore: None, ReadReceipt: []}.get(type(read), 0)
     checked((reply,), where)
     match read:
         case ReadFence():
