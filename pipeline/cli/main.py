@@ -11,11 +11,14 @@ from aiokafka.errors import KafkaError
 from pipeline.cli import (
     client_commands,
     dead_letter_commands,
+    explain_command,
+    lag_command,
     mqtt_commands,
     part_commands,
     redis_command,
     rewind_command,
     stack_commands,
+    topics_command,
 )
 from pipeline.cli.common import errors, quiet_libraries
 from schemas.errors import ConfigError, MillpondError
@@ -35,6 +38,9 @@ app.command()(part_commands.worker)
 app.command()(part_commands.bridge)
 app.add_typer(client_commands.clients, name="clients")
 app.add_typer(dead_letter_commands.dead_letters, name="dead-letters")
+app.command()(explain_command.explain)
+app.command()(topics_command.topics)
+app.command()(lag_command.lag)
 app.add_typer(part_commands.kafka, name="kafka")
 app.add_typer(part_commands.config, name="config")
 app.command()(mqtt_commands.pub)

@@ -25,7 +25,7 @@ from pipeline.cli.common import (
     console,
     errors,
 )
-from pipeline.lag import lag
+from pipeline.lag import Offsets
 from pipeline.settings import load
 from schemas.errors import MillpondError
 
@@ -180,8 +180,9 @@ def _status(data: Path) -> dict[str, Any]:
 
     async def lags() -> dict[str, int | None]:
         try:
-            return {agent: await lag(settings.kafka, settings.app, agent) for agent in AGENT_NAMES}
-        except KafkaError as error:
+            async with Offsets(settings.kafka, settings.app) as offsets:
+                return {each.agent: each.uncommitted for each in await offsets.of(AGENT_NAMES)}
+        except (KafkaError, MillpondError) as error:
             errors.print(f"millpond: Kafka does not answer: {error}", markup=False)
             return dict.fromkeys(AGENT_NAMES)
 

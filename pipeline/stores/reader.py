@@ -8,9 +8,10 @@ from typing import Any, Self
 
 from agents.ports import Read
 from pipeline.stores.nodes import Nodes
+from pipeline.stores.outside import Outside, outside_answer, outside_command
 from pipeline.stores.reading import answer, read_command
 from pipeline.stores.registry import access_of, addresses, locate
-from pipeline.stores.wire import Address
+from pipeline.stores.wire import Address, Command, pack
 from schemas.keys import Partition
 from schemas.pool import Pool
 
@@ -44,13 +45,25 @@ class Reader:
     ) -> None:
         await self._nodes.close()
 
-    async def read(self, partition: Partition, reads: Sequence[Read]) -> list[Any]:
-        """See `agents.ports.Store.read`."""
-        commands = [read_command(partition, read) for read in reads]
+    async def read(self, partition: Partition, reads: Sequence[Read | Outside]) -> list[Any]:
+        """See `agents.ports.Store.read`; all are sent at once."""
+        commands = [_command(partition, read) for read in reads]
         if self._server is None:
             replies = await self._nodes.run(commands)
         else:
             wire = await self._nodes.wire(self._server)
-            replies = [(await wire.call(*command))[0] for command in commands]
+            replies = await wire.send(b"".join(map(pack, commands)), len(commands))
         where = self._server or "the cluster"
-        return [answer(read, reply, where) for read, reply in zip(reads, replies, strict=True)]
+        return [_answer(read, reply, where) for read, reply in zip(reads, replies, strict=True)]
+
+
+def _command(partition: Partition, read: Read | Outside) -> Command:
+    if isinstance(read, Outside):
+        return outside_command(partition, read)
+    return read_command(partition, read)
+
+
+def _answer(read: Read | Outside, reply: Any, where: object) -> Any:
+    if isinstance(read, Outside):
+        return outside_answer(read, reply, where)
+    return answer(read, reply, where)

@@ -6,12 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from agents.effects import DropBody, SetState
+from agents.effects import DropBody, KeepReceipt, SetDue, SetRules, SetState, StoreMessage
 from agents.ports import ReadAllStates, ReadStates
 from pipeline.stack.ports import free_port
+from pipeline.stores.outside import (
+    CountBefore,
+    CountBetween,
+    CountIndex,
+    Outside,
+    ReadFence,
+    ReadLifetime,
+    ReadReceipt,
+    ReadRules,
+    ScanDue,
+)
 from pipeline.stores.reader import Reader
 from schemas.errors import StoreDown
 from schemas.pool import Pool
+from tests import given
 from tests.contracts.store_worlds import (
     PARTITION,
     ClusterWorld,
@@ -49,3 +61,43 @@ async def test_a_server_that_is_away_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(StoreDown):
         async with Reader(away):
             pass
+
+
+@pytest.mark.parametrize("world", ["redis", "cluster"], indirect=True)
+async def test_counts_places_and_the_fence_are_told_as_they_are(world: RedisWorld) -> None:
+    store = world.store()
+    await store.load()
+    messages = [
+        StoreMessage(at, given.published(f"m{at}", "t[*]"), at * 10, True, None) for at in (1, 2, 3)
+    ]
+    receipt = KeepReceipt(4, "m1", "acked", "sub", 7, 2**50)
+    dues = [SetDue(name, 1_000) for name in ("index\0a*", "index\0b", "window\0index\0c")]
+    last = transaction(1, *messages, receipt, SetRules("[]"), *dues)
+    await commit(store, last)
+    async with Reader(pool_of(world)) as reader:
+        reads: list[Outside] = [
+            ReadFence(), ReadRules(), CountIndex("t[*]"), CountIndex("none"),
+            CountBefore("t[*]", "m2"), CountBefore("t[*]", "none"), CountBetween("t[*]", 10, 30),
+            CountBetween("t[*]", 10, 29), ReadReceipt("m1"), ReadReceipt("none"),
+            ReadLifetime("m1"), ReadLifetime("none"),
+        ]  # fmt: skip
+        assert await reader.read(PARTITION, reads) == [
+            last.applied, "[]", 3, 0, 1, None, 2, 1, {"acked:sub": 7}, {}, None, None,
+        ]  # fmt: skip
+        ((cursor, names),) = await reader.read(PARTITION, [ScanDue(0, "index\0")])
+        assert (cursor, sorted(names)) == (0, ["index\0a*", "index\0b"])
+        ((cursor, names),) = await reader.read(PARTITION, [ScanDue(0, "index\0a*")])
+        assert names == ["index\0a*"]
+        # What is of another type is nobody's message, and what was never written is nothing.
+        world.put("mqtt:msg:text", b"x")
+        world.put("mqtt:receipt:text", b"x")
+        public: list[Outside] = [
+            CountIndex("text"),
+            CountBefore("text", "m"),
+            CountBetween("text", 0, 9),
+            ReadReceipt("text"),
+        ]
+        assert await reader.read(PARTITION, public) == [0, None, 0, {}]
+        other = PARTITION._replace(number=99)
+        assert await reader.read(other, [ReadFence(), ReadRules()]) == [None, None]
+    await store.close()

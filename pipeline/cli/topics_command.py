@@ -1,0 +1,71 @@
+"""`millpond topics`: the deepest topics, or one of them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+import typer
+from rich.status import Status
+
+from pipeline.cli.common import (
+    DEFAULT_DATA,
+    ConfigOption,
+    DataOption,
+    errors,
+    load_settings,
+)
+from pipeline.cli.explain_command import cell, listing, print_json, say, show, show_topic
+from pipeline.clock import now_ms
+from pipeline.inside import topic as one_topic
+from pipeline.inside import words
+from pipeline.inside.topics import LISTED_MAX, TopicList, deepest
+
+
+def topics(
+    topic: Annotated[
+        str | None, typer.Argument(metavar="[TOPIC]", help="Only this one, and all of it.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="The deepest so many.")] = LISTED_MAX,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    config: ConfigOption = None,
+    data: DataOption = DEFAULT_DATA,
+) -> None:
+    """The topics with the most messages, the deepest first; of one, who reads it from where."""
+    settings, rules = load_settings(config, data)
+    if topic is not None:
+        show_topic(asyncio.run(one_topic.explain(settings, rules, topic)), as_json=as_json)
+        return
+    with Status("reading the tables of all partitions", console=errors):
+        found = asyncio.run(deepest(settings, rules, limit))
+    if as_json:
+        print_json(found)
+        return
+    _show(found)
+
+
+def _show(found: TopicList) -> None:
+    now = now_ms()
+    table = listing(
+        "topic", "agent", "messages", "ready", "leased", "subscribers", "oldest", "dead"
+    )
+    for column in table.columns[2:]:
+        column.justify, column.no_wrap = "right", True
+    for row in found.rows:
+        table.add_row(
+            cell(row.topic), row.agent, str(row.messages), _number(row.ready), _number(row.leased),
+            "" if row.agent == "messages" else str(row.subscribers),
+            "" if row.oldest is None else words.age(now - row.oldest), str(row.dead or ""),
+        )  # fmt: skip
+    if found.rows:
+        show(table)
+    total = f"{words.count(found.topics, 'topic')}, {words.count(found.messages, 'message')}"
+    if len(found.rows) < found.topics:
+        total = f"the {len(found.rows)} deepest of {total}: --limit shows more"
+    say(total)
+    for note in found.notes:
+        say(f"note: {note}")
+
+
+def _number(value: int | None) -> str:
+    return "" if value is None else str(value)
