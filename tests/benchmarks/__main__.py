@@ -17,7 +17,7 @@ from typing import Final
 from redis import Redis
 
 from schemas import codec, keys
-from tests.benchmarks import clients, delivery, latency, limit, memory, race, scene, venvs
+from tests.benchmarks import clients, delivery, exhook, latency, limit, memory, race, scene, venvs
 from tests.benchmarks.clients import SESSIONS
 from tests.benchmarks.events import PARTITIONS, TOPICS, event, fill, publishes
 from tests.benchmarks.latency import Latency
@@ -36,10 +36,11 @@ from tests.benchmarks.table import Row, most_row, progress, ratio_row, show, tho
 
 LIMIT, LATENCY, MEMORY, PRESENCE, REGISTRY = "limit", "latency", "memory", "presence", "registry"
 QUEUE, HAND_OUT, BACKLOG, PUBSUB, IDLE = "queue", "queue-latency", "backlog", "pubsub", "idle"
+HOOKS, HOOK_LATENCY = "hooks", "hook-latency"
 RACERS: Final = (*SCRIPTS, TWO)
 PARTS: Final = (
     LIMIT, *(each.name for each in RACERS), LATENCY, MEMORY, PRESENCE, REGISTRY,
-    QUEUE, HAND_OUT, BACKLOG, PUBSUB, IDLE,
+    QUEUE, HAND_OUT, BACKLOG, PUBSUB, IDLE, HOOKS, HOOK_LATENCY,
 )  # fmt: skip
 
 
@@ -84,6 +85,10 @@ def _delivery_rows(asked: Sequence[str], arguments: argparse.Namespace) -> list[
         rows += delivery.pubsub_rows(arguments.rounds)
     if IDLE in asked:
         rows += delivery.idle_rows()
+    if HOOKS in asked:
+        rows += exhook.rate_rows(arguments.rounds)
+    if HOOK_LATENCY in asked:
+        rows += exhook.latency_rows(arguments.seconds)
     return rows
 
 
