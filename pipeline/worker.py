@@ -11,7 +11,6 @@ import threading
 from typing import Any
 
 import faust
-import uvloop
 from faust.types import TP, StreamT
 from faust.types.tuples import Message
 from yarl import URL
@@ -20,6 +19,7 @@ from agents.driver import PartitionDriver
 from agents.ports import Store
 from agents.registry import MACHINES
 from pipeline.control import ControlChannel
+from pipeline.event_loop import use_uvloop
 from pipeline.log import KafkaLog
 from pipeline.partitions import Partitions
 from pipeline.producer import Producer
@@ -264,7 +264,7 @@ def run(agent: AgentName, settings: Settings, rules: Rules) -> None:
     # allocations, as Python does, costs a fifth of the time and finds nothing.
     gc.set_threshold(50_000, 20, 50)
     # As policy, not for one loop: Faust's consumer has a loop of its own, in its own thread.
-    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+    use_uvloop()
     asyncio.run(_run(agent, settings, rules))
 
 

@@ -58,9 +58,14 @@ class ClientDisconnected(Base, frozen=True, kw_only=True, tag="client.disconnect
 
 
 class SessionCreated(Base, frozen=True, kw_only=True, tag="session.created"):
-    """A session began without earlier state."""
+    """A session began without earlier state.
+
+    `began_at` is when its first connection did, on the clock of the node. It is told where events may come late or in
+    another order: then what was subscribed since stays, and a session that began before is not told as a new one.
+    """
 
     client_id: ClientId
+    began_at: TimeMs | None = None
 
 
 class SessionResumed(Base, frozen=True, kw_only=True, tag="session.resumed"):

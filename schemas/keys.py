@@ -107,6 +107,11 @@ def bridge_group_id(app: str) -> str:
     return f"{app}.bridge"
 
 
+def rule_events_group_id(app: str) -> str:
+    """The Kafka consumer group of the bridge that reads what EMQX's rules wrote."""
+    return f"{bridge_group_id(app)}.emqx-kafka"
+
+
 def agent_record_key(agent: AgentName) -> str:
     """The Kafka key of records that concern an agent rather than an MQTT topic."""
     return f"{RESERVED_TOPIC_PREFIX}{agent}"

@@ -28,7 +28,6 @@ from agents.keeping import earliest, expired_entries
 from agents.ports import Read, ReadNames
 from agents.queue.indexes import Indexes
 from agents.queue.state import QueueWindow, pack, unpack
-from schemas.errors import DecodeError
 from schemas.events import (
     AgentName,
     Event,
@@ -129,15 +128,13 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
 
     def published(self, offset: int, event: MessagePublished, now_ms: int, score: int) -> Done:
         """See the head of this file."""
-        plan = self._keeper.plans.of(event.topic)
-        if plan.error is not None:
-            raise DecodeError(plan.error)
-        seen = self._keeper.seen
-        if not seen.add(event.message_id, now_ms) or self._is_known(event.topic, event.message_id):
+        new = self._keeper.is_new(event, now_ms)
+        if not new or self._is_known(event.topic, event.message_id):
             return []
+        plan = self._keeper.plans.of(event.topic)
         done: Done = []
         expired = event.expires_at is not None and event.expires_at <= now_ms
-        acked = ACKED_EARLY + event.message_id in seen
+        acked = ACKED_EARLY + event.message_id in self._keeper.seen
         if not expired:
             indexed = (event.qos > 0 or plan.store_qos0) and not acked
             done += self._keeper.published(offset, event, score, indexed=indexed)

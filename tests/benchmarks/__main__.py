@@ -17,7 +17,18 @@ from typing import Final
 from redis import Redis
 
 from schemas import codec, keys
-from tests.benchmarks import clients, delivery, latency, limit, memory, race, scene, spool, venvs
+from tests.benchmarks import (
+    clients,
+    delivery,
+    latency,
+    limit,
+    memory,
+    race,
+    rule_events,
+    scene,
+    spool,
+    venvs,
+)
 from tests.benchmarks.clients import SESSIONS
 from tests.benchmarks.events import PARTITIONS, TOPICS, event, fill, publishes
 from tests.benchmarks.latency import Latency
@@ -35,12 +46,12 @@ from tests.benchmarks.race import (
 from tests.benchmarks.table import Row, least_row, most_row, progress, ratio_row, show, thousands
 
 LIMIT, LATENCY, MEMORY, PRESENCE, REGISTRY = "limit", "latency", "memory", "presence", "registry"
-SPOOL = "spool"
+RULES, SPOOL = "rule-events", "spool"
 QUEUE, HAND_OUT, BACKLOG, PUBSUB, IDLE = "queue", "queue-latency", "backlog", "pubsub", "idle"
 RACERS: Final = (*SCRIPTS, TWO)
 PARTS: Final = (
     LIMIT, *(each.name for each in RACERS), LATENCY, MEMORY, PRESENCE, REGISTRY,
-    QUEUE, HAND_OUT, BACKLOG, PUBSUB, IDLE, SPOOL,
+    RULES, QUEUE, HAND_OUT, BACKLOG, PUBSUB, IDLE, SPOOL,
 )  # fmt: skip
 
 
@@ -69,6 +80,9 @@ def main() -> None:
         rows += _presence_rows(arguments.rounds)
     if REGISTRY in asked:
         rows += _registry_rows()
+    if RULES in asked:
+        rate = thousands(median(rule_events.rate() for _ in range(arguments.rounds)))
+        rows.append(Row("EMQX's rule events made canonical by one bridge", "", rate, "", None))
     rows += _delivery_rows(asked, arguments)
     if SPOOL in asked:
         rows += _spool_rows(arguments.spool_events)

@@ -133,6 +133,7 @@ async def test_one_that_is_no_longer_subscribed_gets_its_messages_when_it_is_aga
     await publish(client, "queue/c", b"1")
     await client.until_received(1)
     world.emqx.sessions["c"].subscriptions.clear()  # and no hook tells
+    world.emqx.changed()
     asked = len(world.rest.bulks)
     await publish(client, "queue/c", b"2")
 

@@ -42,7 +42,9 @@ GOLDEN: dict[str, tuple[Event, str]] = {
         events.ClientDisconnected(**CLIENT, connection_id="c1", reason="normal"),
         f'{STAMP},"client_id":"sub","connection_id":"c1","reason":"normal"',
     ),
-    "session.created": (events.SessionCreated(**CLIENT), f'{STAMP},"client_id":"sub"'),
+    "session.created": (
+        events.SessionCreated(**CLIENT, began_at=4), f'{STAMP},"client_id":"sub","began_at":4'
+    ),
     "session.resumed": (events.SessionResumed(**CLIENT), f'{STAMP},"client_id":"sub"'),
     "session.subscribed": (
         events.SessionSubscribed(**CLIENT, topic_filter="queue/+", qos=1),

@@ -1,1 +1,1 @@
-"""The bridge of an EMQX: what its hooks tell, into Kafka; deliveries, through its REST API."""
+"""The bridges of an EMQX: what its hooks, or its rules, tell, into Kafka; deliveries, through its REST API."""
