@@ -30,6 +30,7 @@ async def main(config: Path) -> None:
     try:
         if running.done():
             await running
+        await bridge.finish()
     finally:
         running.cancel()
         await asyncio.wait((running,))

@@ -60,6 +60,9 @@ class Sender:
         self._windows, self._trouble = Windows(), Trouble()
         self._wake = asyncio.Event()
         self._requests = 0
+        self._idle = asyncio.Event()  # no request is under way
+        self._idle.set()
+        self._finishing = False
 
     # -- commands
 
@@ -113,10 +116,18 @@ class Sender:
                     if step is None:
                         break
                     self._requests += 1
+                    self._idle.clear()
                     tasks.create_task(self._carry_out(step))
         raise AssertionError("the loop never ends")
 
+    async def finish(self) -> None:
+        """Begin nothing more, and wait for what is under way: what EMQX has taken is then known."""
+        self._finishing = True
+        await self._idle.wait()
+
     def _slots(self) -> int:
+        if self._finishing:
+            return 0
         return (1 if self._trouble else REQUESTS_MAX) - self._requests
 
     async def _sift(self) -> NoReturn:
@@ -134,6 +145,8 @@ class Sender:
                 await self._send(step)
         finally:
             self._requests -= 1
+            if not self._requests:
+                self._idle.set()
             self._wake.set()
 
     # -- copies
