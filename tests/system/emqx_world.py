@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from pipeline.stack.ports import HOST, free_port
 from schemas import keys
 from tests.system.bridge import make_topics
-from tests.system.emqx import MOUNTPOINT, Emqx
+from tests.system.emqx import MOUNTPOINT, Client, Emqx
 from tests.system.emqx_hooks import GrpcHooks
 from tests.system.emqx_rest import EmqxRest
 from tests.system.pipeline import PARTITIONS, WAIT_S, Worker, until
@@ -153,3 +153,12 @@ async def a_world(
             world.check_logs()
         finally:
             await world.stop()
+
+
+def numbered(start: int, stop: int) -> list[bytes]:
+    return [str(number).encode() for number in range(start, stop)]
+
+
+async def publish(client: Client, topic: str, *payloads: bytes) -> None:
+    for payload in payloads:
+        await client.publish(topic, payload)
