@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -39,6 +40,7 @@ RULES = given.rules(
 )  # fmt: skip
 MOUNTPOINT = Mountpoint("mp/${clientid}/")
 CONNECTIONS = 8  # EMQX's pool_size
+CROWD = 5_000  # calls at once
 Status = health_pb2.HealthCheckResponse
 
 
@@ -343,6 +345,19 @@ async def test_an_event_stays_when_emqx_does_not_wait_for_it() -> None:
 
         await until(given_up, "an answer")
         assert [future.cancelled() for future in inlet.futures] == [False]
+
+
+async def test_a_crowd_of_calls_waits_while_the_bridge_is_busy() -> None:
+    """gRPC would throw away what waits beyond 1,000, and EMQX would take that for an answer."""
+    inlet = MemoryInlet()
+    async with answering(inlet, RULES) as provider:
+        await provider.publish(a_publish("t", "first"))
+        calls = [provider.publish(a_publish("t", f"m{number}")) for number in range(CROWD)]
+        waiting = asyncio.gather(*calls)
+        await asyncio.sleep(0)  # they are on their way
+        time.sleep(1)
+        assert {answer.type for answer in await waiting} == {pb.ValuedResponse.IGNORE}
+    assert len(inlet.events) == CROWD + 1
 
 
 # -- bytes of any kind

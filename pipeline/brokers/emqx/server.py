@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 REQUEST_BYTES_MAX: Final = (
     32 * 1024 * 1024
 )  # a larger payload than Kafka takes is still refused properly
+# Calls that wait for this process to take them. Beyond 1,000 gRPC would cancel some, and EMQX count that as answered; it
+# waits itself, with one call for each client.
+PENDING_MAX: Final = 1_000_000
 HEALTH_INTERVAL_S: Final = 0.25  # how late it may be noticed that events are refused
 STOP_GRACE_S: Final = 5.0  # EMQX does not wait longer for an answer, by default
 
@@ -65,6 +68,8 @@ class HookServer:
             ("grpc.so_reuseport", 1),
             ("grpc.max_receive_message_length", REQUEST_BYTES_MAX),
             ("grpc.max_send_message_length", -1),
+            ("grpc.server.max_pending_requests", PENDING_MAX),
+            ("grpc.server.max_pending_requests_hard_limit", PENDING_MAX),
         ]
         server = grpc.aio.server(options=options)
         for version in get_args(Version):
