@@ -43,7 +43,7 @@ def worker(
 
 
 def bridge(
-    broker: Annotated[str, typer.Argument(help="One of: embedded, emqx-kafka.")],
+    broker: Annotated[str, typer.Argument(help="One of: embedded, emqx, emqx-kafka.")],
     config: ConfigOption = None,
     data: DataOption = DEFAULT_DATA,
     topics: Annotated[
@@ -51,7 +51,9 @@ def bridge(
         typer.Option(help="emqx-kafka: the Kafka topics that EMQX writes rule events to, a,b,…"),
     ] = None,
 ) -> None:
-    """Connect one MQTT broker to Kafka until SIGTERM; `embedded` brings its own, `emqx-kafka` reads rule events."""
+    """Connect an MQTT broker to Kafka until SIGTERM: its own (`embedded`), or an EMQX, by its ExHook (`emqx`) or by
+    what its rules write to Kafka (`emqx-kafka`).
+    """
     if (topics is not None) != (broker == "emqx-kafka"):
         raise ConfigError("--topics names what the bridge emqx-kafka reads, and only that one")
     log_to_stderr()
@@ -59,12 +61,16 @@ def bridge(
         from pipeline.bridge import run_embedded  # noqa: PLC0415  needs the extra [local]
 
         run_embedded(*load_settings(config, data))
+    elif broker == "emqx":
+        from pipeline.brokers.emqx.running import run_emqx  # noqa: PLC0415  needs the extra [emqx]
+
+        run_emqx(*load_settings(config, data))
     elif topics is not None:
         from pipeline.brokers.emqx.kafka_bridge import run_emqx_kafka  # noqa: PLC0415  not for all
 
         run_emqx_kafka(*load_settings(config, data), _source_topics(topics))
     else:
-        raise ConfigError(f"no bridge {broker!r}: there are embedded, emqx-kafka")
+        raise ConfigError(f"no bridge {broker!r}: there are embedded, emqx, emqx-kafka")
 
 
 def _source_topics(text: str) -> list[str]:

@@ -20,7 +20,6 @@ from schemas import codec, keys
 from tests.benchmarks import (
     clients,
     delivery,
-    exhook,
     latency,
     limit,
     memory,
@@ -47,13 +46,13 @@ from tests.benchmarks.race import (
 from tests.benchmarks.table import Row, least_row, most_row, progress, ratio_row, show, thousands
 
 LIMIT, LATENCY, MEMORY, PRESENCE, REGISTRY = "limit", "latency", "memory", "presence", "registry"
-RULES, SPOOL = "rule-events", "spool"
+RULES = "rule-events"
+SPOOL = "spool"
 QUEUE, HAND_OUT, BACKLOG, PUBSUB, IDLE = "queue", "queue-latency", "backlog", "pubsub", "idle"
-HOOKS, HOOK_LATENCY = "hooks", "hook-latency"
 RACERS: Final = (*SCRIPTS, TWO)
 PARTS: Final = (
     LIMIT, *(each.name for each in RACERS), LATENCY, MEMORY, PRESENCE, REGISTRY,
-    RULES, QUEUE, HAND_OUT, BACKLOG, PUBSUB, IDLE, SPOOL, HOOKS, HOOK_LATENCY,
+    RULES, QUEUE, HAND_OUT, BACKLOG, PUBSUB, IDLE, SPOOL,
 )  # fmt: skip
 
 
@@ -103,10 +102,6 @@ def _delivery_rows(asked: Sequence[str], arguments: argparse.Namespace) -> list[
         rows += delivery.pubsub_rows(arguments.rounds)
     if IDLE in asked:
         rows += delivery.idle_rows()
-    if HOOKS in asked:
-        rows += exhook.rate_rows(arguments.rounds)
-    if HOOK_LATENCY in asked:
-        rows += exhook.latency_rows(arguments.seconds)
     return rows
 
 

@@ -31,7 +31,7 @@ class BridgeProcess:
         self.log, self._ready = log, log.with_suffix(".ready")
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.system.emqx_process", str(config)],
+                [sys.executable, "-m", "pipeline.cli", "bridge", "emqx", "--config", str(config)],
                 stdout=output, stderr=output, env={**os.environ, "MILLPOND_READY_FILE": str(self._ready)},
             )  # fmt: skip
 

@@ -32,10 +32,10 @@ from tests.system.inlet import (
     running,
     topic_of,
 )
-from tests.system.pipeline import PARTITIONS, until
+from tests.system.pipeline import PARTITIONS, WAIT_S, until
 
 PATIENCE_S = 0.5
-ANSWER_S = PATIENCE_S + 1.0  # a commit, and a busy machine
+ANSWER_S = PATIENCE_S + 3.0  # a commit takes milliseconds, but machines are shared
 SEED = 7
 ROUNDS = 6
 
@@ -83,7 +83,7 @@ async def until_drained(inlet: Inlet) -> None:
 async def test_while_kafka_answers_nothing_touches_the_disk(
     hurt_kafka: Server, log: Log, tmp_path: Path
 ) -> None:
-    async with running(hurt_kafka.address, tmp_path) as (one):
+    async with running(hurt_kafka.address, tmp_path, patience_s=WAIT_S) as one:
         await asyncio.gather(*(enter(one.inlet, "direct", number) for number in range(500)))
         assert one.inlet.depth == (0, 0)
         assert one.inlet.spooled.total() == 0
@@ -324,7 +324,8 @@ async def test_a_record_that_kafka_refuses_is_lost_alone_and_is_counted(
         await admin.alter_configs([topic])
         await admin.close()
 
-    async with running(paused.address, tmp_path) as one:
+    # The first one has the patience to wait for Kafka's word
+    async with running(paused.address, tmp_path, patience_s=WAIT_S) as one:
         # Given a record that is larger than Kafka would ever take
         with pytest.raises(NotKept) as refused:
             await enter(one.inlet, "sizes", -1, MESSAGE_BYTES_MAX)
@@ -337,6 +338,7 @@ async def test_a_record_that_kafka_refuses_is_lost_alone_and_is_counted(
         results = await asyncio.gather(*futures, return_exceptions=True)
         assert [n for n, result in enumerate(results, 1) if result is not None] == [5, 15]
         assert one.inlet.lost == {HOOK: 3}
+    async with running(paused.address, tmp_path) as one:
         # When such records are in the spool
         paused.pause()
         await asyncio.gather(
@@ -345,7 +347,7 @@ async def test_a_record_that_kafka_refuses_is_lost_alone_and_is_counted(
         paused.resume()
         await until_drained(one.inlet)
         # Then they are lost, with a word in the log that has no payload, and the others are not
-        assert one.inlet.lost == {HOOK: 5}
+        assert one.inlet.lost == {HOOK: 2}
         lost = [record.getMessage() for record in caplog.records if "lost" in record.getMessage()]
         assert len(lost) == 4
         assert all("b'sizes'" in line and "..." not in line for line in lost)
@@ -395,10 +397,7 @@ async def test_a_spool_that_cannot_be_written_refuses_and_recovers_by_itself(
         with pytest.raises(NotKept) as refused:
             await enter(one.inlet, "broken", 1)
         assert refused.value.reason == "unwritable"
-        begun = time.monotonic()
-        with pytest.raises(NotKept):
-            await enter(one.inlet, "broken", 2)
-        assert time.monotonic() - begun < PATIENCE_S / 2
+        assert enter(one.inlet, "broken", 2).done()
         assert "cannot be written" in (one.inlet.complaint or "")
         # When it can be written again
         away.rename(directory)

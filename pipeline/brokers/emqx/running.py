@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -24,7 +25,9 @@ from pipeline.brokers.emqx.translation import Translator
 from pipeline.brokers.inlet import Inlet
 from pipeline.brokers.reports import Reports
 from pipeline.brokers.spool import Spool
+from pipeline.event_loop import use_uvloop
 from pipeline.producer import Producer
+from pipeline.ready import say_ready
 from pipeline.settings import Settings
 from schemas import keys
 from schemas.errors import ConfigError
@@ -35,6 +38,37 @@ logger = logging.getLogger(__name__)
 
 FINISH_TIMEOUT_S: Final = 2.0  # for requests under way; those cut off are carried out again
 STOP_GRACE_S: Final = 2.0  # for the calls in hand, when the process is to end
+STOP_TIMEOUT_S: Final = 10.0  # less than `millpond down` gives it
+
+
+def run_emqx(settings: Settings, rules: Rules) -> None:
+    """Run one process of the bridge until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError: a setting is missing or wrong, a rule cannot be kept, or the address is in use.
+    """
+    use_uvloop()
+    asyncio.run(_run_emqx(settings, rules))
+
+
+async def _run_emqx(settings: Settings, rules: Rules) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    bridge = EmqxBridge(settings, rules)
+    await bridge.start()
+    say_ready("bridge emqx")
+    running, stopping = asyncio.create_task(bridge.run()), asyncio.create_task(stop.wait())
+    await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    try:
+        if running.done():
+            await running  # it never returns: this raises what ended it
+        await bridge.finish()
+    finally:
+        running.cancel()
+        await asyncio.wait((running,))
+        await bridge.stop(STOP_TIMEOUT_S)
 
 
 class _Reporting:
@@ -81,8 +115,8 @@ class EmqxBridge:
         self._spool = Spool(Path(bridge.spool_directory), bridge.spool_bytes_max)
         self._spool.open()
         self._inlet = Inlet(self._producer, self._spool)
-        self._reports = Reports(_Reporting(self._inlet, bridge.node))
-        deliveries = Deliveries(bridge.node, self._reports)
+        self._reports = Reports(_Reporting(self._inlet, keys.AGENT_NODE))
+        deliveries = Deliveries(keys.AGENT_NODE, self._reports)
         self._sender = Sender(self._rest, deliveries, returning, mountpoint)
         self._snapshots = Snapshots(
             self._rest, self._inlet, Translator(mountpoint).own_filter, settings.kafka.partitions,
