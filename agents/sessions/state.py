@@ -78,7 +78,13 @@ class ClientState(Struct, array_like=True):
     # -- connections
 
     def connected(self, connection_id: str, live: Live, *, told_again: bool) -> bool:
-        """A connection is up; whether that is news. It shows that there is a session."""
+        """A connection is up; whether that is news. It shows that there is a session.
+
+        What tells of it again may have another clock: of a connection that is known its time is, too.
+        """
+        known = self.connections.live.get(connection_id)
+        if told_again and known is not None:
+            live = structs.replace(live, connected_at=known.connected_at)
         news = self.connections.opened(connection_id, live)
         if connection_id in self.connections.live:
             self._show(live.seen, live.node, moves=not told_again)

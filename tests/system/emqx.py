@@ -196,6 +196,7 @@ class Emqx:
         self.retained: dict[str, Message] = {}
         self.clients: list[Client] = []
         self._turn = itertools.count()  # of shared subscriptions
+        self._routes: dict[str, list[tuple[Session, str, int]]] = {}  # topic → who holds what
 
     def stop(self) -> None:
         for client in self.clients:
@@ -217,6 +218,7 @@ class Emqx:
         online = False
         if session is None or clean_start:
             session = self.sessions[client_id] = Session(client_id, client)
+            self.changed()
             await self.hooks.client("SessionCreated", client)
         else:
             online, session.client = session.client is not None, client
@@ -245,6 +247,7 @@ class Emqx:
         await self.hooks.client("ClientDisconnected", client, reason=reason)
         if not client.expiry_s:
             del self.sessions[client.client_id]
+            self.changed()
             await self.hooks.client("SessionTerminated", client, reason=f"{{shutdown,{reason}}}")
 
     # -- subscriptions
@@ -254,6 +257,7 @@ class Emqx:
         mounted = client.mountpoint + plain
         held = mounted if group is None else f"$share/{group}/{mounted}"
         session = self.sessions[client.client_id]
+        self.changed()
         session.subscriptions[held] = {"qos": qos, "rh": rh, "nl": 0, "rap": 0}
         await self.hooks.client("SessionSubscribed", client, topic=held, qos=qos, rh=rh)
         if group is None and rh != 2:
@@ -265,6 +269,7 @@ class Emqx:
         group, plain = split_share(topic_filter)
         mounted = client.mountpoint + plain
         held = mounted if group is None else f"$share/{group}/{mounted}"
+        self.changed()
         if self.sessions[client.client_id].subscriptions.pop(held, None) is not None:
             await self.hooks.client("SessionUnsubscribed", client, topic=held)
 
@@ -283,20 +288,32 @@ class Emqx:
     def _route(self, message: Message) -> bool:
         groups: dict[tuple[str, str], list[tuple[Session, int]]] = {}
         routed = False
-        for session in self.sessions.values():
-            for held, options in session.subscriptions.items():
-                group, plain = split_share(held)
-                if not matches(plain, message.topic):
-                    continue
-                routed = True
-                if group is None:
-                    self._hand(session, replace(message, qos=min(options["qos"], message.qos)))
-                else:
-                    groups.setdefault((group, plain), []).append((session, options["qos"]))
+        for session, held, qos in self._matching(message.topic):
+            group, plain = split_share(held)
+            routed = True
+            if group is None:
+                self._hand(session, replace(message, qos=min(qos, message.qos)))
+            else:
+                groups.setdefault((group, plain), []).append((session, qos))
         for members in groups.values():
             session, qos = members[next(self._turn) % len(members)]
             self._hand(session, replace(message, qos=min(qos, message.qos)))
         return routed
+
+    def _matching(self, topic: str) -> list[tuple[Session, str, int]]:
+        """Remembered as long as no subscription changes."""
+        if topic not in self._routes:
+            self._routes[topic] = [
+                (session, held, options["qos"])
+                for session in self.sessions.values()
+                for held, options in session.subscriptions.items()
+                if matches(split_share(held)[1], topic)
+            ]
+        return self._routes[topic]
+
+    def changed(self) -> None:
+        """Sessions or subscriptions did: whoever changes them says so."""
+        self._routes.clear()
 
     def _hand(self, session: Session, message: Message) -> None:
         if len(session.queue) >= QUEUE_MAX:

@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from pipeline.stack.ports import HOST, free_port
 from schemas import keys
 from tests.system.bridge import make_topics
-from tests.system.emqx import MOUNTPOINT, Emqx
+from tests.system.emqx import MOUNTPOINT, Client, Emqx
 from tests.system.emqx_hooks import GrpcHooks
 from tests.system.emqx_rest import EmqxRest
 from tests.system.pipeline import PARTITIONS, WAIT_S, Worker, until
@@ -55,7 +55,14 @@ class EmqxWorld:
     """One application; its processes end with it."""
 
     def __init__(
-        self, app: str, bootstrap: str, redis_url: str, directory: Path, spool: Path, *rules: str
+        self,
+        app: str,
+        bootstrap: str,
+        redis_url: str,
+        directory: Path,
+        spool: Path,
+        *rules: str,
+        mounted: bool = True,
     ) -> None:
         self.bootstrap, self.directory = bootstrap, directory
         self.redis: Redis = Redis.from_url(redis_url, decode_responses=True)
@@ -73,7 +80,8 @@ class EmqxWorld:
             "[worker]\nsession_timeout_s = 6\n"
             f'[bridge]\nkind = "emqx"\nexhook_listen = "{HOST}:{self.exhook_port}"\n'
             f'rest_url = "{self.rest.url}"\napi_key_file = "{directory / "api-key"}"\n'
-            f'mountpoint = "{MOUNTPOINT}"\nspool_directory = "{spool}"\n'
+            + (f'mountpoint = "{MOUNTPOINT}"\n' if mounted else "")
+            + f'spool_directory = "{spool}"\n'
             f'[pool.pool1]\nserver = "{host}"\ndatabase = {database or 0}\n' + "".join(rules)
         )
 
@@ -132,14 +140,25 @@ class EmqxWorld:
 @contextlib.asynccontextmanager
 async def a_world(
     app: str, bootstrap: str, redis_url: str, directory: Path, *rules: str,
-    agents: tuple[str, ...], bridges: int = 1,
+    agents: tuple[str, ...], bridges: int = 1, mounted: bool = True,
 ) -> AsyncIterator[EmqxWorld]:  # fmt: skip
     """A world that has started. Its spool has a short name: sockets in it must have one."""
     with tempfile.TemporaryDirectory(prefix="mp") as spool:
-        world = EmqxWorld(app, bootstrap, redis_url, directory, Path(spool), *rules)
+        world = EmqxWorld(
+            app, bootstrap, redis_url, directory, Path(spool), *rules, mounted=mounted
+        )
         try:
             await world.start(*agents, bridges=bridges)
             yield world
             world.check_logs()
         finally:
             await world.stop()
+
+
+def numbered(start: int, stop: int) -> list[bytes]:
+    return [str(number).encode() for number in range(start, stop)]
+
+
+async def publish(client: Client, topic: str, *payloads: bytes) -> None:
+    for payload in payloads:
+        await client.publish(topic, payload)

@@ -377,6 +377,23 @@ async def test_what_is_not_granted_is_said(scene: Scene, caplog: pytest.LogCaptu
     assert "EMQX does not grant 1 of 2 subscriptions" in caplog.text
 
 
+async def test_what_is_under_way_is_finished_and_nothing_more_begun(scene: Scene) -> None:
+    client = await a_subscriber(scene)
+    fault = scene.server.fault("/publish", "hang", times=1)
+    await scene.deliver("c", 1)
+
+    async def under_way() -> bool:
+        return fault.seen == 1
+
+    await until(under_way, "a request that hangs")
+    finishing = asyncio.create_task(scene.sender.finish())
+    await scene.deliver("c", 2)
+    scene.server.heal()
+    await finishing
+    assert client.received == []  # the request was cut off: it would be tried again
+    assert len(scene.server.bulks) == 0
+
+
 async def test_many_copies_a_second(scene: Scene) -> None:
     clients = [await a_subscriber(scene, f"c{number}") for number in range(50)]
     for number in range(40):

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from pipeline.brokers.emqx.windows import WINDOW
 from schemas import keys
 from tests import given
-from tests.system.emqx import Client
-from tests.system.emqx_world import EmqxWorld, a_world
+from tests.system.emqx_world import EmqxWorld, a_world, numbered, publish
 from tests.system.pipeline import until
 
 RULES = (
@@ -30,21 +29,28 @@ RULES = (
 AGENTS = ("sessions", "messages", "queue", "pubsub")
 
 
-@pytest.fixture
-async def world(
-    app_name: str, kafka: str, redis_server: str, tmp_path: Path
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(
+    kafka: str, redis_server: str, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[EmqxWorld]:
-    async with a_world(app_name, kafka, redis_server, tmp_path, *RULES, agents=AGENTS) as world:
+    directory = tmp_path_factory.mktemp("emqx")
+    async with a_world(
+        "emqx-stories", kafka, redis_server, directory, *RULES, agents=AGENTS, bridges=2
+    ) as world:
         yield world
 
 
-def numbered(start: int, stop: int) -> list[bytes]:
-    return [str(number).encode() for number in range(start, stop)]
-
-
-async def publish(client: Client, topic: str, *payloads: bytes) -> None:
-    for payload in payloads:
-        await client.publish(topic, payload)
+@pytest_asyncio.fixture(loop_scope="module")
+async def world(shared: EmqxWorld) -> AsyncIterator[EmqxWorld]:
+    """Whoever is still connected after a test goes."""
+    yield shared
+    shared.rest.heal()
+    for session in list(shared.emqx.sessions.values()):
+        if session.client is not None:
+            await session.client.disconnect()
 
 
 async def test_a_queue_and_a_pubsub_and_what_is_retained(world: EmqxWorld) -> None:
@@ -116,9 +122,10 @@ async def test_who_was_there_before_the_bridge_is_served(world: EmqxWorld) -> No
     client = await world.emqx.connect("early")
     await client.subscribe("queue/#")
     world.hooks.registered = registered
-    (bridge,) = world.bridges
-    assert await bridge.end() == 0
-    await world.bridge()
+    for bridge in world.bridges[-2:]:
+        assert await bridge.end() == 0
+    for _ in range(2):
+        await world.bridge()
     await world.hooks.connected()
     await world.until_online("early")
     await publish(client, "queue/early", b"1")
@@ -133,6 +140,7 @@ async def test_one_that_is_no_longer_subscribed_gets_its_messages_when_it_is_aga
     await publish(client, "queue/c", b"1")
     await client.until_received(1)
     world.emqx.sessions["c"].subscriptions.clear()  # and no hook tells
+    world.emqx.changed()
     asked = len(world.rest.bulks)
     await publish(client, "queue/c", b"2")
 
@@ -149,7 +157,7 @@ async def test_one_that_is_no_longer_subscribed_gets_its_messages_when_it_is_aga
 async def test_an_emqx_that_fails_for_a_while_loses_nothing_and_keeps_the_order(
     world: EmqxWorld, fault: int | str
 ) -> None:
-    client = await world.emqx.connect("c")
+    client = await world.emqx.connect(f"faulty-{fault}")
     await client.subscribe("queue/#")
     await publish(client, "queue/c", *numbered(0, 10))
     await client.until_received(10)
@@ -170,21 +178,18 @@ async def test_an_emqx_that_fails_for_a_while_loses_nothing_and_keeps_the_order(
 
 
 async def test_two_processes_serve_one_port_and_give_room_back_to_each_other(
-    app_name: str, kafka: str, redis_server: str, tmp_path: Path
+    world: EmqxWorld,
 ) -> None:
-    async with a_world(
-        app_name, kafka, redis_server, tmp_path, *RULES, agents=AGENTS, bridges=2
-    ) as world:
-        clients = [await world.emqx.connect(f"c{number}") for number in range(8)]
-        for client in clients:
-            await client.subscribe(f"queue/{client.client_id}")
-        publisher = await world.emqx.connect("publisher")
-        for client in clients:
-            await publish(publisher, f"queue/{client.client_id}", *numbered(0, 2 * WINDOW + 20))
-        for client in clients:
-            await client.until_received(2 * WINDOW + 20)
-            assert client.payloads == numbered(0, 2 * WINDOW + 20)
-            assert world.emqx.sessions[client.client_id].dropped == 0
+    clients = [await world.emqx.connect(f"two{number}") for number in range(8)]
+    for client in clients:
+        await client.subscribe(f"queue/{client.client_id}")
+    publisher = await world.emqx.connect("publisher")
+    for client in clients:
+        await publish(publisher, f"queue/{client.client_id}", *numbered(0, 2 * WINDOW + 20))
+    for client in clients:
+        await client.until_received(2 * WINDOW + 20)
+        assert client.payloads == numbered(0, 2 * WINDOW + 20)
+        assert world.emqx.sessions[client.client_id].dropped == 0
 
 
 async def test_a_bridge_that_is_killed_loses_nothing(world: EmqxWorld) -> None:
@@ -192,9 +197,10 @@ async def test_a_bridge_that_is_killed_loses_nothing(world: EmqxWorld) -> None:
     await client.subscribe("short/#")
     publisher = await world.emqx.connect("publisher")
     await publish(publisher, "short/k", *numbered(0, 30))
-    (bridge,) = world.bridges
-    assert await bridge.end(signal.SIGKILL) == -signal.SIGKILL
-    await world.bridge()
+    for bridge in world.bridges[-2:]:
+        assert await bridge.end(signal.SIGKILL) == -signal.SIGKILL
+    for _ in range(2):
+        await world.bridge()
     await world.hooks.connected()
     await publish(publisher, "short/k", *numbered(30, 60))
     await world.until_stored("short/k", 0)

@@ -123,7 +123,7 @@ def test_what_was_valid_until_now_has_left_the_window() -> None:
     made = windows(*copies("a", *range(WINDOW), until=5_000), a_copy("a", 900))
     accept(made, bulk(made)[0])
     assert bulk(made, 5_000) == []
-    made.sift(5_001, lambda ticket: True)
+    made.sift(1_000, 5_001, lambda ticket: True)
     assert shown(bulk(made, 5_001)) == {"a": [900]}
 
 
@@ -213,13 +213,28 @@ def test_what_is_ready_is_shared_among_the_slots() -> None:
 
 def test_what_is_no_longer_good_is_sifted_out_and_nobody_is_remembered() -> None:
     made = windows(*copies("a", 1, 2), a_copy("b", 3))
-    made.sift(NOW, lambda ticket: ticket.message_id == "m2")
+    made.sift(1_000, NOW, lambda ticket: ticket.message_id == "m2")
     assert len(made) == 1
     (part,) = bulk(made)
     assert numbers(part) == [2]
     made.settle(part, ["nobody"])
     assert len(made) == 0
     assert not made.acked("a", "x")
+
+
+def test_what_waits_is_sifted_piece_by_piece_and_then_anew() -> None:
+    made = windows(*(a_copy(f"c{number}", number) for number in range(10)))
+    asked: list[str] = []
+
+    def good(ticket: Ticket) -> bool:
+        asked.append(ticket.client_id)
+        return True
+
+    for _ in range(3):
+        made.sift(8, NOW, good)
+    assert asked == [f"c{number}" for number in range(10)]
+    made.sift(8, NOW, good)
+    assert asked[10:] == ["c0", "c1", "c2", "c3"]
 
 
 OUTCOMES = st.sampled_from(["accept", "accept", "accept", "nobody", "refused", "unsent", "unknown"])

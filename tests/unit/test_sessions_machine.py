@@ -663,6 +663,14 @@ def test_a_snapshot_that_tells_of_a_subscription_again_is_no_subscribe() -> None
     assert len(world.commands) == 2
 
 
+def test_a_snapshot_that_knows_another_time_of_a_connection_tells_nothing_new() -> None:
+    world = Sessions(given.a_rule(hook="client.connected", commands=["INCR connected:${clientid}"]))
+    world.tell(world.connected(connected_at=21_000))
+    world.snapshot(world.connected(connected_at=20_993, told_again=True))
+    world.snapshot(world.connected(connected_at=21_007, told_again=True))
+    assert world.text("connected:c") == "1"
+
+
 # -- the user's commands ----------------------------------------------------------------------------------
 
 

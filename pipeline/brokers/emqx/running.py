@@ -36,6 +36,7 @@ from schemas.rules import Rules
 
 logger = logging.getLogger(__name__)
 
+FINISH_TIMEOUT_S: Final = 2.0  # for requests under way; those cut off are carried out again
 STOP_GRACE_S: Final = 2.0  # for the calls in hand, when the process is to end
 STOP_TIMEOUT_S: Final = 10.0  # less than `millpond down` gives it
 
@@ -63,6 +64,7 @@ async def _run_emqx(settings: Settings, rules: Rules) -> None:
     try:
         if running.done():
             await running  # it never returns: this raises what ended it
+        await bridge.finish()
     finally:
         running.cancel()
         await asyncio.wait((running,))
@@ -153,6 +155,12 @@ class EmqxBridge:
             await self._inlet.connected.wait()
             tasks.create_task(self._commander.run())
         raise AssertionError("none of them ever returns")
+
+    async def finish(self) -> None:
+        """While `run` still runs: begin no more commands, and know what became of those begun."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FINISH_TIMEOUT_S):
+                await self._sender.finish()
 
     async def stop(self, timeout_s: float) -> None:
         """When `run` was cancelled: answer what is in hand, and keep what was told."""

@@ -42,7 +42,9 @@ from schemas.commands import Command, Deliver, Subscribe
 logger = logging.getLogger(__name__)
 
 REQUESTS_MAX: Final = 8  # under way at once, of one process
-SIFT_INTERVAL_S: Final = 1.0  # how late it may be noticed that a command waits in vain
+# How late it may be noticed that a command waits in vain: with 10,000 that wait, half a second. It takes 4 ms.
+SIFT_INTERVAL_S: Final = 0.05
+SIFT_ITEMS_MAX: Final = 1_000
 ITS_OWN_FAULT: Final = (400, 413)  # statuses of a message that is refused, rather than of an EMQX
 
 
@@ -58,6 +60,9 @@ class Sender:
         self._windows, self._trouble = Windows(), Trouble()
         self._wake = asyncio.Event()
         self._requests = 0
+        self._idle = asyncio.Event()  # no request is under way
+        self._idle.set()
+        self._finishing = False
 
     # -- commands
 
@@ -111,17 +116,25 @@ class Sender:
                     if step is None:
                         break
                     self._requests += 1
+                    self._idle.clear()
                     tasks.create_task(self._carry_out(step))
         raise AssertionError("the loop never ends")
 
+    async def finish(self) -> None:
+        """Begin nothing more, and wait for what is under way: what EMQX has taken is then known."""
+        self._finishing = True
+        await self._idle.wait()
+
     def _slots(self) -> int:
+        if self._finishing:
+            return 0
         return (1 if self._trouble else REQUESTS_MAX) - self._requests
 
     async def _sift(self) -> NoReturn:
         """Commands that wait for a slow client, or for EMQX, do not wait for ever."""
         while True:
             await asyncio.sleep(SIFT_INTERVAL_S)
-            self._windows.sift(now_ms(), self._deliveries.good)
+            self._windows.sift(SIFT_ITEMS_MAX, now_ms(), self._deliveries.good)
             self._wake.set()
 
     async def _carry_out(self, step: Bulk | Change) -> None:
@@ -132,6 +145,8 @@ class Sender:
                 await self._send(step)
         finally:
             self._requests -= 1
+            if not self._requests:
+                self._idle.set()
             self._wake.set()
 
     # -- copies

@@ -120,6 +120,7 @@ class Windows:
     def __init__(self) -> None:
         """Nothing waits."""
         self._queues: dict[str, _Queue] = {}
+        self._to_sift: list[str] = []
         self._ready: dict[str, None] = {}  # clients that may be ready, in the order of their turns
 
     def __len__(self) -> int:
@@ -263,11 +264,21 @@ class Windows:
         self._forget(client_id, queue)
         return ended
 
-    def sift(self, now_ms: int, good: Callable[[Ticket], bool]) -> None:
+    def sift(self, items_max: int, now_ms: int, good: Callable[[Ticket], bool]) -> None:
         """Ask of each command that waits, in order, whether it still is to; those that are not are gone. What was valid
-        until now is no longer in flight.
+        until now is no longer in flight. Not of all at once: the next call goes on where this one ended.
         """
-        for client_id, queue in list(self._queues.items()):
+        left = items_max
+        while left > 0:
+            if not self._to_sift:
+                self._to_sift = list(reversed(self._queues))
+                if not self._to_sift or left < items_max:
+                    return
+            client_id = self._to_sift.pop()
+            queue = self._queues.get(client_id)
+            if queue is None:
+                continue
+            left -= 1 + len(queue.waiting) + len(queue.in_flight)
             queue.waiting = deque(item for item in queue.waiting if good(item.ticket))
             queue.in_flight = {
                 alias: end for alias, end in queue.in_flight.items() if end >= now_ms
