@@ -192,13 +192,16 @@ class MessageDelivered(Base, frozen=True, kw_only=True, tag="message.delivered")
 
 
 class MessageAcked(Base, frozen=True, kw_only=True, tag="message.acked"):
-    """One client acknowledged one message (PUBACK, or PUBREC at QoS 2)."""
+    """One client acknowledged one message (PUBACK, or PUBREC at QoS 2); `broker_delivers` if its broker may have routed
+    the message to it, and not Millpond handed it over.
+    """
 
     message_id: MessageId
     topic: Topic
     client_id: ClientId
     from_client_id: Text | None = None
     qos: QoS
+    broker_delivers: bool = False
 
 
 class SubscriberJoined(Base, frozen=True, kw_only=True, tag="subscriber.joined"):

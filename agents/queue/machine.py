@@ -36,7 +36,6 @@ from schemas.events import (
     OperatorDrop,
     OperatorRequeue,
     OperatorRewind,
-    SubscriberJoined,
 )
 
 # A publish into a queue that is too long takes out the oldest; after a rule has made it shorter, up to this many.
@@ -184,7 +183,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         topic, client_id = event.topic, event.client_id
         window = self.window(offset, topic)
         message_id = window.known_as(event.message_id)
-        trusted = self._served_by_broker(topic, client_id)
+        trusted = event.broker_delivers
         lease = window.leases.get(message_id)
         if lease is not None:
             if not (trusted or holds(lease.holders, client_id)):
@@ -199,13 +198,6 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         if trusted:
             self._keeper.seen.add(ACKED_EARLY + message_id, now_ms)
         return []
-
-    def _served_by_broker(self, topic: str, client_id: str) -> bool:
-        return self._members.broker_delivers and any(
-            reach.newest is not None
-            for name, _ in self._members.of_client(client_id)
-            for reach in self._members.reach(name, topic)
-        )
 
     def acknowledged(self, offset: int, key: str, message_id: str, score: int) -> Done:
         """See `Leasing`: the ack deletes."""
@@ -328,15 +320,13 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
 
     def wanted_besides(self, events: Sequence[Event]) -> list[Read]:
         """See `DeliveryMachine`: the place of what may be stored already, and of what a broker's client acknowledges."""
-        joining = {x.client_id for x in events if isinstance(x, SubscriberJoined)}
         messages: dict[tuple[str, str], None] = {}
         for event in events:
             match event:
                 case MessagePublished() | OperatorRequeue():
                     messages[event.topic, event.message_id] = None
-                case MessageAcked(message_id=message_id, topic=topic, client_id=client_id):
-                    if client_id in joining or self._served_by_broker(topic, client_id):
-                        messages[topic, self._windows[topic].known_as(message_id)] = None
+                case MessageAcked(message_id=message_id, topic=topic, broker_delivers=True):
+                    messages[topic, self._windows[topic].known_as(message_id)] = None
         return self._unknown_places(messages)
 
     def _unknown_places(self, messages: Iterable[tuple[str, str]]) -> list[Read]:

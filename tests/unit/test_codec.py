@@ -95,7 +95,7 @@ GOLDEN: dict[str, tuple[Event, str]] = {
     "message.acked": (
         events.MessageAcked(**MESSAGE, from_client_id="pub"),
         (f'{STAMP},"message_id":"0005","topic":"queue/a","client_id":"sub","from_client_id":"pub",'
-        '"qos":1'),
+        '"qos":1,"broker_delivers":false'),
     ),
     "subscriber.joined": (
         events.SubscriberJoined(

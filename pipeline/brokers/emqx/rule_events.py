@@ -211,11 +211,14 @@ def _delivered(value: bytes, unmounted: Unmounted) -> tuple[Event, ...]:
 
 
 def _acked(value: bytes, unmounted: Unmounted) -> tuple[Event, ...]:
-    return _receipt(MessageAcked, value, unmounted)
+    return _receipt(MessageAcked, value, unmounted, broker_delivers=unmounted is as_it_is)
 
 
 def _receipt(
-    kind: type[MessageDelivered | MessageAcked], value: bytes, unmounted: Unmounted
+    kind: type[MessageDelivered | MessageAcked],
+    value: bytes,
+    unmounted: Unmounted,
+    **marks: bool,
 ) -> tuple[Event, ...]:
     rule = _receipts.decode(value)
     topic = _topic(rule, unmounted)
@@ -223,7 +226,7 @@ def _receipt(
         return ()
     told = kind(
         at=rule.timestamp, node=rule.node, message_id=rule.id, topic=topic,
-        client_id=rule.clientid, from_client_id=_present(rule.from_clientid), qos=rule.qos,
+        client_id=rule.clientid, from_client_id=_present(rule.from_clientid), qos=rule.qos, **marks,
     )  # fmt: skip
     return (told,)
 

@@ -173,6 +173,7 @@ class Translator:
             at=at, node=node_of(client.node), message_id=message_id_of(message.id),
             topic=self.own_topic(request), client_id=client_id_of(client),
             from_client_id=message.from_client_id or None, qos=qos_of(message.qos),
+            broker_delivers=self._mountpoint is None,
         )  # fmt: skip
 
     def own_topic(self, request: Received) -> str:
