@@ -61,7 +61,8 @@ def explain(
     settings, rules = load_settings(config, data)
     if message_id is None:
         assert topic is not None, "it has just been checked"
-        show_topic(asyncio.run(topics.explain(settings, rules, topic, client)), as_json=as_json)
+        about = asyncio.run(topics.explain(settings, rules, topic, client))
+        show_topic(about, as_json=as_json, members=client is not None)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
@@ -208,8 +209,8 @@ def _show_events(found: MessageFacts) -> None:
 # -- a topic -----------------------------------------------------------------------------------------------------------
 
 
-def show_topic(found: TopicFacts, *, as_json: bool) -> None:
-    """One topic, for people or for scripts."""
+def show_topic(found: TopicFacts, *, as_json: bool, members: bool = False) -> None:
+    """One topic, for people or for scripts; of a pubsub topic, too, with the `members` if they are wanted."""
     if as_json:
         print_json(found)
         return
@@ -217,7 +218,7 @@ def show_topic(found: TopicFacts, *, as_json: bool) -> None:
     for name, value in _topic_rows(found):
         facts.add_row(name, cell(value))
     show(facts)
-    if found.agent == "queue":
+    if found.agent == "queue" or (members and found.members):
         _show_members(found)
     if found.agent == "pubsub":
         _show_subscribers(found)

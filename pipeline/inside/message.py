@@ -34,7 +34,8 @@ from pipeline.inside.windows import members_of, pages
 from pipeline.settings import Settings
 from pipeline.stores.outside import CountBefore, ReadFence, ReadLifetime, ReadReceipt, ReadRules
 from pipeline.stores.reader import Reader
-from schemas.errors import MillpondError
+from schemas.codec import topic_name_error
+from schemas.errors import ConfigError, MillpondError
 from schemas.events import AgentName
 from schemas.keys import Partition
 from schemas.pool import Pool
@@ -57,6 +58,7 @@ async def explain(
     """All that is known of a message; for one subscriber only, if `client` names it. `topic` None: Redis or Kafka tell it.
 
     Raises:
+        ConfigError: nobody can publish to such a topic.
         MillpondError: there is no such message; it says where it was looked for. Kafka is away.
         StoreDown, StoreRefused: Redis is.
     """
@@ -64,6 +66,9 @@ async def explain(
         raise MillpondError(
             f"{message_id!r}, or what comes with it, is no UTF-8: nothing has such a name"
         )
+    wrong = None if topic is None else topic_name_error(topic)
+    if wrong is not None:
+        raise ConfigError(f"{topic!r}: {wrong}")
     notes: list[str] = []
     where = topic or await _topic_in_stores(settings, rules, message_id)
     if where is None:

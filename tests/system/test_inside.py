@@ -174,6 +174,8 @@ async def test_messages_that_nobody_delivers_and_those_that_nobody_knows(
         given.published("r1", "retained/a", retain=True),
         given.published("z1", "kept/a", qos=0),
         given.acked("k1", "kept/a", client_id="reader"),
+        given.acked("k2", "kept/a", client_id="quick"),
+        given.published("k2", "kept/a"),
     )
     await until_state(pipeline, "k1", "stored")
     await until_state(pipeline, "r1", "retained")
@@ -184,6 +186,8 @@ async def test_messages_that_nobody_delivers_and_those_that_nobody_knows(
         return (await explain(pipeline, "k1")).stored.receipts
 
     assert list(await until(receipt, "the receipt")) == ["acked:reader"]
+    await until_state(pipeline, "k2", "stored")
+    assert kinds(await explain(pipeline, "k2")) == ["acked", "published"]
     found = await explain(pipeline, "r1")
     assert (found.stored.retained, found.stored.index_score) == (True, None)
     line = await refused(pipeline, "explain", "nobody's")

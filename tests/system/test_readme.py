@@ -37,7 +37,7 @@ class Example(NamedTuple):
     @property
     def only_reads(self) -> bool:
         """Whether it may be typed again until it shows what was just published."""
-        reads = ("redis", "clients", "dead-letters list", "dead-letters show")
+        reads = ("redis", "clients", "dead-letters list", "dead-letters show", "explain", "topics")
         return self.command.startswith(("cat ", *(f"millpond {name}" for name in reads)))
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import given as drawn
 from hypothesis import strategies as st
+from msgspec import structs
 
+from agents.delivery.dead import DeadMessage
 from agents.delivery.dead import unpack as unpack_dead
 from agents.plans import make_plan
 from agents.pubsub.state import (
@@ -42,6 +44,7 @@ PUBSUB = (
     given.pubsub("pubsub/#", ack_timeout_s=30, max_deliveries=1),
     given.pubsub("short/#", expired_time=60),
     given.pubsub("late/#", start="latest"),
+    given.pubsub("few/#", max_length=1),
 )
 
 
@@ -261,6 +264,34 @@ def test_what_the_agent_has_not_come_to_waits_in_kafka() -> None:
     assert of_queue(world) == "in Kafka, published at 0s: the agent has not come to it yet"
 
 
+def test_what_the_agent_has_not_come_to_changes_nothing_yet() -> None:
+    world = Delivering("queue", *QUEUE)
+    world.join("anna", "latest/a")
+    world.publish("m1", topic="latest/a")
+    world.hand_over()
+    world.publish("m2", topic="latest/a")
+    world.leave("anna", "latest/a")
+    world.append(given.acked("m1", "latest/a", client_id="anna"))
+    assert of_queue(world, topic="latest/a").startswith("gone without an acknowledgement")
+
+
+def test_what_is_stored_ahead_of_its_fence_waits() -> None:
+    world = Delivering("queue", *QUEUE)
+    world.publish("m0")
+    assert of_queue(world, score=99_000_000) == (
+        "in Kafka, published at 89s: the agent has not come to it yet"
+    )
+
+
+def test_a_dead_letter_that_was_requeued_is_dead_no_more() -> None:
+    world = Delivering("queue", *QUEUE)
+    world.publish("m0")
+    letter = DeadMessage(topic="queue/a", message_id="m1", reason="r", deliveries=1, at=0)
+    assert of_queue(world, dead=letter).startswith("dead")
+    requeued_since = structs.replace(letter, requeued=True)
+    assert of_queue(world, dead=requeued_since).startswith("gone")
+
+
 def test_what_was_stored_before_its_topic_was_a_queue_is_told_as_that() -> None:
     world = Delivering("queue", *QUEUE)
     world.publish("m0")
@@ -342,6 +373,51 @@ def test_a_group_is_told_of_as_one() -> None:
     told = of_pubsub(world, "$share/g/pubsub/a")
     assert told is not None
     assert told.startswith("leased by 'one' of $share/g since 0s")
+
+
+def test_one_that_is_trimmed_in_somebodys_hands_is_the_holders_alone() -> None:
+    world = Delivering("pubsub", *PUBSUB)
+    world.join("slow", "short/a")
+    world.publish("m1", topic="short/a")
+    world.at(START_MS + 60_000)
+    told = of_pubsub(world, "slow", topic="short/a")
+    assert told is not None
+    assert told.startswith("leased by 'slow'")
+    assert told.endswith("; it has expired or was superseded, and is the holder's alone")
+
+
+def test_what_a_reader_has_yet_to_move_past_is_told_as_if_it_had() -> None:
+    world = Delivering("pubsub", *PUBSUB)
+    world.join("away", "few/a")
+    world.publish("m1", topic="few/a")
+    world.leave("away", "few/a", "disconnected")
+    world.publish("m2", topic="few/a")
+    assert reading(world, "away", "few/a").reader.leases["m1"].stored  # it was not looked at since
+    told = of_pubsub(world, "away", topic="few/a")
+    assert told is not None
+    assert told.endswith("; it has expired or was superseded, and is the holder's alone")
+
+
+def test_a_message_dead_for_one_subscriber_is_not_so_for_another() -> None:
+    world = Delivering("pubsub", *PUBSUB)
+    for name in ("slow", "quick"):
+        world.join(name, "pubsub/a")
+    world.publish("m1", topic="pubsub/a")
+    world.hand_over()
+    world.ack("quick", "m1", topic="pubsub/a")
+    world.at(START_MS + 30_000)
+    assert (of_pubsub(world, "slow") or "").startswith("dead since 30s")
+    assert of_pubsub(world, "quick") == "acked by 'quick' at 0s"
+
+
+def test_one_that_begins_with_the_latest_and_has_read_nothing_is_past_what_was_before() -> None:
+    world = Delivering("pubsub", *PUBSUB)
+    world.publish("m1", topic="late/a")
+    world.now_ms += 1_000
+    world.tell_unticked(given.joined("new", "late/#"))
+    world.tell_unticked(given.left("new", "late/#", reason="disconnected", source_offset=1))
+    assert reading(world, "new", "late/a").reader.made_at is None
+    assert (of_pubsub(world, "new", topic="late/a") or "").startswith("behind its read offset")
 
 
 # -- topics that nobody delivers ---------------------------------------------------------------------------------------
