@@ -14,6 +14,7 @@ from pipeline.cli import (
     mqtt_commands,
     part_commands,
     redis_command,
+    replay_commands,
     rewind_command,
     stack_commands,
 )
@@ -40,6 +41,7 @@ app.add_typer(part_commands.config, name="config")
 app.command()(mqtt_commands.pub)
 app.command()(mqtt_commands.sub)
 app.command()(rewind_command.rewind)
+app.command()(replay_commands.replay)
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(redis_command.redis)

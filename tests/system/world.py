@@ -33,6 +33,7 @@ from tests.system.mqtt import (
     text,
 )
 from tests.system.pipeline import PARTITIONS, WAIT_S, Worker, until
+from tests.system.replaying import differences
 
 KILLED = -signal.SIGKILL
 PUBLISH_WINDOW = 100  # what a publisher sends before it waits for an acknowledgement
@@ -46,6 +47,7 @@ class World:
         self, app: str, bootstrap: str, redis_url: str, directory: Path, *rules: str
     ) -> None:
         self.app, self.bootstrap, self.directory, self._rules = app, bootstrap, directory, rules
+        self._redis_url = redis_url
         self.redis: Redis = Redis.from_url(redis_url, decode_responses=True)
         self.workers: list[Worker] = []
         self.port = free_port()
@@ -146,6 +148,11 @@ class World:
             if log in ended or "Traceback" in said
         ]
 
+    def differences(self, hash_seed: int = 0) -> list[object]:
+        """Where the log, folded once more, comes to something else than what is in Redis."""
+        config, url = self.directory / "millpond.toml", self._redis_url
+        return differences(config, url, hash_seed=hash_seed)
+
     def stop(self) -> None:
         self.bridge.let_go()
         self.bridge.kill()
@@ -164,6 +171,7 @@ def running(
     try:
         yield asyncio.run(world.start(*agents))
         assert not world.complaints(), "\n".join(world.complaints())
+        assert not world.differences()
     finally:
         world.stop()
 

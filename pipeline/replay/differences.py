@@ -1,0 +1,261 @@
+"""A replayed database compared with the live one, key by key and field by field, while live goes on.
+
+Everything is looked at once; what differs then may only be what live has done since. So it is read from live once more,
+together with the applied offsets of that very moment, the replay goes on up to exactly these, and only what differs
+then is a difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
+
+import orjson
+from hiredis import ReplyError
+
+from pipeline.replay.keyspace import Keyspace
+from pipeline.replay.owned import Owned, without_batches
+from pipeline.stores.wire import Command
+from schemas import keys
+from schemas.errors import MillpondError
+from schemas.keys import Partition
+
+WHOLE_MAX: Final = 500  # fields of a key that is compared in one piece
+LOOKED_AT_AGAIN: Final = 500  # fields in one question
+SUSPECTS_MAX: Final = 100_000  # that are looked at again; beyond, something is wrong altogether
+FENCE_SUFFIX: Final = keys.applied(Partition("", "messages", 0)).rpartition(":")[2].encode()
+
+Kind: TypeAlias = Literal["string", "hash", "zset", "lifetime"]
+Offsets: TypeAlias = Mapping[Partition, int]  # the one after the applied
+
+
+class Item(NamedTuple):
+    """What is compared: a string, one field or member of a key, or whether a key has a lifetime."""
+
+    kind: Kind
+    key: bytes
+    field: bytes
+
+
+class Difference(NamedTuple):
+    """What live has and what the replay has; None is nothing."""
+
+    item: Item
+    live: bytes | None
+    replayed: bytes | None
+
+    @property
+    def what(self) -> Literal["added", "missing", "changed"]:
+        """Seen from live: the replay has it too much, has it not, or has something else."""
+        if self.live is None:
+            return "added"
+        return "missing" if self.replayed is None else "changed"
+
+
+class Comparison(NamedTuple):
+    """What came of it: how many keys live has, what differs, and whether there is more that was not looked at again."""
+
+    keys: int
+    differences: list[Difference]
+    more: bool
+
+
+async def compare(
+    live: Keyspace,
+    replayed: Keyspace,
+    owned: Owned,
+    partitions: Sequence[Partition],
+    go_on: Callable[[Offsets], Awaitable[None]],
+) -> Comparison:
+    """Compare all that is owned; `go_on` folds the partitions up to these offsets."""
+    suspects: dict[Item, None] = {}
+    count, more = 0, False
+    async for page in owned.scan(live):
+        count += len(page)
+        async for found in _suspects(page, live, replayed, both_ways=True):
+            suspects.update(dict.fromkeys(found))
+        more |= len(suspects) > SUSPECTS_MAX
+        if more:
+            break
+    async for page in owned.scan(replayed):
+        if more:
+            break
+        async for found in _suspects(page, replayed, live, both_ways=False):
+            suspects.update(dict.fromkeys(found))
+        more |= len(suspects) > SUSPECTS_MAX
+    differences: list[Difference] = []
+    waiting = iter(suspects)
+    while some := list(islice(waiting, LOOKED_AT_AGAIN)):
+        differences += await _look_again(some, live, replayed, partitions, go_on)
+    return Comparison(count, differences, more)
+
+
+async def offsets(live: Keyspace, partitions: Sequence[Partition]) -> dict[Partition, int]:
+    """The next offset of each partition that live has folded anything of."""
+    fences = await live.ask([("GET", keys.applied(each)) for each in partitions])
+    return _offsets(partitions, fences, live)
+
+
+def _offsets(
+    partitions: Sequence[Partition], fences: Sequence[Any], live: Keyspace
+) -> dict[Partition, int]:
+    found: dict[Partition, int] = {}
+    for partition, fence in zip(partitions, fences, strict=True):
+        if fence is None:
+            continue
+        try:
+            found[partition] = int(orjson.loads(fence)["offset"]) + 1
+        except (TypeError, ValueError, KeyError) as error:
+            raise MillpondError(
+                f"{live.where} holds no applied offset in {keys.applied(partition)}: {error!r}"
+            ) from error
+    return found
+
+
+# -- the first look -----------------------------------------------------------------------------------------
+
+
+async def _suspects(
+    page: Sequence[bytes], one: Keyspace, other: Keyspace, *, both_ways: bool
+) -> AsyncIterator[list[Item]]:
+    """What of these keys of one database is not the same in the other one. Unless `both_ways`, the other one's own have
+    been looked at.
+    """
+    kinds = await one.ask([("TYPE", key) for key in page])
+    others = await other.ask([("TYPE", key) for key in page])
+    whole: list[tuple[bytes, bytes]] = []
+    sizes = await one.ask(
+        [_SIZE.get(kind, _EXISTS)(key) for kind, key in zip(kinds, page, strict=True)]
+    )
+    for key, kind, other_kind, size in zip(page, kinds, others, sizes, strict=True):
+        if kind in _SIZE and isinstance(size, int) and size > WHOLE_MAX:
+            async for found in _piece_by_piece(key, kind, one, other):
+                yield found
+        elif both_ways or other_kind != kind:
+            whole.append((key, kind))
+    yield await _in_one_piece(whole, one, other)
+
+
+def _exists(key: bytes) -> Command:
+    return ("EXISTS", key)
+
+
+_EXISTS: Final = _exists
+_SIZE: Final[dict[bytes, Callable[[bytes], Command]]] = {
+    b"hash": lambda key: ("HLEN", key),
+    b"zset": lambda key: ("ZCARD", key),
+}
+_WHOLE: Final[dict[bytes, Callable[[bytes], Command]]] = {
+    b"hash": lambda key: ("HGETALL", key),
+    b"zset": lambda key: ("ZRANGE", key, 0, -1, "WITHSCORES"),
+    b"string": lambda key: ("GET", key),
+}
+
+
+async def _in_one_piece(
+    whole: Sequence[tuple[bytes, bytes]], one: Keyspace, other: Keyspace
+) -> list[Item]:
+    known = [(key, kind) for key, kind in whole if kind in _WHOLE]
+    commands: list[Command] = []
+    for key, kind in known:
+        commands += [_WHOLE[kind](key), ("PTTL", key)]
+    if not commands:
+        return []
+    mine, theirs = await one.ask(commands), await other.ask(commands)
+    found: list[Item] = []
+    for at, (key, kind) in enumerate(known):
+        here, there = mine[2 * at], theirs[2 * at]
+        if kind == b"string":
+            item = Item("string", key, b"")
+            if _shown(item, here) != _shown(item, there):
+                found.append(item)
+        elif here != there:
+            found += _fields(key, kind, here, there)
+        lifetime = Item("lifetime", key, b"")
+        if _shown(lifetime, mine[2 * at + 1]) != _shown(lifetime, theirs[2 * at + 1]):
+            found.append(lifetime)
+    return found
+
+
+def _fields(key: bytes, kind: bytes, here: Any, there: Any) -> Iterable[Item]:
+    mine, theirs = _pairs(here), _pairs(there)
+    named: Kind = "hash" if kind == b"hash" else "zset"
+    for field in {**mine, **theirs}:
+        if mine.get(field) != theirs.get(field):
+            yield Item(named, key, field)
+
+
+def _pairs(reply: Any) -> dict[bytes, bytes]:
+    """A hash, or a zset, as it was told; nothing if the key is of another type."""
+    if isinstance(reply, ReplyError) or reply is None:
+        return {}
+    return dict(zip(reply[::2], reply[1::2], strict=True))
+
+
+async def _piece_by_piece(
+    key: bytes, kind: bytes, one: Keyspace, other: Keyspace
+) -> AsyncIterator[list[Item]]:
+    named: Kind = "hash" if kind == b"hash" else "zset"
+    scan, cursor = ("HSCAN" if kind == b"hash" else "ZSCAN"), b"0"
+    while True:
+        cursor, told = await one.get(scan, key, cursor, "COUNT", WHOLE_MAX)
+        mine = _pairs(told)
+        items = [Item(named, key, field) for field in mine]
+        theirs = await other.ask([_command(item) for item in items]) if items else []
+        yield [
+            item
+            for item, (field, value), reply in zip(items, mine.items(), theirs, strict=True)
+            if _shown(item, value) != _shown(item, reply)
+        ]
+        if cursor == b"0":
+            return
+
+
+# -- the second look ----------------------------------------------------------------------------------------
+
+
+async def _look_again(
+    items: Sequence[Item],
+    live: Keyspace,
+    replayed: Keyspace,
+    partitions: Sequence[Partition],
+    go_on: Callable[[Offsets], Awaitable[None]],
+) -> list[Difference]:
+    commands = [_command(item) for item in items]
+    fences: list[Command] = [("GET", keys.applied(each)) for each in partitions]
+    told = await live.at_once([*fences, *commands])
+    await go_on(_offsets(partitions, told[: len(fences)], live))
+    values = zip(items, told[len(fences) :], await replayed.ask(commands), strict=True)
+    found = [
+        Difference(item, _shown(item, mine), _shown(item, theirs)) for item, mine, theirs in values
+    ]
+    return [each for each in found if each.live != each.replayed]
+
+
+def _command(item: Item) -> Command:
+    match item.kind:
+        case "string":
+            return ("GET", item.key)
+        case "hash":
+            return ("HGET", item.key, item.field)
+        case "zset":
+            return ("ZSCORE", item.key, item.field)
+        case _:
+            return ("PTTL", item.key)
+
+
+def _shown(item: Item, reply: Any) -> bytes | None:
+    """A value as it is compared: a fence without what depends on batches; of a lifetime only whether there is one, since
+    the servers' clocks count it.
+    """
+    if isinstance(reply, ReplyError):
+        return str(reply).encode()
+    if item.kind == "lifetime":
+        return {-2: None, -1: b"for ever"}.get(reply, b"for a time")
+    if item.kind == "string" and reply is not None and item.key.rpartition(b":")[2] == FENCE_SUFFIX:
+        try:
+            return orjson.dumps(without_batches(orjson.loads(reply)))
+        except (ValueError, AttributeError):
+            return bytes(reply)
+    return None if reply is None else bytes(reply)
