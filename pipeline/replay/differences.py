@@ -11,9 +11,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from itertools import islice
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
+import msgspec
 import orjson
 from hiredis import ReplyError
 
+from agents.ports import Applied
 from pipeline.replay.keyspace import Keyspace
 from pipeline.replay.owned import Owned, without_batches
 from pipeline.stores.wire import Command
@@ -66,6 +68,7 @@ async def compare(
     replayed: Keyspace,
     owned: Owned,
     partitions: Sequence[Partition],
+    cluster_id: str,
     go_on: Callable[[Offsets], Awaitable[None]],
 ) -> Comparison:
     """Compare all that is owned; `go_on` folds the partitions up to these offsets."""
@@ -86,30 +89,46 @@ async def compare(
         more |= len(suspects) > SUSPECTS_MAX
     differences: list[Difference] = []
     waiting = iter(suspects)
+    fences: list[Command] = [("GET", keys.applied(each)) for each in partitions]
     while some := list(islice(waiting, LOOKED_AT_AGAIN)):
-        differences += await _look_again(some, live, replayed, partitions, go_on)
+        commands = [_command(item) for item in some]
+        told = await live.at_once([*fences, *commands])
+        await go_on(_offsets(partitions, told[: len(fences)], live, cluster_id))
+        differences += _unequal(some, told[len(fences) :], await replayed.ask(commands))
     return Comparison(count, differences, more)
 
 
-async def offsets(live: Keyspace, partitions: Sequence[Partition]) -> dict[Partition, int]:
-    """The next offset of each partition that live has folded anything of."""
+async def offsets(
+    live: Keyspace, partitions: Sequence[Partition], cluster_id: str
+) -> dict[Partition, int]:
+    """The next offset of each partition that live has folded anything of.
+
+    Raises:
+        MillpondError: its state is of another Kafka cluster.
+    """
     fences = await live.ask([("GET", keys.applied(each)) for each in partitions])
-    return _offsets(partitions, fences, live)
+    return _offsets(partitions, fences, live, cluster_id)
 
 
 def _offsets(
-    partitions: Sequence[Partition], fences: Sequence[Any], live: Keyspace
+    partitions: Sequence[Partition], fences: Sequence[Any], live: Keyspace, cluster_id: str
 ) -> dict[Partition, int]:
     found: dict[Partition, int] = {}
     for partition, fence in zip(partitions, fences, strict=True):
         if fence is None:
             continue
         try:
-            found[partition] = int(orjson.loads(fence)["offset"]) + 1
-        except (TypeError, ValueError, KeyError) as error:
+            applied = msgspec.json.decode(fence, type=Applied)
+        except msgspec.DecodeError as error:
             raise MillpondError(
-                f"{live.where} holds no applied offset in {keys.applied(partition)}: {error!r}"
+                f"{live.where} holds no applied offset in {keys.applied(partition)}: {error}"
             ) from error
+        if applied.cluster_id != cluster_id:
+            raise MillpondError(
+                f"{live.where} holds the state of {partition} of Kafka cluster {applied.cluster_id},"
+                f" but this is cluster {cluster_id}"
+            )
+        found[partition] = applied.offset + 1
     return found
 
 
@@ -215,22 +234,13 @@ async def _piece_by_piece(
 # -- the second look ----------------------------------------------------------------------------------------
 
 
-async def _look_again(
-    items: Sequence[Item],
-    live: Keyspace,
-    replayed: Keyspace,
-    partitions: Sequence[Partition],
-    go_on: Callable[[Offsets], Awaitable[None]],
-) -> list[Difference]:
-    commands = [_command(item) for item in items]
-    fences: list[Command] = [("GET", keys.applied(each)) for each in partitions]
-    told = await live.at_once([*fences, *commands])
-    await go_on(_offsets(partitions, told[: len(fences)], live))
-    values = zip(items, told[len(fences) :], await replayed.ask(commands), strict=True)
-    found = [
-        Difference(item, _shown(item, mine), _shown(item, theirs)) for item, mine, theirs in values
-    ]
-    return [each for each in found if each.live != each.replayed]
+def _unequal(
+    items: Sequence[Item], mine: Sequence[Any], theirs: Sequence[Any]
+) -> Iterable[Difference]:
+    for item, live, replayed in zip(items, mine, theirs, strict=True):
+        found = Difference(item, _shown(item, live), _shown(item, replayed))
+        if found.live != found.replayed:
+            yield found
 
 
 def _command(item: Item) -> Command:

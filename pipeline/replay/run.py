@@ -115,7 +115,7 @@ class Replay:
     ) -> dict[AgentName, Marker]:
         """What of each agent's log is to be folded; the target is marked as being in the middle of it."""
         app, wish = self.settings.app, self.wish
-        applied = {} if live is None else await self._applied(live)
+        applied = {} if live is None else await self._applied(live, kafka.cluster_id)
         markers: dict[AgentName, Marker] = {}
         for agent in wish.agents:
             topic = keys.SOURCE_TOPIC[agent]
@@ -161,8 +161,8 @@ class Replay:
                 " and the rules are this configuration's until the log names others"
             )
 
-    async def _applied(self, live: Keyspace) -> dict[Partition, int]:
-        found = await differences.offsets(live, self._partitions())
+    async def _applied(self, live: Keyspace, cluster_id: str) -> dict[Partition, int]:
+        found = await differences.offsets(live, self._partitions(), cluster_id)
         if not found:
             agents = ", ".join(self.wish.agents)
             raise MillpondError(
@@ -197,7 +197,8 @@ class Replay:
                 await self._fold(agent, markers[agent], ends)
 
         owned = Owned(self.settings.app, self.wish.agents, self.rules)
-        return await differences.compare(live, target, owned, self._partitions(), go_on)
+        cluster_id = next(iter(markers.values())).cluster_id
+        return await differences.compare(live, target, owned, self._partitions(), cluster_id, go_on)
 
 
 def time_of(text: str, what: str) -> int:
