@@ -245,7 +245,8 @@ class PartitionDriver(Generic[Packed]):
             self._notice(
                 f"{self.partition}: {lost} records were gone from the log before they were read"
             )
-        self._notice(f"{self.partition}: reading the log from {self._position} to {target}")
+        why = "reading" if self._applied else "the store holds nothing of it: rebuilding it from"
+        self._notice(f"{self.partition}: {why} the log from {self._position} to {target}")
         async for run in self.log.read(self.partition, self._position, target):
             await self._fold(run)
         self._position = max(self._position, target)

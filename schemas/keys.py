@@ -34,6 +34,7 @@ Redis Cluster slot and can be written in one transaction.
 | `millpond:{app:sessions:partition}:announced` | zset | ids of clients with subscriptions, score = offset of the rules they were announced by | sessions | with the subscriptions |
 | `millpond:{app:agent:partition}:due` | zset | what falls due, score = ms since the epoch | the agent | until done |
 | `millpond:{app:agent}:replay` | hash | `complete` 0/1, `starts` and `ends` by partition, `from`, `cluster_id`: what of the log a replay has put here | `millpond replay` | until the database is emptied |
+| `millpond:{app:agent}:rebuild` | hash | partition → the fence that a rebuild began with, until it is done; its workers do not start meanwhile | `millpond rebuild` | while one is unfinished |
 """
 
 from __future__ import annotations
@@ -194,6 +195,11 @@ def private_prefix(app: str, agent: AgentName) -> str:
 def replay_marker(app: str, agent: AgentName) -> str:
     """What a replay has put of an agent's log into a database; see `pipeline/replay/target.py`."""
     return f"{PRIVATE_PREFIX}{{{app}:{agent}}}:replay"
+
+
+def rebuild_marker(app: str, agent: AgentName) -> str:
+    """What a rebuild of an agent has not done yet; see `pipeline/replay/rebuild.py`."""
+    return f"{PRIVATE_PREFIX}{{{app}:{agent}}}:rebuild"
 
 
 def applied(partition: Partition) -> str:

@@ -13,6 +13,7 @@ from pipeline.cli import (
     dead_letter_commands,
     mqtt_commands,
     part_commands,
+    rebuild_command,
     redis_command,
     replay_commands,
     rewind_command,
@@ -42,6 +43,7 @@ app.command()(mqtt_commands.pub)
 app.command()(mqtt_commands.sub)
 app.command()(rewind_command.rewind)
 app.command()(replay_commands.replay)
+app.command()(rebuild_command.rebuild)
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(redis_command.redis)

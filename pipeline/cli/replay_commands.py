@@ -6,7 +6,7 @@ import asyncio
 import gc
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, Protocol, TypeVar
 
 import orjson
 import typer
@@ -105,7 +105,26 @@ class Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.0f}/s")
 
 
-async def watched(work: Callable[[], Awaitable[Result]], run: Replay, *, as_json: bool) -> Result:
+class Watched(Protocol):
+    """What has a position."""
+
+    @property
+    def agent(self) -> str:
+        """Whose log is being folded."""
+        ...
+
+    @property
+    def total(self) -> int:
+        """How many offsets there are to go by; 0 while that is not known."""
+        ...
+
+    @property
+    def folded(self) -> int:
+        """How many have gone by."""
+        ...
+
+
+async def watched(work: Callable[[], Awaitable[Result]], run: Watched, *, as_json: bool) -> Result:
     """Do the work, with rate, position and time left on a terminal."""
     # What lives here is a batch, or for ever: see `pipeline/worker.py`.
     gc.set_threshold(50_000, 20, 50)

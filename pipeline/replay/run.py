@@ -66,7 +66,7 @@ class Replay:
         self._ends_ms = None if wish.ends == LATEST else time_of(wish.ends, "--to")
         if wish.live is not None and self._ends_ms is not None:
             raise ConfigError("--diff compares with what live has applied now: leave --to out")
-        self.total, self._before = 0, 0
+        self.total = 0
         self.notes: list[str] = []
         self._foldings: dict[AgentName, Folding] = {}
 
