@@ -2,13 +2,12 @@
 
 Everything is looked at once; what differs then may only be what live has done since. So it is read from live once more,
 together with the applied offsets of that very moment, the replay goes on up to exactly these, and only what differs
-then is a difference.
+then is a difference. As long as that is much, the replay catches up and what has become the same is left out first.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from itertools import islice
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -24,7 +23,8 @@ from schemas.errors import MillpondError
 from schemas.keys import Partition
 
 WHOLE_MAX: Final = 500  # fields of a key that is compared in one piece
-LOOKED_AT_AGAIN: Final = 500  # fields in one question
+LOOKED_AT_AGAIN: Final = 1_000  # fields in one question
+SIFTINGS_MAX: Final = 5  # looks at what live has changed since the one before
 SUSPECTS_MAX: Final = 100_000  # that are looked at again; beyond, something is wrong altogether
 FENCE_SUFFIX: Final = keys.applied(Partition("", "messages", 0)).rpartition(":")[2].encode()
 
@@ -63,39 +63,74 @@ class Comparison(NamedTuple):
     more: bool
 
 
-async def compare(
-    live: Keyspace,
-    replayed: Keyspace,
-    owned: Owned,
-    partitions: Sequence[Partition],
-    cluster_id: str,
-    go_on: Callable[[Offsets], Awaitable[None]],
-) -> Comparison:
-    """Compare all that is owned; `go_on` folds the partitions up to these offsets."""
-    suspects: dict[Item, None] = {}
-    count, more = 0, False
-    async for page in owned.scan(live):
-        count += len(page)
-        async for found in _suspects(page, live, replayed, both_ways=True):
-            suspects.update(dict.fromkeys(found))
-        more |= len(suspects) > SUSPECTS_MAX
-        if more:
-            break
-    async for page in owned.scan(replayed):
-        if more:
-            break
-        async for found in _suspects(page, replayed, live, both_ways=False):
-            suspects.update(dict.fromkeys(found))
-        more |= len(suspects) > SUSPECTS_MAX
-    differences: list[Difference] = []
-    waiting = iter(suspects)
-    fences: list[Command] = [("GET", keys.applied(each)) for each in partitions]
-    while some := list(islice(waiting, LOOKED_AT_AGAIN)):
-        commands = [_command(item) for item in some]
-        told = await live.at_once([*fences, *commands])
-        await go_on(_offsets(partitions, told[: len(fences)], live, cluster_id))
-        differences += _unequal(some, told[len(fences) :], await replayed.ask(commands))
-    return Comparison(count, differences, more)
+class Comparing:
+    """One comparison; `go_on` folds the partitions up to these offsets."""
+
+    def __init__(
+        self,
+        live: Keyspace,
+        replayed: Keyspace,
+        partitions: Sequence[Partition],
+        cluster_id: str,
+        go_on: Callable[[Offsets], Awaitable[None]],
+    ) -> None:
+        """All partitions whose keys are compared."""
+        self._live, self._replayed = live, replayed
+        self._partitions, self._cluster_id, self._go_on = partitions, cluster_id, go_on
+        self._fences: list[Command] = [("GET", keys.applied(each)) for each in partitions]
+
+    async def run(self, owned: Owned) -> Comparison:
+        """Compare all that is owned."""
+        await self._catch_up()
+        count, suspects = await self._look(owned)
+        more = len(suspects) > SUSPECTS_MAX
+        for _ in range(SIFTINGS_MAX):
+            if len(suspects) <= LOOKED_AT_AGAIN:
+                break
+            await self._catch_up()
+            suspects = [each for some in _in_parts(suspects) for each in await self._sift(some)]
+        differences: list[Difference] = []
+        for some in _in_parts(suspects):
+            commands = [_command(item) for item in some]
+            told = await self._live.at_once([*self._fences, *commands])
+            await self._fold_to(told[: len(self._fences)])
+            mine, theirs = told[len(self._fences) :], await self._replayed.ask(commands)
+            differences += _unequal(some, mine, theirs)
+        return Comparison(count, differences, more)
+
+    async def _catch_up(self) -> None:
+        """Fold what live has folded by now."""
+        await self._fold_to(await self._live.ask(self._fences))
+
+    async def _fold_to(self, fences: Sequence[Any]) -> None:
+        found = _offsets(self._partitions, fences, self._live, self._cluster_id)
+        await self._go_on(found)
+
+    async def _look(self, owned: Owned) -> tuple[int, list[Item]]:
+        """How many keys live has, and what is not the same at a first look."""
+        suspects: dict[Item, None] = {}
+        count = 0
+        for one, other, both_ways in (
+            (self._live, self._replayed, True),
+            (self._replayed, self._live, False),
+        ):
+            async for page in owned.scan(one):
+                count += len(page) if both_ways else 0
+                async for found in _suspects(page, one, other, both_ways=both_ways):
+                    suspects.update(dict.fromkeys(found))
+                if len(suspects) > SUSPECTS_MAX:
+                    return count, list(suspects)
+        return count, list(suspects)
+
+    async def _sift(self, items: Sequence[Item]) -> list[Item]:
+        """Those that are still not the same."""
+        commands = [_command(item) for item in items]
+        mine, theirs = await self._live.ask(commands), await self._replayed.ask(commands)
+        return [each.item for each in _unequal(items, mine, theirs)]
+
+
+def _in_parts(items: Sequence[Item]) -> Iterable[Sequence[Item]]:
+    return (items[at : at + LOOKED_AT_AGAIN] for at in range(0, len(items), LOOKED_AT_AGAIN))
 
 
 async def offsets(

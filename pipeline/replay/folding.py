@@ -35,11 +35,16 @@ class Folding:
         open_store: OpenStore,
         cluster_id: str,
         starts: Mapping[int, int],
+        *,
+        again: bool = False,
     ) -> None:
-        """`rules` count where the log does not name any."""
+        """`rules` count where the log does not name any. If it is to be asked `again`, it stays connected to Kafka until
+        it is stopped.
+        """
         self.agent, self._settings, self._rules = agent, settings, rules
         self._open_store, self._cluster_id, self._starts = open_store, cluster_id, dict(starts)
         self._options = settings.kafka.client_options()
+        self._again, self._logs = again, dict[int, ReplayLog]()
         self._drivers: dict[int, PartitionDriver[Any]] = {}
         self.positions: dict[int, int] = {}  # the next offset of each partition that was folded
 
@@ -81,7 +86,11 @@ class Folding:
         partition = Partition(self._settings.app, self.agent, number)
         count = self._settings.kafka.partitions
         bounds = LogBounds(self._cluster_id, count, self._starts[number], end, end)
-        log = ReplayLog(self._options, bounds, self._settings.worker.batch_records_max)
+        log = self._logs.get(number)
+        if log is None:
+            records_max = self._settings.worker.batch_records_max
+            log = self._logs[number] = ReplayLog(self._options, records_max)
+        log.limit(bounds)
         driver = self._drivers[number] = PartitionDriver(
             partition, MACHINES[self.agent](), self._open_store(partition), log, self._rules, logger.info
         )  # fmt: skip
@@ -92,4 +101,10 @@ class Folding:
         finally:
             del self._drivers[number]
             await driver.close()
-            await log.stop()
+            if not self._again:
+                await self._logs.pop(number).stop()
+
+    async def stop(self) -> None:
+        """Disconnect from Kafka."""
+        while self._logs:
+            await self._logs.popitem()[1].stop()

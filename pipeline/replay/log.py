@@ -22,16 +22,19 @@ class ReplayLog:
     All up to the end is as good as committed: of that the driver produces no output (`Outbox.out_until`).
     """
 
-    def __init__(
-        self, client_options: dict[str, Any], bounds: LogBounds, run_records_max: int
-    ) -> None:
-        """`bounds` are what is replayed: their end is `committed`."""
+    def __init__(self, client_options: dict[str, Any], run_records_max: int) -> None:
+        """`limit` comes first."""
         self._options, self._run_records_max = client_options, run_records_max
-        self._bounds = bounds._replace(committed=bounds.end)
+        self._bounds: LogBounds | None = None
         self._reader: AIOKafkaConsumer | None = None
+
+    def limit(self, bounds: LogBounds) -> None:
+        """What is to be replayed: its end is `committed`."""
+        self._bounds = bounds._replace(committed=bounds.end)
 
     async def bounds(self, partition: Partition) -> LogBounds:
         """See `agents.ports.Log`."""
+        assert self._bounds is not None, "limit() comes first"
         return self._bounds
 
     async def read(

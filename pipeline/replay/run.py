@@ -13,7 +13,7 @@ import uvloop
 from msgspec import structs
 
 from pipeline.replay import differences
-from pipeline.replay.differences import Comparison
+from pipeline.replay.differences import Comparing, Comparison
 from pipeline.replay.folding import Folding
 from pipeline.replay.keyspace import Keyspace, keyspace
 from pipeline.replay.owned import Owned
@@ -96,6 +96,7 @@ class Replay:
                 live = await stack.enter_async_context(keyspace(wish.live))
             await self._check_target(target)
             markers = await self._claim(kafka, target, live)
+            stack.push_async_callback(self._stop)
             for agent in wish.agents:
                 await self._fold(agent, markers[agent], markers[agent].ends)
             compared = None if live is None else await self._compare(live, target, markers)
@@ -104,6 +105,10 @@ class Replay:
                 done = structs.replace(marker, ends=ends, complete=True)
                 await write_marker(target, self.settings.app, agent, done)
         return Outcome(self.folded, self.notes, compared)
+
+    async def _stop(self) -> None:
+        for folding in self._foldings.values():
+            await folding.stop()
 
     async def _check_target(self, target: Keyspace) -> None:
         pools = {self.rules.pool(agent).name: self.rules.pool(agent) for agent in self.wish.agents}
@@ -117,9 +122,13 @@ class Replay:
         app, wish = self.settings.app, self.wish
         applied = {} if live is None else await self._applied(live, kafka.cluster_id)
         markers: dict[AgentName, Marker] = {}
+        of_topics = {
+            topic: await kafka.extents(topic)
+            for topic in set(map(keys.SOURCE_TOPIC.__getitem__, wish.agents))
+        }
         for agent in wish.agents:
             topic = keys.SOURCE_TOPIC[agent]
-            extents = await kafka.extents(topic)
+            extents = of_topics[topic]
             starts, ends = await self._bounds(kafka, topic, extents)
             if live is not None:
                 ends = {
@@ -182,7 +191,7 @@ class Replay:
             folding = self._foldings[agent] = Folding(
                 agent, self.settings, self.rules,
                 lambda partition: open_store(self.wish.into, partition),
-                marker.cluster_id, marker.starts,
+                marker.cluster_id, marker.starts, again=self.wish.live is not None,
             )  # fmt: skip
         await folding.fold_to(ends)
 
@@ -198,7 +207,8 @@ class Replay:
 
         owned = Owned(self.settings.app, self.wish.agents, self.rules)
         cluster_id = next(iter(markers.values())).cluster_id
-        return await differences.compare(live, target, owned, self._partitions(), cluster_id, go_on)
+        comparing = Comparing(live, target, self._partitions(), cluster_id, go_on)
+        return await comparing.run(owned)
 
 
 def time_of(text: str, what: str) -> int:
