@@ -17,7 +17,7 @@ from typing import Final
 from redis import Redis
 
 from schemas import codec, keys
-from tests.benchmarks import clients, delivery, latency, limit, memory, race, scene, venvs
+from tests.benchmarks import clients, delivery, latency, limit, memory, race, replays, scene, venvs
 from tests.benchmarks.clients import SESSIONS
 from tests.benchmarks.events import PARTITIONS, TOPICS, event, fill, publishes
 from tests.benchmarks.latency import Latency
@@ -36,10 +36,11 @@ from tests.benchmarks.table import Row, most_row, progress, ratio_row, show, tho
 
 LIMIT, LATENCY, MEMORY, PRESENCE, REGISTRY = "limit", "latency", "memory", "presence", "registry"
 QUEUE, HAND_OUT, BACKLOG, PUBSUB, IDLE = "queue", "queue-latency", "backlog", "pubsub", "idle"
+REPLAY: Final = "replay"
 RACERS: Final = (*SCRIPTS, TWO)
 PARTS: Final = (
     LIMIT, *(each.name for each in RACERS), LATENCY, MEMORY, PRESENCE, REGISTRY,
-    QUEUE, HAND_OUT, BACKLOG, PUBSUB, IDLE,
+    QUEUE, HAND_OUT, BACKLOG, PUBSUB, IDLE, REPLAY,
 )  # fmt: skip
 
 
@@ -69,6 +70,8 @@ def main() -> None:
     if REGISTRY in asked:
         rows += _registry_rows()
     rows += _delivery_rows(asked, arguments)
+    if REPLAY in asked:
+        rows += replays.rows()
     show(rows, notes)
 
 
