@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import threading
+from contextlib import suppress
 from typing import Any
 
 import faust
@@ -24,12 +25,13 @@ from pipeline.log import KafkaLog
 from pipeline.partitions import Partitions
 from pipeline.producer import Producer
 from pipeline.ready import say_ready
+from pipeline.replay.rebuild import check_not_rebuilding
 from pipeline.settings import Settings
 from pipeline.stores.checking import check_commands
 from pipeline.stores.registry import open_store
 from pipeline.transport import Consumer, Transport
 from schemas import keys
-from schemas.errors import ConfigError, MillpondError
+from schemas.errors import ConfigError, MillpondError, StoreDown
 from schemas.events import AgentName
 from schemas.keys import Partition
 from schemas.rules import Rules
@@ -92,6 +94,8 @@ class Worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
         await check_commands(self.rules.pool(self.agent), self.rules)
+        with suppress(StoreDown):  # its partitions wait for it
+            await check_not_rebuilding(self.agent, self.settings, self.rules)
         await self._producer.start()
         await self._log.start()
         await self._check_partitions()

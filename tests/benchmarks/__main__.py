@@ -25,6 +25,7 @@ from tests.benchmarks import (
     limit,
     memory,
     race,
+    replays,
     rule_events,
     scene,
     spool,
@@ -50,11 +51,12 @@ LIMIT, LATENCY, MEMORY, PRESENCE, REGISTRY = "limit", "latency", "memory", "pres
 RULES = "rule-events"
 SPOOL = "spool"
 QUEUE, HAND_OUT, BACKLOG, PUBSUB, IDLE = "queue", "queue-latency", "backlog", "pubsub", "idle"
+REPLAY: Final = "replay"
 HOOKS, HOOK_LATENCY = "hooks", "hook-latency"
 RACERS: Final = (*SCRIPTS, TWO)
 PARTS: Final = (
     LIMIT, *(each.name for each in RACERS), LATENCY, MEMORY, PRESENCE, REGISTRY,
-    RULES, QUEUE, HAND_OUT, BACKLOG, PUBSUB, IDLE, SPOOL, HOOKS, HOOK_LATENCY,
+    RULES, QUEUE, HAND_OUT, BACKLOG, PUBSUB, IDLE, SPOOL, HOOKS, HOOK_LATENCY, REPLAY,
 )  # fmt: skip
 
 
@@ -89,6 +91,8 @@ def main() -> None:
     rows += _delivery_rows(asked, arguments)
     if SPOOL in asked:
         rows += _spool_rows(arguments.spool_events)
+    if REPLAY in asked:
+        rows += replays.rows()
     show(rows, notes)
 
 
