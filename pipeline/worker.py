@@ -8,7 +8,8 @@ import logging
 import os
 import signal
 import threading
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import faust
 import uvloop
@@ -27,6 +28,8 @@ from pipeline.ready import say_ready
 from pipeline.settings import Settings
 from pipeline.stores.checking import check_commands
 from pipeline.stores.registry import open_store
+from pipeline.telemetry.serving import serving
+from pipeline.telemetry.worker import WorkerTelemetry
 from pipeline.transport import Consumer, Transport
 from schemas import keys
 from schemas.errors import ConfigError, MillpondError
@@ -35,6 +38,8 @@ from schemas.keys import Partition
 from schemas.rules import Rules
 
 logger = logging.getLogger(__name__)
+
+KAFKA_PATIENCE_S: Final = 2.0  # for an answer, when somebody asks whether we are ready
 
 
 class App(faust.App):
@@ -74,6 +79,7 @@ class Worker:
             keys.group_id(settings.app, agent),
             settings.worker.batch_records_max,
         )
+        self._telemetry = WorkerTelemetry(agent, lambda: self._partitions, self._ends)
         self._partitions = Partitions(
             self._new_driver,
             self._log,
@@ -91,18 +97,25 @@ class Worker:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
+        listen, name = self.settings.telemetry.listen, f"worker {self.agent}"
+        async with serving(listen, name, [self._telemetry], self):
+            await self._run()
+
+    async def _run(self) -> None:
         await check_commands(self.rules.pool(self.agent), self.rules)
         await self._producer.start()
         await self._log.start()
         await self._check_partitions()
         app = self._app()
         listening = asyncio.ensure_future(self._control())
+        sampling = asyncio.ensure_future(self._telemetry.run())
         try:
             await app.start()
             await self._until_stopping(app, listening)
         finally:
             self._stop()
             listening.cancel()
+            sampling.cancel()
             await app.stop()
             await self._log.stop()
             await self._producer.stop()
@@ -111,6 +124,20 @@ class Worker:
             raise self._failure
         if self._failure is not None:
             raise MillpondError(f"worker {self.agent} failed: {self._failure!r}") from self._failure
+
+    async def not_alive(self) -> list[str]:
+        """See `pipeline.telemetry.serving.Health`."""
+        if self._failure is not None:
+            return [f"it stops: {self._failure}"]
+        return ["it was asked to stop"] if self._stopping.is_set() else []
+
+    async def not_ready(self) -> list[str]:
+        """See `pipeline.telemetry.serving.Health`."""
+        kafka = await self._producer.complaint(KAFKA_PATIENCE_S)
+        return [*([kafka] if kafka else []), *self._telemetry.complaints()]
+
+    async def _ends(self, numbers: Sequence[int]) -> Mapping[int, int]:
+        return await self._log.ends(keys.SOURCE_TOPIC[self.agent], numbers)
 
     async def _until_stopping(self, app: faust.App, listening: asyncio.Future[None]) -> None:
         """Until a signal, a partition that cannot go on, or a part that crashed."""
@@ -212,9 +239,10 @@ class Worker:
 
     def _new_driver(self, number: int) -> PartitionDriver[Any]:
         partition = Partition(self.settings.app, self.agent, number)
-        store: Store[Any] = open_store(self.rules.pool(self.agent), partition)
-        machine = MACHINES[self.agent]()
-        return PartitionDriver(partition, machine, store, self._log, self.rules, logger.warning)
+        opened: Store[Any] = open_store(self.rules.pool(self.agent), partition)
+        store, observer = self._telemetry.watch(number, opened)
+        machine, log = MACHINES[self.agent](), self._log
+        return PartitionDriver(partition, machine, store, log, self.rules, logger.warning, observer)
 
     async def _assigned(self, _: Any, /, *assigned: Any, **__: Any) -> None:
         self._partitions.assign({tp.partition for tp in assigned[0]})

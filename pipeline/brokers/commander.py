@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, NoReturn, Protocol
@@ -15,9 +16,11 @@ from agents.dead_letters import headers_of
 from pipeline.brokers.deliveries import Deliveries
 from pipeline.brokers.ledger import Ledger
 from pipeline.brokers.tickets import Ticket
+from pipeline.clock import now_ms
 from pipeline.log import persist
 from pipeline.producer import Producer
 from pipeline.settings import Settings
+from pipeline.telemetry.histogram import SHORT_S, Histogram
 from schemas import codec, keys
 from schemas.commands import Command, Deliver
 from schemas.errors import DecodeError
@@ -50,6 +53,13 @@ class Commander(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka sh
         self._settings = settings
         self._ledgers: dict[TopicPartition, Ledger] = {}
         self._commit_at = 0.0
+        self.taken: Counter[str] = Counter()  # by type
+        self.seconds = Histogram(SHORT_S)  # from a command's log time until it is finished
+
+    @property
+    def unfinished(self) -> int:
+        """Commands of which Kafka does not know yet what became of them."""
+        return sum(ledger.unfinished for ledger in self._ledgers.values())
 
     async def run(self) -> NoReturn:
         """Until cancelled."""
@@ -129,19 +139,25 @@ class Commander(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka sh
     async def _carry_out(self, record: Any, ledger: Ledger) -> None:
         size = len(record.value or b"")
         ledger.begin(record.offset, size)
-        done = partial(ledger.finish, record.offset)
+        done = partial(self._finish, ledger, record.offset, record.timestamp)
         try:
             command = codec.decode_command(record.value)
             ticket = self._ticket(command, record.timestamp, done)
         except DecodeError as error:
             await self._bury(record, str(error), done)
+            self.taken["unreadable"] += 1
             return
+        self.taken[str(command.__struct_config__.tag)] += 1
         if not self._deliveries.good(ticket):
             return
         if isinstance(command, Deliver) and codec.topic_name_error(command.topic) is not None:
             self._deliveries.fail(ticket, "bridge")
         else:
             await self._broker.take(ticket, command)
+
+    def _finish(self, ledger: Ledger, offset: int, log_ms: int) -> None:
+        self.seconds.add(max(now_ms() - log_ms, 0) / 1000)
+        ledger.finish(offset)
 
     def _ticket(self, command: Command, log_ms: int, done: Callable[[], None]) -> Ticket:
         """The paper of a command.

@@ -17,8 +17,8 @@ from pipeline.cli.common import (
     console,
     errors,
     load_settings,
-    log_to_stderr,
 )
+from pipeline.logs import log_to_stderr
 from schemas.errors import ConfigError
 
 kafka = typer.Typer(help="Kafka's topics.", no_args_is_help=True)
@@ -35,8 +35,9 @@ def worker(
 
     for name in AGENT_NAMES:
         if name == agent:
-            log_to_stderr()
-            run(name, *load_settings(config, data))
+            settings, rules = load_settings(config, data)
+            log_to_stderr(settings.log, f"worker {name}")
+            run(name, settings, rules)
             return
     raise ConfigError(f"no agent {agent!r}: there are {', '.join(AGENT_NAMES)}")
 
@@ -51,8 +52,9 @@ def bridge(
         raise ConfigError(f"no bridge {broker!r}: there is embedded")
     from pipeline.bridge import run_embedded  # noqa: PLC0415  needs the extra [local]
 
-    log_to_stderr()
-    run_embedded(*load_settings(config, data))
+    settings, rules = load_settings(config, data)
+    log_to_stderr(settings.log, f"bridge {broker}")
+    run_embedded(settings, rules)
 
 
 @kafka.command("init")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
@@ -14,6 +16,7 @@ from pipeline.brokers.embedded.outgoing import Message
 from pipeline.brokers.rule_answers import RuleAnswers
 from pipeline.clock import now_ms
 from pipeline.producer import Producer
+from pipeline.telemetry.histogram import SHORT_S, Histogram
 from schemas import codec, keys
 from schemas.events import (
     TEXT_BYTES_MAX,
@@ -66,6 +69,9 @@ class Recorder:
         self.packet_bytes_max = producer.message_bytes_max + 2 + TEXT_BYTES_MAX + 2
         self._waiting: set[asyncio.Task[None]] = set()
         self.unacknowledged: set[asyncio.Future[Any]] = set()
+        self.entered: Counter[str] = Counter()  # by type
+        self.lost: Counter[str] = Counter()  # the same, of what Kafka refused
+        self.kept_s = Histogram(SHORT_S)  # how long Kafka took
 
     # -- publishes
 
@@ -138,11 +144,13 @@ class Recorder:
     async def _enter(
         self, topic: str, event: Event, partition: int | None = None
     ) -> asyncio.Future[Any]:
-        key = keys.record_key(event).encode()
+        key, kind = keys.record_key(event).encode(), str(event.__struct_config__.tag)
+        began = time.perf_counter()
         async with self._entering:
             acknowledged = await self._producer.send(topic, key, codec.encode(event), partition)
         self.unacknowledged.add(acknowledged)
-        acknowledged.add_done_callback(self._done)
+        self.entered[kind] += 1
+        acknowledged.add_done_callback(partial(self._done, kind, began))
         return acknowledged
 
     async def drain(self) -> None:
@@ -161,7 +169,12 @@ class Recorder:
         if not waited.cancelled():
             call()
 
-    def _done(self, acknowledged: asyncio.Future[Any]) -> None:
+    def _done(self, kind: str, began: float, acknowledged: asyncio.Future[Any]) -> None:
         self.unacknowledged.discard(acknowledged)
-        if not acknowledged.cancelled() and acknowledged.exception() is not None:
+        if acknowledged.cancelled():
+            return
+        if acknowledged.exception() is None:
+            self.kept_s.add(time.perf_counter() - began)
+        else:
+            self.lost[kind] += 1
             logger.error("Kafka refused an event: %r", acknowledged.exception())
