@@ -21,6 +21,7 @@ from pipeline.ready import say_ready
 from pipeline.settings import Settings
 from pipeline.telemetry.bridge import Commands, Kept
 from pipeline.telemetry.serving import serving as telemetry
+from pipeline.telemetry.tracing import bridge_tracing
 from schemas.rules import Rules
 
 logger = logging.getLogger(__name__)
@@ -46,11 +47,12 @@ async def _run_embedded(settings: Settings, rules: Rules) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     producer = Producer(settings.kafka.client_options(), settings.kafka.message_bytes_max)
-    recorder = Recorder(producer, rules, settings.bridge.node, settings.kafka.partitions)
+    tracing = bridge_tracing(settings.telemetry, "embedded")
+    recorder = Recorder(producer, rules, settings.bridge.node, settings.kafka.partitions, tracing)
     reports = Reports(recorder)
     deliveries = Deliveries(settings.bridge.node, reports)
     broker = EmbeddedBroker(settings.bridge, recorder, deliveries)
-    commander = Commander(settings, broker, deliveries, producer)
+    commander = Commander(settings, broker, deliveries, producer, tracing)
     # Any of its steps may wait for Kafka as long as Kafka is away, and a signal must not.
     parts = _Parts(producer, recorder, reports, broker, commander)
     shown = (Kept(recorder), Commands(commander, deliveries))
@@ -66,6 +68,8 @@ async def _run_embedded(settings: Settings, rules: Rules) -> None:
             serving.cancel()
         finally:
             await _end(parts)
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
 
 class _Parts(NamedTuple):

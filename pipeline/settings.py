@@ -139,9 +139,14 @@ class BridgeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class TelemetrySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a process tells of itself, and where: `listen` is [HOST:]PORT, on loopback without a host."""
+    """What a process tells of itself, and where: `listen` is [HOST:]PORT, on loopback without a host.
+
+    With `otlp_endpoint`, traces go there, of so many publishes as `trace_ratio` says.
+    """
 
     listen: Annotated[str, Meta(pattern=r"^(.+:)?[0-9]{1,5}$")] | None = None
+    otlp_endpoint: Annotated[str, Meta(pattern=r"^https?://[^@]+$")] | None = None
+    trace_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.01
 
 
 class LogSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -18,7 +18,8 @@ from faust.types.tuples import Message
 from yarl import URL
 
 from agents.driver import PartitionDriver
-from agents.ports import Store
+from agents.observing import Observer
+from agents.ports import Log, Store
 from agents.registry import MACHINES
 from pipeline.control import ControlChannel
 from pipeline.log import KafkaLog
@@ -29,6 +30,7 @@ from pipeline.settings import Settings
 from pipeline.stores.checking import check_commands
 from pipeline.stores.registry import open_store
 from pipeline.telemetry.serving import serving
+from pipeline.telemetry.tracing import worker_tracing
 from pipeline.telemetry.worker import WorkerTelemetry
 from pipeline.transport import Consumer, Transport
 from schemas import keys
@@ -44,6 +46,8 @@ KAFKA_PATIENCE_S: Final = 2.0  # for an answer, when somebody asks whether we ar
 
 class App(faust.App):
     """Faust's, without the directories for tables that it makes wherever it is started: we have no tables."""
+
+    logger = logging.getLogger("faust.app")  # or it would say in our name what each part of it does
 
     def _create_directories(self) -> None:
         """Write nothing."""
@@ -79,6 +83,7 @@ class Worker:
             keys.group_id(settings.app, agent),
             settings.worker.batch_records_max,
         )
+        self._tracing = worker_tracing(settings.telemetry, agent)
         self._telemetry = WorkerTelemetry(agent, lambda: self._partitions, self._ends)
         self._partitions = Partitions(
             self._new_driver,
@@ -119,6 +124,8 @@ class Worker:
             await app.stop()
             await self._log.stop()
             await self._producer.stop()
+            if self._tracing is not None:
+                await asyncio.to_thread(self._tracing.close)
             self._patience.cancel()
         if isinstance(self._failure, MillpondError):
             raise self._failure
@@ -178,6 +185,7 @@ class Worker:
 
     def _stop(self) -> None:
         if not self._stopping.is_set():
+            logger.info("worker %s stops", self.agent)
             self._stopping.set()
             self._patience.start()
 
@@ -225,6 +233,7 @@ class Worker:
             run_records_max = worker.batch_records_max
             run_bytes_max = worker.batch_bytes_max
             release = staticmethod(self._release)
+            fetched = None if self._tracing is None else staticmethod(self._tracing.fetched)
             committable = staticmethod(self._committable)
 
         class WorkerTransport(Transport):
@@ -240,8 +249,12 @@ class Worker:
     def _new_driver(self, number: int) -> PartitionDriver[Any]:
         partition = Partition(self.settings.app, self.agent, number)
         opened: Store[Any] = open_store(self.rules.pool(self.agent), partition)
+        observer: Observer
         store, observer = self._telemetry.watch(number, opened)
-        machine, log = MACHINES[self.agent](), self._log
+        machine = MACHINES[self.agent]()
+        log: Log = self._log
+        if self._tracing is not None:
+            observer, log = self._tracing.observer(observer, number), self._tracing.log(log)
         return PartitionDriver(partition, machine, store, log, self.rules, logger.warning, observer)
 
     async def _assigned(self, _: Any, /, *assigned: Any, **__: Any) -> None:

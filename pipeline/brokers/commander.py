@@ -21,6 +21,7 @@ from pipeline.log import persist
 from pipeline.producer import Producer
 from pipeline.settings import Settings
 from pipeline.telemetry.histogram import SHORT_S, Histogram
+from pipeline.telemetry.tracing import BridgeTracing
 from schemas import codec, keys
 from schemas.commands import Command, Deliver
 from schemas.errors import DecodeError
@@ -46,9 +47,15 @@ class Commander(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka sh
     """One per bridge. A command is committed when Kafka knows what came of it; commands finish in any order."""
 
     def __init__(
-        self, settings: Settings, broker: Broker, deliveries: Deliveries, producer: Producer
+        self,
+        settings: Settings,
+        broker: Broker,
+        deliveries: Deliveries,
+        producer: Producer,
+        tracing: BridgeTracing | None = None,
     ) -> None:
         """`run` connects."""
+        self._tracing = tracing
         self._broker, self._deliveries, self._producer = broker, deliveries, producer
         self._settings = settings
         self._ledgers: dict[TopicPartition, Ledger] = {}
@@ -139,9 +146,10 @@ class Commander(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka sh
     async def _carry_out(self, record: Any, ledger: Ledger) -> None:
         size = len(record.value or b"")
         ledger.begin(record.offset, size)
-        done = partial(self._finish, ledger, record.offset, record.timestamp)
+        done: Callable[[], None] = partial(self._finish, ledger, record.offset, record.timestamp)
         try:
             command = codec.decode_command(record.value)
+            done = self._traced(record, command, done)
             ticket = self._ticket(command, record.timestamp, done)
         except DecodeError as error:
             await self._bury(record, str(error), done)
@@ -154,6 +162,22 @@ class Commander(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka sh
             self._deliveries.fail(ticket, "bridge")
         else:
             await self._broker.take(ticket, command)
+
+    def _traced(
+        self, record: Any, command: Command, done: Callable[[], None]
+    ) -> Callable[[], None]:
+        """What to call in the end, if the command is a part of a trace."""
+        if self._tracing is None:
+            return done
+        span = self._tracing.deliver(record.headers, command)
+        if span is None:
+            return done
+
+        def finish() -> None:
+            span.end()
+            done()
+
+        return finish
 
     def _finish(self, ledger: Ledger, offset: int, log_ms: int) -> None:
         self.seconds.add(max(now_ms() - log_ms, 0) / 1000)

@@ -76,10 +76,12 @@ class Story:
             client.publish(topic, PAYLOAD.encode(), 1, number)
         await client.acknowledged(PUBLISHES + 3)
         client.publish("$SYS/a", PAYLOAD.encode(), 1, 1)
+        await client.closed()
+        client = await self.bridge.connect("large")
         client.publish("large", (PAYLOAD * MESSAGE_BYTES_MAX).encode()[:MESSAGE_BYTES_MAX], 1, 2)
         await client.closed()
         broken = await self.bridge.open()
-        broken.send(packet(1, 0, text("MQTT") + b"\x09\xff" + text(PAYLOAD)))
+        broken.send(packet(1, 0, text(PAYLOAD) + bytes((4, 0xC2, 0, 0)) + text(PAYLOAD) * 3))
         await broken.closed()
 
     async def write_what_nobody_can_read(self) -> None:
@@ -102,6 +104,7 @@ class Story:
             if each.process.poll() is None:
                 each.process.kill()
                 each.process.wait()
+        self.bridge.let_go()
         self.redis.close()
 
     def lines(self) -> list[str]:

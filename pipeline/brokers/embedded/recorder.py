@@ -17,6 +17,7 @@ from pipeline.brokers.rule_answers import RuleAnswers
 from pipeline.clock import now_ms
 from pipeline.producer import Producer
 from pipeline.telemetry.histogram import SHORT_S, Histogram
+from pipeline.telemetry.tracing import BridgeTracing, Headers, Publish
 from schemas import codec, keys
 from schemas.events import (
     TEXT_BYTES_MAX,
@@ -58,8 +59,16 @@ NodeEvent = type[NodeStarted] | type[NodeStopped] | type[NodeSyncStarted] | type
 class Recorder:
     """Produces events; one at a time enters the producer, so that none overtakes another."""
 
-    def __init__(self, producer: Producer, rules: Rules, node: str, partitions: int) -> None:
+    def __init__(
+        self,
+        producer: Producer,
+        rules: Rules,
+        node: str,
+        partitions: int,
+        tracing: BridgeTracing | None = None,
+    ) -> None:
         """`partitions` is how many each topic has: node events go to every one."""
+        self._tracing = tracing
         self.node = node
         self.answers = RuleAnswers(rules)
         self._producer, self._partitions = producer, partitions
@@ -96,7 +105,12 @@ class Recorder:
             retain=retain, client_id=client_id, username=username, payload=text,
             payload_encoding=encoding, published_at=at,
         )  # fmt: skip
-        return event, await self._enter(keys.MESSAGES_TOPIC, event)
+        span = None if self._tracing is None else self._tracing.publish(event)
+        if span is None:
+            return event, await self._enter(keys.MESSAGES_TOPIC, event)
+        acknowledged = await self._enter(keys.MESSAGES_TOPIC, event, headers=span.headers)
+        acknowledged.add_done_callback(partial(_end, span))
+        return event, acknowledged
 
     async def delivered(self, message: Message, client_id: str, qos: int) -> None:
         """The broker is about to hand a message to a client."""
@@ -142,12 +156,14 @@ class Recorder:
         return await self._enter(keys.MESSAGES_TOPIC, event, partition)
 
     async def _enter(
-        self, topic: str, event: Event, partition: int | None = None
+        self, topic: str, event: Event, partition: int | None = None, headers: Headers = ()
     ) -> asyncio.Future[Any]:
         key, kind = keys.record_key(event).encode(), str(event.__struct_config__.tag)
         began = time.perf_counter()
         async with self._entering:
-            acknowledged = await self._producer.send(topic, key, codec.encode(event), partition)
+            acknowledged = await self._producer.send(
+                topic, key, codec.encode(event), partition, headers
+            )
         self.unacknowledged.add(acknowledged)
         self.entered[kind] += 1
         acknowledged.add_done_callback(partial(self._done, kind, began))
@@ -178,3 +194,7 @@ class Recorder:
         else:
             self.lost[kind] += 1
             logger.error("Kafka refused an event: %r", acknowledged.exception())
+
+
+def _end(span: Publish, acknowledged: asyncio.Future[Any]) -> None:
+    span.end(failed=acknowledged.cancelled() or acknowledged.exception() is not None)
