@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from functools import partial
 from typing import Final, NamedTuple, NoReturn
 
 import uvloop
@@ -19,7 +20,7 @@ from pipeline.producer import Producer
 from pipeline.reach import unreachable
 from pipeline.ready import say_ready
 from pipeline.settings import Settings
-from pipeline.telemetry.bridge import Commands, Kept
+from pipeline.telemetry.bridge import BridgeHealth, Commands, Kept
 from pipeline.telemetry.serving import serving as telemetry
 from pipeline.telemetry.tracing import bridge_tracing
 from schemas.rules import Rules
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 # How long a bridge that is asked to stop waits for Kafka to take what is left: less than `millpond down` gives it.
 STOP_TIMEOUT_S: Final = 10.0
-KAFKA_PATIENCE_S: Final = 2.0  # for an answer, when somebody asks whether we are ready
 SIFT_INTERVAL_S: Final = 1.0  # how late it may be noticed that a command waits in vain
 
 
@@ -56,7 +56,7 @@ async def _run_embedded(settings: Settings, rules: Rules) -> None:
     # Any of its steps may wait for Kafka as long as Kafka is away, and a signal must not.
     parts = _Parts(producer, recorder, reports, broker, commander)
     shown = (Kept(recorder), Commands(commander, deliveries))
-    health = _Health(parts, stop)
+    health = BridgeHealth(stop.is_set, producer, partial(_complaints, broker))
     async with telemetry(settings.telemetry.listen, "bridge embedded", shown, health):
         serving = asyncio.create_task(_serve(settings, parts))
         stopping = asyncio.create_task(stop.wait())
@@ -80,22 +80,8 @@ class _Parts(NamedTuple):
     commander: Commander
 
 
-class _Health:
-    """See `pipeline.telemetry.serving.Health`."""
-
-    def __init__(self, parts: _Parts, stop: asyncio.Event) -> None:
-        self._parts, self._stop = parts, stop
-
-    async def not_alive(self) -> list[str]:
-        return ["it was asked to stop"] if self._stop.is_set() else []
-
-    async def not_ready(self) -> list[str]:
-        kafka = await self._parts.producer.complaint(KAFKA_PATIENCE_S)
-        listens = self._parts.broker.transitions.is_started()
-        return [
-            *([kafka] if kafka else []),
-            *([] if listens else ["the broker does not listen yet"]),
-        ]
+def _complaints(broker: EmbeddedBroker) -> list[str]:
+    return [] if broker.transitions.is_started() else ["the broker does not listen yet"]
 
 
 async def _serve(settings: Settings, parts: _Parts) -> NoReturn:

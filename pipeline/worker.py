@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import faust
 import uvloop
@@ -29,7 +29,7 @@ from pipeline.ready import say_ready
 from pipeline.settings import Settings
 from pipeline.stores.checking import check_commands
 from pipeline.stores.registry import open_store
-from pipeline.telemetry.serving import serving
+from pipeline.telemetry.serving import KAFKA_PATIENCE_S, serving
 from pipeline.telemetry.tracing import worker_tracing
 from pipeline.telemetry.worker import WorkerTelemetry
 from pipeline.transport import Consumer, Transport
@@ -40,8 +40,6 @@ from schemas.keys import Partition
 from schemas.rules import Rules
 
 logger = logging.getLogger(__name__)
-
-KAFKA_PATIENCE_S: Final = 2.0  # for an answer, when somebody asks whether we are ready
 
 
 class App(faust.App):

@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from pipeline.producer import Producer
 from pipeline.telemetry.agent import histogram_of
 from pipeline.telemetry.families import Metric, counter, gauge, histogram
 from pipeline.telemetry.histogram import Histogram
+from pipeline.telemetry.serving import KAFKA_PATIENCE_S
+
+
+class BridgeHealth:
+    """See `pipeline.telemetry.serving.Health`."""
+
+    def __init__(
+        self,
+        stopping: Callable[[], bool],
+        producer: Producer,
+        complaints: Callable[[], Sequence[str]],
+    ) -> None:
+        """`complaints` says what else keeps the bridge from its work: a spool that is full, a broker that is not up."""
+        self._stopping, self._producer, self._complaints = stopping, producer, complaints
+
+    async def not_alive(self) -> list[str]:
+        """See `Health`."""
+        return ["it was asked to stop"] if self._stopping() else []
+
+    async def not_ready(self) -> list[str]:
+        """See `Health`."""
+        kafka = await self._producer.complaint(KAFKA_PATIENCE_S)
+        return [*([kafka] if kafka else []), *self._complaints()]
 
 
 class Hooks:

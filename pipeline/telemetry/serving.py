@@ -18,6 +18,7 @@ from schemas.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 HOST: Final = "127.0.0.1"  # unless told otherwise
+KAFKA_PATIENCE_S: Final = 2.0  # for its answer, when somebody asks whether a process is ready
 STOP_TIMEOUT_S: Final = 1.0  # for an answer under way
 
 
