@@ -15,6 +15,9 @@ from pipeline.telemetry.histogram import LONG_S, RECORDS, SHORT_S, Histogram
 from schemas.events import DeliveriesSent, DeliveryFailed, MessagePublished
 
 UNREADABLE: Final = "unreadable"  # the type of a record that is no event
+# From the beginning on: Prometheus sees no increase in what was not there before.
+LETTERS: Final = ("unreadable", "failed", "refused", "given_up")
+OPERATIONS: Final = ("load", "read", "commit", "check")
 _event_of: Final = attrgetter("event")
 
 
@@ -25,14 +28,14 @@ class AgentCounts:
         """Nothing so far."""
         self.events: Counter[tuple[str, str]] = Counter()  # by type and outcome
         self.outputs: Counter[str] = Counter()  # by type
-        self.dead_letters: Counter[str] = Counter()  # by reason
+        self.dead_letters = Counter(dict.fromkeys(LETTERS, 0))  # by reason
         self.deliveries: Counter[str] = Counter()  # by outcome, as bridges report it
         self.leases = self.redeliveries = self.seen_ids = 0
         self.records_skipped = self.records_lost = 0
         self.batch_records = Histogram(RECORDS)
         self.batch_s = Histogram(SHORT_S)
         self.store_s: dict[str, Histogram] = {}  # by operation
-        self.store_failures: Counter[str] = Counter()  # by operation
+        self.store_failures = Counter(dict.fromkeys(OPERATIONS, 0))  # by operation
         self.delivery_s = Histogram(LONG_S)  # from a publish to its first command
 
 

@@ -98,11 +98,12 @@ class Spooling(Entered, Protocol):
 
 
 def entered_metrics(entered: Entered) -> list[Metric]:
-    """Of any bridge."""
+    """Of any bridge. Prometheus sees no increase in what was not there before: nothing lost is shown as that."""
+    lost = {**dict.fromkeys(entered.entered, 0), **entered.lost}
     # fmt: off
     return [
         counter("millpond_bridge_events_total", "Events told by the broker.", ("type",), entered.entered),
-        counter("millpond_bridge_events_lost_total", "Events that are neither in Kafka nor on the disk.", ("type",), entered.lost),
+        counter("millpond_bridge_events_lost_total", "Events that are neither in Kafka nor on the disk.", ("type",), lost),
     ]
     # fmt: on
 

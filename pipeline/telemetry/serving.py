@@ -100,10 +100,11 @@ async def serving(
     if listen is None:
         yield
         return
-    runner = web.AppRunner(Listener(process, parts, health).app(), access_log=None)
+    app = Listener(process, parts, health).app()
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=STOP_TIMEOUT_S)
     await runner.setup()
     host, _, port = listen.rpartition(":")
-    site = web.TCPSite(runner, host.strip("[]") or HOST, int(port), shutdown_timeout=STOP_TIMEOUT_S)
+    site = web.TCPSite(runner, host.strip("[]") or HOST, int(port))
     try:
         try:
             await site.start()

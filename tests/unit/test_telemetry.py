@@ -350,7 +350,7 @@ async def test_a_store_is_the_same_when_it_is_watched() -> None:
     for call in (store.read([]), store.commit(())):
         with pytest.raises(StoreDown):
             await call
-    assert counts.store_failures == {"read": 1, "commit": 1}
+    assert counts.store_failures == {"load": 0, "read": 1, "commit": 1, "check": 0}
     assert counts.store_s == {}
     assert store.silent_s == 0
 
@@ -371,6 +371,20 @@ def test_copies_without_a_lease_are_counted_too() -> None:
     deliveries.sent(ticket, 0)
     assert not deliveries.good(ticket)
     assert deliveries.outcomes == {("none", "sent"): 1, ("none", "stale"): 1}
+
+
+def test_what_alerts_watch_is_there_before_it_happens() -> None:
+    """Prometheus sees no increase in what was not there before."""
+    inlet = Inlet()
+    inlet.lost = {}
+    samples = shown(registry_of("bridge emqx", [Spool(inlet)]))
+    assert value(samples, "millpond_bridge_events_lost_total", type="message.publish") == 0
+    samples = shown(registry_of("worker queue", [worker_telemetry()]))
+    for reason in ("unreadable", "failed", "refused", "given_up"):
+        assert value(samples, "millpond_dead_letters_total", reason=reason) == 0
+    for operation in ("load", "read", "commit", "check"):
+        assert value(samples, "millpond_store_failures_total", operation=operation) == 0
+    assert value(samples, "millpond_records_lost_total") == 0
 
 
 # -- its cost -------------------------------------------------------------------------------------------
