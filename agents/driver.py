@@ -21,6 +21,7 @@ from agents.batch import Batch, Folded, HalfWritten, InFlight, sort_out
 from agents.effects import DeadLetter, Effect, Output
 from agents.fence import compare
 from agents.intake import Intake
+from agents.observing import Nobody, Observer
 from agents.outbox import Outbox
 from agents.outputs import Outputs
 from agents.ports import (
@@ -56,10 +57,11 @@ class PartitionDriver(Generic[Packed]):
         log: Log,
         rules: Rules,
         notice: Callable[[str], None],
+        observer: Observer | None = None,
     ) -> None:
         """`rules` are this worker's; `notice` gets one line for each notable moment."""
         self.partition, self.machine, self.store, self.log = partition, machine, store, log
-        self._notice = notice
+        self._notice, self._observer = notice, observer or Nobody()
         self._rules = RulesInForce(rules)
         self._intake = Intake(partition, machine.owns)
         self._outputs = Outputs(partition, store.read)
@@ -145,19 +147,9 @@ class PartitionDriver(Generic[Packed]):
         return self._position
 
     @property
-    def records_folded(self) -> int:
-        """Records of this agent so far, those that nobody can read among them."""
-        return self._intake.records_owned
-
-    @property
     def records_skipped(self) -> int:
         """Records of other agents so far."""
         return self._intake.records_skipped
-
-    @property
-    def dead_letters(self) -> int:
-        """Dead letters produced so far."""
-        return self._outbox.dead_letters
 
     # -- load and compare -------------------------------------------------------------------------------
 
@@ -282,6 +274,7 @@ class PartitionDriver(Generic[Packed]):
     async def _send(self, batch: Batch) -> None:
         """One transaction, packed while the one before is in the store."""
         cleaned = tuple(self._half_written)
+        self._observer.stepping(self._sequence + 1)
         effects, outputs = await self._step(batch, cleaned)
         applied = Applied(
             offset=self._last.offset,
@@ -358,6 +351,7 @@ class PartitionDriver(Generic[Packed]):
         self.machine.settled()
         self._outbox.noted(transaction.produced)
         half_written, letters, others = sort_out(batch, refusals)
+        self._observer.applied(batch, transaction, letters)
         self._half_written += half_written
         for reason in others:
             self._notice(f"{self.partition}: {reason}")

@@ -23,7 +23,7 @@ class Intake:
         """`owns` says of the key of an MQTT topic or client whether its records are this agent's."""
         self._partition, self._owns = partition, owns
         self._owned: dict[bytes | None, str | None] = {}  # raw key → the key as text if it is ours
-        self.records_owned = self.records_skipped = 0
+        self.records_skipped = 0
 
     def forget(self) -> None:
         """Who owns what may have changed: ask again."""
@@ -38,7 +38,6 @@ class Intake:
         if key is None:
             self.records_skipped += 1
             return None
-        self.records_owned += 1
         try:
             event = codec.decode(record.value)
             own_key = keys.record_key(event)

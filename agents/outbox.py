@@ -39,7 +39,6 @@ class Outbox:
         self._done: dict[int, Sequence[Output]] = {}  # journal entries that are out and still kept
         self.produced = 0  # transactions up to this sequence have nothing left to produce
         self.out_until = 0  # outputs of records below this offset are in Kafka; never goes back
-        self.dead_letters = 0
 
     async def finish_journal(self, stored: Stored, committed: int | None) -> None:
         """Produce what the store's transactions still owe: an earlier owner's, or one whose reply was lost.
@@ -76,7 +75,6 @@ class Outbox:
             if size > OUTGOING_BYTES_MAX:
                 await self._log.produce(outgoing)
                 outgoing, size = [], 0
-        self.dead_letters += sum(isinstance(output, DeadLetter) for output in outputs)
         return self._log.produce(outgoing)
 
     async def put(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from functools import partial
 from typing import Final, NamedTuple, NoReturn
 
 from aiokafka.errors import KafkaError
@@ -19,6 +20,9 @@ from pipeline.producer import Producer
 from pipeline.reach import unreachable
 from pipeline.ready import say_ready
 from pipeline.settings import Settings
+from pipeline.telemetry.bridge import BridgeHealth, Commands, Kept
+from pipeline.telemetry.serving import serving as telemetry
+from pipeline.telemetry.tracing import bridge_tracing
 from schemas.rules import Rules
 
 logger = logging.getLogger(__name__)
@@ -43,23 +47,29 @@ async def _run_embedded(settings: Settings, rules: Rules) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     producer = Producer(settings.kafka.client_options(), settings.kafka.message_bytes_max)
-    recorder = Recorder(producer, rules, settings.bridge.node, settings.kafka.partitions)
+    tracing = bridge_tracing(settings.telemetry, "embedded")
+    recorder = Recorder(producer, rules, settings.bridge.node, settings.kafka.partitions, tracing)
     reports = Reports(recorder)
     deliveries = Deliveries(settings.bridge.node, reports)
     broker = EmbeddedBroker(settings.bridge, recorder, deliveries)
-    commander = Commander(settings, broker, deliveries, producer)
+    commander = Commander(settings, broker, deliveries, producer, tracing)
     # Any of its steps may wait for Kafka as long as Kafka is away, and a signal must not.
     parts = _Parts(producer, recorder, reports, broker, commander)
-    serving = asyncio.create_task(_serve(settings, parts))
-    stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    try:
-        if serving.done():
-            await serving  # it never returns: this raises what ended it
-        serving.cancel()
-    finally:
-        await _end(parts)
+    shown = (Kept(recorder), Commands(commander, deliveries))
+    health = BridgeHealth(stop.is_set, producer, partial(_complaints, broker))
+    async with telemetry(settings.telemetry.listen, "bridge embedded", shown, health):
+        serving = asyncio.create_task(_serve(settings, parts))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        try:
+            if serving.done():
+                await serving  # it never returns: this raises what ended it
+            serving.cancel()
+        finally:
+            await _end(parts)
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
 
 class _Parts(NamedTuple):
@@ -68,6 +78,10 @@ class _Parts(NamedTuple):
     reports: Reports
     broker: EmbeddedBroker
     commander: Commander
+
+
+def _complaints(broker: EmbeddedBroker) -> list[str]:
+    return [] if broker.transitions.is_started() else ["the broker does not listen yet"]
 
 
 async def _serve(settings: Settings, parts: _Parts) -> NoReturn:

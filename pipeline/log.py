@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -67,6 +67,15 @@ class KafkaLog:
         return LogBounds(
             str(cluster["cluster_id"]), len(described[0]["partitions"]), start, end, committed
         )
+
+    async def ends(self, topic: str, numbers: Sequence[int]) -> Mapping[int, int]:
+        """The ends of some partitions; of none if Kafka does not answer."""
+        partitions = [TopicPartition(topic, number) for number in numbers]
+        try:
+            ends = await self._reader.end_offsets(partitions) if partitions else {}
+        except (KafkaError, OSError):
+            return {}
+        return {partition.partition: end for partition, end in ends.items()}
 
     async def read(
         self, partition: Partition, start: int, stop: int

@@ -110,9 +110,11 @@ class Partitions:
         self._on_ready, self._on_failure = on_ready, on_failure
         self._tasks: dict[int, PartitionTask] = {}
         self._loading: set[int] = set()
+        self.assigned = False  # whether Kafka has ever said which are ours, if only that none is
 
     def assign(self, numbers: set[int]) -> None:
         """Begin with these partitions; those already owned go on."""
+        self.assigned = True
         for number in sorted(numbers - self._tasks.keys()):
             self._loading.add(number)
             self._tasks[number] = owned = PartitionTask(
@@ -142,6 +144,15 @@ class Partitions:
     def owned(self) -> Container[int]:
         """The partitions that are this worker's now."""
         return self._tasks.keys()
+
+    def drivers(self) -> dict[int, PartitionDriver[Any]]:
+        """Of the partitions that are this worker's now."""
+        return {number: owned.driver for number, owned in self._tasks.items()}
+
+    @property
+    def loading(self) -> list[int]:
+        """The partitions whose state is not loaded yet."""
+        return sorted(self._loading)
 
     def committable(self) -> dict[int, int]:
         """The offset that may be committed, per partition that has one."""

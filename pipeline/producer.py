@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaTimeoutError
+from aiokafka.errors import KafkaError, KafkaTimeoutError
 from aiokafka.producer.transaction_manager import NO_PRODUCER_EPOCH, NO_PRODUCER_ID, PidAndEpoch
 
 # Records wait this long for company. Kafka acknowledges in about as long; more would only be felt.
@@ -45,6 +45,19 @@ class Producer:
         """Send what is buffered and disconnect."""
         if self._producer is not None:
             await self._producer.stop()
+
+    async def complaint(self, timeout_s: float) -> str | None:
+        """Why Kafka does not answer; None if it does, within `timeout_s`."""
+        if self._producer is None:
+            return "Kafka is not connected yet"
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._producer.client.fetch_all_metadata()
+        except TimeoutError:
+            return f"Kafka has not answered within {timeout_s:g} s"
+        except (KafkaError, OSError) as error:
+            return f"Kafka does not answer: {error}"
+        return None
 
     async def send(
         self,

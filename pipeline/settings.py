@@ -138,6 +138,24 @@ class BridgeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     spool_bytes_max: Annotated[int, Meta(ge=1024 * 1024)] = 4 * 1024 * 1024 * 1024
 
 
+class TelemetrySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a process tells of itself, and where: `listen` is [HOST:]PORT, on loopback without a host.
+
+    With `otlp_endpoint`, traces go there, of so many publishes as `trace_ratio` says.
+    """
+
+    listen: Annotated[str, Meta(pattern=r"^(.+:)?[0-9]{1,5}$")] | None = None
+    otlp_endpoint: Annotated[str, Meta(pattern=r"^https?://[^@]+$")] | None = None
+    trace_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.01
+
+
+class LogSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a process that runs for long writes its log, on stderr."""
+
+    format: Literal["console", "json"] = "console"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything but the rules. `app` names consumer groups and private keys.
 
@@ -151,6 +169,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     worker: WorkerSettings = field(default_factory=WorkerSettings)
     stack: StackSettings = field(default_factory=StackSettings)
     bridge: BridgeSettings = field(default_factory=BridgeSettings)
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    log: LogSettings = field(default_factory=LogSettings)
 
 
 def read_secret(path: str, what: str) -> str:

@@ -10,6 +10,7 @@ Every override has a contract test (tests/contracts/test_faust.py).
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
@@ -28,9 +29,12 @@ class Consumer(stock.Consumer):
     """Yields runs; commits what it is told.
 
     Set before it starts: `release` lets go of partitions and says what may be committed of them, once;
-    `committable` says what may be committed of those that are still owned.
+    `committable` says what may be committed of those that are still owned; `fetched`, if anybody wants to know, is
+    told of the records of a partition as they come.
     """
 
+    logger = logging.getLogger("faust.transport")  # or it would say in our name what each part does
+    fetched: Callable[[TP, list[Any]], None] | None = None
     run_records_max: int
     run_bytes_max: int
     release: ReleasePartitions
@@ -48,6 +52,8 @@ class Consumer(stock.Consumer):
         for tp, records in fetched.items():
             if not (active is None or tp in active or tp in self._buffered_partitions):
                 continue
+            if self.fetched is not None:
+                self.fetched(tp, records)
             for run in self._runs(records):
                 if not self.flow_active or self.app.consumer_generation_id != generation:
                     return

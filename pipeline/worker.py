@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -17,7 +18,8 @@ from faust.types.tuples import Message
 from yarl import URL
 
 from agents.driver import PartitionDriver
-from agents.ports import Store
+from agents.observing import Observer
+from agents.ports import Log, Store
 from agents.registry import MACHINES
 from pipeline.control import ControlChannel
 from pipeline.event_loop import use_uvloop
@@ -29,6 +31,9 @@ from pipeline.replay.rebuild import check_not_rebuilding
 from pipeline.settings import Settings
 from pipeline.stores.checking import check_commands
 from pipeline.stores.registry import open_store
+from pipeline.telemetry.serving import KAFKA_PATIENCE_S, serving
+from pipeline.telemetry.tracing import worker_tracing
+from pipeline.telemetry.worker import WorkerTelemetry
 from pipeline.transport import Consumer, Transport
 from schemas import keys
 from schemas.errors import ConfigError, MillpondError, StoreDown
@@ -41,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 class App(faust.App):
     """Faust's, without the directories for tables that it makes wherever it is started: we have no tables."""
+
+    logger = logging.getLogger("faust.app")  # or it would say in our name what each part of it does
 
     def _create_directories(self) -> None:
         """Write nothing."""
@@ -76,6 +83,8 @@ class Worker:
             keys.group_id(settings.app, agent),
             settings.worker.batch_records_max,
         )
+        self._tracing = worker_tracing(settings.telemetry, agent)
+        self._telemetry = WorkerTelemetry(agent, lambda: self._partitions, self._ends)
         self._partitions = Partitions(
             self._new_driver,
             self._log,
@@ -93,6 +102,11 @@ class Worker:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
+        listen, name = self.settings.telemetry.listen, f"worker {self.agent}"
+        async with serving(listen, name, [self._telemetry], self):
+            await self._run()
+
+    async def _run(self) -> None:
         await check_commands(self.rules.pool(self.agent), self.rules)
         with suppress(StoreDown):  # its partitions wait for it
             await check_not_rebuilding(self.agent, self.settings, self.rules)
@@ -101,20 +115,38 @@ class Worker:
         await self._check_partitions()
         app = self._app()
         listening = asyncio.ensure_future(self._control())
+        sampling = asyncio.ensure_future(self._telemetry.run())
         try:
             await app.start()
             await self._until_stopping(app, listening)
         finally:
             self._stop()
             listening.cancel()
+            sampling.cancel()
             await app.stop()
             await self._log.stop()
             await self._producer.stop()
+            if self._tracing is not None:
+                await asyncio.to_thread(self._tracing.close)
             self._patience.cancel()
         if isinstance(self._failure, MillpondError):
             raise self._failure
         if self._failure is not None:
             raise MillpondError(f"worker {self.agent} failed: {self._failure!r}") from self._failure
+
+    async def not_alive(self) -> list[str]:
+        """See `pipeline.telemetry.serving.Health`."""
+        if self._failure is not None:
+            return [f"it stops: {self._failure}"]
+        return ["it was asked to stop"] if self._stopping.is_set() else []
+
+    async def not_ready(self) -> list[str]:
+        """See `pipeline.telemetry.serving.Health`."""
+        kafka = await self._producer.complaint(KAFKA_PATIENCE_S)
+        return [*([kafka] if kafka else []), *self._telemetry.complaints()]
+
+    async def _ends(self, numbers: Sequence[int]) -> Mapping[int, int]:
+        return await self._log.ends(keys.SOURCE_TOPIC[self.agent], numbers)
 
     async def _until_stopping(self, app: faust.App, listening: asyncio.Future[None]) -> None:
         """Until a signal, a partition that cannot go on, or a part that crashed."""
@@ -155,6 +187,7 @@ class Worker:
 
     def _stop(self) -> None:
         if not self._stopping.is_set():
+            logger.info("worker %s stops", self.agent)
             self._stopping.set()
             self._patience.start()
 
@@ -202,6 +235,7 @@ class Worker:
             run_records_max = worker.batch_records_max
             run_bytes_max = worker.batch_bytes_max
             release = staticmethod(self._release)
+            fetched = None if self._tracing is None else staticmethod(self._tracing.fetched)
             committable = staticmethod(self._committable)
 
         class WorkerTransport(Transport):
@@ -216,9 +250,14 @@ class Worker:
 
     def _new_driver(self, number: int) -> PartitionDriver[Any]:
         partition = Partition(self.settings.app, self.agent, number)
-        store: Store[Any] = open_store(self.rules.pool(self.agent), partition)
+        opened: Store[Any] = open_store(self.rules.pool(self.agent), partition)
+        observer: Observer
+        store, observer = self._telemetry.watch(number, opened)
         machine = MACHINES[self.agent]()
-        return PartitionDriver(partition, machine, store, self._log, self.rules, logger.warning)
+        log: Log = self._log
+        if self._tracing is not None:
+            observer, log = self._tracing.observer(observer, number), self._tracing.log(log)
+        return PartitionDriver(partition, machine, store, log, self.rules, logger.warning, observer)
 
     async def _assigned(self, _: Any, /, *assigned: Any, **__: Any) -> None:
         self._partitions.assign({tp.partition for tp in assigned[0]})

@@ -16,12 +16,17 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests import servers
 from tests.contracts.redis_servers import cluster_processes
 from tests.servers import Server
 
 _app_numbers = count(1)
+
+# Machines are shared: how long an example takes says nothing.
+settings.register_profile("shared machines", deadline=None)
+settings.load_profile("shared machines")
 
 
 def _running(server: Server) -> Iterator[Server]:

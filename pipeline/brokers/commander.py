@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn, Protocol
 
 from agents.dead_letters import headers_of
 from pipeline.brokers.deliveries import Deliveries
 from pipeline.brokers.source import Source
 from pipeline.brokers.tickets import Ticket
+from pipeline.clock import now_ms
 from pipeline.producer import Producer
 from pipeline.settings import Settings
+from pipeline.telemetry.histogram import SHORT_S, Histogram
+from pipeline.telemetry.tracing import BridgeTracing
 from schemas import codec, keys
 from schemas.commands import Command, Deliver
 from schemas.errors import DecodeError
@@ -28,13 +33,26 @@ class Commander:
     """One per bridge. A command is committed when Kafka knows what came of it; commands finish in any order."""
 
     def __init__(
-        self, settings: Settings, broker: Broker, deliveries: Deliveries, producer: Producer
+        self,
+        settings: Settings,
+        broker: Broker,
+        deliveries: Deliveries,
+        producer: Producer,
+        tracing: BridgeTracing | None = None,
     ) -> None:
         """`run` connects."""
+        self._tracing = tracing
         self._broker, self._deliveries, self._producer = broker, deliveries, producer
         self._settings = settings
         group_id = keys.bridge_group_id(settings.app)
         self._source = Source(settings, group_id, [keys.DELIVERIES_TOPIC], self._carry_out)
+        self.taken: Counter[str] = Counter()  # by type
+        self.seconds = Histogram(SHORT_S)  # from a command's log time until it is finished
+
+    @property
+    def unfinished(self) -> int:
+        """Commands of which Kafka does not know yet what became of them."""
+        return self._source.unfinished
 
     async def run(self) -> NoReturn:
         """Until cancelled."""
@@ -42,19 +60,43 @@ class Commander:
 
     # -- commands
 
-    async def _carry_out(self, record: Any, done: Callable[[], None]) -> None:
+    async def _carry_out(self, record: Any, finished: Callable[[], None]) -> None:
+        done: Callable[[], None] = partial(self._finish, finished, record.timestamp)
         try:
             command = codec.decode_command(record.value)
+            done = self._traced(record, command, done)
             ticket = self._ticket(command, record.timestamp, done)
         except DecodeError as error:
             await self._bury(record, str(error), done)
+            self.taken["unreadable"] += 1
             return
+        self.taken[str(command.__struct_config__.tag)] += 1
         if not self._deliveries.good(ticket):
             return
         if isinstance(command, Deliver) and codec.topic_name_error(command.topic) is not None:
             self._deliveries.fail(ticket, "bridge")
         else:
             await self._broker.take(ticket, command)
+
+    def _traced(
+        self, record: Any, command: Command, done: Callable[[], None]
+    ) -> Callable[[], None]:
+        """What to call in the end, if the command is a part of a trace."""
+        if self._tracing is None:
+            return done
+        span = self._tracing.deliver(record.headers, command)
+        if span is None:
+            return done
+
+        def finish() -> None:
+            span.end()
+            done()
+
+        return finish
+
+    def _finish(self, finished: Callable[[], None], log_ms: int) -> None:
+        self.seconds.add(max(now_ms() - log_ms, 0) / 1000)
+        finished()
 
     def _ticket(self, command: Command, log_ms: int, done: Callable[[], None]) -> Ticket:
         """The paper of a command.

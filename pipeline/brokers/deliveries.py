@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+import time
+from collections import Counter, OrderedDict
 from typing import Final, Literal, TypeAlias
 
 from pipeline.brokers.reports import Entry, Reports
 from pipeline.brokers.tickets import Ticket
 from pipeline.clock import now_ms
+from pipeline.telemetry.histogram import LONG_S, Histogram
 from schemas.events import DeliveryFailed, Sent
 from schemas.leases import Lease
 
@@ -18,6 +20,22 @@ Failure: TypeAlias = Literal["no_client", "stale", "bridge"]
 
 # An epoch that is forgotten could let a command overtake one that failed; agents begin a new one soon after a failure.
 EPOCHS_MAX: Final = 100_000
+
+
+NOBODY: Final = "none"  # of commands without a lease
+ID_LENGTH: Final = 32  # of message ids whose first half is the time of the publish, in µs
+ID_TIMES_S: Final = range(1_500_000_000, 4_000_000_000)  # what can be such a time
+
+
+def published_at_s(message_id: str) -> float | None:
+    """When a message was published, as EMQX and the embedded broker write it into its id; None if another made it."""
+    if len(message_id) != ID_LENGTH:
+        return None
+    try:
+        at_us = int(message_id[: ID_LENGTH // 2], 16)
+    except ValueError:
+        return None
+    return at_us / 1e6 if at_us // 1_000_000 in ID_TIMES_S else None
 
 
 class FailedEpochs:
@@ -53,6 +71,10 @@ class Deliveries:
         self.reports = reports
         self._node = node
         self._failed = FailedEpochs()
+        self.outcomes: Counter[tuple[str, str]] = (
+            Counter()
+        )  # by agent, if it wants to know, and outcome
+        self.delivery_s: dict[str, Histogram] = {}  # by agent: from publish to client
 
     def good(self, ticket: Ticket) -> bool:
         """Whether a command may still be carried out. One that may not has failed with this."""
@@ -67,6 +89,7 @@ class Deliveries:
     def fail(self, ticket: Ticket, reason: Failure) -> None:
         """It is not carried out."""
         lease = ticket.lease
+        self.outcomes[NOBODY if lease is None else lease.agent, reason] += 1
         if lease is None:
             logger.info("%s: a command is not carried out: %s", ticket.client_id, reason)
             ticket.done()
@@ -80,8 +103,15 @@ class Deliveries:
 
     def sent(self, ticket: Ticket, qos: int) -> None:
         """A copy was handed to its client's connection."""
+        agent = NOBODY if ticket.lease is None else ticket.lease.agent
+        self.outcomes[agent, "sent"] += 1
         if ticket.lease is None:
             ticket.done()
             return
+        published_s = published_at_s(ticket.message_id)
+        if published_s is not None:
+            if agent not in self.delivery_s:
+                self.delivery_s[agent] = Histogram(LONG_S)
+            self.delivery_s[agent].add(max(time.time() - published_s, 0.0))
         sent = Sent(str(ticket.lease), ticket.client_id, ticket.message_id, qos=qos)
         self.reports.add(Entry(sent, ticket.lease, on_kept=ticket.done))

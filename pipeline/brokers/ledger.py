@@ -29,6 +29,11 @@ class Ledger:
         self._bytes -= self._unfinished.pop(offset, 0)
 
     @property
+    def unfinished(self) -> int:
+        """How many commands are not finished."""
+        return len(self._unfinished)
+
+    @property
     def full(self) -> bool:
         """Whether no more may be read for now."""
         return len(self._unfinished) >= UNFINISHED_MAX or self._bytes >= UNFINISHED_BYTES_MAX

@@ -39,6 +39,11 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         self._ledgers: dict[TopicPartition, Ledger] = {}
         self._commit_at = 0.0
 
+    @property
+    def unfinished(self) -> int:
+        """Records that were read, and are not done with."""
+        return sum(ledger.unfinished for ledger in self._ledgers.values())
+
     async def run(self) -> NoReturn:
         """Until cancelled."""
         self._consumer = AIOKafkaConsumer(

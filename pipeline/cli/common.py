@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -30,17 +29,3 @@ def load_settings(config: Path | None, data: Path) -> tuple[Settings, Rules]:
     """From --config; else from the stack in --data; else the defaults and the environment."""
     running = data / "millpond.toml"
     return load(config or (running if running.exists() else None))
-
-
-def log_to_stderr() -> None:
-    """One line per notable moment, for the processes that run for long."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True
-    )
-    quiet_libraries(logging.WARNING)  # theirs at INFO is not for operators
-
-
-def quiet_libraries(level: int) -> None:
-    """Let the libraries' logs through from this level on."""
-    for library in ("aiokafka", "faust", "mode", "amqtt", "transitions", "websockets"):
-        logging.getLogger(library).setLevel(level)

@@ -22,7 +22,8 @@ from pipeline.cli import (
     stack_commands,
     topics_command,
 )
-from pipeline.cli.common import errors, quiet_libraries
+from pipeline.cli.common import errors
+from pipeline.logs import quiet_libraries
 from schemas.errors import ConfigError, MillpondError
 
 USAGE_EXIT_CODE, FAILURE_EXIT_CODE = 2, 1

@@ -17,8 +17,8 @@ from pipeline.cli.common import (
     console,
     errors,
     load_settings,
-    log_to_stderr,
 )
+from pipeline.logs import log_to_stderr
 from schemas import keys
 from schemas.errors import ConfigError
 
@@ -36,8 +36,9 @@ def worker(
 
     for name in AGENT_NAMES:
         if name == agent:
-            log_to_stderr()
-            run(name, *load_settings(config, data))
+            settings, rules = load_settings(config, data)
+            log_to_stderr(settings.log, f"worker {name}")
+            run(name, settings, rules)
             return
     raise ConfigError(f"no agent {agent!r}: there are {', '.join(AGENT_NAMES)}")
 
@@ -56,19 +57,20 @@ def bridge(
     """
     if (topics is not None) != (broker == "emqx-kafka"):
         raise ConfigError("--topics names what the bridge emqx-kafka reads, and only that one")
-    log_to_stderr()
+    settings, rules = load_settings(config, data)
+    log_to_stderr(settings.log, f"bridge {broker}")
     if broker == "embedded":
         from pipeline.bridge import run_embedded  # noqa: PLC0415  needs the extra [local]
 
-        run_embedded(*load_settings(config, data))
+        run_embedded(settings, rules)
     elif broker == "emqx":
         from pipeline.brokers.emqx.running import run_emqx  # noqa: PLC0415  needs the extra [emqx]
 
-        run_emqx(*load_settings(config, data))
+        run_emqx(settings, rules)
     elif topics is not None:
         from pipeline.brokers.emqx.kafka_bridge import run_emqx_kafka  # noqa: PLC0415  not for all
 
-        run_emqx_kafka(*load_settings(config, data), _source_topics(topics))
+        run_emqx_kafka(settings, rules, _source_topics(topics))
     else:
         raise ConfigError(f"no bridge {broker!r}: there are embedded, emqx, emqx-kafka")
 

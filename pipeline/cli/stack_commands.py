@@ -192,6 +192,7 @@ def _status(data: Path) -> dict[str, Any]:
             "pid": child.process.pid if child.process else None,
             "ready": child.ready and child.process is not None and bool(child.process.running()),
             "restarts": child.restarts,
+            "telemetry": child.telemetry,
         }
         for child in state.children
     ]

@@ -20,6 +20,7 @@ class ChildState(Struct):
     process: Process | None
     ready: bool
     restarts: int
+    telemetry: str | None = None  # the URL of its metrics and health
 
 
 class StackState(Struct):

@@ -20,7 +20,13 @@ from redis.exceptions import RedisError
 from agents.registry import AGENT_NAMES
 from pipeline import topics
 from pipeline.ready import READY_FILE
-from pipeline.settings import BridgeSettings, KafkaSettings, Settings, load
+from pipeline.settings import (
+    ENVIRONMENT_PREFIX,
+    BridgeSettings,
+    KafkaSettings,
+    Settings,
+    load,
+)
 from pipeline.stack.directory import ChildState, DataDirectory, StackState
 from pipeline.stack.kafka import KafkaServer
 from pipeline.stack.ports import HOST, claim, free_port
@@ -31,6 +37,7 @@ from schemas.errors import ConfigError
 from schemas.rules import default_rules
 
 EMBEDDED = "embedded"
+LISTEN = f"{ENVIRONMENT_PREFIX}TELEMETRY_LISTEN"  # the environment's name for [telemetry] listen
 
 
 class Options(Struct, frozen=True, kw_only=True):
@@ -195,7 +202,9 @@ class Stack:
             return ready_file.exists()
 
         child = self._new_child(name, command, ready)
-        child.environment = {READY_FILE: str(ready_file)}
+        listen = f"{HOST}:{free_port()}"
+        child.environment = {READY_FILE: str(ready_file), LISTEN: listen}
+        child.telemetry = f"http://{listen}"
         child.before = lambda: ready_file.unlink(missing_ok=True)
         await self._run_child(child)
 
@@ -215,7 +224,7 @@ class Stack:
 
     def _write_state(self) -> None:
         children = [
-            ChildState(child.name, child.process, child.is_ready, child.restarts)
+            ChildState(child.name, child.process, child.is_ready, child.restarts, child.telemetry)
             for child in self.supervisor.children
         ]
         self._directory.write_state(

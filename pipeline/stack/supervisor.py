@@ -36,6 +36,7 @@ class Child:
     process: Process | None = None
     is_ready: bool = False
     restarts: int = 0
+    telemetry: str | None = None  # the URL of its metrics and health, if it has any
 
     def last_lines(self) -> str:
         """The end of its log."""

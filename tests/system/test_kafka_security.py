@@ -40,6 +40,7 @@ class SecureKafka(NamedTuple):
 
     address: str
     ca_file: Path
+    plain: str = ""  # of the listener that the broker has for itself
 
 
 def overrides(port: int, secure: int, controller: int, files: Certificate) -> dict[str, str]:
@@ -104,7 +105,7 @@ def secure_kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureKaf
     )
     server.start()
     try:
-        yield SecureKafka(f"{HOST}:{secure}", files.certificate)
+        yield SecureKafka(f"{HOST}:{secure}", files.certificate, f"{HOST}:{port}")
     finally:
         server.kill()
 

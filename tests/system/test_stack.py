@@ -23,6 +23,7 @@ from pipeline.stack.ports import HOST, free_port
 from pipeline.stack.processes import Process, identify
 from pipeline.stack.stack import down
 from tests.servers import Server
+from tests.system.scraping import get
 
 WORKERS = [f"worker {agent}" for agent in AGENT_NAMES]
 WAIT_S = 120.0  # for a condition that comes true; generous, since machines are shared
@@ -125,6 +126,18 @@ def test_status_tells_addresses_processes_readiness_and_lag(home: Home) -> None:
     )
     table = home.says("status")
     assert all(name in table for name in names)
+
+
+def test_each_process_of_ours_has_metrics_and_health_at_the_address_that_status_tells(
+    home: Home,
+) -> None:
+    told = {process["name"]: process["telemetry"] for process in home.status()["processes"]}
+    assert told["kafka"] is None
+    ours = [told[name] for name in ("bridge embedded", *WORKERS)]
+    assert len(set(ours)) == len(ours)
+    for address in ours:
+        assert get(f"{address}/readyz")[0] == 200
+        assert "\nmillpond_build_info{" in get(f"{address}/metrics")[1]
 
 
 def test_everything_listens_on_this_machine_only(home: Home) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pipeline.cli.main import app
 from pipeline.ready import READY_FILE
 from pipeline.settings import Settings
 from schemas.rules import default_rules
+from tests.unit.test_telemetry import LABELS, every_family
 
 COMPOSE = Path(__file__).parents[2] / "compose"
 SERVICES: dict[str, dict[str, Any]] = yaml.safe_load((COMPOSE / "compose.yaml").read_text())[
@@ -22,6 +24,12 @@ SERVICES: dict[str, dict[str, Any]] = yaml.safe_load((COMPOSE / "compose.yaml").
 ]
 OWN = [name for name, service in SERVICES.items() if "build" in service]
 EMQX = (COMPOSE / "emqx.conf").read_text()
+PROMETHEUS: dict[str, Any] = yaml.safe_load((COMPOSE / "prometheus/prometheus.yml").read_text())
+ALERTS: dict[str, Any] = yaml.safe_load((COMPOSE / "prometheus/alerts.yml").read_text())
+GRAFANA = COMPOSE / "grafana"
+BOARD: dict[str, Any] = json.loads((GRAFANA / "dashboards/millpond.json").read_text())
+# Grafana's and Prometheus' own.
+FOREIGN_LABELS = {"instance", "job", "le"}
 
 
 @pytest.fixture
@@ -68,7 +76,13 @@ def test_bridge_and_emqx_know_each_other(loaded: Settings) -> None:
 
 
 def test_what_is_published_to_the_host_is_on_loopback_and_listened_to() -> None:
-    listening = set(re.findall(r'bind = "0\.0\.0\.0:(\d+)"', EMQX)) | {"18083", "6379"}
+    listening = set(re.findall(r'bind = "0\.0\.0\.0:(\d+)"', EMQX))
+    listening |= {
+        "18083",
+        "6379",
+        "9090",
+        "3000",
+    }  # of EMQX's dashboard, Redis, Prometheus, Grafana
     ports = [port for service in SERVICES.values() for port in service.get("ports", ())]
     assert ports
     for port in ports:
@@ -80,3 +94,91 @@ def test_what_is_published_to_the_host_is_on_loopback_and_listened_to() -> None:
 def test_kafka_is_where_the_settings_say(loaded: Settings) -> None:
     (server,) = loaded.kafka.bootstrap_servers
     assert SERVICES["kafka"]["environment"]["KAFKA_ADVERTISED_LISTENERS"] == f"PLAINTEXT://{server}"
+
+
+# -- Prometheus and Grafana -----------------------------------------------------------------------------
+
+
+def test_prometheus_asks_every_process_of_ours(loaded: Settings) -> None:
+    (job,) = PROMETHEUS["scrape_configs"]
+    (found,) = job["dns_sd_configs"]
+    assert set(found["names"]) == set(OWN) - {"topics"}
+    assert loaded.telemetry.listen == f"0.0.0.0:{found['port']}"
+    assert job["job_name"] == "millpond"
+    assert PROMETHEUS["rule_files"] == ["alerts.yml"]
+    assert "./prometheus:/etc/prometheus:ro" in SERVICES["prometheus"]["volumes"]
+
+
+def test_grafana_finds_its_board_and_its_data() -> None:
+    (source,) = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yml").read_text())[
+        "datasources"
+    ]
+    (provider,) = yaml.safe_load((GRAFANA / "provisioning/dashboards/millpond.yml").read_text())[
+        "providers"
+    ]
+    volumes = SERVICES["grafana"]["volumes"]
+    assert f"./grafana/dashboards:{provider['options']['path']}:ro" in volumes
+    assert "./grafana/provisioning:/etc/grafana/provisioning:ro" in volumes
+    assert source["url"] == "http://prometheus:9090"
+    uids = {target["datasource"]["uid"] for panel in PANELS for target in panel["targets"]}
+    assert uids == {source["uid"]}
+
+
+PANELS = [panel for panel in BOARD["panels"] if panel["type"] != "row"]
+RULES = [rule for group in ALERTS["groups"] for rule in group["rules"]]
+QUERIES = [
+    *((panel["title"], target["expr"]) for panel in PANELS for target in panel["targets"]),
+    *((rule["alert"], rule["expr"]) for rule in RULES),
+]
+
+
+def names() -> set[str]:
+    """All that a query may name."""
+    suffixes = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("_total",), "gauge": ("",)}
+    return {
+        family.name + suffix
+        for family in every_family()
+        for suffix in suffixes.get(family.type, ("",))
+    }
+
+
+@pytest.mark.parametrize(("where", "query"), QUERIES, ids=[where for where, _ in QUERIES])
+def test_a_query_names_metrics_and_labels_that_exist(where: str, query: str) -> None:
+    found = set(re.findall(r"\b(?:millpond|process|python)_[a-z_]+\b", query))
+    assert found <= names()
+    assert found or query.startswith("up{")
+    for labels in re.findall(r"by \(([a-z, ]+)\)|\{([^}]*)\}", query):
+        for label in re.findall(r"[a-z]+(?==|\b)", re.sub('"[^"]*"', "", " ".join(labels))):
+            assert label in LABELS | FOREIGN_LABELS
+    assert query.count("(") == query.count(")")
+
+
+def test_the_board_shows_every_metric_of_ours() -> None:
+    shown = " ".join(query for _, query in QUERIES)
+    ours = {each.name for each in every_family() if each.name.startswith("millpond")}
+    unseen = {name for name in ours if name not in shown}
+    assert unseen == {
+        "millpond_build_info",  # for joins with others
+        "millpond_outputs", "millpond_seen_ids",  # for who looks for a fault in us
+        "millpond_bridge_commands_unfinished", "millpond_bridge_events_unacknowledged",
+    }  # fmt: skip
+
+
+def test_a_panel_has_a_place_of_its_own_and_a_legend() -> None:
+    assert len({panel["id"] for panel in BOARD["panels"]}) == len(BOARD["panels"])
+    taken: set[tuple[int, int]] = set()
+    for panel in PANELS:
+        at = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(at["x"], at["x"] + at["w"])
+            for y in range(at["y"], at["y"] + at["h"])
+        }
+        assert not cells & taken
+        taken |= cells
+        assert all(target["legendFormat"] for target in panel["targets"])
+
+
+def test_an_alert_says_what_is_wrong() -> None:
+    assert len({rule["alert"] for rule in RULES}) == len(RULES)
+    assert all(rule["annotations"]["summary"] for rule in RULES)

@@ -141,7 +141,11 @@ class EmbeddedBroker(ListeningBroker):
                 )
         except Exception as error:
             # Foreign bytes: whatever amqtt raises for them.
-            logger.warning("%s:%d: no valid CONNECT: %r", remote_address, remote_port, error)
+            # What comes after a colon may be what the client sent, and that may be a password.
+            kind, reason = type(error).__name__, str(error).partition(":")[0]
+            logger.warning(
+                "%s:%d: no valid CONNECT: %s %s", remote_address, remote_port, kind, reason
+            )
             await opening.close()
             raise AMQTTError("no valid CONNECT") from error
         finally:

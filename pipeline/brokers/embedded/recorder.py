@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
@@ -14,6 +16,8 @@ from pipeline.brokers.embedded.outgoing import Message
 from pipeline.brokers.rule_answers import RuleAnswers
 from pipeline.clock import now_ms
 from pipeline.producer import Producer
+from pipeline.telemetry.histogram import SHORT_S, Histogram
+from pipeline.telemetry.tracing import BridgeTracing, Headers, Publish
 from schemas import codec, keys
 from schemas.events import (
     TEXT_BYTES_MAX,
@@ -55,8 +59,16 @@ NodeEvent = type[NodeStarted] | type[NodeStopped] | type[NodeSyncStarted] | type
 class Recorder:
     """Produces events; one at a time enters the producer, so that none overtakes another."""
 
-    def __init__(self, producer: Producer, rules: Rules, node: str, partitions: int) -> None:
+    def __init__(
+        self,
+        producer: Producer,
+        rules: Rules,
+        node: str,
+        partitions: int,
+        tracing: BridgeTracing | None = None,
+    ) -> None:
         """`partitions` is how many each topic has: node events go to every one."""
+        self._tracing = tracing
         self.node = node
         self.answers = RuleAnswers(rules)
         self._producer, self._partitions = producer, partitions
@@ -66,6 +78,9 @@ class Recorder:
         self.packet_bytes_max = producer.message_bytes_max + 2 + TEXT_BYTES_MAX + 2
         self._waiting: set[asyncio.Task[None]] = set()
         self.unacknowledged: set[asyncio.Future[Any]] = set()
+        self.entered: Counter[str] = Counter()  # by type
+        self.lost: Counter[str] = Counter()  # the same, of what Kafka refused
+        self.kept_s = Histogram(SHORT_S)  # how long Kafka took
 
     # -- publishes
 
@@ -90,7 +105,12 @@ class Recorder:
             retain=retain, client_id=client_id, username=username, payload=text,
             payload_encoding=encoding, published_at=at,
         )  # fmt: skip
-        return event, await self._enter(keys.MESSAGES_TOPIC, event)
+        span = None if self._tracing is None else self._tracing.publish(event)
+        if span is None:
+            return event, await self._enter(keys.MESSAGES_TOPIC, event)
+        acknowledged = await self._enter(keys.MESSAGES_TOPIC, event, headers=span.headers)
+        acknowledged.add_done_callback(partial(_end, span))
+        return event, acknowledged
 
     async def delivered(self, message: Message, client_id: str, qos: int) -> None:
         """The broker is about to hand a message to a client."""
@@ -136,13 +156,17 @@ class Recorder:
         return await self._enter(keys.MESSAGES_TOPIC, event, partition)
 
     async def _enter(
-        self, topic: str, event: Event, partition: int | None = None
+        self, topic: str, event: Event, partition: int | None = None, headers: Headers = ()
     ) -> asyncio.Future[Any]:
-        key = keys.record_key(event).encode()
+        key, kind = keys.record_key(event).encode(), str(event.__struct_config__.tag)
+        began = time.perf_counter()
         async with self._entering:
-            acknowledged = await self._producer.send(topic, key, codec.encode(event), partition)
+            acknowledged = await self._producer.send(
+                topic, key, codec.encode(event), partition, headers
+            )
         self.unacknowledged.add(acknowledged)
-        acknowledged.add_done_callback(self._done)
+        self.entered[kind] += 1
+        acknowledged.add_done_callback(partial(self._done, kind, began))
         return acknowledged
 
     async def drain(self) -> None:
@@ -161,7 +185,16 @@ class Recorder:
         if not waited.cancelled():
             call()
 
-    def _done(self, acknowledged: asyncio.Future[Any]) -> None:
+    def _done(self, kind: str, began: float, acknowledged: asyncio.Future[Any]) -> None:
         self.unacknowledged.discard(acknowledged)
-        if not acknowledged.cancelled() and acknowledged.exception() is not None:
+        if acknowledged.cancelled():
+            return
+        if acknowledged.exception() is None:
+            self.kept_s.add(time.perf_counter() - began)
+        else:
+            self.lost[kind] += 1
             logger.error("Kafka refused an event: %r", acknowledged.exception())
+
+
+def _end(span: Publish, acknowledged: asyncio.Future[Any]) -> None:
+    span.end(failed=acknowledged.cancelled() or acknowledged.exception() is not None)

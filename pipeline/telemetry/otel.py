@@ -1,0 +1,262 @@
+"""Traces with OpenTelemetry, over OTLP/HTTP. Imported only where traces are wanted."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import Link, Span, SpanKind, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from agents.batch import Batch
+from agents.effects import DeadLetter
+from agents.observing import Observer
+from agents.ports import Log, LogBounds, Outgoing, Record, Transaction
+from pipeline.settings import TelemetrySettings
+from pipeline.telemetry.tracing import Headers
+from schemas import keys
+from schemas.commands import Command, Deliver
+from schemas.events import AgentName, MessagePublished
+from schemas.keys import Partition
+
+EXPORT_INTERVAL_MS: Final = 1_000
+EXPORT_TIMEOUT_S: Final = 3.0  # a collector that is away is not waited for
+TRACES_PATH: Final = "/v1/traces"
+# Contexts that wait for their fold, and for their delivery. A message that waits longer is delivered without.
+CONTEXTS_MAX: Final = 10_000
+
+_propagator: Final = TraceContextTextMapPropagator()
+
+
+class _Named(Struct):
+    """What of a command says which message it delivers."""
+
+    message_id: str = ""
+
+
+_name_of: Final = msgspec.json.Decoder(_Named).decode
+
+
+def _provider(settings: TelemetrySettings, process: str) -> TracerProvider:
+    endpoint = (settings.otlp_endpoint or "").rstrip("/")
+    if not endpoint.endswith(TRACES_PATH):
+        endpoint += TRACES_PATH
+    resource = Resource.create(
+        {"service.name": f"millpond-{process}", "service.version": version("millpond")}
+    )
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+    exporter = OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_TIMEOUT_S)
+    provider.add_span_processor(
+        BatchSpanProcessor(exporter, schedule_delay_millis=EXPORT_INTERVAL_MS)
+    )
+    return provider
+
+
+def _headers(span: Span) -> Headers:
+    carrier: dict[str, str] = {}
+    _propagator.inject(carrier, trace.set_span_in_context(span))
+    return tuple((name, value.encode()) for name, value in carrier.items())
+
+
+def _context(carrier: Mapping[str, str]) -> Context | None:
+    """The sampled context in there, if there is one."""
+    context = _propagator.extract(carrier, Context())
+    found = trace.get_current_span(context).get_span_context()
+    return context if found.is_valid and found.trace_flags.sampled else None
+
+
+def _context_of(headers: Sequence[tuple[str, bytes]]) -> Context | None:
+    carrier = {name: value.decode("utf-8", "replace") for name, value in headers}
+    return _context(carrier) if "traceparent" in carrier else None
+
+
+def _message(event: MessagePublished | Deliver) -> dict[str, str]:
+    """Attributes, after OpenTelemetry's conventions for messaging; never a payload."""
+    return {
+        "messaging.system": "mqtt",
+        "messaging.message.id": event.message_id,
+        "messaging.destination.name": event.topic,
+        "messaging.client.id": event.client_id,
+    }
+
+
+class Spanned:
+    """A span that goes on. See `tracing.Publish`."""
+
+    def __init__(self, span: Span) -> None:
+        """It has begun."""
+        self._span = span
+        self.headers = _headers(span)
+
+    def end(self, *, failed: bool = False) -> None:
+        """See `tracing.Publish`."""
+        if failed:
+            self._span.set_status(StatusCode.ERROR)
+        self._span.end()
+
+
+class Bridge:
+    """See `tracing.BridgeTracing`."""
+
+    def __init__(self, settings: TelemetrySettings, kind: str) -> None:
+        """Spans are sent from a thread of their own."""
+        self._provider = _provider(settings, f"bridge-{kind}")
+        self._tracer = self._provider.get_tracer(__name__)
+        self._ratio = settings.trace_ratio
+
+    def publish(self, event: MessagePublished) -> Spanned | None:
+        """See `tracing.BridgeTracing`. A publisher that traces already (MQTT 5) has decided."""
+        parent = _context(event.user_properties) if event.user_properties else None
+        if parent is None and random.random() >= self._ratio:  # noqa: S311  chance, not a secret
+            return None
+        span = self._tracer.start_span(
+            "publish", parent or Context(), SpanKind.PRODUCER, _message(event)
+        )
+        return Spanned(span)
+
+    def deliver(self, headers: Sequence[tuple[str, bytes]], command: Command) -> Spanned | None:
+        """See `tracing.BridgeTracing`."""
+        parent = _context_of(headers) if headers else None
+        if parent is None or not isinstance(command, Deliver):
+            return None
+        attributes: dict[str, Any] = {**_message(command), "millpond.attempt": command.attempt}
+        return Spanned(self._tracer.start_span("deliver", parent, SpanKind.CONSUMER, attributes))
+
+    def close(self) -> None:
+        """See `tracing.BridgeTracing`."""
+        self._provider.shutdown()
+
+
+class Worker:
+    """See `tracing.WorkerTracing`."""
+
+    def __init__(self, settings: TelemetrySettings, agent: AgentName) -> None:
+        """Spans are sent from a thread of their own."""
+        self._provider = _provider(settings, f"worker-{agent}")
+        self.tracer = self._provider.get_tracer(__name__)
+        self.unfolded: OrderedDict[tuple[int, int], Context] = OrderedDict()  # by place in the log
+        self.folded: OrderedDict[str, Headers] = OrderedDict()  # by message id
+
+    def fetched(self, topic_partition: Any, records: Sequence[Any]) -> None:
+        """See `tracing.WorkerTracing`."""
+        for record in records:
+            if record.headers:
+                context = _context_of(record.headers)
+                if context is not None:
+                    _put(self.unfolded, (topic_partition.partition, record.offset), context)
+
+    def observer(self, inside: Observer, number: int) -> Observer:
+        """See `tracing.WorkerTracing`."""
+        return TracedBatches(inside, number, self)
+
+    def log(self, inside: Log) -> Log:
+        """See `tracing.WorkerTracing`."""
+        return TracedLog(inside, self.folded)
+
+    def close(self) -> None:
+        """See `tracing.WorkerTracing`."""
+        self._provider.shutdown()
+
+
+def _put(contexts: OrderedDict[Any, Any], name: Any, context: Any) -> None:
+    contexts[name] = context
+    if len(contexts) > CONTEXTS_MAX:
+        contexts.popitem(last=False)
+
+
+class TracedBatches:
+    """A span for each batch with a traced publish in it, and one for each such publish, which is of its own trace."""
+
+    def __init__(self, inside: Observer, number: int, worker: Worker) -> None:
+        """`number` is the partition's."""
+        self._inside, self._number, self._worker = inside, number, worker
+        self._began_ns = 0
+
+    def stepping(self, sequence: int) -> None:
+        """See `Observer`."""
+        self._began_ns = time.time_ns()
+        self._inside.stepping(sequence)
+
+    def applied(
+        self, batch: Batch, transaction: Transaction, refused: Sequence[DeadLetter]
+    ) -> None:
+        """See `Observer`."""
+        self._inside.applied(batch, transaction, refused)
+        if self._worker.unfolded and batch.records:
+            self._trace(batch)
+
+    def _trace(self, batch: Batch) -> None:
+        unfolded, number = self._worker.unfolded, self._number
+        contexts = {
+            record.offset: context
+            for record in batch.records
+            if (context := unfolded.pop((number, record.offset), None)) is not None
+        }
+        publishes = [
+            (contexts[record.offset], event)
+            for record, event, _ in batch.folded
+            if record.offset in contexts and isinstance(event, MessagePublished)
+        ]
+        if not publishes:
+            return
+        tracer = self._worker.tracer
+        # The next batch may have begun to be stepped: this is when it began, at the latest.
+        began = min(self._began_ns, time.time_ns())
+        links = [
+            Link(trace.get_current_span(context).get_span_context()) for context, _ in publishes
+        ]
+        attributes: dict[str, Any] = {
+            "millpond.partition": number,
+            "millpond.records": len(batch.records),
+        }
+        whole = tracer.start_span(
+            "batch", Context(), SpanKind.CONSUMER, attributes, links, start_time=began
+        )
+        for context, event in publishes:
+            link = [Link(whole.get_span_context())]
+            span = tracer.start_span(
+                "fold", context, SpanKind.CONSUMER, _message(event), link, start_time=began
+            )
+            span.end()
+            _put(self._worker.folded, event.message_id, _headers(span))
+        whole.end()
+
+
+class TracedLog:
+    """See `agents.ports.Log`; commands carry the context of the publish that they deliver."""
+
+    def __init__(self, inside: Log, contexts: Mapping[str, Headers]) -> None:
+        """`contexts` by message id."""
+        self._inside, self._contexts = inside, contexts
+
+    async def bounds(self, partition: Partition) -> LogBounds:
+        """See `Log`."""
+        return await self._inside.bounds(partition)
+
+    def read(self, partition: Partition, start: int, stop: int) -> AsyncIterator[Sequence[Record]]:
+        """See `Log`."""
+        return self._inside.read(partition, start, stop)
+
+    def produce(self, records: Sequence[Outgoing]) -> Awaitable[None]:
+        """See `Log`."""
+        if self._contexts:
+            records = [self._with_context(record) for record in records]
+        return self._inside.produce(records)
+
+    def _with_context(self, record: Outgoing) -> Outgoing:
+        if record.topic != keys.DELIVERIES_TOPIC or record.value is None:
+            return record
+        headers = self._contexts.get(_name_of(record.value).message_id, ())
+        return record._replace(headers=(*record.headers, *headers))

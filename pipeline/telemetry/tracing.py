@@ -1,0 +1,103 @@
+"""Traces from a publish to its delivery, if they are wanted: what bridges and workers call. Off, nobody calls anything.
+
+A bridge begins a trace with a publish and puts its context into the Kafka record (W3C Trace Context). A worker keeps
+the contexts of what it has fetched and not folded yet beside the records, so that a record is the same with and
+without; it puts the context on the commands that come of them. A bridge ends the trace with the delivery.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeAlias
+
+from agents.observing import Observer
+from agents.ports import Log
+from pipeline.settings import TelemetrySettings
+from schemas.commands import Command
+from schemas.errors import ConfigError
+from schemas.events import AgentName, MessagePublished
+
+Headers: TypeAlias = tuple[tuple[str, bytes], ...]
+
+
+class Publish(Protocol):
+    """A publish that is traced, until it is kept."""
+
+    headers: Headers
+
+    def end(self, *, failed: bool = False) -> None:
+        """Kafka has it, or not."""
+        ...
+
+
+class BridgeTracing(Protocol):
+    """The spans of a bridge."""
+
+    def publish(self, event: MessagePublished) -> Publish | None:
+        """A publish begins; None if it is not traced."""
+        ...
+
+    def deliver(self, headers: Sequence[tuple[str, bytes]], command: Command) -> Publish | None:
+        """A command begins; None if what it comes from is not traced. It ends when Kafka knows what became of it."""
+        ...
+
+    def close(self) -> None:
+        """Send what is left. May take some seconds."""
+        ...
+
+
+class WorkerTracing(Protocol):
+    """The spans of a worker."""
+
+    def fetched(self, topic_partition: Any, records: Sequence[Any]) -> None:
+        """Records of a partition, as aiokafka has them."""
+        ...
+
+    def observer(self, inside: Observer, number: int) -> Observer:
+        """Who looks on besides `inside`."""
+        ...
+
+    def log(self, inside: Log) -> Log:
+        """A log that passes contexts on with what is produced."""
+        ...
+
+    def close(self) -> None:
+        """Send what is left. May take some seconds."""
+        ...
+
+
+def bridge_tracing(settings: TelemetrySettings, kind: str) -> BridgeTracing | None:
+    """Of a bridge of this kind; None if nobody wants traces.
+
+    Raises:
+        ConfigError: the extra is not installed.
+    """
+    if settings.otlp_endpoint is None:
+        return None
+    _require()
+    from pipeline.telemetry import otel  # noqa: PLC0415  needs the extra [otel]
+
+    return otel.Bridge(settings, kind)
+
+
+def worker_tracing(settings: TelemetrySettings, agent: AgentName) -> WorkerTracing | None:
+    """Of a worker of this agent; None if nobody wants traces.
+
+    Raises:
+        ConfigError: the extra is not installed.
+    """
+    if settings.otlp_endpoint is None:
+        return None
+    _require()
+    from pipeline.telemetry import otel  # noqa: PLC0415  needs the extra [otel]
+
+    return otel.Worker(settings, agent)
+
+
+def _require() -> None:
+    try:
+        import opentelemetry.sdk.trace  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise ConfigError(
+            "[telemetry] otlp_endpoint needs OpenTelemetry: pip install 'millpond[otel]'"
+        ) from error
