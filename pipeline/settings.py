@@ -91,12 +91,13 @@ class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How much a worker takes at once, and how soon its partitions move when it dies.
 
     A batch never waits to fill. `release_timeout_s` is how long a worker that is asked to stop, or loses a
-    partition, may take to finish the batch in hand; `session_timeout_s` must be longer.
+    partition, may take to finish the batch in hand; `session_timeout_s` must be longer: Kafka takes 6 s or more,
+    Faust no more than the 90 s it waits for an answer.
     """
 
     batch_records_max: Count = 2_000
     batch_bytes_max: Count = 4 * 1024 * 1024
-    session_timeout_s: Annotated[float, Meta(ge=6)] = 12.0
+    session_timeout_s: Annotated[float, Meta(ge=6, le=90)] = 12.0
     commit_interval_s: Annotated[float, Meta(gt=0)] = 1.0
     release_timeout_s: Annotated[float, Meta(gt=0)] = 5.0
 

@@ -95,6 +95,7 @@ def test_one_address_can_replace_that_of_every_pool(tmp_path: Path) -> None:
         ('app = "x"\n\n[kafka]\nparts = 2\n', 4, "unknown field `parts`"),
         ('[kafka]\n# how many\npartitions = "24"\n', 3, "Expected `int`, got `str`"),
         ("[kafka]\npartitions = 0\n", 2, "Expected `int` >= 1"),
+        ("[worker]\nsession_timeout_s = 91\n", 2, "Expected `float` <= 90"),
         ("[stack]\nmqtt_port = 65536\n", 2, "Expected `int` <= 65535"),
         ("[kafka]\nbootstrap_servers = [1]\n", 2, "Expected `str`, got `int`"),
         ('app = "a b"\n', 1, "matching regex"),
