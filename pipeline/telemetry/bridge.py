@@ -19,10 +19,12 @@ class BridgeHealth:
     def __init__(
         self,
         stopping: Callable[[], bool],
-        producer: Producer,
+        producer: Producer | None,
         complaints: Callable[[], Sequence[str]],
     ) -> None:
-        """`complaints` says what else keeps the bridge from its work: a spool that is full, a broker that is not up."""
+        """`complaints` says what else keeps the bridge from its work: a spool that is full, a broker that is not up.
+        Without a `producer` it works while Kafka is away, too.
+        """
         self._stopping, self._producer, self._complaints = stopping, producer, complaints
 
     async def not_alive(self) -> list[str]:
@@ -31,15 +33,18 @@ class BridgeHealth:
 
     async def not_ready(self) -> list[str]:
         """See `Health`."""
-        kafka = await self._producer.complaint(KAFKA_PATIENCE_S)
+        kafka = None
+        if self._producer is not None:
+            kafka = await self._producer.complaint(KAFKA_PATIENCE_S)
         return [*([kafka] if kafka else []), *self._complaints()]
 
 
 class Hooks:
     """How long a broker waited for the answers to its calls."""
 
-    def __init__(self) -> None:
-        """None so far."""
+    def __init__(self, refused: Mapping[str, int]) -> None:
+        """None so far; `refused` counts what was not taken, by reason, and is read when somebody asks."""
+        self._refused = refused
         self.answered: Counter[tuple[str, str]] = Counter()  # by hook and outcome
         self.seconds: dict[str, Histogram] = {}  # by hook
 
@@ -54,6 +59,7 @@ class Hooks:
         # fmt: off
         return [
             counter("millpond_bridge_hook_calls_total", "Calls of the broker's, by what they were answered.", ("hook", "outcome"), self.answered),
+            counter("millpond_bridge_hook_refusals_total", "What the broker told or asked, and was not taken.", ("reason",), self._refused),
             histogram("millpond_bridge_hook_duration_seconds", "From a call of the broker's to its answer.", ("hook",), seconds),
         ]
         # fmt: on

@@ -15,6 +15,7 @@ from pipeline.brokers.emqx.returning import Returning
 from pipeline.brokers.emqx.server import HookServer
 from pipeline.producer import Producer
 from pipeline.settings import BridgeSettings
+from pipeline.telemetry.bridge import Hooks
 from schemas.rules import default_rules
 from tests.emqx import Heard
 from tests.system.hooks import KafkaInlet
@@ -34,7 +35,7 @@ async def main(bootstrap: str, partitions: int, listen: str) -> NoReturn:
     await producer.start()
     inlet = KafkaInlet(producer)
     calls = Calls(default_rules(), None, Returning("secret"), inlet, Deaf(), partitions)
-    server = HookServer(BridgeSettings(exhook_listen=listen), calls, inlet)
+    server = HookServer(BridgeSettings(exhook_listen=listen), calls, inlet, Hooks({}).observe)
     await server.start()
     Path(os.environ["MILLPOND_READY_FILE"]).touch()
     await asyncio.gather(inlet.run(), server.run())

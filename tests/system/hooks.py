@@ -23,6 +23,7 @@ from pipeline.brokers.emqx.server import HookServer
 from pipeline.producer import Producer
 from pipeline.settings import BridgeSettings
 from pipeline.stack.ports import HOST
+from pipeline.telemetry.bridge import Hooks
 from schemas import codec, keys
 from schemas.events import Event
 from schemas.rules import Rules
@@ -78,7 +79,10 @@ def unary(channel: grpc.aio.Channel, name: str) -> Callable[..., Any]:
 class Provider:
     """A server, and a connection to it as EMQX's."""
 
-    def __init__(self, server: HookServer, calls: Calls, heard: Heard, port: int) -> None:
+    def __init__(
+        self, server: HookServer, calls: Calls, heard: Heard, port: int, hooks: Hooks
+    ) -> None:
+        self.hooks = hooks
         self.server, self.calls, self.heard, self.port = server, calls, heard, port
         self.address = f"{HOST}:{port}"
         self.channel = grpc.aio.insecure_channel(self.address)
@@ -107,10 +111,11 @@ async def answering(
     heard = Heard()
     calls = Calls(rules, mountpoint, Returning(SECRET), inlet, heard, PARTITIONS)
     listen = msgspec.convert({"exhook_listen": f"{HOST}:0", **settings}, BridgeSettings)
-    server = HookServer(listen, calls, inlet)
+    hooks = Hooks(calls.refusals.counts)
+    server = HookServer(listen, calls, inlet, hooks.observe)
     port = await server.start()
     running = asyncio.create_task(server.run())
-    provider = Provider(server, calls, heard, port)
+    provider = Provider(server, calls, heard, port, hooks)
     try:
         yield provider
     finally:

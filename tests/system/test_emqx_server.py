@@ -144,7 +144,7 @@ async def test_every_call_is_served_under_the_name_of_each_version(version: Vers
     async with answering(MemoryInlet(), RULES) as provider:
         for method in SERVICE.methods:
             await provider.call(method.name, b"", version)
-        assert provider.server.answered.total() == len(SERVICE.methods)
+        assert provider.hooks.answered.total() == len(SERVICE.methods)
 
 
 async def test_another_version_is_not_served() -> None:
@@ -265,7 +265,7 @@ async def test_with_a_clients_authority_only_who_has_its_certificate(tmp_path: P
         assert await loaded(provider.address, channel_credentials(root, client))
         assert not await loaded(provider.address, channel_credentials(root))
         assert not await loaded(provider.address, channel_credentials(root, stranger))
-        assert provider.server.answered == {"OnProviderLoaded": 1}
+        assert provider.hooks.answered == {("OnProviderLoaded", "answered"): 1}
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,15 @@ async def test_bytes_of_any_kind_end_in_an_answer_or_a_counted_error(
                 except grpc.aio.AioRpcError as error:
                     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT, (name, data)
                     errors += 1
-        assert errors == provider.server.malformed.total() > 0
+        assert (
+            errors
+            == sum(
+                count
+                for (_, outcome), count in provider.hooks.answered.items()
+                if outcome == "malformed"
+            )
+            > 0
+        )
         assert provider.calls.refusals.counts["malformed"] == errors
         assert provider.calls.refusals.counts["invalid"] > 0
         await provider.publish(a_publish("the/end"))

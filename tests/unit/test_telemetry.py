@@ -59,7 +59,7 @@ def bridge_parts() -> list[Any]:
     recorder = SimpleNamespace(entered={}, lost={}, unacknowledged=(), kept_s=Histogram(SHORT_S))
     commander = SimpleNamespace(taken={}, unfinished=0, seconds=Histogram(SHORT_S))
     deliveries = SimpleNamespace(outcomes={}, delivery_s={})
-    return [Hooks(), Kept(recorder), Commands(commander, deliveries)]
+    return [Hooks({}), Kept(recorder), Commands(commander, deliveries)]
 
 
 async def no_ends(numbers: Sequence[int]) -> dict[int, int]:
@@ -88,7 +88,7 @@ def every_family() -> list[Metric]:
     registries = (
         registry_of("worker queue", [worker_telemetry()]),
         registry_of("bridge embedded", bridge_parts()),
-        registry_of("bridge emqx", [Hooks(), Spool(Inlet())]),
+        registry_of("bridge emqx", [Hooks({}), Spool(Inlet())]),
     )
     return [family for registry in registries for family in registry.collect()]
 
@@ -122,7 +122,7 @@ def test_labels_have_few_values() -> None:
     telemetry = worker_telemetry()
     telemetry.counts = counts
     counts.events["message.published", "applied"] = 1
-    hooks = Hooks()
+    hooks = Hooks({})
     hooks.observe("message.publish", 0.1, "kept")
     for registry in (registry_of("p", [telemetry]), registry_of("p", [hooks, Spool(Inlet())])):
         for family in registry.collect():
@@ -131,7 +131,7 @@ def test_labels_have_few_values() -> None:
 
 
 def test_what_is_shown_can_be_read_again() -> None:
-    hooks = Hooks()
+    hooks = Hooks({})
     for seconds in (0.0005, 0.002, 0.003, 20.0):
         hooks.observe("message.publish", seconds, "kept")
     samples = shown(registry_of("bridge emqx", [hooks, Spool(Inlet())]))

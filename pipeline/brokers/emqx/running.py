@@ -29,6 +29,9 @@ from pipeline.event_loop import use_uvloop
 from pipeline.producer import Producer
 from pipeline.ready import say_ready
 from pipeline.settings import Settings
+from pipeline.telemetry.bridge import BridgeHealth, Commands, Hooks
+from pipeline.telemetry.bridge import Spool as SpoolMetrics
+from pipeline.telemetry.serving import serving as telemetry
 from schemas import keys
 from schemas.errors import ConfigError
 from schemas.events import DeliveriesSent, DeliveryFailed, MessageAcked, MessagePublished
@@ -56,19 +59,21 @@ async def _run_emqx(settings: Settings, rules: Rules) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     bridge = EmqxBridge(settings, rules)
-    await bridge.start()
-    say_ready("bridge emqx")
-    running, stopping = asyncio.create_task(bridge.run()), asyncio.create_task(stop.wait())
-    await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    try:
-        if running.done():
-            await running  # it never returns: this raises what ended it
-        await bridge.finish()
-    finally:
-        running.cancel()
-        await asyncio.wait((running,))
-        await bridge.stop(STOP_TIMEOUT_S)
+    health = BridgeHealth(stop.is_set, None, bridge.complaints)
+    async with telemetry(settings.telemetry.listen, "bridge emqx", bridge.shown, health):
+        await bridge.start()
+        say_ready("bridge emqx")
+        running, stopping = asyncio.create_task(bridge.run()), asyncio.create_task(stop.wait())
+        await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        try:
+            if running.done():
+                await running  # it never returns: this raises what ended it
+            await bridge.finish()
+        finally:
+            running.cancel()
+            await asyncio.wait((running,))
+            await bridge.stop(STOP_TIMEOUT_S)
 
 
 class _Reporting:
@@ -131,8 +136,14 @@ class EmqxBridge:
         calls = Calls(
             rules, mountpoint, returning, self._inlet, listener, settings.kafka.partitions
         )
-        self._server = HookServer(bridge, calls, self._inlet)
+        hooks = Hooks(calls.refusals.counts)
+        self._server = HookServer(bridge, calls, self._inlet, hooks.observe)
         self._commander = Commander(settings, self._sender, deliveries, self._producer)
+        self.shown = (hooks, SpoolMetrics(self._inlet), Commands(self._commander, deliveries))
+
+    def complaints(self) -> list[str]:
+        """Why publishes are refused."""
+        return [] if self._inlet.complaint is None else [self._inlet.complaint]
 
     async def start(self) -> int:
         """Listen for hooks; the port. Kafka may be away.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
+import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,8 @@ HEALTH_INTERVAL_S: Final = 0.25  # how late it may be noticed that events are re
 STOP_GRACE_S: Final = 5.0  # EMQX does not wait longer for an answer, by default
 
 Handle: TypeAlias = Callable[[bytes], bytes]
+# The name of a call, how long its answer took, and which it was.
+Observe: TypeAlias = Callable[[str, float, str], None]
 Handler: TypeAlias = Callable[[bytes, Any], Awaitable[bytes]]
 
 # Of EMQX 4, whose names for these differ.
@@ -49,14 +51,15 @@ def service_name(version: Version) -> str:
 class HookServer:
     """One per bridge process; several may share a port, and a client's calls stay with one of them."""
 
-    def __init__(self, settings: BridgeSettings, calls: Calls, inlet: Keeping) -> None:
-        """Nothing is opened before `start`."""
+    def __init__(
+        self, settings: BridgeSettings, calls: Calls, inlet: Keeping, observe: Observe
+    ) -> None:
+        """Nothing is opened before `start`. `observe` hears of every call that was answered."""
+        self._observe = observe
         self._settings, self._calls, self._inlet = settings, calls, inlet
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
         self._serving: bool | None = None
-        self.answered: Counter[str] = Counter()  # by name of the call
-        self.malformed: Counter[str] = Counter()  # whose request was no such message
 
     async def start(self) -> int:
         """Listen; the port.
@@ -145,27 +148,29 @@ class HookServer:
 
     def _handler(self, name: str, handle: Handle) -> Handler:
         async def call(data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+            began = time.perf_counter()
             try:
                 answer = handle(data)
             except NotProtobuf:
                 await self._malformed(name, context)
-            self.answered[name] += 1
+            self._observe(name, time.perf_counter() - began, "answered")
             return answer
 
         return call
 
     async def _publish(self, data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        began = time.perf_counter()
         try:
             answer = await self._calls.publish(data)
         except NotProtobuf:
             await self._malformed("OnMessagePublish", context)
-        self.answered["OnMessagePublish"] += 1
+        self._observe("OnMessagePublish", time.perf_counter() - began, "answered")
         return answer
 
     async def _malformed(
         self, name: str, context: grpc.aio.ServicerContext[bytes, bytes]
     ) -> NoReturn:
-        self.malformed[name] += 1
+        self._observe(name, 0.0, "malformed")
         self._calls.refusals.add("malformed", f"{name}: not the message that it should be")
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not the message that it should be")
 
