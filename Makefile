@@ -16,7 +16,7 @@ install: $(VENV)/.installed
 # Installed anew whenever what is to be installed changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[local,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[local,emqx,dev]'
 	touch $@
 
 lint: install

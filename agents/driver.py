@@ -34,7 +34,7 @@ from agents.ports import (
     Store,
     Transaction,
 )
-from agents.rules_in_force import RulesInForce
+from agents.rules_in_force import RulesInForce, lost_rules
 from agents.ticks import Ticks
 from schemas import codec, keys
 from schemas.errors import BrokenInvariant, DecodeError, Fenced, StoreDown, StoreError
@@ -102,8 +102,12 @@ class PartitionDriver(Generic[Packed]):
 
     async def tend(self) -> None:
         """Once a second: finish what is in flight, note what is out, and see that the store is still ours."""
-        await self._surely([], self._tend)
+        await self.finish()
         await self._announce_rules()
+
+    async def finish(self) -> None:
+        """Everything processed, and how far that is, is in the store; nothing is left in flight or to be noted."""
+        await self._surely([], self._tend)
 
     async def close(self) -> None:
         """Finish what is in flight, once, and let go. The store's errors pass: the next owner goes on from there."""
@@ -223,7 +227,8 @@ class PartitionDriver(Generic[Packed]):
         self._intake.forget()
         self._ticks.forget()
         state = {} if applied is None else applied.machine
-        self.machine.restore(state, stored, self._rules.restore(stored.rules))
+        rules = stored.rules if applied else await lost_rules(self.partition, bounds, self.log)
+        self.machine.restore(state, stored, self._rules.restore(rules))
         await self._supply(())
         await self._outbox.finish_journal(stored, bounds.committed)
         self._loaded = True
@@ -240,7 +245,8 @@ class PartitionDriver(Generic[Packed]):
             self._notice(
                 f"{self.partition}: {lost} records were gone from the log before they were read"
             )
-        self._notice(f"{self.partition}: reading the log from {self._position} to {target}")
+        why = "reading" if self._applied else "the store holds nothing of it: rebuilding it from"
+        self._notice(f"{self.partition}: {why} the log from {self._position} to {target}")
         async for run in self.log.read(self.partition, self._position, target):
             await self._fold(run)
         self._position = max(self._position, target)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, Generic, NamedTuple, TypeVar
 
 STATES_HELD_MAX: Final = (
-    10_000  # remembered beyond their batch: some MiB, if each is of some hundred bytes
+    2_000  # remembered beyond their batch: two MiB, if each is of a kilobyte, as a reader is
 )
 
 State = TypeVar("State")

@@ -6,8 +6,8 @@ A body is kept until the last of {index entry, retained entry, dead letter} lets
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any, Final
 
 import msgspec
 from msgspec import Struct, structs
@@ -31,7 +31,7 @@ from agents.effects import (
 )
 from agents.held import Changed, Held
 from agents.plans import MessageHook, Plans
-from agents.ports import Read, ReadEntry, ReadStates, Stored
+from agents.ports import Read, ReadEntry, ReadIndex, ReadStates, Stored
 from agents.seen import SeenIds
 from schemas.errors import DecodeError
 from schemas.events import (
@@ -43,6 +43,10 @@ from schemas.events import (
     MessageRetained,
 )
 from schemas.rules import Rules
+
+# One tick looks at no more index entries than this: some ms of Redis. What is left over is still due, so that another
+# tick follows at once.
+SWEEP_ENTRIES_MAX: Final = 4_096
 
 
 class Retained(Struct, frozen=True, kw_only=True):
@@ -107,6 +111,13 @@ class Keeper:
         )
 
     # -- a publish --------------------------------------------------------------------------------------
+
+    def is_new(self, event: MessagePublished, now_ms: int) -> bool:
+        """Whether a publish is none that was seen before. A topic that is none is a `DecodeError`."""
+        error = self.plans.of(event.topic).error
+        if error is not None:
+            raise DecodeError(error)
+        return self.seen.add(event.message_id, now_ms)
 
     def published(
         self, offset: int, event: MessagePublished, score: int, *, indexed: bool
@@ -333,6 +344,12 @@ def earliest(log_ms: int, lifetime_ms: int | None, expires_at: int | None) -> in
 def later(end: int | None, other: int | None) -> int | None:
     """The later of two ends; None is never."""
     return None if end is None or other is None else max(end, other)
+
+
+def oldest_entries(topics: Sequence[str], known: Container[str]) -> list[ReadIndex]:
+    """The reads for what a tick looks at of these topics' indexes, where it is not known."""
+    limit = SWEEP_ENTRIES_MAX // max(len(topics), 1) + 1
+    return [ReadIndex(topic, limit) for topic in topics if topic not in known]
 
 
 def expired_entries(

@@ -2,7 +2,32 @@
 
 from __future__ import annotations
 
+from agents.ports import Log, LogBounds
+from schemas import codec, keys
+from schemas.errors import DecodeError
+from schemas.events import RulesChanged
+from schemas.keys import Partition
 from schemas.rules import Rules
+
+
+async def lost_rules(partition: Partition, bounds: LogBounds, log: Log) -> str | None:
+    """The rules that the log begins with, where the store holds nothing of what was folded before: those that the log
+    names first, since who folded it first announced them only behind what waited there. None if nothing was folded
+    before, or the log has lost its beginning, or names none.
+    """
+    if bounds.committed is None or bounds.start:
+        return None
+    own = keys.agent_record_key(partition.agent).encode()
+    async for run in log.read(partition, bounds.start, bounds.end):
+        for record in run:
+            if record.key == own:
+                try:
+                    event = codec.decode(record.value)
+                    if isinstance(event, RulesChanged):
+                        return Rules.from_canonical(event.rules).canonical()
+                except DecodeError:
+                    continue  # nobody could put those in force
+    return None
 
 
 class RulesInForce:

@@ -7,7 +7,6 @@ import logging
 import signal
 from typing import Final, NamedTuple, NoReturn
 
-import uvloop
 from aiokafka.errors import KafkaError
 
 from pipeline.brokers.commander import Commander
@@ -15,6 +14,7 @@ from pipeline.brokers.deliveries import Deliveries
 from pipeline.brokers.embedded.broker import EmbeddedBroker
 from pipeline.brokers.embedded.recorder import Recorder
 from pipeline.brokers.reports import Reports
+from pipeline.event_loop import use_uvloop
 from pipeline.producer import Producer
 from pipeline.reach import unreachable
 from pipeline.ready import say_ready
@@ -34,7 +34,7 @@ def run_embedded(settings: Settings, rules: Rules) -> None:
     Raises:
         MillpondError: Kafka cannot be reached at the start, or a port is in use.
     """
-    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+    use_uvloop()
     asyncio.run(_run_embedded(settings, rules))
 
 

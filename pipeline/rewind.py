@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Final, NamedTuple
 
 from agents.ports import ReadEntry, ReadIndex, ReadLast, ReadStates
@@ -51,11 +51,13 @@ async def find_place(
             )
         log = unpack_log(logs[topic])
         after = await _after(reader, partition, topic, to, log.last)
-        before = (await reader.read(partition, [ReadLast(topic, after)]))[0]
+        # Within the log: what the index has before is somebody else's.
+        after = min(max(after, log.cursor), log.last)
+        (before,) = await reader.read(partition, [ReadLast(topic, after)])
         messages = await _count(reader, partition, topic, after)
     order = OperatorRewind(
         at=now_ms(), node=keys.AGENT_NODE, topic=topic, subscriber=subscriber,
-        after=after, message_id=before[0][0] if before else None,
+        after=after, message_id=before[0][0] if before and before[0][1] > log.cursor else None,
     )  # fmt: skip
     return order, Place(after, messages)
 
@@ -69,12 +71,12 @@ async def _after(reader: Reader, partition: Partition, topic: str, to: str, last
     if score is not None:
         return int(score) - 1
     try:
-        at = datetime.fromisoformat(to)
-    except ValueError as error:
+        at_s = datetime.fromisoformat(to).timestamp()
+    except (ValueError, OverflowError) as error:  # either of the calendar's ends, as local time
         raise ConfigError(
             f"--to: {to!r} is neither earliest, latest, an ISO time nor the id of a message that {topic!r} has"
         ) from error
-    return max(int(at.astimezone(UTC).timestamp() * 1_000_000) - 1, 0)
+    return round(at_s * 1_000_000) - 1
 
 
 async def _count(reader: Reader, partition: Partition, topic: str, after: int) -> int:

@@ -261,24 +261,33 @@ def _path(reason: str) -> tuple[str, ...]:
 
 
 def _at(rules: Rules, url: str) -> Rules:
-    """The rules with every pool at one address, `redis://[user@]host[:port][/database]`."""
+    """The rules with every pool at one address."""
+    return Rules(rules.rules, tuple(pool_at(pool, url) for pool in rules.pools))
+
+
+def pool_at(pool: Pool, url: str, what: str = "redis") -> Pool:
+    """A pool, moved to `redis://[user@]host[:port][/database]`.
+
+    Raises:
+        ConfigError: it is no such URL; `what` names the setting.
+    """
     parts = urlsplit(url)
+    try:
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(f"{what}: the port of {url!r} is not a number") from error
     if parts.scheme not in ("redis", "rediss") or not parts.hostname:
-        raise ConfigError(f"redis: {url!r} is not redis://[user@]host[:port][/database]")
+        raise ConfigError(f"{what}: {url!r} is not redis://[user@]host[:port][/database]")
     if parts.password is not None:
-        raise ConfigError("redis: a URL shows its password to everyone: use a pool's password_file")
+        raise ConfigError(f"{what}: a URL shows its password to everyone: use a password_file")
     database = parts.path.strip("/")
     if database and not database.isdigit():
-        raise ConfigError(f"redis: the database of {url!r} is not a number")
-
-    def moved(pool: Pool) -> Pool:
-        return msgspec.structs.replace(
-            pool,
-            type="single",
-            servers=((parts.hostname or "", parts.port or REDIS_PORT),),
-            database=int(database or 0),
-            username=parts.username or pool.username,
-            tls=parts.scheme == "rediss",
-        )
-
-    return Rules(rules.rules, tuple(moved(pool) for pool in rules.pools))
+        raise ConfigError(f"{what}: the database of {url!r} is not a number")
+    return msgspec.structs.replace(
+        pool,
+        type="single",
+        servers=((parts.hostname, port or REDIS_PORT),),
+        database=int(database or 0),
+        username=parts.username or pool.username,
+        tls=parts.scheme == "rediss",
+    )

@@ -13,12 +13,16 @@ from pipeline.settings import KafkaSettings, Settings
 from pipeline.stores.checking import check_commands
 from pipeline.stores.registry import connector
 from schemas.errors import ConfigError, StoreError
+from schemas.filters import covers
 from schemas.keys import SOURCE_TOPIC
 from schemas.pool import Pool
+from schemas.rule import Rule
 from schemas.rules import Rules
 
 # A payload up to this long leaves its message's hash in the compact encoding: about half the memory.
 LISTPACK_VALUE_BYTES: Final = 1_024
+STORING: Final = ("on_message_publish", "on_message_store_keep_latest")
+NAMED: Final = 5  # topic filters of one note
 ASKED_OF_REDIS: Final = ("maxmemory-policy", "appendonly", "save", "hash-max-listpack-value")
 
 
@@ -50,13 +54,38 @@ def _kafka_settings(kafka: KafkaSettings, rules: Rules) -> list[str]:
         found.append(
             "[kafka] min_insync_replicas is 1: an acknowledged publish is on one broker only"
         )
+    return [*found, *_retention(kafka.retention_hours, rules)]
+
+
+def _retention(hours: int, rules: Rules) -> list[str]:
+    """What is kept longer in Redis than in the log that could bring it back."""
+    held = f"[kafka] retention_hours is {hours}, but messages"
+    back = "Redis can be rebuilt only as far back as the log goes"
+    found = []
     longest = max((rule.expired_time or 0 for rule in rules.rules), default=0)
-    if longest > kafka.retention_hours * 3600:
-        found.append(
-            f"[kafka] retention_hours is {kafka.retention_hours}, but messages are kept {longest} s:"
-            " Redis can be rebuilt only as far back as the log goes"
-        )
+    if longest > hours * 3600:
+        found.append(f"{held} are kept {longest} s: {back}")
+    for_ever = list(
+        dict.fromkeys(rule.topic_filter for rule in rules.rules if _for_ever(rule, rules))
+    )
+    if for_ever:
+        named = ", ".join(map(repr, for_ever[:NAMED]))
+        more = f" and {len(for_ever) - NAMED} more" if len(for_ever) > NAMED else ""
+        found.append(f"{held} of {named}{more} never expire: {back}")
     return found
+
+
+def _for_ever(rule: Rule, rules: Rules) -> bool:
+    """Whether a rule keeps messages without an end. A delivery rule takes its expiry from a store rule, if need be."""
+    if rule.expired_time is not None:
+        return False
+    if rule.delivery_agent is None:
+        return rule.action in STORING or rule.action == "on_message_retain"
+    return not any(
+        other.action in STORING and other.expired_time is not None
+        and covers(other.topic_filter, rule.topic_filter)
+        for other in rules.rules
+    )  # fmt: skip
 
 
 async def _kafka(settings: KafkaSettings) -> list[str]:

@@ -8,10 +8,10 @@ import logging
 import os
 import signal
 import threading
+from contextlib import suppress
 from typing import Any
 
 import faust
-import uvloop
 from faust.types import TP, StreamT
 from faust.types.tuples import Message
 from yarl import URL
@@ -20,16 +20,18 @@ from agents.driver import PartitionDriver
 from agents.ports import Store
 from agents.registry import MACHINES
 from pipeline.control import ControlChannel
+from pipeline.event_loop import use_uvloop
 from pipeline.log import KafkaLog
 from pipeline.partitions import Partitions
 from pipeline.producer import Producer
 from pipeline.ready import say_ready
+from pipeline.replay.rebuild import check_not_rebuilding
 from pipeline.settings import Settings
 from pipeline.stores.checking import check_commands
 from pipeline.stores.registry import open_store
 from pipeline.transport import Consumer, Transport
 from schemas import keys
-from schemas.errors import ConfigError, MillpondError
+from schemas.errors import ConfigError, MillpondError, StoreDown
 from schemas.events import AgentName
 from schemas.keys import Partition
 from schemas.rules import Rules
@@ -92,6 +94,8 @@ class Worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
         await check_commands(self.rules.pool(self.agent), self.rules)
+        with suppress(StoreDown):  # its partitions wait for it
+            await check_not_rebuilding(self.agent, self.settings, self.rules)
         await self._producer.start()
         await self._log.start()
         await self._check_partitions()
@@ -264,7 +268,7 @@ def run(agent: AgentName, settings: Settings, rules: Rules) -> None:
     # allocations, as Python does, costs a fifth of the time and finds nothing.
     gc.set_threshold(50_000, 20, 50)
     # As policy, not for one loop: Faust's consumer has a loop of its own, in its own thread.
-    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+    use_uvloop()
     asyncio.run(_run(agent, settings, rules))
 
 

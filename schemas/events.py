@@ -58,9 +58,14 @@ class ClientDisconnected(Base, frozen=True, kw_only=True, tag="client.disconnect
 
 
 class SessionCreated(Base, frozen=True, kw_only=True, tag="session.created"):
-    """A session began without earlier state."""
+    """A session began without earlier state.
+
+    `began_at` is when its first connection did, on the clock of the node. It is told where events may come late or in
+    another order: then what was subscribed since stays, and a session that began before is not told as a new one.
+    """
 
     client_id: ClientId
+    began_at: TimeMs | None = None
 
 
 class SessionResumed(Base, frozen=True, kw_only=True, tag="session.resumed"):
@@ -187,13 +192,16 @@ class MessageDelivered(Base, frozen=True, kw_only=True, tag="message.delivered")
 
 
 class MessageAcked(Base, frozen=True, kw_only=True, tag="message.acked"):
-    """One client acknowledged one message (PUBACK, or PUBREC at QoS 2)."""
+    """One client acknowledged one message (PUBACK, or PUBREC at QoS 2); `broker_delivers` if its broker may have routed
+    the message to it, and not Millpond handed it over.
+    """
 
     message_id: MessageId
     topic: Topic
     client_id: ClientId
     from_client_id: Text | None = None
     qos: QoS
+    broker_delivers: bool = False
 
 
 class SubscriberJoined(Base, frozen=True, kw_only=True, tag="subscriber.joined"):

@@ -33,6 +33,8 @@ Redis Cluster slot and can be written in one transaction.
 | `millpond:{app:sessions:partition}:node:{node}` | zset | client ids, score = offset that last showed all of theirs | sessions | with the session |
 | `millpond:{app:sessions:partition}:announced` | zset | ids of clients with subscriptions, score = offset of the rules they were announced by | sessions | with the subscriptions |
 | `millpond:{app:agent:partition}:due` | zset | what falls due, score = ms since the epoch | the agent | until done |
+| `millpond:{app:agent}:replay` | hash | `complete` 0/1, `starts` and `ends` by partition, `from`, `cluster_id`: what of the log a replay has put here | `millpond replay` | until the database is emptied |
+| `millpond:{app:agent}:rebuild` | hash | partition → the fence that a rebuild began with, until it is done; its workers do not start meanwhile | `millpond rebuild` | while one is unfinished |
 """
 
 from __future__ import annotations
@@ -71,6 +73,17 @@ TOPICS: Final = (CLIENTS_TOPIC, MESSAGES_TOPIC, DELIVERIES_TOPIC, DEAD_LETTERS_T
 RESERVED_TOPIC_PREFIX: Final = "$millpond/"
 PRIVATE_PREFIX: Final = "millpond:"
 
+MESSAGES_PREFIX, RETAINED_PREFIX, RECEIPTS_PREFIX = "mqtt:msg:", "mqtt:retain:", "mqtt:receipt:"
+PRESENCE_PREFIX, NODES_PREFIX, OFFSETS_PREFIX = "mqtt:client:", "mqtt:node:", "mqtt:acked:"
+OF_TOPICS: Final = (MESSAGES_PREFIX, RETAINED_PREFIX, RECEIPTS_PREFIX)
+# The public keys that each agent writes begin so. Those of topics are three agents': each has its own topics.
+PUBLIC_PREFIXES: Final[dict[AgentName, tuple[str, ...]]] = {
+    "sessions": (PRESENCE_PREFIX, NODES_PREFIX),
+    "messages": OF_TOPICS,
+    "queue": OF_TOPICS,
+    "pubsub": (*OF_TOPICS, OFFSETS_PREFIX),
+}
+
 AGENT_NODE: Final = "millpond"  # the node in records that agents write
 
 SOURCE_TOPIC: Final[dict[AgentName, str]] = {
@@ -107,6 +120,11 @@ def bridge_group_id(app: str) -> str:
     return f"{app}.bridge"
 
 
+def rule_events_group_id(app: str) -> str:
+    """The Kafka consumer group of the bridge that reads what EMQX's rules wrote."""
+    return f"{bridge_group_id(app)}.emqx-kafka"
+
+
 def agent_record_key(agent: AgentName) -> str:
     """The Kafka key of records that concern an agent rather than an MQTT topic."""
     return f"{RESERVED_TOPIC_PREFIX}{agent}"
@@ -131,17 +149,17 @@ def record_key(event: Event) -> str:
 
 def message_index(topic: str) -> str:
     """The zset of a topic's stored message ids, in log order."""
-    return f"mqtt:msg:{topic}"
+    return f"{MESSAGES_PREFIX}{topic}"
 
 
 def message_body(message_id: str) -> str:
     """The hash of one stored message."""
-    return f"mqtt:msg:{message_id}"
+    return f"{MESSAGES_PREFIX}{message_id}"
 
 
 def retained(topic: str) -> str:
     """The zset with a topic's retained message id."""
-    return f"mqtt:retain:{topic}"
+    return f"{RETAINED_PREFIX}{topic}"
 
 
 def subscriptions(client_id: str) -> str:
@@ -151,27 +169,42 @@ def subscriptions(client_id: str) -> str:
 
 def read_offset(subscriber: str, topic: str) -> str:
     """The last message id of a subscriber's read offset."""
-    return f"mqtt:acked:{subscriber}:{topic}"
+    return f"{OFFSETS_PREFIX}{subscriber}:{topic}"
 
 
 def presence(client_id: str) -> str:
     """The hash that says whether a client is online."""
-    return f"mqtt:client:{client_id}"
+    return f"{PRESENCE_PREFIX}{client_id}"
 
 
 def node(name: str) -> str:
     """The hash of the clients that are online at a broker node."""
-    return f"mqtt:node:{name}"
+    return f"{NODES_PREFIX}{name}"
 
 
 def receipt(message_id: str) -> str:
     """The hash of who got and who acknowledged a message."""
-    return f"mqtt:receipt:{message_id}"
+    return f"{RECEIPTS_PREFIX}{message_id}"
 
 
 def _private(partition: Partition, name: str) -> str:
     app, agent, number = partition
     return f"{PRIVATE_PREFIX}{{{app}:{agent}:{number}}}:{name}"
+
+
+def private_prefix(app: str, agent: AgentName) -> str:
+    """What the private keys of all partitions of an agent begin with."""
+    return f"{PRIVATE_PREFIX}{{{app}:{agent}:"
+
+
+def replay_marker(app: str, agent: AgentName) -> str:
+    """What a replay has put of an agent's log into a database; see `pipeline/replay/target.py`."""
+    return f"{PRIVATE_PREFIX}{{{app}:{agent}}}:replay"
+
+
+def rebuild_marker(app: str, agent: AgentName) -> str:
+    """What a rebuild of an agent has not done yet; see `pipeline/replay/rebuild.py`."""
+    return f"{PRIVATE_PREFIX}{{{app}:{agent}}}:rebuild"
 
 
 def applied(partition: Partition) -> str:

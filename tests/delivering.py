@@ -106,8 +106,8 @@ class Delivering(World):
         )  # fmt: skip
         self.tell(left)
 
-    def ack(self, client: str, *names: str, topic: str = "queue/a") -> None:
-        self.tell(*(given.acked(name, topic, client_id=client) for name in names))
+    def ack(self, client: str, *names: str, topic: str = "queue/a", **marks: bool) -> None:
+        self.tell(*(given.acked(name, topic, client_id=client, **marks) for name in names))
 
     def requeue(self, *names: str, topic: str = "queue/a") -> None:
         self.tell(*(OperatorRequeue(**AT, topic=topic, message_id=name) for name in names))

@@ -119,6 +119,7 @@ class DeliveryMachine(Own[W]):
         reads: list[Read] = [*self.unknown(freed)]
         orders = [x.message_id for x in events if isinstance(x, OperatorRequeue | OperatorDrop)]
         reads += self._dead.unknown(orders)
+        reads += self._members.unknown(_told_of(events))
         if reads:
             return reads
         appended = Counter(key for x in events for key in self._appended_to(x))
@@ -212,6 +213,7 @@ class DeliveryMachine(Own[W]):
         work = self.work_keys()
         reads += self.unknown([*self.due_windows(overdue), *(key for key, _ in work)])
         reads += self.wanted_by_due(overdue)
+        reads += self._members.unknown(key for kind, key, _ in overdue if kind == MEMBER)
         if reads:
             return reads
         for key in self.due_windows(overdue):
@@ -232,8 +234,10 @@ class DeliveryMachine(Own[W]):
         match read:
             case ReadAllStates():
                 cursor, packed = answer
-                self._members.supply(packed)
+                self._members.supply_all(packed)
                 self._members_cursor = cursor or None
+            case ReadStates(table="members"):
+                self._members.supply(answer)
             case ReadStates(table="windows"):
                 self._windows.supply(answer)
             case ReadStates(table="dead"):
@@ -303,6 +307,7 @@ class DeliveryMachine(Own[W]):
     def settled(self) -> None:
         """See `agents.ports.Machine`."""
         self._windows.settled()
+        self._members.settled()
         self._dead.held.settled()
         self._keeper.settled()
 
@@ -345,3 +350,10 @@ class DeliveryMachine(Own[W]):
             else:
                 done += self.came_due(offset, kind, key, message_id, now_ms)
         return [*done, *self.do_work(offset, now_ms, waits)]
+
+
+def _told_of(events: Sequence[Event]) -> Iterator[str]:
+    """The members that come or go."""
+    for event in events:
+        if isinstance(event, SubscriberJoined | SubscriberLeft):
+            yield member_name(event.client_id, event.topic_filter)[0]

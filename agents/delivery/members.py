@@ -1,11 +1,13 @@
 """Who may be served in a partition: the clients that are online with a filter that a delivery rule can match.
 
-All of them are in memory: a partition's state of a member is some hundred bytes, and every publish asks for them.
+Every publish asks for them: they are in memory. Who has gone, and has nothing in hand any more, is in the store alone, and
+read when there is word of it again.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
@@ -15,6 +17,7 @@ from msgspec import Struct, field
 from agents.delivery.filter_tree import FilterTree
 from agents.delivery.window import Waiting
 from agents.effects import SetState
+from agents.ports import ReadStates
 from schemas.filters import has_wildcard, split_share
 
 TOPICS_REMEMBERED_MAX: Final = (
@@ -73,6 +76,10 @@ class Member(Struct, array_like=True):
         """Whether another topic than this one may wait for it."""
         return any(each != topic for each in self.filters)
 
+    def away(self) -> bool:
+        """Whether it has gone, and nothing is left to be done for it."""
+        return not (self.filters or self.leases or self.round.active)
+
     def available(self) -> bool:
         """Whether it may be handed something now, if it has room. One on its round gets only what that brings."""
         return self.ready() and not self.round.active
@@ -105,28 +112,73 @@ class Members:
         self.by_name: dict[str, Member] = {}
         self._holders: dict[str, dict[str, None]] = {}  # filter → names
         self._wildcards = FilterTree()
-        self._of_client: dict[str, tuple[str, ...]] = {}
+        self._in_groups: dict[str, tuple[str, ...]] = {}  # client id → names, in their order
         self._groups: dict[str, dict[str, None]] = {}  # $share/{group}/{filter} → names
         self._matching: dict[str, tuple[str, ...]] = {}
         self._reaches: dict[str, list[Reach]] = {}
         self.version = 0  # counts what changes who reaches what
         self.broker_delivers = False  # whether a broker has ever delivered to one of them itself
         self._touched: dict[str, None] = {}
+        # Whom the batch was told of or changes, and those of each batch that is not yet in the store: known until then,
+        # even if there is no such member.
+        self._passing: dict[str, None] = {}
+        self._unsettled: deque[dict[str, None]] = deque()
 
-    def supply(self, packed: Mapping[str, bytes]) -> None:
-        """Members as they are in the store."""
+    # -- who is in memory
+
+    def supply_all(self, packed: Mapping[str, bytes]) -> None:
+        """Some of all the members that the store has. Those that are away are asked for by name."""
         for name, state in packed.items():
             member = _decode(state)
+            if member.away():
+                continue
             self._put(name, member)
             for topic_filter, held in member.filters.items():
                 self.broker_delivers |= held.broker_delivers
                 self._hold(name, topic_filter)
 
+    def unknown(self, names: Iterable[str]) -> list[ReadStates]:
+        """The reads for those that may be away."""
+        asked = tuple(
+            name
+            for name in dict.fromkeys(names)
+            if name not in self.by_name and not self._passes(name)
+        )
+        return [ReadStates(asked, "members")] if asked else []
+
+    def supply(self, packed: Mapping[str, bytes | None]) -> None:
+        """Those that are away, as they are in the store; None if there is no such member."""
+        for name, state in packed.items():
+            self._passing[name] = None
+            if state is not None:
+                self._put(name, _decode(state))
+
+    def settled(self) -> None:
+        """The oldest batch finished and not yet settled is in the store."""
+        settled = self._unsettled.popleft()
+        for name in settled:
+            member = self.by_name.get(name)
+            if member is not None and member.away() and not self._passes(name):
+                self._drop(name, member)
+
+    def _passes(self, name: str) -> bool:
+        return any(name in batch for batch in (self._passing, *self._unsettled))
+
     def _put(self, name: str, member: Member) -> None:
         self.by_name[name] = member
-        known = self._of_client.get(member.client_id, ())
-        if name not in known:
-            self._of_client[member.client_id] = (*known, name)
+        known = self._in_groups.get(member.client_id, ())
+        if name != member.client_id and name not in known:
+            self._in_groups[member.client_id] = tuple(sorted((*known, name)))
+
+    def _drop(self, name: str, member: Member) -> None:
+        del self.by_name[name]
+        if name == member.client_id:
+            return
+        left = tuple(other for other in self._in_groups[member.client_id] if other != name)
+        if left:
+            self._in_groups[member.client_id] = left
+        else:
+            del self._in_groups[member.client_id]
 
     def _hold(self, name: str, topic_filter: str) -> None:
         self._holders.setdefault(topic_filter, {})[name] = None
@@ -154,12 +206,13 @@ class Members:
     # -- asking
 
     def values(self) -> Iterable[Member]:
-        """All of them, also those that have gone."""
+        """All that are in memory."""
         return self.by_name.values()
 
     def of_client(self, client_id: str) -> list[tuple[str, Member]]:
-        """A client's memberships: its own, and those in groups."""
-        return [(name, self.by_name[name]) for name in self._of_client.get(client_id, ())]
+        """A client's memberships that are in memory: its own, then those in groups, by name."""
+        names = (client_id, *self._in_groups.get(client_id, ()))
+        return [(name, self.by_name[name]) for name in names if name in self.by_name]
 
     def matching(self, topic: str) -> tuple[str, ...]:
         """The filters that match a topic: itself, and the wildcards that somebody holds."""
@@ -207,7 +260,7 @@ class Members:
 
     def touch(self, name: str) -> None:
         """This member's state has changed."""
-        self._touched[name] = None
+        self._touched[name] = self._passing[name] = None
 
     def add(self, name: str, member: Member) -> None:
         """A member that there was none of before."""
@@ -235,17 +288,14 @@ class Members:
 
     def remove(self, name: str) -> None:
         """Forget a member that holds no filter."""
-        member = self.by_name.pop(name)
-        left = tuple(other for other in self._of_client[member.client_id] if other != name)
-        if left:
-            self._of_client[member.client_id] = left
-        else:
-            del self._of_client[member.client_id]
+        self._drop(name, self.by_name[name])
         self.touch(name)
 
     def finish(self) -> Iterator[SetState]:
         """The end of a batch: one write for each member that changed."""
         touched, self._touched = self._touched, {}
+        self._unsettled.append(self._passing)
+        self._passing = {}
         for name in touched:
             member = self.by_name.get(name)
             yield SetState(name, None if member is None else _encode(member), "members")

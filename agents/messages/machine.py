@@ -11,14 +11,13 @@ due goes, a bounded piece at a time. ON rules changed: go on by the new ones.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 from agents.due import INDEX, RETAINED, DueTimes, due_member, split_due
 from agents.effects import NO_SOURCE, Effect, Output, Refusal, SetDue, SetRules
-from agents.keeping import Keeper, expired_entries
+from agents.keeping import Keeper, expired_entries, oldest_entries
 from agents.ports import Read, ReadDue, ReadEntry, ReadIndex, ReadStates, Stored
 from schemas import keys
-from schemas.errors import DecodeError
 from schemas.events import (
     AgentName,
     Event,
@@ -30,10 +29,6 @@ from schemas.events import (
     Tick,
 )
 from schemas.rules import Rules
-
-# One tick looks at no more index entries than this: some ms of Redis. What is left over is still due, so that another
-# tick follows at once.
-SWEEP_ENTRIES_MAX: Final = 4_096
 
 
 class MessagesMachine:
@@ -89,9 +84,7 @@ class MessagesMachine:
         overdue = self._due.overdue(now_ms)
         reads: list[Read] = [*self._keeper.unknown(topic for _, topic, _ in overdue)]
         indexes = [topic for kind, topic, _ in overdue if kind == INDEX]
-        limit = SWEEP_ENTRIES_MAX // max(len(indexes), 1) + 1
-        reads.extend(ReadIndex(topic, limit) for topic in indexes if topic not in self._entries)
-        return reads
+        return [*reads, *oldest_entries(indexes, self._entries)]
 
     def supply(self, read: Read, answer: Any) -> None:
         """See `agents.ports.Machine`."""
@@ -144,11 +137,9 @@ class MessagesMachine:
     def _published(
         self, offset: int, event: MessagePublished, now_ms: int, score: int
     ) -> Sequence[Effect | Output]:
-        plan = self._keeper.plans.of(event.topic)
-        if plan.error is not None:
-            raise DecodeError(plan.error)
-        if not self._keeper.seen.add(event.message_id, now_ms):
+        if not self._keeper.is_new(event, now_ms):
             return ()
+        plan = self._keeper.plans.of(event.topic)
         done: list[Effect | Output] = []
         if event.expires_at is None or event.expires_at > now_ms:
             indexed = plan.store and (event.qos > 0 or plan.store_qos0)

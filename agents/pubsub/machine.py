@@ -47,12 +47,10 @@ class PubsubMachine(Trimming):
 
     def published(self, offset: int, event: MessagePublished, now_ms: int, score: int) -> Done:
         """See the head of this file."""
-        plan = self._keeper.plans.of(event.topic)
-        if plan.error is not None:
-            raise DecodeError(plan.error)
-        message_id, topic = event.message_id, event.topic
-        if not self._keeper.seen.add(message_id, now_ms) or self._keeper.retains(topic, message_id):
+        topic, message_id = event.topic, event.message_id
+        if not self._keeper.is_new(event, now_ms) or self._keeper.retains(topic, message_id):
             return []
+        plan = self._keeper.plans.of(event.topic)
         done: Done = []
         if event.expires_at is None or event.expires_at > now_ms:
             indexed = event.qos > 0 or plan.store_qos0

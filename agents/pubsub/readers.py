@@ -319,8 +319,8 @@ class Readers(DeliveryMachine[Reader]):
         """The readers of these topics or subscribers of which somebody has something in hand."""
         if not (topics or subscribers):
             return {}
-        every = (key for member in self._members.values() for key in member.leases.values())
-        parts = {key: split_reader(key) for key in every}
+        every = {key: None for member in self._members.values() for key in member.leases.values()}
+        parts = {key: split_reader(key) for key in sorted(every)}
         return {
             key: None
             for key, (subscriber, topic) in parts.items()

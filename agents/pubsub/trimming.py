@@ -16,7 +16,7 @@ from agents.delivery.machine import READ_MIN
 from agents.delivery.window import AHEAD_MAX, Window
 from agents.due import DEAD, INDEX, MESSAGE, SUBSCRIBER, WINDOW, due_member
 from agents.effects import NO_SOURCE, Effect, SetIndex, Unindex
-from agents.keeping import expired_entries
+from agents.keeping import expired_entries, oldest_entries
 from agents.ports import Read, ReadEntry, ReadIndex
 from agents.pubsub.forgetting import Forgetting
 from agents.pubsub.readers import TOPICS
@@ -30,8 +30,6 @@ from schemas.events import (
     SubscriberLeft,
 )
 
-# One tick looks at no more index entries than this; what is left over is still due, so that another tick follows.
-SWEEP_ENTRIES_MAX: Final = 4_096
 # A publish into a log that is too long takes off the oldest; after a rule has made it shorter, up to this many.
 OVERFLOW_MAX: Final = 8
 
@@ -184,8 +182,7 @@ class Trimming(Forgetting):
         reads: list[Read] = [*self.unknown_logs(topics), *self._keeper.unknown(topics)]
         reads += self.unknown_subscribers(key for kind, key, _ in overdue if kind == SUBSCRIBER)
         indexes = [topic for kind, topic, _ in overdue if kind == INDEX]
-        limit = SWEEP_ENTRIES_MAX // max(len(indexes), 1) + 1
-        reads += [ReadIndex(topic, limit) for topic in indexes if topic not in self._oldest]
+        reads += oldest_entries(indexes, self._oldest)
         messages = [(topic, each) for kind, topic, each in overdue if kind == MESSAGE]
         self._expiring = Counter(topic for topic, _ in messages)
         reads += [ReadEntry(*each) for each in messages if each not in self._places]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any
 
+from agents.keeping import oldest_entries
 from agents.ports import Read, ReadEntry, ReadIndex
-
-# One tick looks at no more index entries than this; what is left over is still due, so that another tick follows.
-SWEEP_ENTRIES_MAX: Final = 4_096
 
 
 class Indexes:
@@ -30,8 +28,7 @@ class Indexes:
 
     def unknown_oldest(self, topics: Sequence[str]) -> list[Read]:
         """The reads for what a sweep of these topics looks at."""
-        limit = SWEEP_ENTRIES_MAX // max(len(topics), 1) + 1
-        return [ReadIndex(topic, limit) for topic in topics if topic not in self.oldest]
+        return [*oldest_entries(topics, self.oldest)]
 
     def supply(self, read: Read, answer: Any) -> None:
         """The answer to one of these."""

@@ -28,7 +28,6 @@ from agents.keeping import earliest, expired_entries
 from agents.ports import Read, ReadNames
 from agents.queue.indexes import Indexes
 from agents.queue.state import QueueWindow, pack, unpack
-from schemas.errors import DecodeError
 from schemas.events import (
     AgentName,
     Event,
@@ -37,7 +36,6 @@ from schemas.events import (
     OperatorDrop,
     OperatorRequeue,
     OperatorRewind,
-    SubscriberJoined,
 )
 
 # A publish into a queue that is too long takes out the oldest; after a rule has made it shorter, up to this many.
@@ -129,15 +127,13 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
 
     def published(self, offset: int, event: MessagePublished, now_ms: int, score: int) -> Done:
         """See the head of this file."""
-        plan = self._keeper.plans.of(event.topic)
-        if plan.error is not None:
-            raise DecodeError(plan.error)
-        seen = self._keeper.seen
-        if not seen.add(event.message_id, now_ms) or self._is_known(event.topic, event.message_id):
+        new = self._keeper.is_new(event, now_ms)
+        if not new or self._is_known(event.topic, event.message_id):
             return []
+        plan = self._keeper.plans.of(event.topic)
         done: Done = []
         expired = event.expires_at is not None and event.expires_at <= now_ms
-        acked = ACKED_EARLY + event.message_id in seen
+        acked = ACKED_EARLY + event.message_id in self._keeper.seen
         if not expired:
             indexed = (event.qos > 0 or plan.store_qos0) and not acked
             done += self._keeper.published(offset, event, score, indexed=indexed)
@@ -187,7 +183,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         topic, client_id = event.topic, event.client_id
         window = self.window(offset, topic)
         message_id = window.known_as(event.message_id)
-        trusted = self._served_by_broker(topic, client_id)
+        trusted = event.broker_delivers
         lease = window.leases.get(message_id)
         if lease is not None:
             if not (trusted or holds(lease.holders, client_id)):
@@ -202,13 +198,6 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         if trusted:
             self._keeper.seen.add(ACKED_EARLY + message_id, now_ms)
         return []
-
-    def _served_by_broker(self, topic: str, client_id: str) -> bool:
-        return self._members.broker_delivers and any(
-            reach.newest is not None
-            for name, _ in self._members.of_client(client_id)
-            for reach in self._members.reach(name, topic)
-        )
 
     def acknowledged(self, offset: int, key: str, message_id: str, score: int) -> Done:
         """See `Leasing`: the ack deletes."""
@@ -331,15 +320,13 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
 
     def wanted_besides(self, events: Sequence[Event]) -> list[Read]:
         """See `DeliveryMachine`: the place of what may be stored already, and of what a broker's client acknowledges."""
-        joining = {x.client_id for x in events if isinstance(x, SubscriberJoined)}
         messages: dict[tuple[str, str], None] = {}
         for event in events:
             match event:
                 case MessagePublished() | OperatorRequeue():
                     messages[event.topic, event.message_id] = None
-                case MessageAcked(message_id=message_id, topic=topic, client_id=client_id):
-                    if client_id in joining or self._served_by_broker(topic, client_id):
-                        messages[topic, self._windows[topic].known_as(message_id)] = None
+                case MessageAcked(message_id=message_id, topic=topic, broker_delivers=True):
+                    messages[topic, self._windows[topic].known_as(message_id)] = None
         return self._unknown_places(messages)
 
     def _unknown_places(self, messages: Iterable[tuple[str, str]]) -> list[Read]:

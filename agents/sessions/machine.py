@@ -214,8 +214,8 @@ class SessionsMachine:
                 if after.disconnected(event.connection_id, node, offset, event.at, event.reason):
                     done += self._rules.hooked("client.disconnected", offset, event)
             case events.SessionCreated(node=node):
-                after.created(node, offset)
-                done += self._rules.hooked("session.created", offset, event)
+                if after.created(node, offset, event.began_at):
+                    done += self._rules.hooked("session.created", offset, event)
                 reason = "session_ended"
             case events.SessionResumed(node=node):
                 after.resumed(node, offset)
@@ -240,6 +240,8 @@ class SessionsMachine:
             raise DecodeError(error)
         if event.told_again and state.full(event.topic_filter):
             return ()
+        if state.precedes(event.node, event.at):
+            return ()  # it is told late: its session is over
         news = state.subscribed(event, offset, now_ms)
         if news or not event.told_again:
             return self._rules.hooked("session.subscribed", offset, event, news=news)

@@ -16,7 +16,7 @@ from schemas.events import SessionSubscribed
 
 class Subscription(Struct, frozen=True, array_like=True):
     """A filter that a session holds: since which offset, and at which one it was last shown; `at` is the log's time of
-    the former.
+    the former. `told_at` is the time of the event that told it last.
     """
 
     qos: int
@@ -26,18 +26,21 @@ class Subscription(Struct, frozen=True, array_like=True):
     broker_delivers: bool = False
     at: int = 0
     reachable: bool = True
+    told_at: int = 0
 
 
 class Session(Struct, frozen=True, array_like=True):
     """A session, named by the offset of what created it, on the node that it was last seen on.
 
-    `resumed` is the offset of its last resumption, or 0.
+    `resumed` is the offset of its last resumption, or 0; `began_at` is in the node's time, or 0 where events are told
+    in order.
     """
 
     id: int
     node: str
     seen: int
     resumed: int = 0
+    began_at: int = 0
 
 
 class Member(Struct, frozen=True, array_like=True):
@@ -75,7 +78,13 @@ class ClientState(Struct, array_like=True):
     # -- connections
 
     def connected(self, connection_id: str, live: Live, *, told_again: bool) -> bool:
-        """A connection is up; whether that is news. It shows that there is a session."""
+        """A connection is up; whether that is news. It shows that there is a session.
+
+        What tells of it again may have another clock: of a connection that is known its time is, too.
+        """
+        known = self.connections.live.get(connection_id)
+        if told_again and known is not None:
+            live = structs.replace(live, connected_at=known.connected_at)
         news = self.connections.opened(connection_id, live)
         if connection_id in self.connections.live:
             self._show(live.seen, live.node, moves=not told_again)
@@ -97,13 +106,33 @@ class ClientState(Struct, array_like=True):
         if known is None:
             self.session = Session(seen, node, seen)
         else:
-            self.session = Session(known.id, node, max(known.seen, seen), known.resumed)
+            self.session = structs.replace(known, node=node, seen=max(known.seen, seen))
             if known.node != node and moves:
                 self._subscriptions_seen(seen)
 
-    def created(self, node: str, seen: int) -> None:
-        """A session began; whatever went before it is over."""
-        self.session, self.subscriptions = Session(seen, node, seen), {}
+    def created(self, node: str, seen: int, began_at: int | None = None) -> bool:
+        """A session began, and whatever went before it is over; whether that is news.
+
+        With `began_at` it may be told late: after what was subscribed in it, after a newer one, or once more.
+        """
+        known = self.session
+        if began_at is None or known is None or known.node != node:
+            self.session, self.subscriptions = Session(seen, node, seen, 0, began_at or 0), {}
+            return True
+        if known.began_at >= began_at:
+            self._show(seen, node)
+            return False
+        self.session = Session(seen, node, seen, 0, began_at)
+        self.subscriptions = {
+            topic_filter: held
+            for topic_filter, held in self.subscriptions.items()
+            if held.told_at >= began_at
+        }
+        return True
+
+    def precedes(self, node: str, at: int) -> bool:
+        """Whether what happened then on this node belongs to a session before this one."""
+        return self.session is not None and self.session.node == node and at < self.session.began_at
 
     def resumed(self, node: str, seen: int) -> None:
         """The client came back to its session."""
@@ -141,6 +170,7 @@ class ClientState(Struct, array_like=True):
             event.broker_delivers,
             now_ms if known is None else known.at,
             event.reachable,
+            event.at,
         )
         return known is None or known.qos != event.qos
 

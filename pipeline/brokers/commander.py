@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import Callable
-from functools import partial
-from typing import Any, Final, NoReturn, Protocol
-
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
-from aiokafka.errors import KafkaError
+from typing import Any, NoReturn, Protocol
 
 from agents.dead_letters import headers_of
 from pipeline.brokers.deliveries import Deliveries
-from pipeline.brokers.ledger import Ledger
+from pipeline.brokers.source import Source
 from pipeline.brokers.tickets import Ticket
-from pipeline.log import persist
 from pipeline.producer import Producer
 from pipeline.settings import Settings
 from schemas import codec, keys
 from schemas.commands import Command, Deliver
 from schemas.errors import DecodeError
 from schemas.leases import Lease, parse_lease
-
-logger = logging.getLogger(__name__)
-
-RECORDS_MAX: Final = 500  # of one turn
-# A command that comes meanwhile is read at once; this is how soon one that finished is committed.
-POLL_TIMEOUT_MS: Final = 100
-COMMIT_INTERVAL_S: Final = 0.1
-STOP_TIMEOUT_S: Final = 1.0  # for a last commit: what it misses is carried out again
 
 
 class Broker(Protocol):
@@ -39,7 +24,7 @@ class Broker(Protocol):
         """A command takes its place among those of its client; a report, or `ticket.done`, follows when it is done."""
 
 
-class Commander(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships no types
+class Commander:
     """One per bridge. A command is committed when Kafka knows what came of it; commands finish in any order."""
 
     def __init__(
@@ -48,88 +33,16 @@ class Commander(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka sh
         """`run` connects."""
         self._broker, self._deliveries, self._producer = broker, deliveries, producer
         self._settings = settings
-        self._ledgers: dict[TopicPartition, Ledger] = {}
-        self._commit_at = 0.0
+        group_id = keys.bridge_group_id(settings.app)
+        self._source = Source(settings, group_id, [keys.DELIVERIES_TOPIC], self._carry_out)
 
     async def run(self) -> NoReturn:
         """Until cancelled."""
-        self._consumer = AIOKafkaConsumer(
-            group_id=keys.bridge_group_id(self._settings.app),
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            session_timeout_ms=int(self._settings.worker.session_timeout_s * 1000),
-            heartbeat_interval_ms=int(self._settings.worker.session_timeout_s * 1000 / 4),
-            **self._settings.kafka.client_options(),
-        )
-        self._consumer.subscribe([keys.DELIVERIES_TOPIC], listener=self)
-        await persist(self._consumer.start)
-        try:
-            while True:
-                await self._turn()
-        finally:
-            await self._stop()
-
-    async def _turn(self) -> None:
-        fetched = await self._consumer.getmany(timeout_ms=POLL_TIMEOUT_MS, max_records=RECORDS_MAX)
-        for partition, records in fetched.items():
-            ledger = self._ledgers.setdefault(partition, Ledger(records[0].offset))
-            for record in records:
-                await self._carry_out(record, ledger)
-        self._hold_back()
-        now_s = asyncio.get_running_loop().time()
-        if now_s >= self._commit_at:
-            self._commit_at = now_s + COMMIT_INTERVAL_S
-            await self._commit()
-
-    def _hold_back(self) -> None:
-        """Read no more of a partition while too much of it is unfinished."""
-        for partition in self._consumer.assignment():
-            ledger = self._ledgers.get(partition)
-            if ledger is not None and ledger.full:
-                self._consumer.pause(partition)
-            else:
-                self._consumer.resume(partition)
-
-    async def _commit(self) -> None:
-        """What is not committed comes again, as a duplicate."""
-        assigned = self._consumer.assignment()
-        offsets = {
-            partition: offset
-            for partition, ledger in self._ledgers.items()
-            if partition in assigned and (offset := ledger.due()) is not None
-        }
-        if not offsets:
-            return
-        ledgers = {partition: self._ledgers[partition] for partition in offsets}
-        try:
-            await self._consumer.commit(offsets)
-        except KafkaError as error:
-            logger.warning("commands carried out are not committed yet: %r", error)
-            return
-        for partition, offset in offsets.items():
-            ledgers[partition].committed(offset)
-
-    async def _stop(self) -> None:
-        try:
-            async with asyncio.timeout(STOP_TIMEOUT_S):
-                await self._commit()
-        except TimeoutError:
-            logger.warning("the last commands are not committed: they come again")
-        await self._consumer.stop()
-
-    def on_partitions_revoked(self, revoked: Any) -> None:
-        """What is not committed is read again by whoever gets the partition."""
-        self._ledgers.clear()
-
-    def on_partitions_assigned(self, assigned: Any) -> None:
-        """Reading goes on from what was committed."""
+        await self._source.run()
 
     # -- commands
 
-    async def _carry_out(self, record: Any, ledger: Ledger) -> None:
-        size = len(record.value or b"")
-        ledger.begin(record.offset, size)
-        done = partial(ledger.finish, record.offset)
+    async def _carry_out(self, record: Any, done: Callable[[], None]) -> None:
         try:
             command = codec.decode_command(record.value)
             ticket = self._ticket(command, record.timestamp, done)

@@ -1,16 +1,16 @@
-"""Which commands of one Kafka partition are not finished: how far may be committed, and whether to read on."""
+"""Which records of one Kafka partition are not finished: how far may be committed, and whether to read on."""
 
 from __future__ import annotations
 
 from typing import Final
 
-UNFINISHED_MAX: Final = 10_000  # commands of one partition
-# Of their records. A command in memory takes about twice that.
+UNFINISHED_MAX: Final = 10_000  # records of one partition
+# A record and what is made of it take about twice that in memory.
 UNFINISHED_BYTES_MAX: Final = 64 * 1024 * 1024
 
 
 class Ledger:
-    """Of one partition, from its assignment on. Commands begin in order, and finish in any."""
+    """Of one partition, from its assignment on. Records begin in order, and finish in any."""
 
     def __init__(self, start: int) -> None:
         """`start` is the offset of the first record that was read."""

@@ -10,6 +10,7 @@ from schemas.rules import Rules
 TOPICS_REMEMBERED_MAX: Final = (
     10_000  # whose hooks were looked up; past that the memory starts anew
 )
+RETAINING: Final = ("on_message_retain", "on_retain_delete")
 
 
 class RuleAnswers:
@@ -20,6 +21,7 @@ class RuleAnswers:
         self._rules = rules
         self._wanted: dict[tuple[Hook, str], bool] = {}
         self._owned: dict[str, bool] = {}
+        self._retained: dict[str, bool] = {}
 
     def wants(self, hook: Hook, topic: str) -> bool:
         """Whether a rule, or the topic's delivery agent, needs this event."""
@@ -38,6 +40,16 @@ class RuleAnswers:
             if len(self._owned) >= TOPICS_REMEMBERED_MAX:
                 self._owned.clear()
             known = self._owned[topic] = self._rules.owner(topic) != "messages"
+        return known
+
+    def may_retain(self, topic: str) -> bool:
+        """Whether a rule keeps the topic's retained message, or clears it."""
+        known = self._retained.get(topic)
+        if known is None:
+            if len(self._retained) >= TOPICS_REMEMBERED_MAX:
+                self._retained.clear()
+            rules = self._rules.matching("message.publish", topic)
+            known = self._retained[topic] = any(rule.action in RETAINING for rule in rules)
         return known
 
     def looks_up_retained(self, topic_filter: str) -> bool:

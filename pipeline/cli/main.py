@@ -15,7 +15,9 @@ from pipeline.cli import (
     lag_command,
     mqtt_commands,
     part_commands,
+    rebuild_command,
     redis_command,
+    replay_commands,
     rewind_command,
     stack_commands,
     topics_command,
@@ -46,6 +48,8 @@ app.add_typer(part_commands.config, name="config")
 app.command()(mqtt_commands.pub)
 app.command()(mqtt_commands.sub)
 app.command()(rewind_command.rewind)
+app.command()(replay_commands.replay)
+app.command()(rebuild_command.rebuild)
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(redis_command.redis)

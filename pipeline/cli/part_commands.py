@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from agents.registry import AGENT_NAMES
-from pipeline import topics
+from pipeline import topics as kafka_topics
 from pipeline.cli.common import (
     DEFAULT_DATA,
     ConfigOption,
@@ -19,6 +19,7 @@ from pipeline.cli.common import (
     load_settings,
     log_to_stderr,
 )
+from schemas import keys
 from schemas.errors import ConfigError
 
 kafka = typer.Typer(help="Kafka's topics.", no_args_is_help=True)
@@ -42,24 +43,52 @@ def worker(
 
 
 def bridge(
-    broker: Annotated[str, typer.Argument(help="One of: embedded.")],
+    broker: Annotated[str, typer.Argument(help="One of: embedded, emqx, emqx-kafka.")],
     config: ConfigOption = None,
     data: DataOption = DEFAULT_DATA,
+    topics: Annotated[
+        str | None,
+        typer.Option(help="emqx-kafka: the Kafka topics that EMQX writes rule events to, a,b,…"),
+    ] = None,
 ) -> None:
-    """Connect one MQTT broker to Kafka until SIGTERM; `embedded` brings its own."""
-    if broker != "embedded":
-        raise ConfigError(f"no bridge {broker!r}: there is embedded")
-    from pipeline.bridge import run_embedded  # noqa: PLC0415  needs the extra [local]
-
+    """Connect an MQTT broker to Kafka until SIGTERM: its own (`embedded`), or an EMQX, by its ExHook (`emqx`) or by
+    what its rules write to Kafka (`emqx-kafka`).
+    """
+    if (topics is not None) != (broker == "emqx-kafka"):
+        raise ConfigError("--topics names what the bridge emqx-kafka reads, and only that one")
     log_to_stderr()
-    run_embedded(*load_settings(config, data))
+    if broker == "embedded":
+        from pipeline.bridge import run_embedded  # noqa: PLC0415  needs the extra [local]
+
+        run_embedded(*load_settings(config, data))
+    elif broker == "emqx":
+        from pipeline.brokers.emqx.running import run_emqx  # noqa: PLC0415  needs the extra [emqx]
+
+        run_emqx(*load_settings(config, data))
+    elif topics is not None:
+        from pipeline.brokers.emqx.kafka_bridge import run_emqx_kafka  # noqa: PLC0415  not for all
+
+        run_emqx_kafka(*load_settings(config, data), _source_topics(topics))
+    else:
+        raise ConfigError(f"no bridge {broker!r}: there are embedded, emqx, emqx-kafka")
+
+
+def _source_topics(text: str) -> list[str]:
+    """The Kafka topics in `a,b,…`, each once."""
+    names = list(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
+    own = sorted(set(names) & set(keys.TOPICS))
+    if own:
+        raise ConfigError(f"--topics: {', '.join(own)} is Millpond's own; EMQX writes elsewhere")
+    if not names:
+        raise ConfigError("--topics: there is none")
+    return names
 
 
 @kafka.command("init")
 def kafka_init(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) -> None:
     """Create the topics that are missing."""
     settings, _ = load_settings(config, data)
-    created = asyncio.run(topics.create(settings.kafka))
+    created = asyncio.run(kafka_topics.create(settings.kafka))
     console.print(f"created {', '.join(created)}" if created else "all topics exist")
 
 
@@ -67,7 +96,7 @@ def kafka_init(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) -> 
 def kafka_check(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) -> None:
     """Compare the topics with the settings; exit code 1 if anything differs."""
     settings, _ = load_settings(config, data)
-    deviations = asyncio.run(topics.check(settings.kafka))
+    deviations = asyncio.run(kafka_topics.check(settings.kafka))
     for deviation in deviations:
         errors.print(deviation, markup=False, soft_wrap=True)
     if deviations:

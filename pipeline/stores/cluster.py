@@ -19,6 +19,7 @@ from hiredis import ReplyError
 
 from agents.effects import DropBody, Refusal, RunCommand
 from agents.ports import Applied, Read, Stored, Transaction
+from pipeline.clock import now_ms
 from pipeline.stores.commands import CommandList, refusals
 from pipeline.stores.fence import POISON, Fence, Packed
 from pipeline.stores.nodes import Nodes
@@ -107,7 +108,7 @@ class ClusterStore:
 
     def pack(self, transaction: Transaction) -> ClusterPacked:
         """See `agents.ports.Store`."""
-        commands = Commands(self._partition, transaction)
+        commands = Commands(self._partition, transaction, now_ms())
         unindexed, dropped = commands.removals.split(DropBody)
         state = CommandList()
         if commands.removals.commands:

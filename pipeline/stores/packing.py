@@ -36,7 +36,8 @@ from schemas import keys
 from schemas.codec import payload_bytes
 from schemas.keys import Partition
 
-# A body outlives its index entry by this much. The index entry goes by a tick, on the log's clock, the body by
+# A body outlives its index entry by this much, and whatever it was written for: a log that is folded late, or anew,
+# may still say that it is needed longer. The index entry goes by a tick, on the log's clock, the body by
 # the server's own: an hour covers clocks that differ and workers that were away, so that no id is without its
 # message. Expiry on the server is only a safety net; a tick removes both.
 BODY_GRACE_MS: Final = 3_600_000
@@ -58,9 +59,11 @@ def decode_seen(lines: bytes | None) -> tuple[str, ...]:
 class Commands:
     """The commands of one batch: `bodies` before `entries`, both before `state`, `removals` last."""
 
-    def __init__(self, partition: Partition, transaction: Transaction) -> None:
-        """Fold the effects of a transaction; what is written once per batch is written at its end."""
-        self.partition = partition
+    def __init__(self, partition: Partition, transaction: Transaction, wall_ms: int = 0) -> None:
+        """Fold the effects of a transaction; what is written once per batch is written at its end. `wall_ms` is now, by
+        the clock that the server's is like.
+        """
+        self.partition, self._wall_ms = partition, wall_ms
         self.bodies, self.entries = CommandList(), CommandList()
         self.state, self.removals = CommandList(), CommandList()
         self.indexed: dict[str, list[tuple[StoreMessage | Reindex, str]]] = {}
@@ -72,6 +75,10 @@ class Commands:
         self._entries()
         self._states()
         self._fence(transaction)
+
+    def end_of_body(self, expires_at: int) -> int:
+        """When the server may forget a body that nobody needs any more after `expires_at`."""
+        return max(expires_at, self._wall_ms) + BODY_GRACE_MS
 
     def _entries(self) -> None:
         for topic, messages in self.indexed.items():
@@ -162,7 +169,7 @@ def _store_message(commands: Commands, effect: StoreMessage) -> None:
     )
     # fmt: on
     if effect.expires_at is not None:
-        commands.bodies.add(effect, "PEXPIREAT", body, effect.expires_at + BODY_GRACE_MS)
+        commands.bodies.add(effect, "PEXPIREAT", body, commands.end_of_body(effect.expires_at))
     if effect.indexed:
         commands.indexed.setdefault(event.topic, []).append((effect, event.message_id))
 
@@ -171,7 +178,7 @@ def _reindex(commands: Commands, effect: Reindex) -> None:
     commands.indexed.setdefault(effect.topic, []).append((effect, effect.message_id))
     if effect.expires_at is not None:
         body = keys.message_body(effect.message_id)
-        commands.bodies.add(effect, "PEXPIREAT", body, effect.expires_at + BODY_GRACE_MS)
+        commands.bodies.add(effect, "PEXPIREAT", body, commands.end_of_body(effect.expires_at))
 
 
 def _retain(commands: Commands, effect: Retain) -> None:

@@ -11,6 +11,7 @@ from redis.backoff import EqualJitterBackoff
 
 from agents.effects import Refusal
 from agents.ports import Read, Stored, Transaction
+from pipeline.clock import now_ms
 from pipeline.stores.fence import Fence, Packed
 from pipeline.stores.packing import Commands
 from pipeline.stores.reading import answer, read_command
@@ -75,7 +76,7 @@ class RedisStore:
 
     def pack(self, transaction: Transaction) -> Packed:
         """See `agents.ports.Store`."""
-        commands = Commands(self._partition, transaction).all()
+        commands = Commands(self._partition, transaction, now_ms()).all()
         return Packed(transaction.expected, commands, commands.packed())
 
     def commit(self, packed: Packed) -> Awaitable[Sequence[Refusal]]:

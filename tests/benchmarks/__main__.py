@@ -17,7 +17,20 @@ from typing import Final
 from redis import Redis
 
 from schemas import codec, keys
-from tests.benchmarks import clients, delivery, latency, limit, memory, race, scene, venvs
+from tests.benchmarks import (
+    clients,
+    delivery,
+    exhook,
+    latency,
+    limit,
+    memory,
+    race,
+    replays,
+    rule_events,
+    scene,
+    spool,
+    venvs,
+)
 from tests.benchmarks.clients import SESSIONS
 from tests.benchmarks.events import PARTITIONS, TOPICS, event, fill, publishes
 from tests.benchmarks.latency import Latency
@@ -32,14 +45,18 @@ from tests.benchmarks.race import (
     Contestant,
     Result,
 )
-from tests.benchmarks.table import Row, most_row, progress, ratio_row, show, thousands
+from tests.benchmarks.table import Row, least_row, most_row, progress, ratio_row, show, thousands
 
 LIMIT, LATENCY, MEMORY, PRESENCE, REGISTRY = "limit", "latency", "memory", "presence", "registry"
+RULES = "rule-events"
+SPOOL = "spool"
 QUEUE, HAND_OUT, BACKLOG, PUBSUB, IDLE = "queue", "queue-latency", "backlog", "pubsub", "idle"
+REPLAY: Final = "replay"
+HOOKS, HOOK_LATENCY = "hooks", "hook-latency"
 RACERS: Final = (*SCRIPTS, TWO)
 PARTS: Final = (
     LIMIT, *(each.name for each in RACERS), LATENCY, MEMORY, PRESENCE, REGISTRY,
-    QUEUE, HAND_OUT, BACKLOG, PUBSUB, IDLE,
+    RULES, QUEUE, HAND_OUT, BACKLOG, PUBSUB, IDLE, SPOOL, HOOKS, HOOK_LATENCY, REPLAY,
 )  # fmt: skip
 
 
@@ -68,7 +85,14 @@ def main() -> None:
         rows += _presence_rows(arguments.rounds)
     if REGISTRY in asked:
         rows += _registry_rows()
+    if RULES in asked:
+        rate = thousands(median(rule_events.rate() for _ in range(arguments.rounds)))
+        rows.append(Row("EMQX's rule events made canonical by one bridge", "", rate, "", None))
     rows += _delivery_rows(asked, arguments)
+    if SPOOL in asked:
+        rows += _spool_rows(arguments.spool_events)
+    if REPLAY in asked:
+        rows += replays.rows()
     show(rows, notes)
 
 
@@ -84,6 +108,10 @@ def _delivery_rows(asked: Sequence[str], arguments: argparse.Namespace) -> list[
         rows += delivery.pubsub_rows(arguments.rounds)
     if IDLE in asked:
         rows += delivery.idle_rows()
+    if HOOKS in asked:
+        rows += exhook.rate_rows(arguments.rounds)
+    if HOOK_LATENCY in asked:
+        rows += exhook.latency_rows(arguments.seconds)
     return rows
 
 
@@ -93,6 +121,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--events", type=int, default=300_000, help="events of a race")
     parser.add_argument("--seconds", type=float, default=30, help="how long latency is measured")
     parser.add_argument("--memory-events", type=int, default=10_000_000)
+    parser.add_argument("--spool-events", type=int, default=1_000_000)
     parser.add_argument("--only", action="append", choices=PARTS, help="may be repeated")
     return parser.parse_args()
 
@@ -185,6 +214,27 @@ def _memory_rows(events: int) -> list[Row]:
     progress(f"memory: {found.first:.0f}, {found.last:.0f} MiB; {thousands(found.rate)}")
     figures = f"{found.last:.0f} MiB : {found.first:.0f} MiB"
     return [most_row(what, figures, found.last / found.first, 1.2, "x")]
+
+
+def _spool_rows(events: int) -> list[Row]:
+    what = f"bridge, {events / 1e6:g} million events in an outage"
+    reason = spool.room(Path(tempfile.gettempdir()), events)
+    if reason is not None:
+        return [Row(what, reason, "not run", "at most 1.2 x", met=False)]
+    found = spool.run(events)
+    figures = f"{found.rss_most:.0f} MiB : {found.rss_first:.0f} MiB"
+    return [
+        least_row("bridge, events straight into Kafka", [found.direct], 3_000),
+        least_row(f"{what}, into the spool", [found.spooled], 3_000),
+        least_row(f"{what}, out of it into Kafka", [found.drained], 3_000),
+        most_row(
+            f"{what}, RSS at most : after a tenth",
+            figures,
+            found.rss_most / found.rss_first,
+            1.2,
+            "x",
+        ),
+    ]
 
 
 def _presence_rows(rounds: int) -> list[Row]:

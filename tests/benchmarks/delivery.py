@@ -14,7 +14,7 @@ MESSAGES: Final = 200_000
 LEAST: Final = 15_000  # messages, or deliveries with their acks, per second of one worker
 SUBSCRIBERS: Final = (1, 10, 100)
 FEW, MANY = 100, 100_000  # idle subscribers
-EVENTS_BESIDE_IDLE: Final = 100_000
+EVENTS_BESIDE_IDLE: Final = 200_000
 SHORT, LONG = 1_000, 1_000_000  # messages of a backlog
 
 
@@ -72,19 +72,21 @@ def pubsub_rows(rounds: int) -> list[Row]:
 
 
 def idle_rows() -> list[Row]:
-    """What subscribers cost that are away."""
+    """What subscribers cost that have nothing to do: those that are away, and those that are online."""
     rows = []
-    for kind, topics in (
-        (f"{MANY:,} away from one topic : {FEW}", 1),
-        (f"{MANY:,} topics with one each : {FEW}", 0),
+    for kind, topics, online in (
+        (f"{MANY:,} away from one topic : {FEW}", 1, False),
+        (f"{MANY:,} topics with one away each : {FEW}", 0, False),
+        (f"{MANY:,} online at one topic : {FEW}", 1, True),
+        (f"{MANY:,} topics with one online each : {FEW}", 0, True),
     ):
-        few = pubsubs.idle(FEW, topics or FEW, EVENTS_BESIDE_IDLE)
-        many = pubsubs.idle(MANY, topics or MANY, EVENTS_BESIDE_IDLE)
-        progress(f"idle: {few} {many}")
-        costs = f"{thousands(few.rate)} : {thousands(many.rate)}"
+        few = pubsubs.idle(FEW, topics or FEW, EVENTS_BESIDE_IDLE, online=online)
+        many = pubsubs.idle(MANY, topics or MANY, EVENTS_BESIDE_IDLE, online=online)
+        progress(f"{kind}: {few} {many}")
+        costs = f"{many.cost:.0f} µs : {few.cost:.0f} µs"
         memory = f"{many.rss:.0f} MiB : {few.rss:.0f} MiB"
         rows.append(
-            most_row(f"pubsub: {kind}, cost of an event", costs, few.rate / many.rate, 1.5, "x")
+            most_row(f"pubsub: {kind}, cost of an event", costs, many.cost / few.cost, 1.5, "x")
         )
         rows.append(most_row(f"pubsub: {kind}, RSS", memory, many.rss / few.rss, 1.5, "x"))
     return rows

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final, NamedTuple
 
 import psutil
+from redis import Redis
 
 from schemas import keys
 from schemas.events import (
@@ -34,6 +34,8 @@ TOPICS: Final = 400
 DELIVERIES_A_CHUNK: Final = 1_000  # of a partition, between its publishes, the reports and the acks
 SENT_A_RECORD: Final = 100
 START_SHARE: Final = 0.1
+AT_ONCE: Final = 10_000  # of the subscribers that come and go
+PATIENT: Final = "[worker]\nsession_timeout_s = 60\n"  # while it is stopped and its log is written
 RULES: Final = given.pubsub("bench/#", expired_time=3_600, max_inflight=1_000)
 
 
@@ -132,41 +134,65 @@ def run(deliveries: int, subscribers: int) -> float:
 
 
 class Idle(NamedTuple):
-    """Publishes per second, and MiB of the worker, beside subscribers that have nothing to do."""
+    """What a publish costs beside subscribers that have nothing to do, in µs of the worker's and Redis' processor time; and
+    the worker's memory in MiB.
+    """
 
-    rate: float
+    cost: float
     rss: float
 
 
-def idle(subscribers: int, topics: int, events: int) -> Idle:
-    """So many subscribers, spread over so many topics, come and go; then one topic is published to, which has one reader."""
+def idle(subscribers: int, topics: int, events: int, *, online: bool = False) -> Idle:
+    """So many subscribers come, spread over so many topics, and stay `online`; or go again, so that only some are there
+    at once. When all of that is done, messages are published: to topics of those who are away, or else to others, so that
+    nobody has anything to do.
+    """
     with (
         TemporaryDirectory() as name,
         scene.kafka(Path(name) / "kafka") as settings,
         scene.redis(Path(name) / "redis") as redis,
     ):
-        log = list(_idle_log(subscribers, topics, events))
-        asyncio.run(fill(settings.bootstrap_servers[0], keys.MESSAGES_TOPIC, log))
-        scene.configure(Path(name), APP, settings, scene.address(redis), rules=RULES)
+        came = list(_comings(subscribers, topics, online=online))
+        first_topic = topics if online else 0
+        beside = [
+            (topic % PARTITIONS, published(number, topic_name(topic)))
+            for number in range(events)
+            for topic in (first_topic + number % min(topics, TOPICS),)
+        ]
+        address = settings.bootstrap_servers[0]
+        asyncio.run(fill(address, keys.MESSAGES_TOPIC, came))
+        scene.configure(
+            Path(name), APP, settings, scene.address(redis), more=PATIENT, rules=RULES
+        )  # fmt: skip
         process = scene.millpond("worker", "worker", "pubsub", directory=Path(name))
         try:
-            came = len(log) - events
-            until_applied(process, redis, APP, "pubsub", came + events // 5)
-            started, first = time.monotonic(), came + events // 5
-            last_at, last = until_applied(process, redis, APP, "pubsub", len(log))
+            until_applied(process, redis, APP, "pubsub", len(came))
+            with process.paused():
+                asyncio.run(fill(address, keys.MESSAGES_TOPIC, beside))
+            wanted = len(came) + int(events * START_SHARE)
+            _, first = until_applied(process, redis, APP, "pubsub", wanted)
+            before = _processor_s(process, redis)
+            _, last = until_applied(process, redis, APP, "pubsub", len(came) + events)
+            spent = _processor_s(process, redis) - before
             rss = psutil.Process(process.pid).memory_info().rss / 2**20
         finally:
             process.kill()
-    return Idle((last - first) / (last_at - started), rss)
+    return Idle(spent / (last - first) * 1e6, rss)
 
 
-def _idle_log(subscribers: int, topics: int, events: int) -> Iterator[tuple[int, Event]]:
-    for number in range(subscribers):
-        topic = number % topics
-        yield topic % PARTITIONS, joined(number, topic_name(topic))
-    for number in range(subscribers):
-        topic = number % topics
-        yield topic % PARTITIONS, left(number, topic_name(topic))
-    for number in range(events):
-        topic = number % min(topics, TOPICS)
-        yield topic % PARTITIONS, published(number, topic_name(topic))
+def _processor_s(process: scene.Process, redis: Redis) -> float:
+    """What both have used so far: it hardly depends on what else runs on the machine."""
+    worker, server = psutil.Process(process.pid).cpu_times(), redis.info("cpu")
+    of_redis = float(server["used_cpu_user"]) + float(server["used_cpu_sys"])
+    return worker.user + worker.system + of_redis
+
+
+def _comings(subscribers: int, topics: int, *, online: bool) -> Iterator[tuple[int, Event]]:
+    for first in range(0, subscribers, AT_ONCE):
+        some = range(first, min(first + AT_ONCE, subscribers))
+        for number in some:
+            topic = number % topics
+            yield topic % PARTITIONS, joined(number, topic_name(topic))
+        for number in some if not online else ():
+            topic = number % topics
+            yield topic % PARTITIONS, left(number, topic_name(topic))

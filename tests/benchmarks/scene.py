@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,6 +88,15 @@ class Process:
         """It still runs."""
         log = self._log.read_text(errors="replace")[-LOG_SHOWN_CHARACTERS:]
         assert self._process.poll() is None, f"{self.name} ended:\n{log}"
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stopped where it is, for so long."""
+        servers.pause(self._process)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         self._process.kill()

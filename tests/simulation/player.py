@@ -50,6 +50,7 @@ class Player:
         self.sessions: dict[str, int] = {}
         self.seen = SeenIds()
         self.clock = 100  # of source offsets
+        self.broker_delivers = False  # to one of them, at least
 
     @property
     def records(self) -> list[Record]:
@@ -105,6 +106,7 @@ class Player:
     def _join(self, step: Step) -> None:
         client, topic_filter = CLIENTS[step.which % 3], FILTERS[step.other % len(FILTERS)]
         self.clock += 1
+        self.broker_delivers |= step.kind == "broker joins"
         session = self.sessions.setdefault(client, self.clock)
         self.world.join(
             client, topic_filter, qos=min(1, (step.other + step.which) % 4), session=session,
@@ -150,16 +152,17 @@ class Player:
         self.world.tell(DeliveriesSent(**AT, agent="queue", sent=(sent,)))
 
     def _ack(self, step: Step) -> None:
+        marks = {"broker_delivers": self.broker_delivers}
         if step.kind == "ack early":
             name, topic = f"m{len(self.published)}", TOPICS[step.which % 3]
-            self.world.ack(CLIENTS[step.other % 3], name, topic=topic)
+            self.world.ack(CLIENTS[step.other % 3], name, topic=topic, **marks)
             return
         if not self.commands:
             return
         command = self.commands[-1 - step.which % min(len(self.commands), 6)]
         alias = "x" if step.kind == "ack by alias" else ""
         client = CLIENTS[step.other % 3] if step.kind == "foreign ack" else command.client_id
-        self.world.ack(client, alias + command.message_id, topic=command.topic)
+        self.world.ack(client, alias + command.message_id, topic=command.topic, **marks)
 
     def _besides(self, step: Step) -> None:
         dead = sorted(self.world.table("dead"))

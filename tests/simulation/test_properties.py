@@ -10,8 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from agents import held, seen
-from agents.messages import machine
+from agents import held, keeping, seen
 from agents.ports import Record
 from agents.seen import SeenIds
 from pipeline.stores.memory_server import MemoryServer, Zset
@@ -76,7 +75,7 @@ def _small_limits() -> Iterator[None]:
         patch.setattr(seen, "DEDUP_WINDOW_MS", WINDOW_MS)
         patch.setattr(seen, "GENERATION_IDS_MAX", 3)
         patch.setattr("agents.due.SWEEP_DUE_MAX", 2)
-        patch.setattr(machine, "SWEEP_ENTRIES_MAX", 3)
+        patch.setattr(keeping, "SWEEP_ENTRIES_MAX", 3)
         patch.setattr(held, "STATES_HELD_MAX", 1)
         yield
 

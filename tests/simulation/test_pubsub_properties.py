@@ -29,7 +29,7 @@ LIMITS = {
     "agents.pubsub.forgetting.PAGE_MAX": 2,
     "agents.delivery.rounds.ROUNDS_MAX": 2, "agents.delivery.rounds.FILTERS_MAX": 2,
     "agents.pubsub.trimming.AHEAD_MAX": 2, "agents.delivery.machine.AHEAD_TOTAL_MAX": 4,
-    "agents.delivery.leasing.UNCONFIRMED_MAX": 5, "agents.pubsub.trimming.SWEEP_ENTRIES_MAX": 3,
+    "agents.delivery.leasing.UNCONFIRMED_MAX": 5, "agents.keeping.SWEEP_ENTRIES_MAX": 3,
     "agents.pubsub.machine.OVERFLOW_MAX": 2, "agents.pubsub.trimming.OVERFLOW_MAX": 2,
 }  # fmt: skip
 

@@ -22,6 +22,7 @@ from redis.backoff import ConstantBackoff
 from schemas import keys
 from schemas.events import Event
 from tests import given
+from tests.system.replaying import check_replay
 
 PARTITIONS = 4
 WAIT_S = 60.0  # for a condition that comes true; generous, since machines are shared
@@ -80,6 +81,8 @@ class Pipeline:
         # Tests kill their Redis: a connection that broke is made anew.
         self.redis: Redis = Redis.from_url(redis_url, retry=Retry(ConstantBackoff(0.1), 50))
         self.workers: list[Worker] = []
+        # Whether Redis has in the end what follows from the log alone: not if a test has put something else there.
+        self.replays_as_live = True
         self.producer = AIOKafkaProducer(bootstrap_servers=bootstrap, max_request_size=4 << 20)
 
     def configure(self, *rules: str, batch_records_max: int = 500) -> Path:
@@ -169,5 +172,7 @@ async def running(
     await pipeline.producer.start()
     try:
         yield pipeline
+        if pipeline.replays_as_live and pipeline.workers:
+            await check_replay(directory / "millpond.toml", redis_url)
     finally:
         await pipeline.stop()

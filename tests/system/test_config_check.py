@@ -45,14 +45,14 @@ def test_a_redis_that_forgets_is_named_for_each_way_in_which_it_does(
 ) -> None:
     address = own_redis.address.removeprefix("redis://")
     kafka = "Kafka cannot be reached"
-    (sound,) = notes(checked(tmp_path, address, given.store()))
+    (sound,) = notes(checked(tmp_path, address, given.store(expired_time=60)))
     assert kafka in sound
     with Redis.from_url(own_redis.address) as redis:
         redis.config_set("maxmemory-policy", "allkeys-lru")
         redis.config_set("appendonly", "no")
         redis.config_set("save", "")
         redis.config_set("hash-max-listpack-value", "64")
-    found = notes(checked(tmp_path, address, given.store()))
+    found = notes(checked(tmp_path, address, given.store(expired_time=60)))
     named = [note.removeprefix("note: [pool.pool1] ") for note in found if kafka not in note]
     assert [reason.partition(":")[0] for reason in named] == [
         "maxmemory-policy is allkeys-lru",

@@ -340,6 +340,7 @@ async def test_the_clients_that_there_are_are_listed_and_one_that_is_unknown_is_
 async def test_a_worker_that_is_told_another_partition_count_than_kafka_has_refuses(
     pipeline: Pipeline,
 ) -> None:
+    pipeline.replays_as_live = False  # nothing lives
     config = pipeline.directory / "millpond.toml"
     config.write_text(config.read_text().replace("partitions = 4", "partitions = 5"))
     refused = Worker(config, pipeline.directory / "refused.log", "sessions")

@@ -90,6 +90,7 @@ async def test_a_partition_that_cannot_go_on_ends_the_process_and_the_others_fin
     await publish(pipeline)
     await all_applied(pipeline)
     # As if partition 2 had been written by a worker of another cluster.
+    pipeline.replays_as_live = False
     fence = (await applied(pipeline))[2] | {"cluster_id": "another"}
     await pipeline.redis.set(fence_key(pipeline, 2), json.dumps(fence))
     assert await worker.ended() == 1

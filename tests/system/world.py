@@ -33,6 +33,7 @@ from tests.system.mqtt import (
     text,
 )
 from tests.system.pipeline import PARTITIONS, WAIT_S, Worker, until
+from tests.system.replaying import check_replay
 
 KILLED = -signal.SIGKILL
 PUBLISH_WINDOW = 100  # what a publisher sends before it waits for an acknowledgement
@@ -164,6 +165,7 @@ def running(
     try:
         yield asyncio.run(world.start(*agents))
         assert not world.complaints(), "\n".join(world.complaints())
+        asyncio.run(check_replay(directory / "millpond.toml", redis_url))
     finally:
         world.stop()
 

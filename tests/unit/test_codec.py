@@ -42,7 +42,9 @@ GOLDEN: dict[str, tuple[Event, str]] = {
         events.ClientDisconnected(**CLIENT, connection_id="c1", reason="normal"),
         f'{STAMP},"client_id":"sub","connection_id":"c1","reason":"normal"',
     ),
-    "session.created": (events.SessionCreated(**CLIENT), f'{STAMP},"client_id":"sub"'),
+    "session.created": (
+        events.SessionCreated(**CLIENT, began_at=4), f'{STAMP},"client_id":"sub","began_at":4'
+    ),
     "session.resumed": (events.SessionResumed(**CLIENT), f'{STAMP},"client_id":"sub"'),
     "session.subscribed": (
         events.SessionSubscribed(**CLIENT, topic_filter="queue/+", qos=1),
@@ -93,7 +95,7 @@ GOLDEN: dict[str, tuple[Event, str]] = {
     "message.acked": (
         events.MessageAcked(**MESSAGE, from_client_id="pub"),
         (f'{STAMP},"message_id":"0005","topic":"queue/a","client_id":"sub","from_client_id":"pub",'
-        '"qos":1'),
+        '"qos":1,"broker_delivers":false'),
     ),
     "subscriber.joined": (
         events.SubscriberJoined(

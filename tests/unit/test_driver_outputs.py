@@ -282,7 +282,7 @@ def test_the_next_tick_waits_an_interval() -> None:
 
 
 def test_a_tick_follows_at_once_while_work_is_left_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agents.messages.machine.SWEEP_ENTRIES_MAX", 1)
+    monkeypatch.setattr("agents.keeping.SWEEP_ENTRIES_MAX", 1)
     world = World(given.store(expired_time=60))
     driver = world.started()
     world.append(*(given.published(name) for name in "abc"))

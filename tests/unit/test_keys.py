@@ -69,6 +69,7 @@ def test_a_partition_knows_its_topic_and_says_who_reads_it() -> None:
     assert str(PARTITION) == "mqtt.messages[7] (mill.queue)"
     assert keys.group_id("mill", "queue") == "mill.queue"
     assert keys.bridge_group_id("mill") == "mill.bridge"
+    assert keys.rule_events_group_id("mill") == "mill.bridge.emqx-kafka"
 
 
 KEYS = {

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from agents import keeping
 from agents.due import INDEX, MESSAGE, RETAINED, due_member
 from agents.effects import (
     NO_SOURCE,
@@ -27,7 +28,6 @@ from agents.effects import (
     Unindex,
     WriteSeen,
 )
-from agents.messages import machine as messages
 from agents.messages.machine import MessagesMachine
 from agents.ports import ReadDue, ReadIndex, ReadStates, Stored
 from schemas.errors import DecodeError
@@ -426,7 +426,7 @@ def test_a_retained_message_that_was_replaced_is_not_swept_by_the_old_due_time()
 def test_a_tick_does_a_bounded_piece_and_the_rest_is_still_due(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(messages, "SWEEP_ENTRIES_MAX", 3)
+    monkeypatch.setattr(keeping, "SWEEP_ENTRIES_MAX", 3)
     monkeypatch.setattr("agents.due.SWEEP_DUE_MAX", 1)
     running = Running(given.store(expired_time=60))
     running.fold(*(given.published(f"a{n}", topic="a") for n in range(5)))

@@ -36,8 +36,8 @@ class Pubsub(Delivering):
     ) -> None:
         super().leave(client, topic_filter, reason, **fields)
 
-    def ack(self, client: str, *names: str, topic: str = TOPIC) -> None:
-        super().ack(client, *names, topic=topic)
+    def ack(self, client: str, *names: str, topic: str = TOPIC, **marks: bool) -> None:
+        super().ack(client, *names, topic=topic, **marks)
 
     def shown(self, client: str, topic: str = TOPIC) -> str | None:
         """The read offset, as any Redis client sees it."""

@@ -326,7 +326,7 @@ def test_where_the_broker_delivers_only_what_was_stored_before_is_handed_over() 
     world.publish("m2")
     world.publish("m3", qos=0)
     assert world.hand_over() == [("a", "m1")]
-    world.ack("a", "m2")
+    world.ack("a", "m2", broker_delivers=True)
     assert world.stored("queue/a") == ["m1"]
     world.join("b")
     world.publish("m4")
@@ -339,18 +339,17 @@ def test_where_the_broker_delivers_any_of_its_clients_acks_is_the_first_one() ->
     world.join("a", broker_delivers=True)
     world.join("b", broker_delivers=True)
     world.restart()
-    world.ack("b", "m1")
+    world.ack("b", "m1", broker_delivers=True)
     world.ack("stranger", "m2")
     assert world.stored("queue/a") == ["m2"]
-    world.ack("b", "m2")
-    world.ack("b", "m2")
+    world.ack("stranger", "m2", broker_delivers=True)
+    world.ack("b", "m2", broker_delivers=True)
     assert world.stored("queue/a") == []
 
 
 def test_an_ack_may_come_before_its_publish_where_the_broker_delivers() -> None:
     world = a_queue()
-    world.join("a", broker_delivers=True)
-    world.ack("a", "m1")
+    world.ack("a", "m1", broker_delivers=True)  # its client's join is not here yet, either
     world.publish("m1")
     assert world.stored("queue/a") == []
 
@@ -362,7 +361,7 @@ def test_an_ack_right_behind_the_join_of_its_client_finds_what_is_stored() -> No
     world.join("z", "queue/z")
     world.restart()
     joined = given.joined("a", "queue/a", source_offset=9, broker_delivers=True)
-    world.tell(joined, given.acked("m2", "queue/a", client_id="a"))
+    world.tell(joined, given.acked("m2", "queue/a", client_id="a", broker_delivers=True))
     assert world.stored("queue/a") == ["m1", "m3"]
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from agents import keeping
 from agents.delivery import machine as delivery
 from agents.delivery import membership
 from agents.delivery.members import Members
-from agents.queue import indexes
 from pipeline.stores.memory_server import Zset
 from schemas import keys
 from schemas.commands import COMMAND_VALID_FOR_S
@@ -148,7 +148,7 @@ def test_a_filter_that_is_none_is_a_dead_letter() -> None:
 def test_an_expired_message_is_gone_for_everyone_but_its_holder(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(indexes, "SWEEP_ENTRIES_MAX", 1)
+    monkeypatch.setattr(keeping, "SWEEP_ENTRIES_MAX", 1)
     for end in ("ack", "failure"):
         world = a_queue(expired_time=20, max_inflight=1)
         world.join("a")
@@ -353,5 +353,5 @@ def test_a_member_that_the_store_tells_of_twice_is_one() -> None:
     world.join("a")
     held = Members()
     for _ in range(2):
-        held.supply(world.table("members"))
+        held.supply_all(world.table("members"))
     assert [name for name, _ in held.of_client("a")] == ["a"]

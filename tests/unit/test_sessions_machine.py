@@ -10,6 +10,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from agents.sessions import machine as sessions
 from agents.sessions.state import unpack
@@ -662,6 +663,14 @@ def test_a_snapshot_that_tells_of_a_subscription_again_is_no_subscribe() -> None
     assert len(world.commands) == 2
 
 
+def test_a_snapshot_that_knows_another_time_of_a_connection_tells_nothing_new() -> None:
+    world = Sessions(given.a_rule(hook="client.connected", commands=["INCR connected:${clientid}"]))
+    world.tell(world.connected(connected_at=21_000))
+    world.snapshot(world.connected(connected_at=20_993, told_again=True))
+    world.snapshot(world.connected(connected_at=21_007, told_again=True))
+    assert world.text("connected:c") == "1"
+
+
 # -- the user's commands ----------------------------------------------------------------------------------
 
 
@@ -757,3 +766,74 @@ def test_a_real_brokers_trace_ends_with_everybody_offline_in_any_order_between_c
     )
     assert world.at_node("emqx@127.0.0.1") == {}
     assert len(clients) == 7
+
+
+# -- told late, or in another order
+
+
+def began(world: Sessions, began_at: int, **fields: Any) -> Event:
+    return world.event(events.SessionCreated, "c", began_at=began_at, **fields)
+
+
+def subscribed_at(world: Sessions, at: int, topic_filter: str, node: str = NODE) -> Event:
+    event = world.subscribed(topic_filter, node=node)
+    return structs.replace(event, at=at)
+
+
+def held(world: Sessions) -> list[str]:
+    states = world.server.of(keys.table(SESSIONS, "states"), Hash)
+    return sorted(unpack(states["c"]).subscriptions)
+
+
+def test_a_session_told_late_keeps_what_was_subscribed_in_it() -> None:
+    world = Sessions(QUEUE)
+    world.tell(subscribed_at(world, 50, "queue/old"), subscribed_at(world, 100, "queue/at-once"))
+    world.tell(world.connected(connected_at=100), subscribed_at(world, 120, "queue/new"))
+    world.tell(began(world, 100))
+    assert held(world) == ["queue/at-once", "queue/new"]
+    joined = {
+        each.topic_filter for _, each in world.announced if isinstance(each, SubscriberJoined)
+    }
+    assert joined == {"queue/old", "queue/at-once", "queue/new"}
+    (left,) = [
+        each.topic_filter for _, each in world.announced
+        if isinstance(each, SubscriberLeft) and each.topic_filter == "queue/old"
+    ]  # fmt: skip
+    assert left == "queue/old"
+
+
+def test_a_session_told_twice_or_after_its_successor_is_none() -> None:
+    world = Sessions(
+        QUEUE, given.a_rule(hook="session.created", commands=["INCR began:${clientid}"])
+    )
+    world.tell(began(world, 100), world.connected(), subscribed_at(world, 120, "queue/a"))
+    world.tell(began(world, 200), subscribed_at(world, 220, "queue/b"))
+    said = len(world.announced)
+    world.tell(began(world, 200), began(world, 100))
+    assert held(world) == ["queue/b"]
+    assert len(world.announced) == said
+    assert world.server.values["began:c"] == b"2"
+
+
+def test_a_subscription_told_after_its_sessions_successor_is_none() -> None:
+    world = Sessions(QUEUE, RETAIN_LOOKUP)
+    world.tell(began(world, 200), world.connected())
+    world.tell(subscribed_at(world, 150, "queue/a"), subscribed_at(world, 250, "queue/b"))
+    assert held(world) == ["queue/b"]
+    # The clock of another node is another.
+    world.tell(subscribed_at(world, 150, "queue/c", node=OTHER))
+    assert held(world) == ["queue/b", "queue/c"]
+
+
+def test_a_session_on_another_node_is_new_whatever_its_clock_says() -> None:
+    world = Sessions(QUEUE)
+    world.tell(began(world, 200), world.connected(), subscribed_at(world, 250, "queue/a"))
+    world.tell(began(world, 100, node=OTHER))
+    assert held(world) == []
+
+
+def test_a_session_told_in_order_ends_what_went_before_whatever_the_clock_says() -> None:
+    world = Sessions(QUEUE)
+    world.tell(began(world, 200), world.connected(), subscribed_at(world, 10**12, "queue/a"))
+    world.tell(world.created())
+    assert held(world) == []

@@ -1,0 +1,173 @@
+"""All parts of one process of the EMQX bridge, and the order in which they start and end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from pipeline.brokers.commander import Commander
+from pipeline.brokers.deliveries import Deliveries
+from pipeline.brokers.emqx.calls import Calls
+from pipeline.brokers.emqx.mounting import Mountpoint
+from pipeline.brokers.emqx.rest import Rest
+from pipeline.brokers.emqx.retained import RetainedLooks
+from pipeline.brokers.emqx.returning import Returning
+from pipeline.brokers.emqx.sender import Sender
+from pipeline.brokers.emqx.server import HookServer
+from pipeline.brokers.emqx.siblings import Siblings
+from pipeline.brokers.emqx.snapshot import Snapshots
+from pipeline.brokers.emqx.translation import Translator
+from pipeline.brokers.inlet import Inlet
+from pipeline.brokers.reports import Reports
+from pipeline.brokers.spool import Spool
+from pipeline.event_loop import use_uvloop
+from pipeline.producer import Producer
+from pipeline.ready import say_ready
+from pipeline.settings import Settings
+from schemas import keys
+from schemas.errors import ConfigError
+from schemas.events import DeliveriesSent, DeliveryFailed, MessageAcked, MessagePublished
+from schemas.rules import Rules
+
+logger = logging.getLogger(__name__)
+
+FINISH_TIMEOUT_S: Final = 2.0  # for requests under way; those cut off are carried out again
+STOP_GRACE_S: Final = 2.0  # for the calls in hand, when the process is to end
+STOP_TIMEOUT_S: Final = 10.0  # less than `millpond down` gives it
+
+
+def run_emqx(settings: Settings, rules: Rules) -> None:
+    """Run one process of the bridge until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError: a setting is missing or wrong, a rule cannot be kept, or the address is in use.
+    """
+    use_uvloop()
+    asyncio.run(_run_emqx(settings, rules))
+
+
+async def _run_emqx(settings: Settings, rules: Rules) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    bridge = EmqxBridge(settings, rules)
+    await bridge.start()
+    say_ready("bridge emqx")
+    running, stopping = asyncio.create_task(bridge.run()), asyncio.create_task(stop.wait())
+    await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    try:
+        if running.done():
+            await running  # it never returns: this raises what ended it
+        await bridge.finish()
+    finally:
+        running.cancel()
+        await asyncio.wait((running,))
+        await bridge.stop(STOP_TIMEOUT_S)
+
+
+class _Reporting:
+    """Reports go the way of all events: while Kafka is away, to the spool."""
+
+    def __init__(self, inlet: Inlet, node: str) -> None:
+        self._inlet, self.node = inlet, node
+
+    async def enter(
+        self, event: DeliveriesSent | DeliveryFailed | MessageAcked, partition: int | None = None
+    ) -> asyncio.Future[Any]:
+        return self._inlet.enter(keys.MESSAGES_TOPIC, event, partition, hook="reports")
+
+
+class _Listener:
+    """What the hooks hear, to whom it concerns."""
+
+    def __init__(self, siblings: Siblings, looks: RetainedLooks) -> None:
+        self.acked = siblings.acked
+        self.session_ended = siblings.session_ended
+        self.provider_loaded = siblings.gap
+        self.retainable: Callable[[str, MessagePublished], None] = looks.ask
+
+
+class EmqxBridge:
+    """One process. Several share `exhook_listen` and the spool directory; the first of them takes the snapshots."""
+
+    def __init__(self, settings: Settings, rules: Rules) -> None:
+        """Takes its place in the spool directory; nothing else is opened before `start`.
+
+        Raises:
+            ConfigError: a setting is missing or wrong, or a rule cannot be kept.
+        """
+        bridge = settings.bridge
+        mountpoint = None if bridge.mountpoint is None else Mountpoint(bridge.mountpoint)
+        if mountpoint is None and rules.run_by_delivery("pubsub"):
+            raise ConfigError(
+                "a pubsub rule needs [bridge] mountpoint: without it EMQX can deliver to one client"
+                " alone only what it has routed itself, and never what was stored"
+            )
+        self._rest = Rest(bridge)
+        returning = Returning(self._rest.secret())
+        self._producer = Producer(settings.kafka.client_options(), settings.kafka.message_bytes_max)
+        self._spool = Spool(Path(bridge.spool_directory), bridge.spool_bytes_max)
+        self._spool.open()
+        self._inlet = Inlet(self._producer, self._spool)
+        self._reports = Reports(_Reporting(self._inlet, keys.AGENT_NODE))
+        deliveries = Deliveries(keys.AGENT_NODE, self._reports)
+        self._sender = Sender(self._rest, deliveries, returning, mountpoint)
+        self._snapshots = Snapshots(
+            self._rest, self._inlet, Translator(mountpoint).own_filter, settings.kafka.partitions,
+            bridge.sync_interval_s, broker_delivers=mountpoint is None,
+        ) if self._spool.number == 0 else None  # fmt: skip
+        self._siblings = Siblings(
+            self._spool.directory, self._spool.number, self._sender,
+            None if self._snapshots is None else self._snapshots.want,
+        )  # fmt: skip
+        self._looks = RetainedLooks(self._rest, self._inlet)
+        listener = _Listener(self._siblings, self._looks)
+        calls = Calls(
+            rules, mountpoint, returning, self._inlet, listener, settings.kafka.partitions
+        )
+        self._server = HookServer(bridge, calls, self._inlet)
+        self._commander = Commander(settings, self._sender, deliveries, self._producer)
+
+    async def start(self) -> int:
+        """Listen for hooks; the port. Kafka may be away.
+
+        Raises:
+            ConfigError: a file cannot be read, or the address is in use.
+        """
+        await self._rest.start()
+        return await self._server.start()
+
+    async def run(self) -> NoReturn:
+        """Until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for part in (
+                self._inlet, self._server, self._reports, self._sender, self._siblings, self._looks,
+            ):  # fmt: skip
+                tasks.create_task(part.run())
+            if self._snapshots is not None:
+                tasks.create_task(self._snapshots.run())
+            await self._inlet.connected.wait()
+            tasks.create_task(self._commander.run())
+        raise AssertionError("none of them ever returns")
+
+    async def finish(self) -> None:
+        """While `run` still runs: begin no more commands, and know what became of those begun."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FINISH_TIMEOUT_S):
+                await self._sender.finish()
+
+    async def stop(self, timeout_s: float) -> None:
+        """When `run` was cancelled: answer what is in hand, and keep what was told."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._server.stop(STOP_GRACE_S)
+                await self._reports.flush()
+                await self._inlet.close()
+                await self._producer.stop()
+        await self._rest.stop()

@@ -1,0 +1,90 @@
+"""The log as a replay reads it: up to a fixed end, by a consumer of its own, and nothing is ever written."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from functools import partial
+from typing import Any, Final
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from agents.ports import LogBounds, Outgoing, Record
+from pipeline.log import persist
+from schemas.errors import BrokenInvariant
+from schemas.keys import Partition
+
+POLL_TIMEOUT_MS: Final = 1_000
+
+
+class ReplayLog:
+    """See `agents.ports.Log`. One partition's; a consumer without a group, connected when it is first read.
+
+    All up to the end is as good as committed: of that the driver produces no output (`Outbox.out_until`).
+    """
+
+    def __init__(self, client_options: dict[str, Any], run_records_max: int) -> None:
+        """`limit` comes first."""
+        self._options, self._run_records_max = client_options, run_records_max
+        self._bounds: LogBounds | None = None
+        self._reader: AIOKafkaConsumer | None = None
+
+    def limit(self, bounds: LogBounds) -> None:
+        """What is to be replayed: its end is `committed`."""
+        self._bounds = bounds._replace(committed=bounds.end)
+
+    async def bounds(self, partition: Partition) -> LogBounds:
+        """See `agents.ports.Log`."""
+        assert self._bounds is not None, "limit() comes first"
+        return self._bounds
+
+    async def read(
+        self, partition: Partition, start: int, stop: int
+    ) -> AsyncIterator[Sequence[Record]]:
+        """See `agents.ports.Log`. Offsets that the log does not hold are passed over."""
+        if start >= stop:
+            return
+        source = TopicPartition(partition.topic, partition.number)
+        reader = await persist(partial(self._connected, source))
+        first = (await persist(partial(reader.beginning_offsets, [source])))[source]
+        position = max(start, first)
+        reader.seek(source, position)
+        while position < stop:
+            fetched = await persist(
+                partial(
+                    reader.getmany,
+                    source,
+                    timeout_ms=POLL_TIMEOUT_MS,
+                    max_records=self._run_records_max,
+                )
+            )
+            position = await persist(partial(reader.position, source))
+            run = [
+                Record(record.offset, record.timestamp, record.key, record.value)
+                for record in fetched.get(source, ())
+                if record.offset < stop
+            ]
+            if run:
+                yield run
+
+    async def _connected(self, source: TopicPartition) -> AIOKafkaConsumer:
+        if self._reader is None:
+            reader = AIOKafkaConsumer(
+                enable_auto_commit=False, auto_offset_reset="earliest", **self._options
+            )
+            try:
+                await reader.start()
+            except BaseException:
+                await reader.stop()
+                raise
+            reader.assign([source])
+            self._reader = reader
+        return self._reader
+
+    def produce(self, records: Sequence[Outgoing]) -> Awaitable[None]:
+        """See `agents.ports.Log`. A replay tells nobody anything."""
+        raise BrokenInvariant(f"a replay was about to write into Kafka: {records[0].topic}")
+
+    async def stop(self) -> None:
+        """Disconnect."""
+        if self._reader is not None:
+            await self._reader.stop()
