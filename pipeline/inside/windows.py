@@ -38,7 +38,7 @@ async def members_of(
     """Who is online for these topics of the partition, each with its topic."""
     async for page in pages(reader, partition, "members"):
         members = Members()
-        members.supply(page)
+        members.supply_all(page)
         for topic in topics:
             subscribers: dict[str, dict[str, None]] = {}
             for topic_filter, name, _ in members.holding(topic):

@@ -19,6 +19,7 @@ from pipeline.stack.ports import free_port
 from schemas import keys
 from schemas.errors import MillpondError
 from tests import given
+from tests.servers import Server
 from tests.system.commands import partition_of
 from tests.system.looking import (
     RULES,
@@ -174,6 +175,7 @@ async def test_lag_is_told_again_and_again_until_it_is_enough(pipeline: Pipeline
 async def test_a_redis_cluster_is_looked_into_as_well(
     pipeline: Pipeline, redis_cluster: list[tuple[str, int]]
 ) -> None:
+    pipeline.replays_as_live = False  # that of the tests compares with a single Redis
     config = pipeline.directory / "millpond.toml"
     nodes = ", ".join(f'"{host}:{port}"' for host, port in redis_cluster)
     before, _, rules = config.read_text().partition("[pool.pool1]\n")
@@ -201,3 +203,25 @@ async def test_a_redis_cluster_is_looked_into_as_well(
         return rows == [("pubsub/a", 4, 2, 2), ("queue/a", 3, 2, 1), ("kept/a", 1, None, None)]
 
     await until(listed, "all topics of the cluster")
+
+
+@pytest.mark.parametrize("lost", ["Kafka", "Redis"])
+async def test_watching_ends_with_one_sentence_when_a_server_goes_away(
+    app_name: str, own_kafka: Server, own_redis: Server, tmp_path: Path, lost: str
+) -> None:
+    async with running(app_name, own_kafka.address, own_redis.address, tmp_path) as started:
+        started.configure(*RULES)
+        watching = await asyncio.create_subprocess_exec(
+            *command(started, "lag", "--watch", "--json", "--interval", "0.2"),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert watching.stdout is not None
+        assert await watching.stdout.readline()
+        (own_kafka if lost == "Kafka" else own_redis).kill()
+        _, said = await asyncio.wait_for(watching.communicate(), 60)
+        (line,) = said.decode().splitlines()
+        print(line)
+        assert watching.returncode == 1
+        assert line.startswith("millpond: ")
+        if lost == "Kafka":
+            own_kafka.start()
