@@ -31,6 +31,9 @@ def test_keys_are_the_documented_ones() -> None:
     assert keys.index(PARTITION, keys.RETAINED_INDEX) == "millpond:{mill:queue:7}:retained"
     assert keys.index(PARTITION, "announced") == "millpond:{mill:queue:7}:announced"
     assert keys.due(PARTITION) == "millpond:{mill:queue:7}:due"
+    assert keys.private_prefix("mill", "queue") == "millpond:{mill:queue:"
+    assert keys.replay_marker("mill", "queue") == "millpond:{mill:queue}:replay"
+    assert keys.rebuild_marker("mill", "queue") == "millpond:{mill:queue}:rebuild"
 
 
 def test_every_built_key_has_a_row_in_the_table() -> None:

@@ -67,6 +67,15 @@ def test_a_message_is_one_hash_its_lifetime_and_an_entry_of_its_topic() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("wall_ms", "end"), [(9, 10), (10, 10), (11, 11)])
+def test_a_body_is_kept_an_hour_from_now_at_least_since_the_log_may_still_say_that_it_is_needed(
+    wall_ms: int, end: int
+) -> None:
+    transaction = Transaction(None, APPLIED, [stored(3, "m1", expires_at=10)], [], [])
+    packed = Commands(PARTITION, transaction, wall_ms).all().commands
+    assert ("PEXPIREAT", "mqtt:msg:m1", end + BODY_GRACE_MS) in packed
+
+
 def test_a_message_that_is_only_retained_has_no_entry_and_binary_payload_is_decoded() -> None:
     message = stored(3, "m1", indexed=False, payload="/w==", payload_encoding="base64")
     (body,) = commands(message)
