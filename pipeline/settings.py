@@ -108,6 +108,7 @@ class StackSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     websocket_port: Port = 8083
     kafka_port: Port = 9092
     redis_port: Port = 6379
+    page_port: Port = 8080
 
 
 class BridgeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -138,6 +139,18 @@ class BridgeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     spool_bytes_max: Annotated[int, Meta(ge=1024 * 1024)] = 4 * 1024 * 1024 * 1024
 
 
+class WebSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where `millpond web` shows its page. Who has the token in `token_file` may requeue and drop; without one nobody may.
+
+    The page's console connects to `mqtt_url`, MQTT over WebSocket; without one to the embedded broker.
+    """
+
+    host: str = "127.0.0.1"
+    port: Port = 8080
+    token_file: str | None = None
+    mqtt_url: Annotated[str, Meta(pattern=r"^wss?://[\w.-]+(:[0-9]{1,5})?(/[\w./~-]*)?$")] | None = None
+
+
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything but the rules. `app` names consumer groups and private keys.
 
@@ -151,6 +164,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     worker: WorkerSettings = field(default_factory=WorkerSettings)
     stack: StackSettings = field(default_factory=StackSettings)
     bridge: BridgeSettings = field(default_factory=BridgeSettings)
+    web: WebSettings = field(default_factory=WebSettings)
 
 
 def read_secret(path: str, what: str) -> str:

@@ -43,6 +43,7 @@ class Options(Struct, frozen=True, kw_only=True):
     websocket_port: int | None = None
     kafka_port: int | None = None
     redis_port: int | None = None
+    page_port: int | None = None
 
 
 class Stack:
@@ -102,6 +103,7 @@ class Stack:
             redis = f"redis://{HOST}:{redis_port}"
         elif options.redis is not None:
             redis = options.redis
+        page_port = port(options.page_port, stack.page_port, "--page-port")
         rules_file = settings.rules_file
         if options.config is not None:
             rules_file = str((Path(rules_file) if rules_file else options.config).absolute())
@@ -111,6 +113,7 @@ class Stack:
             redis=redis,
             rules_file=rules_file,
             bridge=bridge,
+            web=replace(settings.web, host=HOST, port=page_port),
         )
 
     @property
@@ -129,6 +132,7 @@ class Stack:
             **broker,
             "Kafka": ", ".join(self.settings.kafka.bootstrap_servers),
             "Redis": ", ".join(servers),
+            "Web page": f"http://{HOST}:{self.settings.web.port}/",
         }
 
     async def run(self, on_ready: Callable[[], None]) -> None:
@@ -168,6 +172,7 @@ class Stack:
         await self._start_part(f"bridge {self.settings.bridge.kind}")
         for agent in AGENT_NAMES:
             await self._start_part(f"worker {agent}")
+        await self._start_part("web")
 
     async def _start_kafka(self) -> None:
         port = int(self.settings.kafka.bootstrap_servers[0].rpartition(":")[2])
