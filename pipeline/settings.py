@@ -109,6 +109,7 @@ class StackSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     websocket_port: Port = 8083
     kafka_port: Port = 9092
     redis_port: Port = 6379
+    page_port: Port = 8080
 
 
 class BridgeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -157,6 +158,20 @@ class LogSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
+class WebSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where `millpond web` shows its page. Who has the token in `token_file` may requeue and drop; without one nobody may.
+
+    The page's console connects to `mqtt_url`, MQTT over WebSocket; without one to the embedded broker.
+    """
+
+    host: str = "127.0.0.1"
+    port: Port = 8080
+    token_file: str | None = None
+    mqtt_url: (
+        Annotated[str, Meta(pattern=r"^wss?://[\w.-]+(:[0-9]{1,5})?(/[\w./~-]*)?$")] | None
+    ) = None
+
+
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything but the rules. `app` names consumer groups and private keys.
 
@@ -172,6 +187,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     bridge: BridgeSettings = field(default_factory=BridgeSettings)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     log: LogSettings = field(default_factory=LogSettings)
+    web: WebSettings = field(default_factory=WebSettings)
 
 
 def read_secret(path: str, what: str) -> str:

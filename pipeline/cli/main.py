@@ -21,6 +21,7 @@ from pipeline.cli import (
     rewind_command,
     stack_commands,
     topics_command,
+    web_command,
 )
 from pipeline.cli.common import errors
 from pipeline.logs import quiet_libraries
@@ -44,6 +45,7 @@ app.add_typer(dead_letter_commands.dead_letters, name="dead-letters")
 app.command()(explain_command.explain)
 app.command()(topics_command.topics)
 app.command()(lag_command.lag)
+app.command()(web_command.web)
 app.add_typer(part_commands.kafka, name="kafka")
 app.add_typer(part_commands.config, name="config")
 app.command()(mqtt_commands.pub)

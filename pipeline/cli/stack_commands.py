@@ -45,6 +45,7 @@ def up(
     ] = None,
     kafka_port: Annotated[int | None, typer.Option(help="Kafka; 0 picks a free port.")] = None,
     redis_port: Annotated[int | None, typer.Option(help="Redis; 0 picks a free port.")] = None,
+    page_port: Annotated[int | None, typer.Option(help="The web page; 0: a free one.")] = None,
 ) -> None:
     """Start Kafka, Redis, an MQTT broker and the agents here, and keep them running until Ctrl-C."""
     from pipeline.stack.directory import DataDirectory  # noqa: PLC0415  needs the extra [local]
@@ -59,6 +60,7 @@ def up(
         websocket_port=web_port,
         kafka_port=kafka_port,
         redis_port=redis_port,
+        page_port=page_port,
     )
     _fetch_kafka(kafka)
     if detach:

@@ -50,6 +50,7 @@ class Options(Struct, frozen=True, kw_only=True):
     websocket_port: int | None = None
     kafka_port: int | None = None
     redis_port: int | None = None
+    page_port: int | None = None
 
 
 class Stack:
@@ -109,6 +110,7 @@ class Stack:
             redis = f"redis://{HOST}:{redis_port}"
         elif options.redis is not None:
             redis = options.redis
+        page_port = port(options.page_port, stack.page_port, "--page-port")
         rules_file = settings.rules_file
         if options.config is not None:
             rules_file = str((Path(rules_file) if rules_file else options.config).absolute())
@@ -118,6 +120,7 @@ class Stack:
             redis=redis,
             rules_file=rules_file,
             bridge=bridge,
+            web=replace(settings.web, host=HOST, port=page_port),
         )
 
     @property
@@ -136,6 +139,7 @@ class Stack:
             **broker,
             "Kafka": ", ".join(self.settings.kafka.bootstrap_servers),
             "Redis": ", ".join(servers),
+            "Web page": f"http://{HOST}:{self.settings.web.port}/",
         }
 
     async def run(self, on_ready: Callable[[], None]) -> None:
@@ -175,6 +179,7 @@ class Stack:
         await self._start_part(f"bridge {self.settings.bridge.kind}")
         for agent in AGENT_NAMES:
             await self._start_part(f"worker {agent}")
+        await self._start_part("web", measured=False)
 
     async def _start_kafka(self) -> None:
         port = int(self.settings.kafka.bootstrap_servers[0].rpartition(":")[2])
@@ -188,8 +193,8 @@ class Stack:
         command = redis_command(self._directory.root / "redis", port)
         await self._child("redis", command, lambda: redis_answers(url))
 
-    async def _start_part(self, name: str) -> None:
-        """One of our own processes; it touches a file when it is ready."""
+    async def _start_part(self, name: str, *, measured: bool = True) -> None:
+        """One of our own processes; it touches a file when it is ready, and those measured have metrics."""
         ready_file = self._directory.ready_file(name)
         command = [
             str(Path(sys.executable).with_name("millpond")),
@@ -202,9 +207,10 @@ class Stack:
             return ready_file.exists()
 
         child = self._new_child(name, command, ready)
-        listen = f"{HOST}:{free_port()}"
-        child.environment = {READY_FILE: str(ready_file), LISTEN: listen}
-        child.telemetry = f"http://{listen}"
+        child.environment = {READY_FILE: str(ready_file)}
+        if measured:
+            child.environment[LISTEN] = listen = f"{HOST}:{free_port()}"
+            child.telemetry = f"http://{listen}"
         child.before = lambda: ready_file.unlink(missing_ok=True)
         await self._run_child(child)
 

@@ -18,7 +18,7 @@ WAIT_S = 60.0  # for what an example shows to come true; generous, since machine
 MARK = "== done"
 # Examples show the default ports; two test runs beside each other need others.
 FREE_PORTS = {
-    f"MILLPOND_STACK_{name}_PORT": "0" for name in ("MQTT", "WEBSOCKET", "KAFKA", "REDIS")
+    f"MILLPOND_STACK_{name}_PORT": "0" for name in ("MQTT", "WEBSOCKET", "KAFKA", "REDIS", "PAGE")
 }
 
 

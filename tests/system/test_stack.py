@@ -28,7 +28,8 @@ from tests.system.scraping import get
 WORKERS = [f"worker {agent}" for agent in AGENT_NAMES]
 WAIT_S = 120.0  # for a condition that comes true; generous, since machines are shared
 MILLPOND = (sys.executable, "-m", "pipeline.cli")
-FREE_PORTS = ("--mqtt-port", "0", "--web-port", "0", "--kafka-port", "0", "--redis-port", "0")
+OPTIONS = ("--mqtt-port", "--web-port", "--kafka-port", "--redis-port", "--page-port")
+FREE_PORTS = tuple(argument for option in OPTIONS for argument in (option, "0"))
 TOPIC = "sensors/kitchen"
 
 
@@ -116,7 +117,7 @@ def test_status_tells_addresses_processes_readiness_and_lag(home: Home) -> None:
     found = home.status()
     assert found["ready"]
     names = [process["name"] for process in found["processes"]]
-    assert names == ["kafka", "redis", "bridge embedded", *WORKERS]
+    assert names == ["kafka", "redis", "bridge embedded", *WORKERS, "web"]
     for process in found["processes"]:
         assert process["ready"]
         assert psutil.pid_exists(process["pid"])
@@ -200,7 +201,7 @@ def test_a_child_that_dies_is_reported_and_started_again(home: Home) -> None:
         assert f"{name} is ready again" in said
 
 
-@pytest.mark.parametrize("option", ["--mqtt-port", "--web-port", "--kafka-port", "--redis-port"])
+@pytest.mark.parametrize("option", OPTIONS)
 def test_a_port_in_use_is_named_with_the_option_that_changes_it(
     tmp_path: Path, option: str
 ) -> None:
@@ -260,7 +261,7 @@ def test_a_kafka_and_a_redis_of_ones_own_take_the_place_of_ours(
         home.says(
             "up", "--detach", *FREE_PORTS, "--kafka", own_kafka.address, "--redis", own_redis.address
         )  # fmt: skip
-        assert list(home.pids()) == ["bridge embedded", *WORKERS]
+        assert list(home.pids()) == ["bridge embedded", *WORKERS, "web"]
         addresses = home.status()["addresses"]
         assert addresses["Kafka"] == own_kafka.address
         assert addresses["Redis"] == own_redis.address.removeprefix("redis://")

@@ -1,0 +1,33 @@
+"""`millpond web`: the page."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from msgspec import structs
+
+from pipeline.cli.common import (
+    DEFAULT_DATA,
+    ConfigOption,
+    DataOption,
+    load_settings,
+)
+from pipeline.logs import log_to_stderr
+
+
+def web(
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65_535, help="Of the page; 0 picks a free one.")
+    ] = None,
+    config: ConfigOption = None,
+    data: DataOption = DEFAULT_DATA,
+) -> None:
+    """Serve a page that shows what goes on, until SIGTERM; `millpond up` has one already."""
+    from pipeline.web.server import run_web  # noqa: PLC0415  aiohttp is slow to import
+
+    settings, rules = load_settings(config, data)
+    if port is not None:
+        settings = structs.replace(settings, web=structs.replace(settings.web, port=port))
+    log_to_stderr(settings.log, "web")
+    run_web(settings, rules)

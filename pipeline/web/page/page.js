@@ -1,0 +1,280 @@
+// Asks the API again and again for what the view in the address bar shows.
+
+import { age, buttons, count, fill, shownOf, time, topicLink } from "./tables.js";
+
+const EVERY_MS = 2000; // between the looks of a panel
+const ANSWER_MS = 60000; // longer than Redis and Kafka may be silent
+const VIEWS = ["overview", "topic", "clients", "dead-letters", "console"];
+const NUMBER = "number";
+
+let token = null; // the operator's: only in memory, gone with the page
+let part = ""; // of the client ids that are wanted
+let waking = []; // who waits for the next look
+
+const element = (id) => document.getElementById(id);
+const chosen = () => {
+  const [name, ...rest] = location.hash.slice(1).split("=");
+  return [VIEWS.includes(name) ? name : "overview", decoded(rest.join("="))];
+};
+
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text; // somebody typed it
+  }
+}
+
+// -- panels: what is asked, and how the answer is shown
+
+const panels = [
+  { section: element("agents"), url: () => "/api/agents", show: showAgents },
+  { section: element("topics"), url: () => "/api/topics", show: showTopics },
+  { section: element("topic"), url: () => `/api/topic?name=${encodeURIComponent(chosen()[1])}`, show: showTopic },
+  { section: element("clients"), url: () => `/api/clients?contains=${encodeURIComponent(part)}`, show: showClients },
+  { section: element("dead-letters"), url: () => "/api/dead-letters", show: showDeadLetters },
+];
+
+function showAgents(section, found) {
+  const classes = ["text", NUMBER, NUMBER, NUMBER, NUMBER, NUMBER];
+  fill(section.querySelector("table"), found.agents, (each) => each.agent, (each) => [
+    each.agent, each.partitions.length, each.behind,
+    each.oldest_at === null ? "" : age(found.at - each.oldest_at),
+    each.rate === null ? "…" : each.rate.toFixed(each.rate < 10 ? 1 : 0), each.uncommitted,
+  ], classes);
+}
+
+function showTopics(section, found) {
+  const classes = ["text", "text", NUMBER, NUMBER, NUMBER, NUMBER, NUMBER, NUMBER];
+  fill(section.querySelector("table"), found.rows, (row) => `${row.agent} ${row.topic}`, (row) => [
+    topicLink(row.topic), row.agent, row.messages, row.ready, row.leased,
+    row.agent === "messages" ? "" : row.subscribers,
+    row.oldest === null ? "" : age(found.at - row.oldest), row.dead || "",
+  ], classes);
+  const total = `${shownOf(found.rows.length, found.topics, "topic")}, ${count(found.messages, "message")}`;
+  note(section, [total, ...found.notes]);
+}
+
+function showTopic(section, found) {
+  const rule = found.rule && Object.entries(found.rule).map(([name, value]) => `${name} = ${value}`).join("\n");
+  const facts = [
+    ["agent", `${found.agent}, partition ${found.partition}`],
+    ["applied offset", found.applied ?? "none"],
+    ["messages", found.messages], ["ready", found.ready ?? ""], ["leased", found.leased ?? ""],
+    ["subscribers", found.agent === "pubsub" ? found.subscribers_total : found.members_total],
+    ["oldest", time(found.oldest)], ["newest", time(found.newest)],
+    ["retained message", found.retained ?? "none"], ["dead letters", found.dead],
+    ["expires after", found.expired_time === null ? "never" : `${found.expired_time} s`],
+    ["rule", rule ?? "none"],
+  ].filter(([, value]) => value !== "");
+  fill(element("topic-facts"), facts, ([name]) => name, (each) => each);
+  fill(element("topic-subscribers"), found.subscribers, (each) => each.subscriber, (each) => [
+    each.subscriber, each.online, each.read_offset ?? (each.begun ? "before the first" : "not begun"),
+    each.ready, each.leased, each.done_ahead, each.lost,
+  ], ["text", NUMBER, "text", NUMBER, NUMBER, NUMBER, NUMBER]);
+  fill(element("topic-members"), found.members, (each) => `${each.group ?? ""} ${each.client_id}`, (each) => [
+    each.client_id, each.group, each.qos, each.in_hand, each.max_inflight,
+  ], ["text", "text", NUMBER, NUMBER, NUMBER]);
+  fill(element("topic-leases"), found.leases, (each) => `${each.number} ${each.subscriber}`, (each) => [
+    each.message_id, each.client_id, each.subscriber ?? each.group, time(each.since), time(each.until),
+    each.attempt, each.sent ? "yes" : "no",
+  ], ["text", "text", "text", "text", "text", NUMBER, "text"]);
+  element("topic-subscribers").hidden = found.agent !== "pubsub";
+  element("topic-members").hidden = element("topic-leases").hidden = found.agent === "messages";
+  const cut = ["subscribers", "members", "leases"].filter((name) => found[name].length < found[`${name}_total`]);
+  note(section, [...cut.map((name) => `${found[name].length} of ${found[`${name}_total`]} ${name}`), ...found.notes]);
+}
+
+function showClients(section, found) {
+  fill(section.querySelector("table"), found.clients, (each) => each.client_id, (each) => [
+    each.client_id, each.online ? "yes" : "no", time(each.online ? each.online_at : each.offline_at), each.node,
+    [...each.subscriptions.map((one) => `${one.topic_filter} (QoS ${one.qos}, ${one.origin})`),
+      ...(each.subscriptions.length < each.subscriptions_total ? [`… ${each.subscriptions_total} in all`] : [])].join("\n"),
+  ]);
+  note(section, [`${shownOf(found.clients.length, found.total, "client")}, ${found.online} online`]);
+}
+
+function showDeadLetters(section, found) {
+  fill(section.querySelector("table"), found.dead_letters, (each) => `${each.agent} ${each.message_id}`, (each) => [
+    each.message_id, topicLink(each.topic), time(each.at), each.deliveries, each.reason,
+    each.subscribers.join("\n"), acts(each),
+  ], ["text", "text", "text", NUMBER]);
+  note(section, [shownOf(found.dead_letters.length, found.total, "dead letter")]);
+}
+
+function acts(letter) {
+  if (token === null) return "";
+  if (!letter.carried_out) return "its topic has no delivery rule";
+  const about = letter.message_id;
+  return buttons(
+    "acts",
+    ["Requeue", about, (pressed) => order("requeue", about, pressed)],
+    ["Drop", about, (pressed) => confirm(`Drop ${about}, with its message?`) && order("drop", about, pressed)],
+  );
+}
+
+function note(section, lines) {
+  const text = lines.join("\n");
+  const place = section.querySelector(".note");
+  if (place.textContent !== text) place.textContent = text;
+}
+
+// -- looking
+
+async function ask(path, options = {}) {
+  let answer;
+  try {
+    answer = await fetch(path, { cache: "no-store", signal: AbortSignal.timeout(ANSWER_MS), ...options });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("Millpond’s web page does not answer: it is asked again");
+  }
+  if (answer.status === 204) return null;
+  const said = await answer.json().catch(() => ({}));
+  if (!answer.ok) throw new Error(said.error ?? `HTTP ${answer.status}`);
+  return said;
+}
+
+async function follow(panel) {
+  for (;;) {
+    if (panel.section.dataset.view === chosen()[0] && !document.hidden) await look(panel);
+    await pause();
+  }
+}
+
+async function look(panel) {
+  const url = panel.url();
+  let found;
+  try {
+    found = await ask(url);
+  } catch (error) {
+    if (url === panel.url()) trouble(panel.section, error.message);
+    return;
+  }
+  if (url !== panel.url()) return; // something else is wanted by now
+  panel.show(panel.section, found);
+  trouble(panel.section, null);
+  element("updated").textContent = `Live. Last answer at ${time(found.at)}.`;
+}
+
+/** Say what is wrong, once; or that nothing is. What was known before stays to be read. */
+function trouble(section, text) {
+  const place = section.querySelector(".error");
+  if (place.textContent !== (text ?? "")) place.textContent = text ?? "";
+  place.hidden = text === null;
+  section.classList.toggle("stale", text !== null);
+}
+
+function pause() {
+  return new Promise((resolve) => {
+    const timer = setTimeout(resolve, EVERY_MS);
+    waking.push(() => {
+      clearTimeout(timer);
+      resolve();
+    });
+    if (waking.length > 10 * panels.length) waking = waking.slice(-panels.length);
+  });
+}
+
+function wake() {
+  const all = waking;
+  waking = [];
+  all.forEach((each) => each());
+}
+
+// -- the view
+
+function turn() {
+  const [view, name] = chosen();
+  for (const section of document.querySelectorAll("main > section")) {
+    section.hidden = section.dataset.view !== view;
+  }
+  for (const link of document.querySelectorAll("nav a")) {
+    if (link.hash === `#${view}`) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  const heading = element("topic-title").querySelector("bdi");
+  if (view === "topic" && heading.textContent !== name) {
+    heading.textContent = name;
+    for (const table of element("topic").querySelectorAll("table")) fill(table, [], String, () => []);
+    trouble(element("topic"), null);
+    note(element("topic"), []);
+  }
+  document.title = `${view === "topic" ? name : view} – Millpond`;
+  wake();
+}
+
+// -- what an operator does
+
+function say(text) {
+  element("operator-state").textContent = text;
+}
+
+function asOperator(path, with_, body) {
+  return ask(path, { method: "POST", headers: { Authorization: `Bearer ${with_}` }, body });
+}
+
+async function order(what, id, pressed) {
+  pressed.disabled = true;
+  try {
+    await asOperator(`/api/dead-letters/${what}`, token, JSON.stringify({ message_ids: [id] }));
+    say(`${id} is to be ${what === "drop" ? "dropped" : "requeued"}: its agent carries it out when it reads the order`);
+  } catch (error) {
+    say(`${what} of ${id}: ${error.message}`);
+    pressed.disabled = false;
+  }
+  wake();
+}
+
+element("operator-form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const field = element("operator-token");
+  const tried = field.value;
+  field.value = "";
+  try {
+    await asOperator("/api/operator", tried);
+    token = tried;
+    element("operator-form").hidden = true;
+    say("unlocked until this page is closed or loaded again");
+    wake();
+  } catch (error) {
+    say(error.message);
+  }
+});
+
+element("topic-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  location.hash = `#topic=${encodeURIComponent(element("topic-name").value)}`;
+});
+
+element("client-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  part = element("client-part").value;
+  wake();
+});
+
+/** What does not change while the server runs. */
+async function begin() {
+  for (;;) {
+    try {
+      const about = await ask("/api/web");
+      element("app").textContent = about.app;
+      element("operator-form").hidden = !about.operator || token !== null;
+      if (!about.operator) say("read-only: set [web] token_file to requeue and drop");
+      dispatchEvent(new CustomEvent("broker", { detail: about.mqtt_url }));
+      return;
+    } catch {
+      await pause();
+    }
+  }
+}
+
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the address bar names the view
+  element("main").focus();
+});
+addEventListener("hashchange", turn);
+document.addEventListener("visibilitychange", wake);
+turn();
+addEventListener("load", begin);
+panels.forEach(follow);

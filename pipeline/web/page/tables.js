@@ -1,0 +1,89 @@
+// Tables that are filled anew without losing the keyboard's focus. All that is shown is put in as text, never as markup.
+
+const kept = new WeakMap(); // of a table's body: its rows by their key
+
+/** Make the body's rows those of the items: `cells(item)` are texts, numbers or nodes, made anew only if they differ. */
+export function fill(table, items, key, cells, classes = []) {
+  const body = table.tBodies[0];
+  const before = kept.get(body) ?? new Map();
+  const after = new Map();
+  items.forEach((item, place) => {
+    const row = before.get(key(item)) ?? document.createElement("tr");
+    after.set(key(item), row);
+    cells(item).forEach((value, at) => show(row, at, value, classes[at] ?? "text"));
+    if (body.rows[place] !== row) body.insertBefore(row, body.rows[place] ?? null);
+  });
+  while (body.rows.length > items.length) body.lastElementChild.remove();
+  kept.set(body, after);
+}
+
+function show(row, at, value, kind) {
+  const cell = row.cells[at] ?? row.appendChild(document.createElement(at === 0 ? "th" : "td"));
+  if (at === 0) cell.scope = "row";
+  const made = typeof value === "object" && value !== null;
+  const mark = made ? value.mark : String(value ?? "");
+  if (cell.shown === mark) return;
+  cell.shown = mark;
+  cell.className = kind;
+  if (made) cell.replaceChildren(...value.nodes());
+  else cell.replaceChildren(isolated(mark));
+}
+
+/** A text whose writing direction is its own affair. */
+export function isolated(text) {
+  const element = document.createElement("bdi");
+  element.textContent = text;
+  return element;
+}
+
+/** A cell with a link to a topic. */
+export function topicLink(topic) {
+  return {
+    mark: `topic ${topic}`,
+    nodes: () => {
+      const link = document.createElement("a");
+      link.href = `#topic=${encodeURIComponent(topic)}`;
+      link.append(isolated(topic));
+      return [link];
+    },
+  };
+}
+
+/** A cell with buttons: [label, what it is about, what it does]. */
+export function buttons(mark, ...each) {
+  return {
+    mark,
+    nodes: () => each.map(([label, about, act]) => button(label, about, act)),
+  };
+}
+
+export function button(label, about, act) {
+  const element = document.createElement("button");
+  element.type = "button";
+  element.textContent = label;
+  element.setAttribute("aria-label", `${label} ${about}`);
+  element.addEventListener("click", () => act(element));
+  return element;
+}
+
+/** How long, in the largest unit that tells enough. */
+export function age(ms) {
+  const seconds = Math.max(ms, 0) / 1000;
+  for (const [unit, length] of [["d", 86400], ["h", 3600], ["min", 60]]) {
+    if (seconds >= 2 * length) return `${Math.floor(seconds / length)} ${unit}`;
+  }
+  return seconds >= 10 ? `${Math.round(seconds)} s` : `${seconds.toFixed(1)} s`;
+}
+
+export function time(ms) {
+  return ms ? new Date(ms).toISOString().replace("T", " ").replace(/\.\d+Z/, "Z") : "";
+}
+
+export function count(number, thing) {
+  return `${number || "no"} ${thing}${number === 1 ? "" : "s"}`;
+}
+
+/** Say how much of a list is shown. */
+export function shownOf(shown, total, thing) {
+  return shown < total ? `${shown} of ${count(total, thing)}` : count(total, thing);
+}

@@ -1,0 +1,165 @@
+"""Serves the page and its API until it is asked to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+from aiokafka.errors import KafkaError
+
+from pipeline.event_loop import use_uvloop
+from pipeline.ready import say_ready
+from pipeline.settings import Settings
+from pipeline.web.api import Api, failure
+from pipeline.web.token import Operator
+from schemas.errors import ConfigError, MillpondError
+from schemas.rules import Rules
+
+logger = logging.getLogger(__name__)
+
+PAGE: Final = Path(__file__).with_name("page")
+FILES: Final = {  # all that there is to load, and what it is
+    "/": ("index.html", "text/html"),
+    "/style.css": ("style.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/tables.js": ("tables.js", "text/javascript"),
+    "/console.js": ("console.js", "text/javascript"),
+    "/mqtt.js": ("vendor/mqtt.min.js", "text/javascript"),
+    "/favicon.svg": ("favicon.svg", "image/svg+xml"),
+}
+STOP_TIMEOUT_S: Final = 5.0
+LOOPBACK_NAMES: Final = ("localhost",)
+
+Added = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
+
+
+def run_web(settings: Settings, rules: Rules) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError: the port is in use, or the token cannot be read.
+    """
+    use_uvloop()
+    asyncio.run(_run(settings, rules))
+
+
+async def _run(settings: Settings, rules: Rules) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    host, port = settings.web.host, settings.web.port
+    runner = web.AppRunner(application(settings, rules), access_log=None)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, host, port, shutdown_timeout=STOP_TIMEOUT_S)
+        try:
+            await site.start()
+        except OSError as error:
+            raise ConfigError(f"[web] cannot listen at {host}:{port}: {error.strerror}") from error
+        logger.info("the page is at http://%s:%d/", host, runner.addresses[0][1])
+        if not _is_loopback(host):
+            logger.warning("whoever reaches %s may read the page: it asks nobody who he is", host)
+        say_ready("web")
+        await stop.wait()
+    finally:
+        await runner.cleanup()
+
+
+def application(settings: Settings, rules: Rules) -> web.Application:
+    """The page and its API.
+
+    Raises:
+        ConfigError: the token cannot be read.
+    """
+    operator = Operator(settings.web.token_file)
+    api = Api(settings, rules, operator)
+    app = web.Application(middlewares=[_known_host(settings), _errors])
+    app.on_response_prepare.append(_headers(api.mqtt_url))
+    for path, (name, kind) in FILES.items():
+        app.router.add_get(path, _file(PAGE / name, kind))
+    app.add_routes(api.routes())
+
+    async def close(_: web.Application) -> None:
+        await api.looks.close()
+
+    app.on_cleanup.append(close)
+    return app
+
+
+def _file(path: Path, kind: str) -> Handler:
+    body = path.read_bytes()
+
+    async def serve(request: web.Request) -> web.Response:
+        charset = None if kind == "image/svg+xml" else "utf-8"
+        return web.Response(body=body, content_type=kind, charset=charset)
+
+    return serve
+
+
+def _headers(mqtt_url: str | None) -> Added:
+    """Nothing is loaded from elsewhere, nobody else shows the page, and nothing of it is kept."""
+    broker = "" if mqtt_url is None else " {0.scheme}://{0.netloc}".format(urlsplit(mqtt_url))
+    headers = {
+        "Content-Security-Policy": (
+            f"default-src 'self'; connect-src 'self'{broker}; base-uri 'none'; form-action 'none';"
+            " frame-ancestors 'none'"
+        ),
+        "X-Content-Type-Options": "nosniff",
+        "X-Frame-Options": "DENY",
+        "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Cache-Control": "no-store",
+    }
+
+    async def add(request: web.Request, response: web.StreamResponse) -> None:
+        response.headers.update(headers)
+
+    return add
+
+
+def _known_host(settings: Settings) -> Middleware:
+    """On loopback only requests for a name of loopback are answered: a site that gives its own name our address, so
+    that its visitors' browsers let it read from here, is not.
+    """
+    local = _is_loopback(settings.web.host)
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            asked = request.url.host or ""
+        except ValueError:
+            asked = ""
+        if local and not _is_loopback(asked):
+            return failure(403, "this page is for 127.0.0.1 and localhost")
+        return await handler(request)
+
+    return check
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host in LOOPBACK_NAMES
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """What went wrong, as JSON for whoever asked."""
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        answer = failure(error.status, error.reason)
+        answer.headers.update({k: v for k, v in error.headers.items() if k == "Allow"})
+        return answer
+    except (MillpondError, KafkaError, TimeoutError) as error:
+        said = str(error) or type(error).__name__
+        return failure(503, f"Kafka: {said}" if isinstance(error, KafkaError) else said)
