@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ from agents.registry import AGENT_NAMES
 from schemas import keys
 from schemas.keys import Partition
 from tests import given
+from tests.system.bridge import NODE
 from tests.system.pipeline import PARTITIONS, Pipeline, Worker, until
 from tests.system.pipeline import running as running_pipeline
 from tests.system.world import Consumer, World, numbered, publish, running
 
 RULES = (
     given.queue(max_inflight=8, ack_timeout_s=3_600),
+    given.queue("dead/#", max_deliveries=1, ack_timeout_s=3_600),
     given.pubsub(max_inflight=8, ack_timeout_s=3_600),
     given.store("#"),
     given.retain("#"),
@@ -37,6 +40,7 @@ RULES = (
     given.a_rule(hook="client.disconnected", action="on_client_disconnected"),
 )
 TIMEOUT_S = 120.0
+TOPIC_OF = {"messages": "plain", "queue": "queue", "pubsub": "pubsub"}
 
 
 def dump(redis: Redis) -> dict[str, Any]:
@@ -81,7 +85,15 @@ def world(
 
 
 async def busy(world: World) -> list[Consumer]:
-    """Messages wait, are in hand, read, retained; nothing moves any more."""
+    """Messages wait, are in hand, read, retained, dead; nothing moves any more."""
+    victim = await Consumer(world, "victim", "dead/a", acks=False).come()
+    await publish(world, "dead/a", "poison")
+    await victim.until_got(1)
+    await victim.vanish()
+    await world.until_stored(0, "dead/a")
+    await world.tell(
+        *(given.published(f"r-{at}", f"{at}/r", retain=True) for at in ("plain", "dead"))
+    )
     holder = await Consumer(world, "holder", "queue/#", acks=False).come()
     reader = await Consumer(world, "reader", "pubsub/#", acks=False).come()
     await publish(world, "queue/a", *numbered(0, 40))
@@ -92,6 +104,7 @@ async def busy(world: World) -> list[Consumer]:
     await holder.until_got(11)
     await reader.until_got(13)
     await world.until_stored(117, "queue/a", "pubsub/a", "plain/a")
+    await world.until_stored(1, "plain/r")
     return [holder, reader]
 
 
@@ -117,7 +130,7 @@ async def test_a_redis_emptied_under_running_workers_is_as_before_and_nobody_is_
     world.redis.hset(keys.subscriptions("display"), "alerts/+", "1")
     before = await settled(world)
     got = [len(each.got) for each in consumers]
-    assert len([key for key in before if key.startswith("seen:")]) == 120
+    assert len([key for key in before if key.startswith("seen:")]) == 123
     world.redis.flushall()
 
     async def as_before() -> bool:
@@ -135,6 +148,31 @@ async def test_a_redis_emptied_under_running_workers_is_as_before_and_nobody_is_
     await world.until_stored(109, "queue/a", "pubsub/a", "plain/a")
 
 
+def damage(world: World, agent: str) -> None:
+    """Change what the agent has written, and add what it has not."""
+    if agent == "sessions":
+        world.redis.hset(keys.presence("reader"), mapping={"state": "7", "online_at": "1"})
+        world.redis.hdel(keys.node(NODE), "holder")
+        return
+    topic = f"{TOPIC_OF[agent]}/a"
+    first, second = map(str, world.redis.zrange(keys.message_index(topic), 0, 1))
+    world.redis.zrem(keys.message_index(topic), first)
+    world.redis.hset(keys.message_body(second), "payload", "changed")
+    world.redis.hset(keys.message_body("stray"), mapping={"id": "stray", "topic": topic})
+    now_us = time.time_ns() // 1_000
+    world.redis.zadd(keys.message_index(topic), {"stray": now_us, "bodiless": now_us - 60_000_000})
+    if agent == "pubsub":
+        world.redis.set(keys.read_offset("reader", topic), "another")
+    if agent == "messages":
+        world.redis.hset(keys.message_body("r-plain"), "payload", "changed")
+    if agent == "queue":
+        (dead,) = [
+            key for key in world.redis.scan_iter("mqtt:msg:*", _type="HASH")
+            if world.redis.hget(key, "topic") == "dead/a"
+        ]  # fmt: skip
+        world.redis.hset(dead, "payload", "changed")
+
+
 @pytest.mark.parametrize("agent", AGENT_NAMES)
 async def test_a_rebuilt_agent_goes_on_exactly_where_it_was(world: World, agent: str) -> None:
     consumers = await busy(world)
@@ -145,7 +183,8 @@ async def test_a_rebuilt_agent_goes_on_exactly_where_it_was(world: World, agent:
     worker.signal(signal.SIGTERM)
     assert await worker.ended() == 0
     world.workers.remove(worker)  # as it was asked to
-    # Given somebody else's keys, and one of its own that the log does not explain
+    damage(world, agent)
+    # Given somebody else's keys
     world.redis.set("mqtt:msg:foreign", "somebody's")
     world.redis.zadd("mqtt:msg:ranking", {"somebody": 1})
     world.redis.set("mqtt:acked:foreign:pubsub/a", "somebody's")
