@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 README = Path(__file__).parents[2] / "README.md"
 WAIT_S = 60.0  # for what an example shows to come true; generous, since machines are shared
 MARK = "== done"
+REDIS = "127.0.0.1:6379"
 # Examples show the default ports; two test runs beside each other need others.
 FREE_PORTS = {
     f"MILLPOND_STACK_{name}_PORT": "0" for name in ("MQTT", "WEBSOCKET", "KAFKA", "REDIS", "PAGE")
@@ -65,7 +67,11 @@ class Shell:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
-        stdin.write(f"{{ {command}\n}} </dev/null; echo $'\\n{MARK}' $?\n")
+        here = command
+        if REDIS in command:
+            status = json.loads(self.type("millpond status --json"))
+            here = command.replace(REDIS, status["addresses"]["Redis"])
+        stdin.write(f"{{ {here}\n}} </dev/null; echo $'\\n{MARK}' $?\n")
         stdin.flush()
         # The mark is on a line of its own, whether the command ended its last one or not.
         said: list[str] = []
