@@ -95,7 +95,13 @@ class MemoryInlet:
         self.futures: list[asyncio.Future[None]] = []
 
     def enter(
-        self, topic: str, event: Event, partition: int | None = None, *, hook: str
+        self,
+        topic: str,
+        event: Event,
+        partition: int | None = None,
+        *,
+        hook: str,
+        headers: tuple[tuple[str, bytes], ...] = (),
     ) -> asyncio.Future[None]:
         kept = asyncio.get_running_loop().create_future()
         self.futures.append(kept)

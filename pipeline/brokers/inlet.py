@@ -29,6 +29,7 @@ from pipeline.brokers.inlet_sender import AGAIN_S, Entry, NotKept, Sender, Sourc
 from pipeline.brokers.spool import Spool
 from pipeline.brokers.spool_file import Record, SpoolDamaged, SpoolDown
 from pipeline.producer import Producer
+from pipeline.telemetry.tracing import Headers
 from schemas import codec, keys
 from schemas.events import Event
 
@@ -71,7 +72,13 @@ class Inlet:
     # -- entering
 
     def enter(
-        self, topic: str, event: Event, partition: int | None = None, *, hook: str
+        self,
+        topic: str,
+        event: Event,
+        partition: int | None = None,
+        *,
+        hook: str,
+        headers: Headers = (),
     ) -> asyncio.Future[None]:
         """One event. The future is done when Kafka or the spool has it; nobody needs to wait for it.
 
@@ -82,6 +89,7 @@ class Inlet:
         key = keys.record_key(event).encode()
         record = Record(topic, key, codec.encode(event), partition, hook)
         entry = Entry(record, loop.time(), loop.create_future())
+        entry.headers = headers
         assert entry.kept is not None
         self.entered[hook] += 1
         error = self._why_not(entry)
@@ -102,7 +110,7 @@ class Inlet:
     def _why_not(self, entry: Entry) -> NotKept | None:
         """Why an event cannot be kept, as far as that is known without trying."""
         key, value = entry.record.key, entry.record.value
-        size = DefaultRecordBatchBuilder.estimate_size_in_bytes(key, value, [])
+        size = DefaultRecordBatchBuilder.estimate_size_in_bytes(key, value, list(entry.headers))
         if size > self._producer.message_bytes_max:
             return NotKept("too_large", f"a record of {size} bytes is larger than Kafka takes")
         if self._closed:

@@ -26,6 +26,7 @@ from aiokafka.errors import (
 from pipeline.brokers.spool import Spool
 from pipeline.brokers.spool_file import Record, SpoolDamaged, SpoolDown, SpoolFile, size_of
 from pipeline.producer import Producer
+from pipeline.telemetry.tracing import Headers
 from schemas.errors import MillpondError
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,9 @@ class Source:
 class Entry:
     """An event on its way."""
 
-    __slots__ = ("entered_at", "kept", "number", "record", "size", "source", "taken_at", "tries")
+    __slots__ = (
+        "entered_at", "headers", "kept", "number", "record", "size", "source", "taken_at", "tries",
+    )  # fmt: skip
 
     def __init__(
         self, record: Record, entered_at: float, kept: asyncio.Future[None] | None
@@ -87,6 +90,7 @@ class Entry:
         self.number = 0
         self.taken_at = 0.0  # by the sender; 0: not yet
         self.tries = 0  # alone
+        self.headers: Headers = ()  # of a trace; the spool does not keep them
 
     def answer(self, error: NotKept | None) -> None:
         """Tell whoever waits for it."""
@@ -243,7 +247,9 @@ class Sender:
         topic, key, value, partition, _ = entry.record
         while True:
             try:
-                acknowledged = await self._producer.send(topic, key, value, partition)
+                acknowledged = await self._producer.send(
+                    topic, key, value, partition, entry.headers
+                )
             except (KafkaError, AssertionError) as error:
                 if _hopeless(error, entry):
                     self._give_up(entry, error)
@@ -276,7 +282,7 @@ class Sender:
         while True:
             entry.tries += 1
             try:
-                await (await self._producer.send(topic, key, value, partition))
+                await (await self._producer.send(topic, key, value, partition, entry.headers))
             except (KafkaError, AssertionError) as error:
                 if _hopeless(error, entry):
                     self._give_up(entry, error)

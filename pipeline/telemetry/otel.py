@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections import OrderedDict
@@ -105,6 +106,10 @@ class Spanned:
         if failed:
             self._span.set_status(StatusCode.ERROR)
         self._span.end()
+
+    def answered(self, kept: asyncio.Future[Any]) -> None:
+        """See `tracing.Publish`."""
+        self.end(failed=kept.cancelled() or kept.exception() is not None)
 
 
 class Bridge:

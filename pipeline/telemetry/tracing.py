@@ -7,6 +7,7 @@ without; it puts the context on the commands that come of them. A bridge ends th
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -27,6 +28,10 @@ class Publish(Protocol):
 
     def end(self, *, failed: bool = False) -> None:
         """Kafka has it, or not."""
+        ...
+
+    def answered(self, kept: asyncio.Future[Any]) -> None:
+        """The end, by what became of a future."""
         ...
 
 

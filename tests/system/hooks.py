@@ -45,7 +45,13 @@ class KafkaInlet:
         self._woken = asyncio.Event()
 
     def enter(
-        self, topic: str, event: Event, partition: int | None = None, *, hook: str
+        self,
+        topic: str,
+        event: Event,
+        partition: int | None = None,
+        *,
+        hook: str,
+        headers: tuple[tuple[str, bytes], ...] = (),
     ) -> asyncio.Future[None]:
         kept = asyncio.get_running_loop().create_future()
         record = (topic, keys.record_key(event).encode(), codec.encode(event), partition)

@@ -11,6 +11,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from schemas import keys
 from tests import given
 from tests.system import world as worlds
+from tests.system.emqx_world import a_world
 from tests.system.otlp import Collector, collecting
 from tests.system.pipeline import PARTITIONS, until
 from tests.system.world import Consumer, World, numbered, publish
@@ -44,7 +45,7 @@ async def test_a_publish_its_fold_and_its_delivery_are_one_trace(
     await consumer.until_got(1)
 
     async def complete() -> bool:
-        return bool(collector.named("deliver") and collector.named("fold"))
+        return all(map(collector.named, ("publish", "fold", "batch", "deliver")))
 
     # Then its spans are children of one another, from three processes
     await until(complete, "the spans")
@@ -70,6 +71,42 @@ async def test_a_publish_its_fold_and_its_delivery_are_one_trace(
     assert delivered.attributes["messaging.destination.name"] == "queue/a"
     assert PAYLOAD not in str(collector.spans)
     await consumer.leave()
+
+
+async def test_a_trace_begins_and_ends_at_the_bridge_of_an_emqx_and_no_log_has_its_key(
+    collector: Collector, app_name: str, kafka: str, redis_server: str, tmp_path: Path
+) -> None:
+    # Given an EMQX whose clients Millpond delivers to, and which has to know a key
+    telemetry = f'[telemetry]\notlp_endpoint = "{collector.url}"\ntrace_ratio = 1.0\nlisten = "0"\n'
+    logs = '[log]\nformat = "json"\n'
+    rules = (telemetry, logs, *RULES)
+    async with a_world(app_name, kafka, redis_server, tmp_path, *rules, agents=AGENTS) as world:
+        consumer = await world.emqx.connect("anna")
+        await consumer.subscribe("queue/#")
+        publisher = await world.emqx.connect("publisher")
+        await publisher.publish("queue/a", PAYLOAD.encode())
+        await consumer.until_received(1)
+
+        async def complete() -> bool:
+            return all(map(collector.named, ("publish", "fold", "deliver")))
+
+        await until(complete, "the spans")
+        (published,), (folded,) = collector.named("publish"), collector.named("fold")
+        (delivered,) = collector.named("deliver")
+        assert (folded.trace_id, folded.parent_id) == (published.trace_id, published.span_id)
+        assert (delivered.trace_id, delivered.parent_id) == (published.trace_id, folded.span_id)
+        assert published.service == delivered.service == "millpond-bridge-emqx"
+        # When the broker's API refuses what is asked of it
+        world.rest.key = "another:key"
+        await publisher.publish("queue/a", PAYLOAD.encode())
+        await world.until_stored("queue/a", 1)
+        said = [log.read_text() for log in tmp_path.glob("*.log")]
+        assert said
+        # Then the logs have neither the key nor what was published
+        secret = (tmp_path / "api-key").read_text().strip()
+        for text in said:
+            assert secret.partition(":")[2] not in text
+            assert PAYLOAD not in text
 
 
 async def test_a_redelivery_belongs_to_the_same_trace(traced: World, collector: Collector) -> None:

@@ -17,7 +17,7 @@ from pipeline.brokers.rule_answers import RuleAnswers
 from pipeline.clock import now_ms
 from pipeline.producer import Producer
 from pipeline.telemetry.histogram import SHORT_S, Histogram
-from pipeline.telemetry.tracing import BridgeTracing, Headers, Publish
+from pipeline.telemetry.tracing import BridgeTracing, Headers
 from schemas import codec, keys
 from schemas.events import (
     TEXT_BYTES_MAX,
@@ -109,7 +109,7 @@ class Recorder:
         if span is None:
             return event, await self._enter(keys.MESSAGES_TOPIC, event)
         acknowledged = await self._enter(keys.MESSAGES_TOPIC, event, headers=span.headers)
-        acknowledged.add_done_callback(partial(_end, span))
+        acknowledged.add_done_callback(span.answered)
         return event, acknowledged
 
     async def delivered(self, message: Message, client_id: str, qos: int) -> None:
@@ -194,7 +194,3 @@ class Recorder:
         else:
             self.lost[kind] += 1
             logger.error("Kafka refused an event: %r", acknowledged.exception())
-
-
-def _end(span: Publish, acknowledged: asyncio.Future[Any]) -> None:
-    span.end(failed=acknowledged.cancelled() or acknowledged.exception() is not None)

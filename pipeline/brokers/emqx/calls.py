@@ -18,6 +18,7 @@ from pipeline.brokers.emqx.returning import Returned, Returning
 from pipeline.brokers.emqx.translation import Translator
 from pipeline.brokers.rule_answers import RuleAnswers
 from pipeline.clock import now_ms
+from pipeline.telemetry.tracing import BridgeTracing, Headers
 from schemas import keys
 from schemas.errors import DecodeError, MillpondError
 from schemas.events import (
@@ -48,7 +49,13 @@ class Keeping(Protocol):
         ...
 
     def enter(
-        self, topic: str, event: Event, partition: int | None = None, *, hook: str
+        self,
+        topic: str,
+        event: Event,
+        partition: int | None = None,
+        *,
+        hook: str,
+        headers: Headers = (),
     ) -> asyncio.Future[None]:
         """The future is done when the event is kept, or raises a MillpondError if it is not."""
         ...
@@ -114,8 +121,10 @@ class Calls:
         inlet: Keeping,
         listener: Listening,
         partitions: int,
+        tracing: BridgeTracing | None = None,
     ) -> None:
         """`partitions` is how many each Kafka topic has: node events go to every one."""
+        self._tracing = tracing
         self._rules, self._mountpoint, self._returning = rules, mountpoint, returning
         self._inlet, self._listener, self._partitions = inlet, listener, partitions
         self._answers = RuleAnswers(rules)
@@ -226,7 +235,7 @@ class Calls:
             event = self._translator.published(request, topic, now_ms())
         except DecodeError as error:
             return self._refuse(message, "invalid", str(error))
-        kept = self._inlet.enter(keys.MESSAGES_TOPIC, event, hook="message.publish")
+        kept = self._enter(event)
         try:
             await asyncio.shield(kept)  # the caller may give up; the event stays
         except MillpondError as error:
@@ -236,6 +245,16 @@ class Calls:
         if delivered and self._mountpoint is not None:
             return _answer(message, topic, allow=False)
         return IGNORE if topic == message.topic else _answer(message, topic)
+
+    def _enter(self, event: MessagePublished) -> asyncio.Future[None]:
+        """Into Kafka or the spool; and a trace begins, if this is to be one."""
+        hook = "message.publish"
+        span = None if self._tracing is None else self._tracing.publish(event)
+        if span is None:
+            return self._inlet.enter(keys.MESSAGES_TOPIC, event, hook=hook)
+        kept = self._inlet.enter(keys.MESSAGES_TOPIC, event, hook=hook, headers=span.headers)
+        kept.add_done_callback(span.answered)
+        return kept
 
     def _unmounted(self, message: pb.Message) -> str | None:
         """The topic that the publisher meant; None if it is below the mountpoint of another, or nobody's to publish to."""

@@ -32,6 +32,7 @@ from pipeline.settings import Settings
 from pipeline.telemetry.bridge import BridgeHealth, Commands, Hooks
 from pipeline.telemetry.bridge import Spool as SpoolMetrics
 from pipeline.telemetry.serving import serving as telemetry
+from pipeline.telemetry.tracing import bridge_tracing
 from schemas import keys
 from schemas.errors import ConfigError
 from schemas.events import DeliveriesSent, DeliveryFailed, MessageAcked, MessagePublished
@@ -133,12 +134,16 @@ class EmqxBridge:
         )  # fmt: skip
         self._looks = RetainedLooks(self._rest, self._inlet)
         listener = _Listener(self._siblings, self._looks)
+        self._tracing = bridge_tracing(settings.telemetry, "emqx")
         calls = Calls(
-            rules, mountpoint, returning, self._inlet, listener, settings.kafka.partitions
-        )
+            rules, mountpoint, returning, self._inlet, listener, settings.kafka.partitions,
+            self._tracing,
+        )  # fmt: skip
         hooks = Hooks(calls.refusals.counts)
         self._server = HookServer(bridge, calls, self._inlet, hooks.observe)
-        self._commander = Commander(settings, self._sender, deliveries, self._producer)
+        self._commander = Commander(
+            settings, self._sender, deliveries, self._producer, self._tracing
+        )
         self.shown = (hooks, SpoolMetrics(self._inlet), Commands(self._commander, deliveries))
 
     def complaints(self) -> list[str]:
@@ -182,3 +187,5 @@ class EmqxBridge:
                 await self._inlet.close()
                 await self._producer.stop()
         await self._rest.stop()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
