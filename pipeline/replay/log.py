@@ -58,11 +58,10 @@ class ReplayLog:
                 )
             )
             position = await persist(partial(reader.position, source))
-            run = [
-                Record(record.offset, record.timestamp, record.key, record.value)
-                for record in fetched.get(source, ())
-                if record.offset < stop
-            ]
+            found = fetched.get(source, ())
+            if found and found[-1].offset >= stop:
+                found = [record for record in found if record.offset < stop]
+            run = [Record(each.offset, each.timestamp, each.key, each.value) for each in found]
             if run:
                 yield run
 
