@@ -14,6 +14,8 @@ from schemas.errors import BrokenInvariant
 from schemas.keys import Partition
 
 POLL_TIMEOUT_MS: Final = 1_000
+# Of one partition at once: some full batches, so that few of them are cut short.
+FETCH_BYTES_MAX: Final = 4 * 1024 * 1024
 
 
 class ReplayLog:
@@ -68,7 +70,10 @@ class ReplayLog:
     async def _connected(self, source: TopicPartition) -> AIOKafkaConsumer:
         if self._reader is None:
             reader = AIOKafkaConsumer(
-                enable_auto_commit=False, auto_offset_reset="earliest", **self._options
+                enable_auto_commit=False,
+                auto_offset_reset="earliest",
+                max_partition_fetch_bytes=FETCH_BYTES_MAX,
+                **self._options,
             )
             try:
                 await reader.start()
