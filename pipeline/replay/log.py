@@ -14,6 +14,8 @@ from schemas.errors import BrokenInvariant
 from schemas.keys import Partition
 
 POLL_TIMEOUT_MS: Final = 1_000
+# Of one partition at once: some full batches, so that few of them are cut short.
+FETCH_BYTES_MAX: Final = 4 * 1024 * 1024
 
 
 class ReplayLog:
@@ -58,18 +60,20 @@ class ReplayLog:
                 )
             )
             position = await persist(partial(reader.position, source))
-            run = [
-                Record(record.offset, record.timestamp, record.key, record.value)
-                for record in fetched.get(source, ())
-                if record.offset < stop
-            ]
+            found = fetched.get(source, ())
+            if found and found[-1].offset >= stop:
+                found = [record for record in found if record.offset < stop]
+            run = [Record(each.offset, each.timestamp, each.key, each.value) for each in found]
             if run:
                 yield run
 
     async def _connected(self, source: TopicPartition) -> AIOKafkaConsumer:
         if self._reader is None:
             reader = AIOKafkaConsumer(
-                enable_auto_commit=False, auto_offset_reset="earliest", **self._options
+                enable_auto_commit=False,
+                auto_offset_reset="earliest",
+                max_partition_fetch_bytes=FETCH_BYTES_MAX,
+                **self._options,
             )
             try:
                 await reader.start()

@@ -135,6 +135,7 @@ class Replay:
                     number: applied.get(Partition(app, agent, number), starts[number])
                     for number in extents
                 }
+                _check_ends(live, agent, ends, extents)
             wanted = Marker(
                 cluster_id=kafka.cluster_id, begins=wish.begins, starts=starts, ends=ends
             )
@@ -209,6 +210,18 @@ class Replay:
         cluster_id = next(iter(markers.values())).cluster_id
         comparing = Comparing(live, target, self._partitions(), cluster_id, go_on)
         return await comparing.run(owned)
+
+
+def _check_ends(
+    live: Keyspace, agent: AgentName, ends: Mapping[int, int], extents: Mapping[int, Extent]
+) -> None:
+    """What live has applied must be in the log, or it would be waited for without end."""
+    for number, extent in extents.items():
+        if ends[number] > max(extent.end, extent.start):
+            raise MillpondError(
+                f"{live.where} holds the state of {agent} up to offset {ends[number] - 1} of"
+                f" {keys.SOURCE_TOPIC[agent]}[{number}], but the log ends before {extent.end}: was the topic made anew?"
+            )
 
 
 def time_of(text: str, what: str) -> int:

@@ -15,10 +15,12 @@ import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from schemas import keys
+from schemas.errors import MillpondError
 from schemas.events import MessagePublished
 from tests import given
 from tests.servers import Server, pause
 from tests.system.pipeline import Pipeline, Worker, running, until
+from tests.system.replaying import check_replay
 
 TOPICS = 20
 COUNTED = (given.store(), given.command("INCR seen:${msgid}"))
@@ -225,6 +227,10 @@ async def test_a_topic_made_anew_under_an_old_redis_is_refused_by_name(pipeline:
     assert "was the topic made anew?" in said
     assert keys.MESSAGES_TOPIC in said
     assert "Traceback" not in said
+    # Nor is there anything to compare it with.
+    pipeline.replays_as_live = False
+    with pytest.raises(MillpondError, match="was the topic made anew"):
+        await check_replay(tmp_config(pipeline), pipeline.redis_url)
 
 
 def tmp_config(pipeline: Pipeline) -> Path:
