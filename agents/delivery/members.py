@@ -196,7 +196,7 @@ class Members:
         """Of a member that is idle, keep only the bytes that the store has, or will have."""
         if member.idle() and len(self._awake) > AWAKE_MAX:
             del self._awake[name]
-            self._asleep[name] = packed
+            self._asleep[name] = bytes(memoryview(packed))  # the encoder leaves room behind it
 
     def _hold(self, name: str, topic_filter: str) -> None:
         self._holders.add(topic_filter, name)
@@ -258,6 +258,8 @@ class Members:
 
     def matching(self, topic: str) -> tuple[str, ...]:
         """The filters that match a topic: itself, and the wildcards that somebody holds."""
+        if self._wildcards.empty():
+            return (topic,)
         known = self._matching.get(topic)
         if known is None:
             if len(self._matching) >= TOPICS_REMEMBERED_MAX:
