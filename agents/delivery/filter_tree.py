@@ -17,6 +17,10 @@ class FilterTree:
         """Empty."""
         self._root: Node = {}
 
+    def empty(self) -> bool:
+        """Whether there is none."""
+        return not self._root
+
     def add(self, topic_filter: str) -> None:
         """One more; again is nothing."""
         node = self._root

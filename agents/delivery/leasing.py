@@ -16,7 +16,7 @@ from typing import Final, Generic, TypeAlias, TypeVar
 
 from msgspec import Struct
 
-from agents.delivery.members import Member, Members, Reach, Round, in_turn
+from agents.delivery.members import Member, Members, Reach, Round
 from agents.delivery.window import Lease, Waiting, Window
 from agents.due import INDEX, MEMBER, WINDOW, DueTimes, due_member
 from agents.effects import Effect, HandOut, Output, SetIndex
@@ -123,7 +123,7 @@ class Leasing(ABC, Generic[W]):
         window, delivery = self.window(offset, key), self.delivery(key)
         reaches = self.reaching(key) if delivery is not None else []
         while reaches and delivery is not None and (waiting := window.next()) is not None:
-            reach = in_turn(reaches, window.turn, waiting, delivery.max_inflight)
+            reach = self._members.in_turn(reaches, window.turn, waiting, delivery.max_inflight)
             if reach is None:
                 break
             if self.expired(key, waiting, now_ms):
@@ -135,8 +135,9 @@ class Leasing(ABC, Generic[W]):
         done += self.note_waiting(key, window)
         if window.waits:
             for reach in reaches:
-                if reach.member.round.whole:
-                    reach.member.round.whole = False  # it comes by once more
+                member = self._members.awake().get(reach.name)
+                if member is not None and member.round.whole:
+                    member.round.whole = False  # it comes by once more
                     self._members.touch(reach.name)
         return done
 
@@ -147,7 +148,7 @@ class Leasing(ABC, Generic[W]):
 
     def lease(self, offset: int, key: str, waiting: Waiting, reach: Reach, now_ms: int) -> Done:
         """Put what a window has next into a member's hands."""
-        window, member = self._windows[key], reach.member
+        window, member = self._windows[key], self._members[reach.name]
         window.take(waiting)
         window.turn = reach.name
         self._counters.lease += 1
@@ -172,13 +173,13 @@ class Leasing(ABC, Generic[W]):
         window, delivery = self.window(offset, key), self.delivery(key)
         if delivery is None:
             return []
-        waiting = Waiting(score, event.message_id)
-        reach = in_turn(self.reaching(key), window.turn, waiting, delivery.max_inflight)
+        waiting, limit = Waiting(score, event.message_id), delivery.max_inflight
+        reach = self._members.in_turn(self.reaching(key), window.turn, waiting, limit)
         if reach is None or self.pauses():
             return []
-        window.turn = reach.name
+        window.turn, member = reach.name, self._members[reach.name]
         hand_out = HandOut(
-            offset, 0, reach.member.client_id, reach.member.epoch, event.message_id, event.topic,
+            offset, 0, member.client_id, member.epoch, event.message_id, event.topic,
             reach.qos, 1, event.expires_at, stored=False,
         )  # fmt: skip
         return [hand_out]
@@ -209,13 +210,13 @@ class Leasing(ABC, Generic[W]):
 
     def release(self, lease: Lease) -> Done:
         """A lease is over: its member, which is not forgotten before, has room again."""
-        del self._members.by_name[lease.member].leases[lease.number]
+        del self._members[lease.member].leases[lease.number]
         self._members.touch(lease.member)
         return [] if lease.sent else self._confirmed(lease)
 
     def _confirmed(self, lease: Lease) -> Done:
         """One lease less that nobody has confirmed."""
-        counters, member = self._counters, self._members.by_name[lease.member]
+        counters, member = self._counters, self._members[lease.member]
         done: Done = []
         member.unconfirmed -= 1
         self._members.touch(lease.member)
@@ -266,7 +267,7 @@ class Leasing(ABC, Generic[W]):
         done: Done = []
         others_wait = self._counters.waiting > self._windows[key].waits
         for name in names:
-            member = self._members.by_name.get(name)
+            member = self._members.get(name)
             if member is None or not member.spans(self.topic_of(key)):
                 continue
             if member.available():
@@ -304,8 +305,7 @@ class Leasing(ABC, Generic[W]):
             if found is None or found[1].sent:
                 continue
             key, lease = found
-            delivery = self.delivery(key)
-            window = self.window(offset, key)
+            window, delivery = self.window(offset, key), self.delivery(key)
             lease.sent = True
             lease.deliveries += 1
             lease.holders = window.with_holder(lease.holders, report.client_id, report.alias)
@@ -323,7 +323,7 @@ class Leasing(ABC, Generic[W]):
         """A leased message is acknowledged: it is done with, and its member has room."""
         window = self.window(offset, key)
         lease = window.leases[message_id]
-        self._members.by_name[lease.member].failures = 0
+        self._members[lease.member].failures = 0
         done = self.release(lease)
         window.remove(message_id)
         if lease.stored:
@@ -348,7 +348,7 @@ class Leasing(ABC, Generic[W]):
             return [*done, *self.freed(offset, key, (lease.member,), now_ms)]
         lease.deliveries -= int(lease.sent)  # which counted as a delivery
         done = self.give_back(offset, key, event.message_id, now_ms)
-        member = self._members.by_name[lease.member]
+        member = self._members[lease.member]
         if lease.number > member.epoch and not member.rests_until:
             done += self._rest(lease.member, member, now_ms)
         return [*done, *self.freed(offset, key, (lease.member,), now_ms)]

@@ -173,7 +173,7 @@ class DeliveryMachine(Own[W]):
         self, event: SubscriberJoined | SubscriberLeft
     ) -> Iterator[tuple[str, int]]:
         name, topic_filter = member_name(event.client_id, event.topic_filter)
-        member = self._members.by_name.get(name)
+        member = self._members.get(name)
         if member is not None:
             yield from ((key, 0) for key in member.leases.values())
         if isinstance(event, SubscriberJoined) and not has_wildcard(topic_filter):
@@ -186,8 +186,7 @@ class DeliveryMachine(Own[W]):
         if delivery is None:
             return 0
         limit = delivery.max_inflight
-        members = (reach.member for reach in self.reaching(key))
-        return sum(max(0, limit - len(each.leases)) for each in members if each.available())
+        return sum(self._members.room(reach.name, limit) for reach in self.reaching(key))
 
     def want_ahead(self, reads: list[Read], key: str, need: int) -> None:
         """Read so much that reading more could not change what the steps decide."""

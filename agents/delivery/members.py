@@ -1,7 +1,8 @@
 """Who may be served in a partition: the clients that are online with a filter that a delivery rule can match.
 
-Every publish asks for them: they are in memory. Who has gone, and has nothing in hand any more, is in the store alone, and
-read when there is word of it again.
+Every publish asks for them: they are in memory. Of the many that are idle there are only the bytes that the store has, a
+third of what a member takes that is in use. Who has gone, and has nothing in hand any more, is in the store alone, and read
+when there is word of it again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import msgspec
 from msgspec import Struct, field
 
 from agents.delivery.filter_tree import FilterTree
+from agents.delivery.names import Names
 from agents.delivery.window import Waiting
 from agents.effects import SetState
 from agents.ports import ReadStates
@@ -23,6 +25,7 @@ from schemas.filters import has_wildcard, split_share
 TOPICS_REMEMBERED_MAX: Final = (
     10_000  # whose members were looked up; past that the memory starts anew
 )
+AWAKE_MAX: Final = 2_000  # members in use, a MiB or so; past that those that become idle are packed
 
 
 class Held(Struct, frozen=True, array_like=True):
@@ -80,6 +83,11 @@ class Member(Struct, array_like=True):
         """Whether it has gone, and nothing is left to be done for it."""
         return not (self.filters or self.leases or self.round.active)
 
+    def idle(self) -> bool:
+        """Whether it is there, with room for all that anyone may have, and nothing is left to be done for it."""
+        at_nothing = self.available() and not self.round.everything
+        return at_nothing and bool(self.filters) and not self.leases
+
     def available(self) -> bool:
         """Whether it may be handed something now, if it has room. One on its round gets only what that brings."""
         return self.ready() and not self.round.active
@@ -95,9 +103,12 @@ class Reach(NamedTuple):
     """
 
     name: str
-    member: Member
     qos: int
     newest: int | None
+
+    def wants(self, waiting: Waiting) -> bool:
+        """Whether a message is for Millpond to hand to it."""
+        return self.newest is None or waiting.score <= self.newest
 
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -109,11 +120,13 @@ class Members:
 
     def __init__(self) -> None:
         """None."""
-        self.by_name: dict[str, Member] = {}
-        self._holders: dict[str, dict[str, None]] = {}  # filter → names
+        self._awake: dict[str, Member] = {}  # by name
+        self._asleep: dict[str, bytes] = {}  # the other names; all of these are idle
+        self._woken: dict[str, bytes] = {}  # of those awake: whom the batch has only looked at
+        self._holders = Names()  # by filter
         self._wildcards = FilterTree()
         self._in_groups: dict[str, tuple[str, ...]] = {}  # client id → names, in their order
-        self._groups: dict[str, dict[str, None]] = {}  # $share/{group}/{filter} → names
+        self._groups = Names()  # by $share/{group}/{filter}
         self._matching: dict[str, tuple[str, ...]] = {}
         self._reaches: dict[str, list[Reach]] = {}
         self.version = 0  # counts what changes who reaches what
@@ -136,13 +149,12 @@ class Members:
             for topic_filter, held in member.filters.items():
                 self.broker_delivers |= held.broker_delivers
                 self._hold(name, topic_filter)
+            self._fall_asleep(name, member, state)
 
     def unknown(self, names: Iterable[str]) -> list[ReadStates]:
         """The reads for those that may be away."""
         asked = tuple(
-            name
-            for name in dict.fromkeys(names)
-            if name not in self.by_name and not self._passes(name)
+            name for name in dict.fromkeys(names) if name not in self and not self._passes(name)
         )
         return [ReadStates(asked, "members")] if asked else []
 
@@ -157,7 +169,7 @@ class Members:
         """The oldest batch finished and not yet settled is in the store."""
         settled = self._unsettled.popleft()
         for name in settled:
-            member = self.by_name.get(name)
+            member = self._awake.get(name)
             if member is not None and member.away() and not self._passes(name):
                 self._drop(name, member)
 
@@ -165,13 +177,13 @@ class Members:
         return any(name in batch for batch in (self._passing, *self._unsettled))
 
     def _put(self, name: str, member: Member) -> None:
-        self.by_name[name] = member
+        self._awake[name] = member
         known = self._in_groups.get(member.client_id, ())
         if name != member.client_id and name not in known:
             self._in_groups[member.client_id] = tuple(sorted((*known, name)))
 
     def _drop(self, name: str, member: Member) -> None:
-        del self.by_name[name]
+        del self._awake[name]
         if name == member.client_id:
             return
         left = tuple(other for other in self._in_groups[member.client_id] if other != name)
@@ -180,11 +192,17 @@ class Members:
         else:
             del self._in_groups[member.client_id]
 
+    def _fall_asleep(self, name: str, member: Member, packed: bytes) -> None:
+        """Of a member that is idle, keep only the bytes that the store has, or will have."""
+        if member.idle() and len(self._awake) > AWAKE_MAX:
+            del self._awake[name]
+            self._asleep[name] = bytes(memoryview(packed))  # the encoder leaves room behind it
+
     def _hold(self, name: str, topic_filter: str) -> None:
-        self._holders.setdefault(topic_filter, {})[name] = None
+        self._holders.add(topic_filter, name)
         group, separator, _ = name.partition("\0")
         if separator:
-            self._groups.setdefault(f"{group}/{topic_filter}", {})[name] = None
+            self._groups.add(f"{group}/{topic_filter}", name)
         if has_wildcard(topic_filter):
             self._wildcards.add(topic_filter)
         self._changed(name, topic_filter)
@@ -205,17 +223,43 @@ class Members:
 
     # -- asking
 
-    def values(self) -> Iterable[Member]:
-        """All that are in memory."""
-        return self.by_name.values()
+    def __contains__(self, name: str) -> bool:
+        """Whether it is in memory."""
+        return name in self._awake or name in self._asleep
+
+    def __getitem__(self, name: str) -> Member:
+        """A member that is in memory."""
+        if name in self._asleep:
+            packed = self._woken[name] = self._asleep.pop(name)
+            self._awake[name] = _decode(packed)
+        return self._awake[name]
+
+    def get(self, name: str) -> Member | None:
+        """A member, if it is in memory."""
+        if name in self._asleep:
+            return self[name]
+        return self._awake.get(name)
+
+    def awake(self) -> Mapping[str, Member]:
+        """All that are not idle, and some that are."""
+        return self._awake
+
+    def room(self, name: str, max_inflight: int) -> int:
+        """How many messages more a member that is in memory may be handed now."""
+        member = self._awake.get(name)
+        if member is None:
+            return max_inflight
+        return max(0, max_inflight - len(member.leases)) if member.available() else 0
 
     def of_client(self, client_id: str) -> list[tuple[str, Member]]:
         """A client's memberships that are in memory: its own, then those in groups, by name."""
         names = (client_id, *self._in_groups.get(client_id, ()))
-        return [(name, self.by_name[name]) for name in names if name in self.by_name]
+        return [(name, self[name]) for name in names if name in self]
 
     def matching(self, topic: str) -> tuple[str, ...]:
         """The filters that match a topic: itself, and the wildcards that somebody holds."""
+        if self._wildcards.empty():
+            return (topic,)
         known = self._matching.get(topic)
         if known is None:
             if len(self._matching) >= TOPICS_REMEMBERED_MAX:
@@ -226,20 +270,20 @@ class Members:
     def holding(self, topic: str) -> Iterator[tuple[str, str, Held]]:
         """The filters that match a topic, and who holds each how."""
         for topic_filter in self.matching(topic):
-            for name in self._holders.get(topic_filter, ()):
-                yield topic_filter, name, self.by_name[name].filters[topic_filter]
+            for name in self._holders.of(topic_filter):
+                yield topic_filter, name, self[name].filters[topic_filter]
 
     def group(self, subscription: str) -> list[str]:
         """The members of a shared subscription, `$share/{group}/{filter}`, by name."""
-        return sorted(self._groups.get(subscription, ()))
+        return sorted(self._groups.of(subscription))
 
     def reach(self, name: str, topic: str) -> list[Reach]:
         """One member as a topic sees it; none if it has no filter that matches."""
-        member = self.by_name.get(name)
+        member = self.get(name)
         if member is None:
             return []
         held = [member.filters[each] for each in self.matching(topic) if each in member.filters]
-        return [make_reach(name, member, held)] if held else []
+        return [make_reach(name, held)] if held else []
 
     def reaching(self, topic: str) -> list[Reach]:
         """The members of a topic, by name."""
@@ -254,13 +298,25 @@ class Members:
         found: dict[str, list[Held]] = {}
         for _, name, held in self.holding(topic):
             found.setdefault(name, []).append(held)
-        return [make_reach(name, self.by_name[name], found[name]) for name in sorted(found)]
+        return [make_reach(name, found[name]) for name in sorted(found)]
+
+    def in_turn(
+        self, reaches: Sequence[Reach], turn: str, waiting: Waiting, max_inflight: int
+    ) -> Reach | None:
+        """The first member behind the one served last that can take a message; None if no one can."""
+        first = bisect_right(reaches, turn, key=_name_of)
+        for at in range(first, first + len(reaches)):
+            reach = reaches[at % len(reaches)]
+            if reach.wants(waiting) and self.room(reach.name, max_inflight):
+                return reach
+        return None
 
     # -- changing; whatever is changed in place is touched
 
     def touch(self, name: str) -> None:
         """This member's state has changed."""
         self._touched[name] = self._passing[name] = None
+        self._woken.pop(name, None)
 
     def add(self, name: str, member: Member) -> None:
         """A member that there was none of before."""
@@ -269,26 +325,27 @@ class Members:
 
     def hold(self, name: str, topic_filter: str, held: Held) -> None:
         """A member is to be served by a filter."""
-        self.by_name[name].filters[topic_filter] = held
+        self[name].filters[topic_filter] = held
         self.broker_delivers |= held.broker_delivers
         self._hold(name, topic_filter)
         self.touch(name)
 
     def let_go(self, name: str, topic_filter: str) -> None:
         """A member is no longer to be served by a filter."""
+        known = self[name].filters.pop(topic_filter, None)
         self.touch(name)
-        if self.by_name[name].filters.pop(topic_filter, None) is None:
+        if known is None:
             return
         group, separator, _ = name.partition("\0")
         if separator:
-            _discard(self._groups, f"{group}/{topic_filter}", name)
-        if _discard(self._holders, topic_filter, name):
+            self._groups.remove(f"{group}/{topic_filter}", name)
+        if self._holders.remove(topic_filter, name):
             self._wildcards.discard(topic_filter)
         self._changed(name, topic_filter)
 
     def remove(self, name: str) -> None:
         """Forget a member that holds no filter."""
-        self._drop(name, self.by_name[name])
+        self._drop(name, self[name])
         self.touch(name)
 
     def finish(self) -> Iterator[SetState]:
@@ -297,46 +354,29 @@ class Members:
         self._unsettled.append(self._passing)
         self._passing = {}
         for name in touched:
-            member = self.by_name.get(name)
-            yield SetState(name, None if member is None else _encode(member), "members")
-
-
-def _discard(names: dict[str, dict[str, None]], key: str, name: str) -> bool:
-    """Take a name away from a key; whether it was the key's last one."""
-    del names[key][name]
-    if names[key]:
-        return False
-    del names[key]
-    return True
+            assert not (name in self._asleep or name in self._woken), "who changes is in use"
+            member = self._awake.get(name)
+            if member is None:
+                yield SetState(name, None, "members")
+                continue
+            packed = _encode(member)
+            self._fall_asleep(name, member, packed)
+            yield SetState(name, packed, "members")
+        for name, packed in self._woken.items():
+            del self._awake[name]
+            self._asleep[name] = packed
+        self._woken = {}
 
 
 def _name_of(reach: Reach) -> str:
     return reach.name
 
 
-def make_reach(name: str, member: Member, held: list[Held]) -> Reach:
+def make_reach(name: str, held: list[Held]) -> Reach:
     """How a member takes part, by the filters that match."""
     broker_delivers = all(each.broker_delivers for each in held)
     newest = max(each.since for each in held) if broker_delivers else None
-    return Reach(name, member, max(each.qos for each in held), newest)
-
-
-def in_turn(
-    reaches: Sequence[Reach], turn: str, waiting: Waiting, max_inflight: int
-) -> Reach | None:
-    """The first member behind the one served last that can take a message; None if no one can."""
-    first = bisect_right(reaches, turn, key=_name_of)
-    for at in range(first, first + len(reaches)):
-        reach = reaches[at % len(reaches)]
-        if reach.member.available() and can_take(reach, waiting, max_inflight):
-            return reach
-    return None
-
-
-def can_take(reach: Reach, waiting: Waiting, max_inflight: int) -> bool:
-    """Whether a member has room for a message that is for Millpond to hand to it."""
-    within = reach.newest is None or waiting.score <= reach.newest
-    return within and len(reach.member.leases) < max_inflight
+    return Reach(name, max(each.qos for each in held), newest)
 
 
 def member_name(client_id: str, topic_filter: str) -> tuple[str, str]:

@@ -49,7 +49,7 @@ class Membership(Leasing[W]):
         if error is not None:
             raise DecodeError(error)
         name, topic_filter = member_name(event.client_id, event.topic_filter)
-        member = self._members.by_name.get(name)
+        member = self._members.get(name)
         done: Done = []
         if member is None:
             member = Member(event.client_id, event.session, event.source_offset)
@@ -78,7 +78,7 @@ class Membership(Leasing[W]):
     def left(self, offset: int, event: SubscriberLeft, now_ms: int, score: int) -> Done:
         """A client is no longer to be served: by one filter, or, without its session or connection, at all."""
         name, topic_filter = member_name(event.client_id, event.topic_filter)
-        member = self._members.by_name.get(name)
+        member = self._members.get(name)
         if member is None:
             # Long forgotten; what it is remembered by besides may go on from here to its end.
             return self.went(name, topic_filter, now_ms, ended=event.reason == "session_ended")
@@ -99,7 +99,7 @@ class Membership(Leasing[W]):
         `ended`, else when the copies' validity does.
         """
         done: Done = []
-        member = self._members.by_name[name]
+        member = self._members[name]
         for topic_filter in dict.fromkeys((*member.filters, left)):
             self._members.let_go(name, topic_filter)
             done += self.went(name, topic_filter, now_ms, ended=ended)
@@ -133,7 +133,7 @@ class Membership(Leasing[W]):
 
     def member_due(self, name: str, now_ms: int) -> Done:
         """A member has rested, or may be forgotten."""
-        member = self._members.by_name[name]
+        member = self._members[name]
         if not member.filters:
             if member.forget_at > now_ms or member.leases or member.round.active:
                 later = max(member.forget_at, now_ms + FORGET_MS)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from agents.delivery.leasing import RESUME, WAITING, WORK, Done, W
-from agents.delivery.members import Member, Reach, Round, can_take
+from agents.delivery.members import Member, Reach, Round
 from agents.delivery.membership import Membership
 from agents.effects import SetIndex
 from agents.ports import Read, ReadBelow, ReadNames
@@ -65,7 +65,7 @@ class Rounds(Membership[W]):
             if name.startswith(BESIDES):
                 reads[self.page_besides(name)] = None
                 continue
-            for _, page in self._way(name, self._members.by_name[name]):
+            for _, page in self._way(name, self._members[name]):
                 if page is not None:
                     reads[page] = None
         return [read for read in reads if read not in self._pages]
@@ -80,7 +80,7 @@ class Rounds(Membership[W]):
             if name.startswith(BESIDES):
                 found += [(key, None) for key in self._pages[self.page_besides(name)]]
                 continue
-            member = self._members.by_name[name]  # one on its round is not forgotten
+            member = self._members[name]  # one on its round is not forgotten
             found += [(stop.key, member) for stop in self._stops(name, member)[0]]
         return found
 
@@ -145,7 +145,7 @@ class Rounds(Membership[W]):
             if name.startswith(BESIDES):
                 done += self.work_besides(offset, name, now_ms)
                 continue
-            member = self._members.by_name[name]
+            member = self._members[name]
             self._members.touch(name)
             if member.filters:
                 done += self._go_round(offset, name, member, now_ms, waits)
@@ -170,7 +170,7 @@ class Rounds(Membership[W]):
     def _interrupted(self) -> Done:
         """Those go on whose way through all there is was interrupted by a pause: nothing waits where they were not yet."""
         done: Done = []
-        for name, member in sorted(self._members.by_name.items()):
+        for name, member in sorted(self._members.awake().items()):
             at = member.round
             if at.everything and not at.active and member.filters and not self._counters.paused:
                 done += self.start_round(name, member)
@@ -210,7 +210,7 @@ class Rounds(Membership[W]):
         """One message of each window, again and again; the stop of the last one."""
         done: Done = []
         last: Stop | None = None
-        at, left = self._members.by_name[name].round, list(stops)
+        at, left = self._members[name].round, list(stops)
         while left:
             served = [stop for stop in left if self._hand_one(done, offset, name, stop.key, now_ms)]
             last, left = served[-1] if served else last, served
@@ -226,10 +226,10 @@ class Rounds(Membership[W]):
 
     def _hand_one(self, done: Done, offset: int, name: str, key: str, now_ms: int) -> bool:
         delivery, waiting = self.delivery(key), self.window(offset, key).next()
-        reach = self._reach(name, key)
-        if delivery is None or waiting is None or reach is None or not reach.member.ready():
+        reach, member = self._reach(name, key), self._members[name]
+        if delivery is None or waiting is None or reach is None or not member.ready():
             return False
-        if not can_take(reach, waiting, delivery.max_inflight):
+        if not reach.wants(waiting) or len(member.leases) >= delivery.max_inflight:
             return False  # what is next need not be known then
         if self.expired(key, waiting, now_ms):
             done += self.too_old(key, now_ms)

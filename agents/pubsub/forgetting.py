@@ -40,7 +40,7 @@ class Forgetting(Readers):
         if subscriber.known.pop(topic_filter, None) is None:
             return []
         subscriber.given_up[topic_filter] = score
-        leased = dict.fromkeys(self._members.by_name[name].leases.values())
+        leased = dict.fromkeys(self._members[name].leases.values())
         return self._start_forgetting(offset, name, leased, now_ms, score)
 
     def went(self, name: str, topic_filter: str, now_ms: int, *, ended: bool) -> Done:

@@ -212,7 +212,7 @@ class PubsubMachine(Trimming):
         reader.forget_ahead()
         done += self.note_waiting(key, reader)
         for name in names:
-            member = self._members.by_name.get(name)
+            member = self._members.get(name)
             if member is not None and member.filters:
                 done += self.start_round(name, member)
         return done

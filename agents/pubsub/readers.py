@@ -95,9 +95,9 @@ class Readers(DeliveryMachine[Reader]):
         delivery = self.delivery(key)
         if delivery is None or not reader.waits or reader.next() is not None or self.pauses():
             return done
-        for name, member, *_ in self.reaching(key):
-            if member.available() and len(member.leases) < delivery.max_inflight:
-                done += self.start_round(name, member)
+        for reach in self.reaching(key):
+            if self._members.room(reach.name, delivery.max_inflight):
+                done += self.start_round(reach.name, self._members[reach.name])
         return done
 
     # -- what `agents/delivery/` asks -----------------------------------------------------------------------
@@ -133,8 +133,7 @@ class Readers(DeliveryMachine[Reader]):
             found.setdefault((subscriber_of(name, topic_filter), name), []).append(held)
         reaches: dict[str, list[Reach]] = {}
         for (subscriber, name), held_ones in sorted(found.items(), key=lambda each: each[0]):
-            reach = make_reach(name, self._members.by_name[name], held_ones)
-            reaches.setdefault(subscriber, []).append(reach)
+            reaches.setdefault(subscriber, []).append(make_reach(name, held_ones))
         return reaches
 
     def reaching(self, key: str) -> list[Reach]:
@@ -144,10 +143,10 @@ class Readers(DeliveryMachine[Reader]):
             return self._members.reach(subscriber, topic)
         subscription = shown(subscriber)
         topic_filter = split_share(subscription)[1]
-        members = (
-            (name, self._members.by_name[name]) for name in self._members.group(subscription)
-        )
-        return [make_reach(name, each, [each.filters[topic_filter]]) for name, each in members]
+        return [
+            make_reach(name, [self._members[name].filters[topic_filter]])
+            for name in self._members.group(subscription)
+        ]
 
     def readers_of(self, topic: str) -> list[str]:
         """The keys of the readers of a topic that are online."""
@@ -298,7 +297,7 @@ class Readers(DeliveryMachine[Reader]):
             if isinstance(event, SubscriberJoined | SubscriberLeft):
                 name, topic_filter = member_name(event.client_id, event.topic_filter)
                 yield subscriber_of(name, topic_filter)
-                member = self._members.by_name.get(name)
+                member = self._members.get(name)
                 if member is not None:
                     yield from (subscriber_of(name, each) for each in member.filters)
                     yield from (split_reader(key)[0] for key in member.leases.values())
@@ -319,7 +318,8 @@ class Readers(DeliveryMachine[Reader]):
         """The readers of these topics or subscribers of which somebody has something in hand."""
         if not (topics or subscribers):
             return {}
-        every = {key: None for member in self._members.values() for key in member.leases.values()}
+        members = self._members.awake().values()
+        every = {key: None for member in members for key in member.leases.values()}
         parts = {key: split_reader(key) for key in sorted(every)}
         return {
             key: None

@@ -9,7 +9,7 @@ import msgspec
 from agents.delivery import leasing
 from agents.delivery.dead import unpack as unpack_dead
 from agents.delivery.leasing import WAITING, WORK, Counters
-from agents.delivery.members import Members, in_turn
+from agents.delivery.members import Members
 from agents.delivery.window import Waiting
 from agents.keeping import unpack as unpack_retained
 from agents.plans import Plans
@@ -97,7 +97,7 @@ def check_leases(state: State) -> None:
     }
     in_members = {
         (name, number): topic
-        for name, member in state.members.by_name.items()
+        for name, member in state.members.awake().items()
         for number, topic in member.leases.items()
     }
     assert in_windows == in_members
@@ -112,7 +112,7 @@ def check_counters(state: State) -> None:
     assert counters.waiting == len(state.waiting)
     assert counters.work == len(state.work)
     assert counters.lease >= max((lease.number for lease in leases), default=0)
-    going = {name for name, member in state.members.by_name.items() if member.round.active}
+    going = {name for name, member in state.members.awake().items() if member.round.active}
     assert state.work.keys() - {leasing.RESUME} == going
 
 
@@ -138,7 +138,7 @@ def check_bodies(state: State) -> None:
 def check_bounds(state: State, rules: Rules) -> None:
     """Nobody has more than fits."""
     largest = max((rule.max_inflight for rule in rules.run_by_delivery("queue")), default=0)
-    for name, member in state.members.by_name.items():
+    for name, member in state.members.awake().items():
         assert len(member.leases) <= largest, f"{name}: {member.leases}"
         plans = Plans(rules)
         deliveries = {topic: plans.of(topic).delivery for topic in member.leases.values()}
@@ -163,5 +163,5 @@ def check_nothing_idle(state: State, rules: Rules, now_ms: int) -> None:
         ready = [entry for entry in scores.ordered() if entry[0] not in window.leases]
         name, score = ready[0]
         waiting = window.returned_as(name) or Waiting(score, name)
-        idle = in_turn(reaches, window.turn, waiting, delivery.max_inflight)
+        idle = state.members.in_turn(reaches, window.turn, waiting, delivery.max_inflight)
         assert idle is None, f"{waiting.message_id} of {topic} waits for {idle}"

@@ -30,6 +30,7 @@ LIMITS = {
     "agents.delivery.rounds.ROUNDS_MAX": 2, "agents.delivery.rounds.FILTERS_MAX": 2,
     "agents.pubsub.trimming.AHEAD_MAX": 2, "agents.delivery.machine.AHEAD_TOTAL_MAX": 4,
     "agents.delivery.leasing.UNCONFIRMED_MAX": 5, "agents.keeping.SWEEP_ENTRIES_MAX": 3,
+    "agents.delivery.members.AWAKE_MAX": 0,
     "agents.pubsub.machine.OVERFLOW_MAX": 2, "agents.pubsub.trimming.OVERFLOW_MAX": 2,
 }  # fmt: skip
 

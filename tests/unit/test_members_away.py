@@ -14,7 +14,7 @@ AWAY = b'["a",1,1]'
 
 
 def in_memory(world: Delivering) -> list[str]:
-    return list(world.driver.machine._members.by_name)  # type: ignore[attr-defined]
+    return list(world.driver.machine._members.awake())  # type: ignore[attr-defined]
 
 
 def finish(members: Members) -> dict[str, bytes | None]:
@@ -77,10 +77,10 @@ def test_who_goes_is_in_memory_until_the_store_knows() -> None:
     # The next batch has word of it, before that one is in the store.
     members.touch("a")
     members.settled()
-    assert list(members.by_name) == ["a"]
+    assert list(members.awake()) == ["a"]
     finish(members)
     members.settled()
-    assert list(members.by_name) == []
+    assert list(members.awake()) == []
     assert members.unknown(["a", "a"]) == [ReadStates(("a",), "members")]
 
 

@@ -27,7 +27,7 @@ def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def member(world: Delivering, name: str) -> Any:
-    return world.driver.machine._members.by_name[name]  # type: ignore[attr-defined]
+    return world.driver.machine._members[name]  # type: ignore[attr-defined]
 
 
 def test_plain_filters_of_one_client_take_turns() -> None:
