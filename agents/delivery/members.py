@@ -130,7 +130,6 @@ class Members:
         self._matching: dict[str, tuple[str, ...]] = {}
         self._reaches: dict[str, list[Reach]] = {}
         self.version = 0  # counts what changes who reaches what
-        self.broker_delivers = False  # whether a broker has ever delivered to one of them itself
         self._touched: dict[str, None] = {}
         # Whom the batch was told of or changes, and those of each batch that is not yet in the store: known until then,
         # even if there is no such member.
@@ -146,8 +145,7 @@ class Members:
             if member.away():
                 continue
             self._put(name, member)
-            for topic_filter, held in member.filters.items():
-                self.broker_delivers |= held.broker_delivers
+            for topic_filter in member.filters:
                 self._hold(name, topic_filter)
             self._fall_asleep(name, member, state)
 
@@ -326,7 +324,6 @@ class Members:
     def hold(self, name: str, topic_filter: str, held: Held) -> None:
         """A member is to be served by a filter."""
         self[name].filters[topic_filter] = held
-        self.broker_delivers |= held.broker_delivers
         self._hold(name, topic_filter)
         self.touch(name)
 

@@ -320,9 +320,9 @@ async def _states(
         return
     async with Reader(rules.pool(held.agent)) as reader:
         online: dict[str, dict[str, str]] = {}  # subscriber → name → client of its members
-        async for _, (reach, subscribers) in members_of(reader, held.partition, [held.topic]):
-            for each in subscribers:
-                online.setdefault(each, {})[reach.name] = reach.member.client_id
+        async for _, found in members_of(reader, held.partition, [held.topic]):
+            for each in found.subscribers:
+                online.setdefault(each, {})[found.reach.name] = found.member.client_id
         if held.window is not None:
             names = {name for members in online.values() for name in members}
             yield states.of_queue(known, held.window, len(names))

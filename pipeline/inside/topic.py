@@ -11,7 +11,6 @@ from msgspec import Struct
 
 from agents import keeping
 from agents.delivery.dead import unpack as unpack_dead
-from agents.delivery.members import Member
 from agents.delivery.window import Window
 from agents.plans import Plan, Plans
 from agents.ports import ReadIndex, ReadLast, ReadStates
@@ -283,9 +282,8 @@ class _Looking:
 
 
 def _member(found: MemberOf, plan: Plan) -> MemberFacts:
-    reach, subscribers = found
+    member, reach, subscribers = found
     group, client_id = states.member_of(reach.name)
-    member: Member = reach.member
     return MemberFacts(
         client_id=client_id, group=group, qos=reach.qos, in_hand=len(member.leases),
         max_inflight=0 if plan.delivery is None else plan.delivery.max_inflight,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
-from agents.delivery.members import Members, Reach
+from agents.delivery.members import Member, Members, Reach
 from agents.effects import Table
 from agents.ports import ReadAllStates
 from agents.pubsub.state import subscriber_of
@@ -15,8 +15,9 @@ from schemas.keys import Partition
 
 
 class MemberOf(NamedTuple):
-    """A member as one topic sees it, and the subscribers that it is in pubsub, by the filters that match."""
+    """A member, how one topic sees it, and the subscribers that it is in pubsub, by the filters that match."""
 
+    member: Member
     reach: Reach
     subscribers: tuple[str, ...]
 
@@ -44,7 +45,7 @@ async def members_of(
             for topic_filter, name, _ in members.holding(topic):
                 subscribers.setdefault(name, {})[subscriber_of(name, topic_filter)] = None
             for reach in members.reaching(topic):
-                yield topic, MemberOf(reach, tuple(subscribers[reach.name]))
+                yield topic, MemberOf(members[reach.name], reach, tuple(subscribers[reach.name]))
 
 
 def plain(subscription: str) -> str:
