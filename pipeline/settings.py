@@ -148,7 +148,9 @@ class WebSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     host: str = "127.0.0.1"
     port: Port = 8080
     token_file: str | None = None
-    mqtt_url: Annotated[str, Meta(pattern=r"^wss?://[\w.-]+(:[0-9]{1,5})?(/[\w./~-]*)?$")] | None = None
+    mqtt_url: (
+        Annotated[str, Meta(pattern=r"^wss?://[\w.-]+(:[0-9]{1,5})?(/[\w./~-]*)?$")] | None
+    ) = None
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
