@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: up down install lint test soak bench clean
+.PHONY: up down install lint chromium test soak bench clean
 
 up: install
 	$(BIN)/millpond up
@@ -25,7 +25,15 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint
+# The web page is tested in a real browser, which is in no package registry: Debian's.
+chromium:
+	@command -v chromium >/dev/null || { \
+		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || { \
+			echo 'The tests need chromium on the PATH. On Debian: sudo apt-get install chromium' >&2; exit 1; }; \
+		apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
+
+test: lint chromium
 	$(BIN)/pytest tests/unit tests/simulation --numprocesses auto --cov --cov-report=term-missing:skip-covered
 	$(BIN)/python -m tests.simulation --agent queue --first 1000 --seeds 1500
 	$(BIN)/pytest tests/contracts tests/system --numprocesses 2 --dist loadfile

@@ -20,7 +20,7 @@ from pipeline.ready import say_ready
 from pipeline.settings import Settings
 from pipeline.web.api import Api, failure
 from pipeline.web.token import Operator
-from schemas.errors import ConfigError, MillpondError
+from schemas.errors import ConfigError, MillpondError, StoreError
 from schemas.rules import Rules
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def _file(path: Path, kind: str) -> Handler:
 
 
 def _headers(mqtt_url: str | None) -> Added:
-    """Nothing is loaded from elsewhere, nobody else shows the page, and nothing of it is kept."""
+    """Nothing is loaded from elsewhere, nobody else shows the page, and no answer is kept."""
     broker = "" if mqtt_url is None else " {0.scheme}://{0.netloc}".format(urlsplit(mqtt_url))
     headers = {
         "Content-Security-Policy": (
@@ -116,11 +116,11 @@ def _headers(mqtt_url: str | None) -> Added:
         "X-Frame-Options": "DENY",
         "Referrer-Policy": "no-referrer",
         "Cross-Origin-Resource-Policy": "same-origin",
-        "Cache-Control": "no-store",
     }
 
     async def add(request: web.Request, response: web.StreamResponse) -> None:
-        response.headers.update(headers)
+        kept = "no-cache" if request.path in FILES else "no-store"
+        response.headers.update({**headers, "Cache-Control": kept})
 
     return add
 
@@ -160,6 +160,9 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         answer = failure(error.status, error.reason)
         answer.headers.update({k: v for k, v in error.headers.items() if k == "Allow"})
         return answer
-    except (MillpondError, KafkaError, TimeoutError) as error:
-        said = str(error) or type(error).__name__
-        return failure(503, f"Kafka: {said}" if isinstance(error, KafkaError) else said)
+    except StoreError as error:
+        return failure(503, f"Redis does not answer: {error}")
+    except KafkaError as error:
+        return failure(503, f"Kafka does not answer: {error}")
+    except MillpondError as error:
+        return failure(503, str(error))

@@ -67,6 +67,7 @@ function showTopic(section, found) {
     ["expires after", found.expired_time === null ? "never" : `${found.expired_time} s`],
     ["rule", rule ?? "none"],
   ].filter(([, value]) => value !== "");
+  element("topic-facts").hidden = false;
   fill(element("topic-facts"), facts, ([name]) => name, (each) => each);
   fill(element("topic-subscribers"), found.subscribers, (each) => each.subscriber, (each) => [
     each.subscriber, each.online, each.read_offset ?? (each.begun ? "before the first" : "not begun"),
@@ -79,8 +80,7 @@ function showTopic(section, found) {
     each.message_id, each.client_id, each.subscriber ?? each.group, time(each.since), time(each.until),
     each.attempt, each.sent ? "yes" : "no",
   ], ["text", "text", "text", "text", "text", NUMBER, "text"]);
-  element("topic-subscribers").hidden = found.agent !== "pubsub";
-  element("topic-members").hidden = element("topic-leases").hidden = found.agent === "messages";
+  for (const name of ["subscribers", "members", "leases"]) element(`topic-${name}`).hidden = !found[name].length;
   const cut = ["subscribers", "members", "leases"].filter((name) => found[name].length < found[`${name}_total`]);
   note(section, [...cut.map((name) => `${found[name].length} of ${found[`${name}_total`]} ${name}`), ...found.notes]);
 }
@@ -131,7 +131,7 @@ async function ask(path, options = {}) {
   }
   if (answer.status === 204) return null;
   const said = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw new Error(said.error ?? `HTTP ${answer.status}`);
+  if (!answer.ok) throw Object.assign(new Error(said.error ?? `HTTP ${answer.status}`), { status: answer.status });
   return said;
 }
 
@@ -148,7 +148,9 @@ async function look(panel) {
   try {
     found = await ask(url);
   } catch (error) {
-    if (url === panel.url()) trouble(panel.section, error.message);
+    if (url !== panel.url()) return;
+    if (error.status === 404) forget(panel.section); // it is gone, which is no outage
+    trouble(panel.section, error.message);
     return;
   }
   if (url !== panel.url()) return; // something else is wanted by now
@@ -157,12 +159,21 @@ async function look(panel) {
   element("updated").textContent = `Live. Last answer at ${time(found.at)}.`;
 }
 
+function forget(section) {
+  for (const table of section.querySelectorAll("table")) {
+    fill(table, [], String, () => []);
+    table.hidden = table.caption !== null;
+  }
+  note(section, []);
+}
+
 /** Say what is wrong, once; or that nothing is. What was known before stays to be read. */
 function trouble(section, text) {
   const place = section.querySelector(".error");
   if (place.textContent !== (text ?? "")) place.textContent = text ?? "";
   place.hidden = text === null;
   section.classList.toggle("stale", text !== null);
+  if (text !== null) element("updated").textContent = "Not all is live: it is asked again and again.";
 }
 
 function pause() {
@@ -196,9 +207,8 @@ function turn() {
   const heading = element("topic-title").querySelector("bdi");
   if (view === "topic" && heading.textContent !== name) {
     heading.textContent = name;
-    for (const table of element("topic").querySelectorAll("table")) fill(table, [], String, () => []);
+    forget(element("topic"));
     trouble(element("topic"), null);
-    note(element("topic"), []);
   }
   document.title = `${view === "topic" ? name : view} – Millpond`;
   wake();
@@ -273,7 +283,11 @@ document.querySelector(".skip").addEventListener("click", (event) => {
   event.preventDefault(); // the address bar names the view
   element("main").focus();
 });
-addEventListener("hashchange", turn);
+addEventListener("hashchange", () => {
+  turn();
+  element("main").focus({ preventScroll: true });
+  scrollTo(0, 0);
+});
 document.addEventListener("visibilitychange", wake);
 turn();
 addEventListener("load", begin);
