@@ -36,7 +36,8 @@ chromium:
 test: lint chromium
 	$(BIN)/pytest tests/unit tests/simulation --numprocesses auto --cov --cov-report=term-missing:skip-covered
 	$(BIN)/python -m tests.simulation --agent queue --first 1000 --seeds 1500
-	$(BIN)/pytest tests/contracts tests/system --numprocesses 2 --dist loadfile
+	$(BIN)/pytest tests/system/test_readme.py tests/system/test_stack.py tests/contracts tests/system \
+		--numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # Long simulations: more seeds than CI has time for.
 soak: install

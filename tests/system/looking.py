@@ -75,7 +75,10 @@ async def sent(pipeline: Pipeline, topic: str, *message_ids: str, alias: str | N
     wanted = set(message_ids)
 
     async def all_leased() -> list[Any]:
-        leases = (await topic_of(pipeline, topic)).leases
+        try:
+            leases = (await topic_of(pipeline, topic)).leases
+        except MillpondError:
+            return []  # its agent has not come to it
         return leases if wanted <= {each.message_id for each in leases} else []
 
     leases = await until(all_leased, f"{message_ids} to be leased")

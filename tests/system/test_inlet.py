@@ -416,7 +416,7 @@ async def test_a_spool_that_cannot_be_written_refuses_and_recovers_by_itself(
     assert numbers(log, "broken") == sorted(numbers(log, "broken"))
 
 
-@pytest.mark.parametrize("seed", range(SEED, SEED + 2))
+@pytest.mark.parametrize("seed", [SEED])
 async def test_whenever_kafka_stops_goes_on_or_is_killed_nothing_overtakes_at_the_switches(
     paused: Server, log: Log, tmp_path: Path, seed: int
 ) -> None:
@@ -457,7 +457,7 @@ async def test_whenever_kafka_stops_goes_on_or_is_killed_nothing_overtakes_at_th
         assert numbers(log, f"s{seed}/{each}") == list(range(count))
 
 
-@pytest.mark.parametrize("seed", range(SEED, SEED + 2))
+@pytest.mark.parametrize("seed", [SEED])
 async def test_whenever_the_bridge_is_killed_what_it_answered_is_there_in_order(
     paused: Server, log: Log, tmp_path: Path, seed: int
 ) -> None:
