@@ -159,7 +159,7 @@ class LogSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class WebSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where `millpond web` shows its page. Who has the token in `token_file` may requeue and drop; without one nobody may.
+    """Where `millpond web` shows its page. Who has the token in `token_file` may requeue and drop; without it nobody may.
 
     The page's console connects to `mqtt_url`, MQTT over WebSocket; without one to the embedded broker.
     """

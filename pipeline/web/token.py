@@ -13,7 +13,7 @@ SCHEME: Final = "Bearer "
 
 
 class Operator:
-    """Whoever sends the token in the header Authorization. The file is read each time: another token needs no restart."""
+    """Whoever sends the token in the header Authorization. The file is read each time: a new token needs no restart."""
 
     def __init__(self, token_file: str | None) -> None:
         """Without a file there is no operator.

@@ -173,7 +173,7 @@ function trouble(section, text) {
   if (place.textContent !== (text ?? "")) place.textContent = text ?? "";
   place.hidden = text === null;
   section.classList.toggle("stale", text !== null);
-  if (text !== null) element("updated").textContent = "Not all is live: it is asked again and again.";
+  if (text !== null) element("updated").textContent = "Not all could be answered; it is asked again every few seconds.";
 }
 
 function pause() {
