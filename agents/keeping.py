@@ -172,8 +172,8 @@ class Keeper:
     def broker_retains(
         self, offset: int, event: MessageRetained, score: int, *, dead: bool
     ) -> list[Effect]:
-        """ON retained: keep or clear it, as at a publish. The message itself was told of before, or never is; `dead` if
-        it is a dead letter.
+        """ON retained: keep or clear it, as at a publish. The message itself was told of before, or never is: one that is
+        published after this is stored, but loses its body with the retained entry. `dead` if it is a dead letter.
 
         Raises:
             DecodeError: the topic cannot be published to.

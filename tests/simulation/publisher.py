@@ -6,7 +6,7 @@ from random import Random
 
 from agents.seen import DEDUP_WINDOW_MS
 from pipeline.memory_log import MemoryLog
-from schemas import codec
+from schemas import codec, keys
 from schemas.events import Event, MessagePublished, RulesChanged
 from tests import given
 from tests.driving import PARTITION
@@ -23,6 +23,7 @@ OTHER_RULES = (
         QUEUE, given.store("t/0", expired_time=30), given.retain("t/1", expired_time=30), COUNT
     ),
 )
+AGENT_KEY = keys.agent_record_key(PARTITION.agent).encode()
 KINDS = {
     "publish": 40, "retain": 20, "broker retains": 8, "clear": 8, "repeat": 15, "ack": 5, "unreadable": 4, "misplaced": 3,
     "bad topic": 2, "bad rules": 1, "other rules": 2, "another agent's": 5,
@@ -73,12 +74,15 @@ class Publisher:
                     topic, retain=True, qos=random.choice([0, 1]), expires_at=self._expiry()
                 )
             case "broker retains" if recent := self._recent():
-                return given.broker_retains(random.choice(recent))
+                event = random.choice(recent)
+                # Nothing is known of a publish again that was lost, and came again after this: it is not repeated.
+                self._published = [known for known in self._published if known[0] != event]
+                return given.broker_retains(event)
             case "clear":
                 return self._new(topic, retain=True, payload="")
             case "ack":
                 return given.acked(f"m{random.randint(0, self._count)}", topic)
-            case "other rules":
+            case "other rules" if self._announced():
                 rules = random.choice(OTHER_RULES).canonical()
                 return RulesChanged(at=0, node="n", agent="messages", rules=rules)
             case _:
@@ -87,6 +91,12 @@ class Publisher:
     def _new(self, topic: str, **fields: object) -> MessagePublished:
         self._count += 1
         return given.published(f"m{self._count}", topic, **fields)
+
+    def _announced(self) -> bool:
+        """Whether an owner has said by which rules it folded what came first: a rebuild goes by those."""
+        held = self._log.records[PARTITION.topic, 0]
+        told = (x for x in held if x.key == AGENT_KEY and x.offset not in self.bad)
+        return any(isinstance(codec.decode(record.value), RulesChanged) for record in told)
 
     def _expiry(self) -> int | None:
         return self._random.choice([None, None, None, None, self._log.now_ms() + 5_000])
