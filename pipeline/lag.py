@@ -47,10 +47,10 @@ class PartitionLag(Struct, frozen=True, kw_only=True):
 
     @property
     def next(self) -> int:
-        """Where the agent goes on: what retention dropped is passed over."""
-        if self.applied is not None:
-            return max(self.start, self.applied + 1)
-        return max(self.start, self.committed or 0)
+        """Where the agent goes on: what retention dropped is passed over. A Redis that holds nothing of it, whatever was
+        committed, is rebuilt from the start.
+        """
+        return self.start if self.applied is None else max(self.start, self.applied + 1)
 
     @property
     def behind(self) -> int:
