@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -101,6 +102,16 @@ class Bridge:
             return words in self.said()
 
         await until(told, f"the bridge to say {words!r}")
+
+    async def until_listening_to(self, number: signal.Signals) -> None:
+        """It has a handler for this signal, which would end it before."""
+
+        async def listening() -> bool:
+            status = Path(f"/proc/{self.process.pid}/status").read_text()
+            (caught,) = re.findall(r"^SigCgt:\s+([0-9a-f]+)", status, re.MULTILINE)
+            return bool(int(caught, 16) >> (number - 1) & 1)
+
+        await until(listening, f"the bridge to listen to {number.name}")
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)

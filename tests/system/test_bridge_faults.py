@@ -292,9 +292,9 @@ async def test_sigterm_while_kafka_does_not_answer_ends_the_bridge_soon_and_clea
         )
         assert await client.silent()
         late = Bridge(hurt_kafka.address, tmp_path / "late")
+        await late.until_listening_to(signal.SIGTERM)
         started = time.monotonic()
         # When both are asked to end, Then they do, and nothing was acknowledged that is not in Kafka
-        await asyncio.sleep(1)  # for the late one to have started at all
         for ending in (other, late):
             ending.signal(signal.SIGTERM)
         assert await client.closed()
