@@ -34,7 +34,7 @@ chromium:
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
 
 # Files whose tests take long begin first, or all would wait for them in the end.
-LONGEST := readme stack worker_faults web inlet emqx_kafka rebuild pubsub_crowd queue_crowd
+LONGEST := stack worker_faults web inlet readme emqx_kafka rebuild pubsub_crowd queue_crowd replay
 
 test: lint chromium
 	$(BIN)/pytest tests/unit tests/simulation --numprocesses auto --cov --cov-report=term-missing:skip-covered
