@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 from functools import partial
 from typing import Final, NamedTuple, NoReturn
 
@@ -15,6 +14,7 @@ from pipeline.brokers.deliveries import Deliveries
 from pipeline.brokers.embedded.broker import EmbeddedBroker
 from pipeline.brokers.embedded.recorder import Recorder
 from pipeline.brokers.reports import Reports
+from pipeline.ending import asked_to_end, until_asked
 from pipeline.event_loop import use_uvloop
 from pipeline.producer import Producer
 from pipeline.reach import unreachable
@@ -43,9 +43,7 @@ def run_embedded(settings: Settings, rules: Rules) -> None:
 
 
 async def _run_embedded(settings: Settings, rules: Rules) -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stop = asked_to_end()
     producer = Producer(settings.kafka.client_options(), settings.kafka.message_bytes_max)
     tracing = bridge_tracing(settings.telemetry, "embedded")
     recorder = Recorder(producer, rules, settings.bridge.node, settings.kafka.partitions, tracing)
@@ -59,12 +57,8 @@ async def _run_embedded(settings: Settings, rules: Rules) -> None:
     health = BridgeHealth(stop.is_set, producer, partial(_complaints, broker))
     async with telemetry(settings.telemetry.listen, "bridge embedded", shown, health):
         serving = asyncio.create_task(_serve(settings, parts))
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
         try:
-            if serving.done():
-                await serving  # it never returns: this raises what ended it
+            await until_asked(serving, stop)
             serving.cancel()
         finally:
             await _end(parts)

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import logging
 import os
-import signal
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -22,6 +21,7 @@ from agents.observing import Observer
 from agents.ports import Log, Store
 from agents.registry import MACHINES
 from pipeline.control import ControlChannel
+from pipeline.ending import on_signal
 from pipeline.event_loop import use_uvloop
 from pipeline.log import KafkaLog
 from pipeline.partitions import Partitions
@@ -99,9 +99,7 @@ class Worker:
         Raises:
             MillpondError: what made it impossible to go on; nothing beyond it was committed.
         """
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop)
+        on_signal(self._stop)
         listen, name = self.settings.telemetry.listen, f"worker {self.agent}"
         async with serving(listen, name, [self._telemetry], self):
             await self._run()

@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import uvloop
 from msgspec import structs
 
+from pipeline.ending import on_signal
 from pipeline.replay import differences
 from pipeline.replay.differences import Comparing, Comparison
 from pipeline.replay.folding import Folding
@@ -242,8 +243,7 @@ async def stopped_by_signals() -> AsyncIterator[None]:
     """SIGINT and SIGTERM end the task that is inside as if it were cancelled."""
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert task is not None, "signals are for a task"
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, task.cancel)
+    on_signal(task.cancel)
     try:
         yield
     finally:

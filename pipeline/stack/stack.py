@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from redis.exceptions import RedisError
 
 from agents.registry import AGENT_NAMES
 from pipeline import topics
+from pipeline.ending import asked_to_end
 from pipeline.ready import READY_FILE
 from pipeline.settings import (
     ENVIRONMENT_PREFIX,
@@ -148,10 +148,7 @@ class Stack:
         Raises:
             MillpondError: a part did not start; what had started is stopped again.
         """
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
+        stop = asked_to_end()
         self._directory.create()
         self._directory.write_configuration(self.settings)
         starting = asyncio.create_task(self._start())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
@@ -15,6 +14,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 from aiokafka.errors import KafkaError
 
+from pipeline.ending import asked_to_end
 from pipeline.event_loop import use_uvloop
 from pipeline.ready import say_ready
 from pipeline.settings import Settings
@@ -52,9 +52,7 @@ def run_web(settings: Settings, rules: Rules) -> None:
 
 
 async def _run(settings: Settings, rules: Rules) -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stop = asked_to_end()
     host, port = settings.web.host, settings.web.port
     runner = web.AppRunner(application(settings, rules), access_log=None)
     await runner.setup()

@@ -18,6 +18,7 @@ from pipeline.brokers.reports import Reports
 from pipeline.brokers.tickets import Ticket
 from pipeline.clock import now_ms
 from pipeline.settings import BridgeSettings
+from pipeline.telemetry.tracing import Headers
 from schemas.commands import Command, Deliver, Subscribe, Unsubscribe
 from schemas.events import DeliveriesSent, DeliveryFailed, Event, MessageAcked
 from schemas.leases import Lease
@@ -57,8 +58,16 @@ class Recorder:
 class Inlet(Recorder):
     """The same, entered as into an inlet."""
 
+    complaint = None
+
     def enter(  # type: ignore[override]  # the two protocols differ
-        self, topic: str, event: Event, partition: int | None = None, *, hook: str
+        self,
+        topic: str,
+        event: Event,
+        partition: int | None = None,
+        *,
+        hook: str,
+        headers: Headers = (),
     ) -> asyncio.Future[None]:
         assert topic.startswith("mqtt.")
         assert hook

@@ -15,9 +15,10 @@ import msgspec
 from google.protobuf.message import Message
 
 from pipeline.brokers.emqx import exhook_pb2 as pb
-from pipeline.brokers.emqx.calls import Calls, Keeping
+from pipeline.brokers.emqx.calls import Calls
 from pipeline.brokers.emqx.hooks import Version
 from pipeline.brokers.emqx.mounting import Mountpoint
+from pipeline.brokers.emqx.ports import Keeping
 from pipeline.brokers.emqx.returning import Returning
 from pipeline.brokers.emqx.server import HookServer
 from pipeline.producer import Producer

@@ -46,9 +46,7 @@ def snapshots(
     rest: Rest, inlet: Inlet, *, mounted: bool = True, interval_s: float = 300
 ) -> Snapshots:
     translator = Translator(Mountpoint(MOUNTPOINT) if mounted else None)
-    return Snapshots(
-        rest, inlet, translator.own_filter, PARTITIONS, interval_s, broker_delivers=not mounted
-    )
+    return Snapshots(rest, inlet, translator, PARTITIONS, interval_s)
 
 
 def connected(inlet: Inlet) -> dict[str, ClientConnected]:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
-from pipeline.brokers.emqx.rule_events import UNNEEDED, read, unmounting
+from pipeline.brokers.emqx.mounting import Mountpoint
+from pipeline.brokers.emqx.rule_events import UNNEEDED, read
 from schemas import codec
 from schemas.errors import DecodeError
 from schemas.events import (
@@ -240,7 +241,7 @@ def test_a_disconnect_before_5_8_6(absent: Any) -> None:
 
 
 def test_a_mountpoint_is_taken_off_what_is_the_clients_own() -> None:
-    unmounted = unmounting("mp/${clientid}/")
+    unmounted = Mountpoint("mp/${clientid}/")
     (event,) = read(value(PUBLISH, topic="mp/c_pub/queue/a"), unmounted)
     assert event == CANONICAL_PUBLISH
     (acked,) = read(value(ACKED, topic="mp/c_sub/queue/a"), unmounted)
@@ -264,7 +265,7 @@ def test_a_mountpoint_is_taken_off_what_is_the_clients_own() -> None:
 def test_with_a_mountpoint_millpond_delivers_below_it(
     topic: str, topic_filter: str, reachable: bool
 ) -> None:
-    unmounted = unmounting("mp/${clientid}/")
+    unmounted = Mountpoint("mp/${clientid}/")
     (event,) = read(value(SUBSCRIBED, topic=topic), unmounted)
     assert isinstance(event, SessionSubscribed)
     assert (event.topic_filter, event.reachable) == (topic_filter, reachable)
@@ -326,7 +327,7 @@ def test_what_cannot_be_read(record: bytes | None, reason: str) -> None:
 def test_a_client_that_no_mountpoint_can_name_is_not_reached(client: str) -> None:
     told = value(SUBSCRIBED, clientid=client, topic=f"mp/{client}/t")
     with contextlib.suppress(DecodeError):
-        (event,) = read(told, unmounting("mp/${clientid}/"))
+        (event,) = read(told, Mountpoint("mp/${clientid}/"))
         assert isinstance(event, SessionSubscribed)
         assert not event.reachable
 
@@ -334,7 +335,7 @@ def test_a_client_that_no_mountpoint_can_name_is_not_reached(client: str) -> Non
 def test_a_mountpoint_without_topic_is_no_topic() -> None:
     for rule, topic in ((PUBLISH, "mp/c_pub/"), (SUBSCRIBED, "mp/c_sub/")):
         with pytest.raises(DecodeError, match="empty"):
-            read(value(rule, topic=topic), unmounting("mp/${clientid}/"))
+            read(value(rule, topic=topic), Mountpoint("mp/${clientid}/"))
 
 
 # -- whatever comes
@@ -342,7 +343,7 @@ def test_a_mountpoint_without_topic_is_no_topic() -> None:
 
 def events_or_decode_error(record: bytes | None) -> None:
     """Whatever is read can be written, and read as every agent reads it."""
-    for unmounted in ({}, {"unmounted": unmounting("mp/${clientid}/")}):
+    for unmounted in ({}, {"mountpoint": Mountpoint("mp/${clientid}/")}):
         try:
             events = read(record, **unmounted)
         except DecodeError:

@@ -14,11 +14,12 @@ from pipeline.brokers.emqx import exhook_pb2 as pb
 from pipeline.brokers.emqx import translation
 from pipeline.brokers.emqx.hooks import Version, needed_hooks
 from pipeline.brokers.emqx.mounting import Mountpoint
+from pipeline.brokers.emqx.ports import Keeping
 from pipeline.brokers.emqx.returning import Returned, Returning
 from pipeline.brokers.emqx.translation import Translator
 from pipeline.brokers.rule_answers import RuleAnswers
 from pipeline.clock import now_ms
-from pipeline.telemetry.tracing import BridgeTracing, Headers
+from pipeline.telemetry.tracing import BridgeTracing
 from schemas import keys
 from schemas.errors import DecodeError, MillpondError
 from schemas.events import (
@@ -38,27 +39,6 @@ TOLD_AGAIN_S: Final = 1.0  # the log has one line for each kind of refusal in th
 SHOWN_MAX: Final = 200  # characters of foreign text in such a line
 EMPTY: Final = b""  # an EmptySuccess
 IGNORE: Final = pb.ValuedResponse(type="IGNORE").SerializeToString()
-
-
-class Keeping(Protocol):
-    """Where events go. Their order in Kafka is that of the calls of `enter`."""
-
-    @property
-    def complaint(self) -> str | None:
-        """Why events are refused; None if all is well."""
-        ...
-
-    def enter(
-        self,
-        topic: str,
-        event: Event,
-        partition: int | None = None,
-        *,
-        hook: str,
-        headers: Headers = (),
-    ) -> asyncio.Future[None]:
-        """The future is done when the event is kept, or raises a MillpondError if it is not."""
-        ...
 
 
 class Listening(Protocol):

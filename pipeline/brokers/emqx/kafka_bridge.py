@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple, NoReturn
@@ -13,9 +12,11 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
 from agents.dead_letters import REASON_LENGTH_MAX, headers_of
-from pipeline.brokers.emqx.rule_events import Unmounted, as_it_is, read, unmounting
+from pipeline.brokers.emqx.mounting import Mountpoint
+from pipeline.brokers.emqx.rule_events import read
 from pipeline.brokers.rule_answers import RuleAnswers
 from pipeline.brokers.source import Source
+from pipeline.ending import asked_to_end, until_asked
 from pipeline.event_loop import use_uvloop
 from pipeline.producer import Producer
 from pipeline.reach import unreachable
@@ -49,17 +50,17 @@ class KafkaBridge:
     """One per process. Nothing is reordered and nothing waits for anything: the agents need no order."""
 
     def __init__(
-        self, producer: Producer, answers: RuleAnswers, unmounted: Unmounted = as_it_is
+        self, producer: Producer, answers: RuleAnswers, mountpoint: Mountpoint | None = None
     ) -> None:
         """The producer is started by who owns it."""
-        self._producer, self._answers, self._unmounted = producer, answers, unmounted
+        self._producer, self._answers, self._mountpoint = producer, answers, mountpoint
         self._refused: asyncio.Queue[Letter] = asyncio.Queue()  # bounded by what may be unfinished
         self._buried = 0
 
     async def handle(self, record: Any, done: Callable[[], None]) -> None:
         """See `pipeline.brokers.source.Handle`."""
         try:
-            told = [each for each in read(record.value, self._unmounted) if self._wants(each)]
+            told = [each for each in read(record.value, self._mountpoint) if self._wants(each)]
         except DecodeError as error:
             await self._bury(record, str(error), done)
             return
@@ -194,17 +195,11 @@ def _refuse_pubsub(rules: Rules) -> None:
 
 
 async def _run(settings: Settings, rules: Rules, topics: Sequence[str]) -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stop = asked_to_end()
     producer = Producer(settings.kafka.client_options(), settings.kafka.message_bytes_max)
     serving = asyncio.create_task(_serve(settings, rules, topics, producer))
-    stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
     try:
-        if serving.done():
-            await serving  # it never returns: this raises what ended it
+        await until_asked(serving, stop)
     finally:
         serving.cancel()
         await _end(serving, producer)
@@ -227,9 +222,9 @@ async def _serve(
         await producer.start()
     except KafkaError as error:
         raise await unreachable(settings.kafka) from error
-    mountpoint = settings.bridge.mountpoint
-    unmounted = as_it_is if mountpoint is None else unmounting(mountpoint)
-    bridge = KafkaBridge(producer, RuleAnswers(rules), unmounted)
+    template = settings.bridge.mountpoint
+    mountpoint = None if template is None else Mountpoint(template)
+    bridge = KafkaBridge(producer, RuleAnswers(rules), mountpoint)
     source = Source(settings, keys.rule_events_group_id(settings.app), topics, bridge.handle)
     say_ready(f"bridge {NAME}")
     async with asyncio.TaskGroup() as tasks:

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from typing import Final, NamedTuple, NoReturn
 
 from pipeline.brokers.emqx.answers import Retained, milliseconds
-from pipeline.brokers.emqx.ports import Entering
+from pipeline.brokers.emqx.ports import Keeping
 from pipeline.brokers.emqx.rest import Rest
 from pipeline.brokers.emqx.trouble import Trouble
 from pipeline.clock import now_ms
@@ -43,7 +43,7 @@ class _Asked(NamedTuple):
 class RetainedLooks:
     """One per process."""
 
-    def __init__(self, rest: Rest, inlet: Entering) -> None:
+    def __init__(self, rest: Rest, inlet: Keeping) -> None:
         """`run` looks."""
         self._rest, self._inlet = rest, inlet
         self._waiting: dict[str, _Asked] = {}  # in order

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 import msgspec
 from msgspec import Meta, Struct, field
 
+from pipeline.brokers.emqx.mounting import Mountpoint, shared
 from schemas import codec
 from schemas.errors import DecodeError
 from schemas.events import (
@@ -51,22 +52,12 @@ NEVER_EXPIRES_S: Final = 0xFFFF_FFFF  # [MQTT5-3.1.2-11.2]
 UNDEFINED: Final = "undefined"  # how an Erlang term for "none" becomes JSON
 
 Undefined: TypeAlias = Literal["undefined"] | None
-Unmounted: TypeAlias = Callable[[str, str], str]
 Count: TypeAlias = Annotated[int, Meta(ge=0)]
 
 
-def as_it_is(client_id: str, topic: str) -> str:
-    """A topic, or plain filter, where there is no mountpoint."""
-    return topic
-
-
-def unmounting(mountpoint: str) -> Unmounted:
-    """What takes a mountpoint such as `mp/${clientid}/` off a client's own topics; any other stays as it is."""
-
-    def unmounted(client_id: str, topic: str) -> str:
-        return topic.removeprefix(mountpoint.replace("${clientid}", client_id))
-
-    return unmounted
+def own_topic(mountpoint: Mountpoint | None, client_id: str, topic: str) -> str:
+    """A topic, or plain filter, as its client gave it; one that is not below the client's mountpoint stays as it is."""
+    return topic if mountpoint is None else topic.removeprefix(mountpoint.of(client_id))
 
 
 # -- what the rule engine writes
@@ -156,7 +147,7 @@ class Subscription(Rule, kw_only=True, gc=False):
 # -- made canonical
 
 
-def read(value: bytes | None, unmounted: Unmounted = as_it_is) -> tuple[Event, ...]:
+def read(value: bytes | None, mountpoint: Mountpoint | None = None) -> tuple[Event, ...]:
     """The canonical events in a record that EMQX wrote; none, if it tells what nobody needs.
 
     Raises:
@@ -172,14 +163,14 @@ def read(value: bytes | None, unmounted: Unmounted = as_it_is) -> tuple[Event, .
             if name in UNNEEDED:
                 return ()
             raise DecodeError(f"no rule event is called {name[:100]!r}")
-        return reader(value, unmounted)
+        return reader(value, mountpoint)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise DecodeError(str(error)) from error
 
 
-def _published(value: bytes, unmounted: Unmounted) -> tuple[Event, ...]:
+def _published(value: bytes, mountpoint: Mountpoint | None) -> tuple[Event, ...]:
     rule = _publish.decode(value)
-    topic = _topic(rule, unmounted)
+    topic = _topic(rule, mountpoint)
     if topic is None:
         return ()
     received_at = _present(rule.publish_received_at) or rule.timestamp
@@ -206,22 +197,22 @@ def _payload(rule: Publish) -> tuple[str, PayloadEncoding]:
     return rule.payload, "utf-8"
 
 
-def _delivered(value: bytes, unmounted: Unmounted) -> tuple[Event, ...]:
-    return _receipt(MessageDelivered, value, unmounted)
+def _delivered(value: bytes, mountpoint: Mountpoint | None) -> tuple[Event, ...]:
+    return _receipt(MessageDelivered, value, mountpoint)
 
 
-def _acked(value: bytes, unmounted: Unmounted) -> tuple[Event, ...]:
-    return _receipt(MessageAcked, value, unmounted, broker_delivers=unmounted is as_it_is)
+def _acked(value: bytes, mountpoint: Mountpoint | None) -> tuple[Event, ...]:
+    return _receipt(MessageAcked, value, mountpoint, broker_delivers=mountpoint is None)
 
 
 def _receipt(
     kind: type[MessageDelivered | MessageAcked],
     value: bytes,
-    unmounted: Unmounted,
+    mountpoint: Mountpoint | None,
     **marks: bool,
 ) -> tuple[Event, ...]:
     rule = _receipts.decode(value)
-    topic = _topic(rule, unmounted)
+    topic = _topic(rule, mountpoint)
     if topic is None:
         return ()
     told = kind(
@@ -231,19 +222,19 @@ def _receipt(
     return (told,)
 
 
-def _topic(rule: Publish | Receipt, unmounted: Unmounted) -> str | None:
+def _topic(rule: Publish | Receipt, mountpoint: Mountpoint | None) -> str | None:
     """The topic without its mountpoint; None if it is a way of Millpond's own.
 
     EMQX runs rules before it calls ExHook: a copy that Millpond sends is seen on its way, below `$millpond/`.
     """
-    topic = unmounted(rule.clientid, rule.topic)
+    topic = own_topic(mountpoint, rule.clientid, rule.topic)
     error = codec.topic_name_error(topic)
     if error is not None:
         raise DecodeError(error)
     return None if topic.startswith(RESERVED_TOPIC_PREFIX) else topic
 
 
-def _connected(value: bytes, unmounted: Unmounted) -> tuple[Event, ...]:
+def _connected(value: bytes, mountpoint: Mountpoint | None) -> tuple[Event, ...]:
     rule = _connects.decode(value)
     expiry_s = _present(rule.expiry_interval) or 0
     connected = ClientConnected(
@@ -261,7 +252,7 @@ def _connected(value: bytes, unmounted: Unmounted) -> tuple[Event, ...]:
     return created, connected
 
 
-def _disconnected(value: bytes, unmounted: Unmounted) -> tuple[Event, ...]:
+def _disconnected(value: bytes, mountpoint: Mountpoint | None) -> tuple[Event, ...]:
     rule = _disconnects.decode(value)
     at = _present(rule.disconnected_at)
     disconnected = ClientDisconnected(
@@ -282,40 +273,35 @@ def _connection_id(rule: Connected | Disconnected) -> str:
     return f"{rule.node}/{began}"
 
 
-def _subscribed(value: bytes, unmounted: Unmounted) -> tuple[Event, ...]:
+def _subscribed(value: bytes, mountpoint: Mountpoint | None) -> tuple[Event, ...]:
     rule = _subscriptions.decode(value)
     qos = _present(rule.qos)
     if qos is None:
         raise DecodeError("the subscription has no QoS")
-    topic_filter = _filter(rule, unmounted)
-    mounting = unmounted is not as_it_is
+    topic_filter = _filter(rule, mountpoint)
+    reachable = mountpoint is None or (
+        topic_filter != rule.topic and mountpoint.can_serve(rule.clientid)
+    )
     subscribed = SessionSubscribed(
         at=rule.timestamp, node=rule.node, client_id=rule.clientid, topic_filter=topic_filter,
-        qos=qos, broker_delivers=not mounting,
-        reachable=not mounting or (topic_filter != rule.topic and _has_own_level(rule.clientid)),
+        qos=qos, broker_delivers=mountpoint is None, reachable=reachable,
     )  # fmt: skip
     return (subscribed,)
 
 
-def _has_own_level(client_id: str) -> bool:
-    """Whether a client can be named in a mountpoint: by one level, and without a wildcard."""
-    return not any(each in client_id for each in "/+#")
-
-
-def _unsubscribed(value: bytes, unmounted: Unmounted) -> tuple[Event, ...]:
+def _unsubscribed(value: bytes, mountpoint: Mountpoint | None) -> tuple[Event, ...]:
     rule = _subscriptions.decode(value)
     unsubscribed = SessionUnsubscribed(
         at=rule.timestamp, node=rule.node, client_id=rule.clientid,
-        topic_filter=_filter(rule, unmounted),
+        topic_filter=_filter(rule, mountpoint),
     )  # fmt: skip
     return (unsubscribed,)
 
 
-def _filter(rule: Subscription, unmounted: Unmounted) -> str:
+def _filter(rule: Subscription, mountpoint: Mountpoint | None) -> str:
     """The filter as its client gave it: the mountpoint stands behind `$share/{group}/`."""
     group, plain = split_share(rule.topic)
-    own = unmounted(rule.clientid, plain)
-    topic_filter = own if group is None else f"$share/{group}/{own}"
+    topic_filter = shared(group, own_topic(mountpoint, rule.clientid, plain))
     error = filter_error(topic_filter)
     if error is not None:
         raise DecodeError(error)
@@ -334,7 +320,7 @@ _connects: Final = msgspec.json.Decoder(Connected)
 _disconnects: Final = msgspec.json.Decoder(Disconnected)
 _subscriptions: Final = msgspec.json.Decoder(Subscription)
 
-Reader: TypeAlias = Callable[[bytes, Unmounted], tuple[Event, ...]]
+Reader: TypeAlias = Callable[[bytes, Mountpoint | None], tuple[Event, ...]]
 
 
 def _spellings(name: str) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -25,6 +24,7 @@ from pipeline.brokers.emqx.translation import Translator
 from pipeline.brokers.inlet import Inlet
 from pipeline.brokers.reports import Reports
 from pipeline.brokers.spool import Spool
+from pipeline.ending import asked_to_end, until_asked
 from pipeline.event_loop import use_uvloop
 from pipeline.producer import Producer
 from pipeline.ready import say_ready
@@ -56,20 +56,15 @@ def run_emqx(settings: Settings, rules: Rules) -> None:
 
 
 async def _run_emqx(settings: Settings, rules: Rules) -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stop = asked_to_end()
     bridge = EmqxBridge(settings, rules)
     health = BridgeHealth(stop.is_set, None, bridge.complaints)
     async with telemetry(settings.telemetry.listen, "bridge emqx", bridge.shown, health):
         await bridge.start()
         say_ready("bridge emqx")
-        running, stopping = asyncio.create_task(bridge.run()), asyncio.create_task(stop.wait())
-        await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
+        running = asyncio.create_task(bridge.run())
         try:
-            if running.done():
-                await running  # it never returns: this raises what ended it
+            await until_asked(running, stop)
             await bridge.finish()
         finally:
             running.cancel()
@@ -125,8 +120,8 @@ class EmqxBridge:
         deliveries = Deliveries(keys.AGENT_NODE, self._reports)
         self._sender = Sender(self._rest, deliveries, returning, mountpoint)
         self._snapshots = Snapshots(
-            self._rest, self._inlet, Translator(mountpoint).own_filter, settings.kafka.partitions,
-            bridge.sync_interval_s, broker_delivers=mountpoint is None,
+            self._rest, self._inlet, Translator(mountpoint), settings.kafka.partitions,
+            bridge.sync_interval_s,
         ) if self._spool.number == 0 else None  # fmt: skip
         self._siblings = Siblings(
             self._spool.directory, self._spool.number, self._sender,

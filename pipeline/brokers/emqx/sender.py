@@ -15,7 +15,7 @@ from typing import Final, NoReturn
 
 from pipeline.brokers.deliveries import Deliveries
 from pipeline.brokers.emqx.answers import NO_MATCHING_SUBSCRIBERS, NOT_HANDED_OVER, Published
-from pipeline.brokers.emqx.ports import Mounting, WayBack
+from pipeline.brokers.emqx.mounting import Mountpoint
 from pipeline.brokers.emqx.rest import (
     Message,
     Refused,
@@ -24,6 +24,7 @@ from pipeline.brokers.emqx.rest import (
     Unanswered,
     Unauthorized,
 )
+from pipeline.brokers.emqx.returning import Returning
 from pipeline.brokers.emqx.trouble import Trouble
 from pipeline.brokers.emqx.windows import (
     AGAIN,
@@ -52,11 +53,15 @@ class Sender:
     """One per process."""
 
     def __init__(
-        self, rest: Rest, deliveries: Deliveries, way_back: WayBack, mountpoint: Mounting | None
+        self,
+        rest: Rest,
+        deliveries: Deliveries,
+        returning: Returning,
+        mountpoint: Mountpoint | None,
     ) -> None:
         """Without a `mountpoint` a copy reaches everyone who is subscribed to its topic."""
         self._rest, self._deliveries = rest, deliveries
-        self._way_back, self._mountpoint = way_back, mountpoint
+        self._returning, self._mountpoint = returning, mountpoint
         self._windows, self._trouble = Windows(), Trouble()
         self._wake = asyncio.Event()
         self._requests = 0
@@ -228,7 +233,7 @@ class Sender:
         )
         left_s = (ticket.valid_until_ms - now_ms()) // 1000
         return Message(
-            self._way_back.topic_for(command.lease, client_id, command.message_id, topic),
+            self._returning.topic_for(command.lease, client_id, command.message_id, topic),
             payload, command.qos, {"message_expiry_interval": max(1, left_s)},
         )  # fmt: skip
 

@@ -15,8 +15,9 @@ from google.protobuf.message import DecodeError as NotProtobuf
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from pipeline.brokers.emqx import exhook_pb2 as pb
-from pipeline.brokers.emqx.calls import EMPTY, Calls, Keeping
+from pipeline.brokers.emqx.calls import EMPTY, Calls
 from pipeline.brokers.emqx.hooks import Version
+from pipeline.brokers.emqx.ports import Keeping
 from pipeline.settings import PORT_MAX, BridgeSettings
 from schemas.errors import ConfigError
 

@@ -10,8 +10,9 @@ from typing import Final, NoReturn, TypeVar
 from uuid import uuid4
 
 from pipeline.brokers.emqx.answers import Client, Subscription, milliseconds
-from pipeline.brokers.emqx.ports import Entering, OwnFilter
+from pipeline.brokers.emqx.ports import Keeping
 from pipeline.brokers.emqx.rest import Rest, Unanswered
+from pipeline.brokers.emqx.translation import Translator
 from pipeline.brokers.emqx.trouble import Trouble
 from pipeline.clock import now_ms
 from schemas import keys
@@ -41,17 +42,14 @@ class Snapshots:
     def __init__(
         self,
         rest: Rest,
-        inlet: Entering,
-        own_filter: OwnFilter,
+        inlet: Keeping,
+        translator: Translator,
         partitions: int,
         interval_s: float,
-        *,
-        broker_delivers: bool,
     ) -> None:
         """`partitions` is how many each topic has: node events go to every one."""
-        self._rest, self._inlet, self._own_filter = rest, inlet, own_filter
+        self._rest, self._inlet, self._translator = rest, inlet, translator
         self._partitions, self._interval_s = partitions, interval_s
-        self._broker_delivers = broker_delivers
         self._wanted = asyncio.Event()
         self._trouble = Trouble()
 
@@ -143,7 +141,9 @@ class Snapshots:
                 continue
             node, mounted_at = mountpoints[row.clientid]
             try:
-                topic_filter, reachable = self._own_filter(row.clientid, mounted_at, row.topic)
+                topic_filter, reachable = self._translator.own_filter(
+                    row.clientid, mounted_at, row.topic
+                )
             except DecodeError as error:
                 logger.warning("a subscription of %r is passed over: %s", row.clientid, error)
                 continue
@@ -151,7 +151,8 @@ class Snapshots:
                 SessionSubscribed(
                     at=now_ms(), node=node, client_id=row.clientid, topic_filter=topic_filter,
                     qos=row.qos, retain_handling=row.rh if row.rh in (0, 1, 2) else 0,
-                    broker_delivers=self._broker_delivers, reachable=reachable, told_again=True,
+                    broker_delivers=self._translator.broker_delivers, reachable=reachable,
+                    told_again=True,
                 )
             )  # fmt: skip
         return events

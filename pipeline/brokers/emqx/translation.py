@@ -50,6 +50,7 @@ class Translator:
     def __init__(self, mountpoint: Mountpoint | None) -> None:
         """Without a mountpoint the broker delivers."""
         self._mountpoint = mountpoint
+        self.broker_delivers = mountpoint is None
 
     # -- clients
 
@@ -110,7 +111,7 @@ class Translator:
         return SessionSubscribed(
             at=at, node=node_of(client.node), client_id=client.clientid, topic_filter=topic_filter,
             qos=qos_of(options.qos), retain_handling=options.rh,
-            broker_delivers=self._mountpoint is None, reachable=reachable,
+            broker_delivers=self.broker_delivers, reachable=reachable,
         )  # fmt: skip
 
     def unsubscribed(self, request: pb.SessionUnsubscribedRequest, at: int) -> SessionUnsubscribed:
@@ -173,7 +174,7 @@ class Translator:
             at=at, node=node_of(client.node), message_id=message_id_of(message.id),
             topic=self.own_topic(request), client_id=client_id_of(client),
             from_client_id=message.from_client_id or None, qos=qos_of(message.qos),
-            broker_delivers=self._mountpoint is None,
+            broker_delivers=self.broker_delivers,
         )  # fmt: skip
 
     def own_topic(self, request: Received) -> str:
