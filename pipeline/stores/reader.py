@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, Self
 
 from agents.ports import Read
@@ -37,12 +36,7 @@ class Reader:
             await self._nodes.wire(self._server)
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._nodes.close()
 
     async def read(self, partition: Partition, reads: Sequence[Read | Outside]) -> list[Any]:

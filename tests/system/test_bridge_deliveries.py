@@ -18,6 +18,7 @@ from tests.system.commands import (
     a_deliver,
     ack,
     acked,
+    answer_all,
     commanding,
     failed,
     is_repeated,
@@ -30,7 +31,7 @@ from tests.system.commands import (
     until_failed,
     until_sent,
 )
-from tests.system.mqtt import PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL, Client, Will, delivered
+from tests.system.mqtt import PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL, Will, delivered
 
 RULES = (
     given.store(),
@@ -52,16 +53,6 @@ def bridge(kafka: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bri
 async def commands(bridge: Bridge) -> AsyncIterator[Commands]:
     async with commanding(bridge.bootstrap) as commands:
         yield commands
-
-
-async def acknowledged(client: Client, count: int) -> list[int]:
-    """The numbers of the next copies, each acknowledged as it comes."""
-    numbers = []
-    for _ in range(count):
-        copy = await client.next(PUBLISH)
-        ack(client, copy)
-        numbers.append(number_of(copy))
-    return numbers
 
 
 # -- routing
@@ -128,7 +119,7 @@ async def test_a_copy_is_handed_over_as_the_command_says_and_reported_before_its
     if qos:
         await until_acked(log, client_id, 7)
     await commands.deliver(client_id, 8)
-    await acknowledged(client, 1)
+    await answer_all(client, 1)
     await until_acked(log, client_id, *([7, 8] if qos else [8]))
     first, *_ = reported(log, client_id)
     assert first == Sent(a_deliver(client_id, 7).lease, client_id, "m7", None, qos)
@@ -173,7 +164,7 @@ async def test_a_command_without_a_lease_keeps_its_place_and_is_not_reported(
     for number in range(1, 200):
         await commands.deliver("retained", number, **({} if number % 2 else {"lease": ""}))
     await commands.deliver("nobody-there", 5, lease="")
-    assert await acknowledged(client, 199) == list(range(1, 200))
+    assert await answer_all(client, 199) == list(range(1, 200))
     await until_sent(log, "retained", *range(1, 200, 2))
     assert not failed(log, "nobody-there")
 
@@ -238,7 +229,7 @@ async def test_a_slow_client_holds_nobody_else_up(
     await commands.deliver("blind", *range(30), payload="x" * MIB)
     await commands.deliver("fast", *range(500))
     # Then it is served, and of the others as much as they take
-    assert await acknowledged(fast, 500) == list(range(500))
+    assert await answer_all(fast, 500) == list(range(500))
     await until_acked(log, "fast", *range(500))
     await until_sent(log, "silent", *range(DELIVERY_WINDOW))
     assert len(sent(log, "blind")) < 30
@@ -264,7 +255,7 @@ async def test_a_client_that_is_not_there_is_reported_and_so_is_what_comes_after
     await commands.deliver("gone", 4, epoch=2)
     await commands.deliver("gone", 5, topic="queue/gone-elsewhere-too")
     await commands.deliver("gone", 6, lease="")
-    assert await acknowledged(client, 3) == [4, 5, 6]
+    assert await answer_all(client, 3) == [4, 5, 6]
     await until_failed(log, "gone", (1, "no_client"), (2, "stale"), (3, "stale"))
 
 
@@ -274,7 +265,7 @@ async def test_a_command_for_a_message_that_has_expired_is_stale(
     client = await bridge.connect("expired")
     await commands.deliver("expired", 1, expires_at=time.time_ns() // 1_000_000 - 1)
     await commands.deliver("expired", 2, epoch=2, expires_at=time.time_ns() // 1_000_000 + 60_000)
-    assert await acknowledged(client, 1) == [2]
+    assert await answer_all(client, 1) == [2]
     await until_failed(log, "expired", (1, "stale"))
 
 
@@ -304,7 +295,7 @@ async def test_a_message_that_cannot_be_sent_over_mqtt_fails_at_the_bridge(
     client = await bridge.connect("wild")
     await commands.deliver("wild", 1, topic="queue/#")
     await commands.deliver("wild", 2, epoch=2)
-    assert await acknowledged(client, 1) == [2]
+    assert await answer_all(client, 1) == [2]
     await until_failed(log, "wild", (1, "bridge"))
 
 
@@ -420,7 +411,7 @@ async def test_a_command_that_nobody_can_read_or_report_is_a_dead_letter_and_the
     await commands.write_bytes("letters", b"{")
     await commands.write_bytes("letters", None)
     await commands.deliver("letters", 2)
-    assert await acknowledged(client, 1) == [2]
+    assert await answer_all(client, 1) == [2]
     await until_sent(log, "letters", 2)
     assert not failed(log, "letters")
     letters = await until_dead_letters(bridge.bootstrap, "letters", 6)
