@@ -135,11 +135,7 @@ class Keeper:
             retained_end = earliest(log_ms, plan.retained_lifetime_ms, event.expires_at)
             needed_until = later(needed_until, retained_end)
         if indexed or retained:
-            self._dropped.pop(event.message_id, None)
-            done.append(StoreMessage(offset, event, score, indexed, needed_until))
-            if event.expires_at is not None:
-                message = due_member(MESSAGE, event.topic, event.message_id)
-                done.append(self._due.falls_due(message, event.expires_at))
+            done += self._store(StoreMessage(offset, event, score, indexed, needed_until))
         if indexed and plan.index_lifetime_ms is not None:
             end = log_ms + plan.index_lifetime_ms
             done.append(self._due.falls_due(due_member(INDEX, event.topic), end))
@@ -152,13 +148,23 @@ class Keeper:
             done += self._retain(offset, event.topic, None)
         return done
 
+    def _store(self, storing: StoreMessage) -> list[Effect]:
+        """A body that was let go of in this batch stays."""
+        event = storing.event
+        self._dropped.pop(event.message_id, None)
+        if event.expires_at is None:
+            return [storing]
+        message = due_member(MESSAGE, event.topic, event.message_id)
+        return [storing, self._due.falls_due(message, event.expires_at)]
+
     # -- what the broker retains, as far as a bridge had to ask -----------------------------------------
 
-    def wanted_by_retained(self, event: MessageRetained) -> list[Read]:
-        """What the topic retains so far, and whether its index has the message."""
-        reads: list[Read] = [*self.unknown([event.topic])]
-        entry = ReadEntry(event.topic, event.message_id)
-        return reads if entry in self._places else [*reads, entry]
+    def wanted_by_retained(self, events: Iterable[Event]) -> list[Read]:
+        """What the topics retain so far of which some of these tell, and whether their indexes have the messages."""
+        told = [event for event in events if isinstance(event, MessageRetained)]
+        entries = [ReadEntry(event.topic, event.message_id) for event in told]
+        unknown = [entry for entry in dict.fromkeys(entries) if entry not in self._places]
+        return [*self.unknown(event.topic for event in told), *unknown]
 
     def retains(self, topic: str, message_id: str) -> bool:
         """Whether this is what a topic retains, where that is known: one published again is known by it."""
@@ -197,11 +203,8 @@ class Keeper:
             indexed=dead or place is not None,
         )  # fmt: skip
         message = structs.replace(event, retain=True)
-        effects: list[Effect] = [StoreMessage(offset, message, score, False, needed_until)]
-        if event.expires_at is not None:
-            due = due_member(MESSAGE, event.topic, event.message_id)
-            effects.append(self._due.falls_due(due, event.expires_at))
-        return [*effects, *self._retain(offset, event.topic, state)]
+        stored = self._store(StoreMessage(offset, message, score, False, needed_until))
+        return [*stored, *self._retain(offset, event.topic, state)]
 
     def commands(self, offset: int, event: MessagePublished) -> Sequence[Effect | Output]:
         """What the user's commands ask for at a publish."""

@@ -109,16 +109,14 @@ class DeliveryMachine(Own[W]):
             return [ReadAllStates(self._members_cursor, "members")]
         if len(events) == 1 and isinstance(events[0], Tick):
             return self._wanted_by_tick(now_ms)
-        if len(events) == 1 and isinstance(events[0], MessageRetained):
-            dead = self._dead.unknown([events[0].message_id])
-            return [*dead, *self._keeper.wanted_by_retained(events[0])]
         freed: Counter[str] = Counter()
         for event in events:
             for key, count in self._touches(event):
                 freed[key] += count
         reads: list[Read] = [*self.unknown(freed)]
-        orders = [x.message_id for x in events if isinstance(x, OperatorRequeue | OperatorDrop)]
-        reads += self._dead.unknown(orders)
+        may_be_dead = OperatorRequeue | OperatorDrop | MessageRetained
+        reads += self._dead.unknown([x.message_id for x in events if isinstance(x, may_be_dead)])
+        reads += self._keeper.wanted_by_retained(events)
         reads += self._members.unknown(_told_of(events))
         if reads:
             return reads

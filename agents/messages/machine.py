@@ -73,10 +73,9 @@ class MessagesMachine:
         """The states of topics whose retained message may change; for a tick, what is due and its entries."""
         if len(events) == 1 and isinstance(events[0], Tick):
             return self._wanted_by_tick(now_ms)
-        if len(events) == 1 and isinstance(events[0], MessageRetained):
-            return self._keeper.wanted_by_retained(events[0])
         touched = filter(self._keeper.touches_retained, events)
-        return self._keeper.unknown(keys.record_key(event) for event in touched)
+        unknown = self._keeper.unknown(keys.record_key(event) for event in touched)
+        return [*unknown, *self._keeper.wanted_by_retained(events)]
 
     def _wanted_by_tick(self, now_ms: int) -> list[Read]:
         if self._due.supplied is None:

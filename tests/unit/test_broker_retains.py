@@ -110,3 +110,17 @@ def test_a_dead_letter_that_is_retained_keeps_its_body_until_both_have_gone() ->
     assert body(world, "m1") is not None
     world.at(world.now_ms + DEAD_LETTER_RETENTION_MS)
     assert body(world, "m1") is None
+
+
+@agents
+def test_a_body_that_a_refusal_let_go_of_is_kept_by_what_is_retained_at_once(
+    agent: AgentName,
+) -> None:
+    world, topic = a_world(agent)
+    # Given a foreign key in the place of the index: the entry is refused, and the body to be cleaned up
+    world.server.keep(keys.message_index(topic), b"somebody else's")
+    world.tell_unticked(given.published("m1", topic))
+    # When the next batch is what the broker retains
+    world.tell(given.retained("m1", topic))
+    assert retained(world, topic) == ["m1"]
+    assert (body(world, "m1") or {})["retain"] == "true"
