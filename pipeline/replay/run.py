@@ -9,10 +9,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, TypeVar
 
-import uvloop
 from msgspec import structs
 
 from pipeline.ending import on_signal
+from pipeline.event_loop import use_uvloop
 from pipeline.replay import differences
 from pipeline.replay.differences import Comparing, Comparison
 from pipeline.replay.folding import Folding
@@ -262,8 +262,8 @@ def run_until_done(work: Callable[[], Coroutine[Any, Any, Result]], interrupted:
         async with stopped_by_signals():
             return await work()
 
+    use_uvloop()
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(run())
+        return asyncio.run(run())
     except (asyncio.CancelledError, KeyboardInterrupt) as error:
         raise MillpondError(interrupted) from error
