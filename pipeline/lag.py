@@ -220,10 +220,3 @@ async def _applied(settings: Settings, rules: Rules, agent: AgentName) -> dict[i
             if fence is not None:
                 found[number] = fence.offset
     return found
-
-
-async def lag(settings: KafkaSettings, app: str, agent: AgentName) -> int:
-    """Records of all partitions together that are not committed; what retention dropped does not count."""
-    async with Offsets(settings, app) as offsets:
-        (found,) = await offsets.of([agent])
-    return found.uncommitted

@@ -10,7 +10,7 @@ from typing import Final, Literal, TypeAlias
 from pipeline.brokers.reports import Entry, Reports
 from pipeline.brokers.tickets import Ticket
 from pipeline.clock import now_ms
-from pipeline.telemetry.histogram import LONG_S, Histogram
+from pipeline.telemetry.histogram import LONG_S, Histogram, histogram_of
 from schemas.events import DeliveryFailed, Sent
 from schemas.leases import Lease
 
@@ -110,8 +110,7 @@ class Deliveries:
             return
         published_s = published_at_s(ticket.message_id)
         if published_s is not None:
-            if agent not in self.delivery_s:
-                self.delivery_s[agent] = Histogram(LONG_S)
-            self.delivery_s[agent].add(max(time.time() - published_s, 0.0))
+            latency = histogram_of(self.delivery_s, agent, LONG_S)
+            latency.add(max(time.time() - published_s, 0.0))
         sent = Sent(str(ticket.lease), ticket.client_id, ticket.message_id, qos=qos)
         self.reports.add(Entry(sent, ticket.lease, on_kept=ticket.done))

@@ -321,7 +321,7 @@ class Inlet:
                 await self._spool.release(source.file)
                 self._sender.sources.remove(source)
             elif through > source.file.discarded:
-                await self._spool.call(source.file.keep, (), through)
+                await self._spool.submit(source.file.keep, (), through)
         except SpoolDown as error:
             logger.warning("%s; trying again", error)
         except SpoolDamaged:  # the log says so

@@ -192,7 +192,7 @@ class Sender:
 
     async def _send_window(self, source: Source) -> None:
         try:
-            found = await self._spool.call(
+            found = await self._spool.submit(
                 source.file.read, source.taken, source.last, WINDOW_BYTES_MAX
             )
         except SpoolDown as error:

@@ -73,22 +73,13 @@ class Spool:
             # The disk is full, say: it is tried again.
             logger.error("the spool cannot be used now: %s", error)  # noqa: TRY400  no traceback
 
-    async def call(
-        self,
-        method: Callable[Arguments, Answer],
-        *arguments: Arguments.args,
-        **named: Arguments.kwargs,
-    ) -> Answer:
-        """What a method of a file answers, from the one thread that calls them."""
-        return await self.submit(method, *arguments, **named)
-
     def submit(
         self,
         method: Callable[Arguments, Answer],
         *arguments: Arguments.args,
         **named: Arguments.kwargs,
     ) -> asyncio.Future[Answer]:
-        """The same, begun now: in the order of the calls."""
+        """What a method of a file answers, from the one thread that calls them, in the order of these calls."""
         loop = asyncio.get_running_loop()
         return loop.run_in_executor(self._thread, partial(method, *arguments, **named))
 
@@ -98,7 +89,7 @@ class Spool:
         Raises:
             SpoolDown: it cannot be removed; it stays in `left`.
         """
-        await self.call(file.remove)
+        await self.submit(file.remove)
         self.left.remove(file)
         self._unlock(_number(file.path))
 

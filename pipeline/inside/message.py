@@ -184,14 +184,13 @@ async def _topic_in_stores(settings: Settings, rules: Rules, message_id: str) ->
     asked: dict[Pool, None] = {}
     for agent in OWNERS:
         pool = rules.pool(agent)
-        if pool in asked and agent not in DELIVERING:
-            continue
-        asked[pool] = None
         async with Reader(pool) as reader:
-            partition = Partition(settings.app, agent, 0)
-            (body,) = await reader.read(partition, [ReadBody(message_id)])
-            if stored_message(message_id, body) is not None and "topic" in body:
-                return str(body["topic"].decode("utf-8", "replace"))
+            if pool not in asked:
+                asked[pool] = None
+                partition = Partition(settings.app, agent, 0)
+                (body,) = await reader.read(partition, [ReadBody(message_id)])
+                if stored_message(message_id, body) is not None and "topic" in body:
+                    return str(body["topic"].decode("utf-8", "replace"))
             if agent not in DELIVERING:
                 continue
             for number in range(settings.kafka.partitions):

@@ -10,7 +10,6 @@ from agents.effects import Table
 from agents.ports import ReadAllStates
 from agents.pubsub.state import subscriber_of
 from pipeline.stores.reader import Reader
-from schemas.filters import split_share
 from schemas.keys import Partition
 
 
@@ -46,8 +45,3 @@ async def members_of(
                 subscribers.setdefault(name, {})[subscriber_of(name, topic_filter)] = None
             for reach in members.reaching(topic):
                 yield topic, MemberOf(members[reach.name], reach, tuple(subscribers[reach.name]))
-
-
-def plain(subscription: str) -> str:
-    """The filter of a subscription, without its group."""
-    return split_share(subscription)[1]

@@ -107,19 +107,15 @@ class Removal:
 
     # -- what goes -----------------------------------------------------------------------------------------
 
-    async def public(self) -> int:
-        """Remove the public keys, and leave the private ones that name them; how many entries there were."""
-        removed = 0
+    async def public(self) -> None:
+        """Remove the public keys, and leave the private ones that name them."""
         async for _, key, found in self.entries():
             ids = [message_id for message_id, _ in found]
             if ids:
                 await self._space.ask([("ZREM", key, *ids), *map(_drop, ids)])
-            removed += len(ids)
         for number in self._rules:
             async for commands in self._named(number):
-                removed += len(commands)
                 await self._space.ask(commands)
-        return removed
 
     async def _named(self, number: int) -> AsyncIterator[list[Command]]:
         """The commands that remove what a partition's tables name."""

@@ -133,11 +133,3 @@ def _seen(transaction: Transaction) -> int:
             break
         number += len(effect.message_ids)
     return number
-
-
-def histogram_of(histograms: dict[str, Histogram], name: str) -> Histogram:
-    """The one of a name, made when it is first asked for."""
-    found = histograms.get(name)
-    if found is None:
-        found = histograms[name] = Histogram(SHORT_S)
-    return found

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from pipeline.producer import Producer
-from pipeline.telemetry.agent import histogram_of
 from pipeline.telemetry.families import Metric, counter, gauge, histogram
-from pipeline.telemetry.histogram import Histogram
+from pipeline.telemetry.histogram import Histogram, histogram_of
 from pipeline.telemetry.serving import KAFKA_PATIENCE_S
 
 

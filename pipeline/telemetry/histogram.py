@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 # Upper bounds, in seconds: of what takes a round trip, and of what may also wait for somebody to come.
@@ -28,7 +28,12 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
-    def add_all(self, values: Iterable[float]) -> None:
-        """Many values."""
-        for value in values:
-            self.add(value)
+
+def histogram_of(
+    histograms: dict[str, Histogram], name: str, bounds: tuple[float, ...] = SHORT_S
+) -> Histogram:
+    """The one of a name, made when it is first asked for."""
+    found = histograms.get(name)
+    if found is None:
+        found = histograms[name] = Histogram(bounds)
+    return found

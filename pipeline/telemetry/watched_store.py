@@ -10,7 +10,8 @@ from typing import Any, Generic
 
 from agents.effects import Refusal
 from agents.ports import Applied, Packed, Read, Store, Stored, Transaction
-from pipeline.telemetry.agent import AgentCounts, histogram_of
+from pipeline.telemetry.agent import AgentCounts
+from pipeline.telemetry.histogram import histogram_of
 
 
 class WatchedStore(Generic[Packed]):

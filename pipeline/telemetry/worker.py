@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, NoReturn, Protocol
@@ -14,8 +13,6 @@ from pipeline.telemetry.agent import AgentCounts, PartitionObserver
 from pipeline.telemetry.families import Metric, counter, gauge, histogram
 from pipeline.telemetry.watched_store import WatchedStore
 from schemas.events import AgentName
-
-logger = logging.getLogger(__name__)
 
 SAMPLE_INTERVAL_S: Final = 5.0  # between questions to Kafka about the ends of the partitions
 # A store that has not answered for so long is away: an answer takes milliseconds, a state that is loaded more.

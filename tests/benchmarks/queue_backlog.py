@@ -12,7 +12,8 @@ from typing import Final, NamedTuple
 import psutil
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
-from pipeline.lag import lag
+from pipeline.lag import Offsets
+from pipeline.settings import KafkaSettings
 from schemas import codec, keys
 from schemas.events import Event
 from tests.benchmarks import scene
@@ -43,7 +44,7 @@ def run(stored: int) -> Backlog:
         process = scene.millpond("worker", "worker", "queue", directory=Path(name))
         try:
             until_applied(process, redis, APP, "queue", stored)
-            _until(lambda: asyncio.run(lag(settings, APP, "queue")) == 0, "its commit")
+            _until(lambda: asyncio.run(_uncommitted(settings)) == 0, "its commit")
         finally:
             process.kill()
         # Another one, whose memory is not that of having stored them.
@@ -55,6 +56,12 @@ def run(stored: int) -> Backlog:
         finally:
             process.kill()
     return Backlog(seconds, rss)
+
+
+async def _uncommitted(settings: KafkaSettings) -> int:
+    async with Offsets(settings, APP) as offsets:
+        (found,) = await offsets.of(["queue"])
+    return found.uncommitted
 
 
 def _until(condition: Callable[[], bool], what: str) -> None:

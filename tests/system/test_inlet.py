@@ -277,7 +277,7 @@ async def test_a_spool_that_is_damaged_in_an_outage_is_moved_aside_and_counted(
         assert database is not None
         assert 100 < untaken < 299
         # When what is in the file cannot be read
-        await one.spool.call(database.execute, "UPDATE block SET packed = x'c1'")
+        await one.spool.submit(database.execute, "UPDATE block SET packed = x'c1'")
         paused.resume()
         await until_drained(one.inlet)
         # Then it is kept for who can, and counted, and the bridge goes on

@@ -380,7 +380,7 @@ async def test_calls_are_made_in_their_order_and_never_in_the_event_loop(
     spool.open()
     jobs = [spool.submit(spool.own.keep, some(1)) for _ in range(5)]
     assert await asyncio.gather(*jobs) == [1, 2, 3, 4, 5]
-    assert len(await spool.call(spool.own.read, 0, 5, MIB)) == 5
+    assert len(await spool.submit(spool.own.read, 0, 5, MIB)) == 5
 
 
 def test_a_directory_that_cannot_be_used_is_the_users_fault(tmp_path: Path) -> None:

@@ -106,10 +106,10 @@ class Recorder:
             payload_encoding=encoding, published_at=at,
         )  # fmt: skip
         span = None if self._tracing is None else self._tracing.publish(event)
-        if span is None:
-            return event, await self._enter(keys.MESSAGES_TOPIC, event)
-        acknowledged = await self._enter(keys.MESSAGES_TOPIC, event, headers=span.headers)
-        acknowledged.add_done_callback(span.answered)
+        headers = () if span is None else span.headers
+        acknowledged = await self._enter(keys.MESSAGES_TOPIC, event, headers=headers)
+        if span is not None:
+            acknowledged.add_done_callback(span.answered)
         return event, acknowledged
 
     async def delivered(self, message: Message, client_id: str, qos: int) -> None:

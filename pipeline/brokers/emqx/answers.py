@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Final, TypeAlias
 
 import msgspec
@@ -14,7 +14,7 @@ NO_MATCHING_SUBSCRIBERS: Final = 16  # MQTT's reason code 0x10
 NOT_HANDED_OVER: Final = (
     131  # 0x83, beside 503: a subscriber matches, and did not get it, as while a node restarts
 )
-DURABLE: Final = "all"  # in the place of a node, where a durable session is on none
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 Time: TypeAlias = str | int | None  # RFC 3339; whatever cannot be read as that is as good as none
 
@@ -111,7 +111,7 @@ def milliseconds(time: Time) -> int | None:
     """A time in milliseconds since the epoch, if it is one."""
     try:
         at = datetime.fromisoformat(time if isinstance(time, str) else "")
-        at_ms = int(at.timestamp() * 1000)
-    except (ValueError, OverflowError, OSError):
+        at_ms = (at - EPOCH) // timedelta(milliseconds=1)
+    except (ValueError, OverflowError, TypeError):  # no time, beyond all time, or without a zone
         return None
-    return at_ms if at.tzinfo is not None and 0 <= at_ms <= TIME_MS_MAX else None
+    return at_ms if 0 <= at_ms <= TIME_MS_MAX else None

@@ -87,7 +87,7 @@ class Told(NamedTuple):
     hook: str
     request: type[ProtobufMessage]
     topic: str
-    translate: Callable[[Any, int], Event]
+    translate: Callable[[Any, int], Event | None]
 
 
 class Calls:
@@ -162,20 +162,20 @@ class Calls:
         request = told.request.FromString(data)
         try:
             event = told.translate(request, now_ms())
-        except _Unwanted:
-            return EMPTY
         except DecodeError as error:
             self.refusals.add("invalid", f"{rpc}: {error}")
             return EMPTY
+        if event is None:
+            return EMPTY  # no rule wants it
         self._inlet.enter(told.topic, event, hook=told.hook)
         if isinstance(event, SessionTerminated | SessionDiscarded):
             self._listener.session_ended(event.client_id)
         return EMPTY
 
-    def _delivered(self, request: pb.MessageDeliveredRequest, at: int) -> Event:
+    def _delivered(self, request: pb.MessageDeliveredRequest, at: int) -> Event | None:
         event = self._translator.delivered(request, at)
         if not self._answers.wants("message.delivered", event.topic):
-            raise _Unwanted
+            return None
         return event
 
     def acked(self, data: bytes) -> bytes:
@@ -215,11 +215,9 @@ class Calls:
             event = self._translator.published(request, topic, now_ms())
         except DecodeError as error:
             return self._refuse(message, "invalid", str(error))
-        kept = self._enter(event)
-        try:
-            await asyncio.shield(kept)  # the caller may give up; the event stays
-        except MillpondError as error:
-            return self._refuse(message, "unkept", str(error))
+        unkept = await self._unless_kept(message, self._enter(event))
+        if unkept is not None:
+            return unkept
         if self._answers.may_retain(topic):
             self._listener.retainable(message.topic, event)
         if delivered and self._mountpoint is not None:
@@ -230,11 +228,19 @@ class Calls:
         """Into Kafka or the spool; and a trace begins, if this is to be one."""
         hook = "message.publish"
         span = None if self._tracing is None else self._tracing.publish(event)
-        if span is None:
-            return self._inlet.enter(keys.MESSAGES_TOPIC, event, hook=hook)
-        kept = self._inlet.enter(keys.MESSAGES_TOPIC, event, hook=hook, headers=span.headers)
-        kept.add_done_callback(span.answered)
+        headers = () if span is None else span.headers
+        kept = self._inlet.enter(keys.MESSAGES_TOPIC, event, hook=hook, headers=headers)
+        if span is not None:
+            kept.add_done_callback(span.answered)
         return kept
+
+    async def _unless_kept(self, message: pb.Message, kept: asyncio.Future[None]) -> bytes | None:
+        """The refusal of a publish that cannot be kept."""
+        try:
+            await asyncio.shield(kept)  # the caller may give up; the event stays
+        except MillpondError as error:
+            return self._refuse(message, "unkept", str(error))
+        return None
 
     def _unmounted(self, message: pb.Message) -> str | None:
         """The topic that the publisher meant; None if it is below the mountpoint of another, or nobody's to publish to."""
@@ -255,10 +261,9 @@ class Calls:
                 return self._refuse(message, "invalid", str(error))
             hook = "message.publish"
             kept = self._inlet.enter(keys.MESSAGES_TOPIC, report, partition, hook=hook)
-            try:
-                await asyncio.shield(kept)
-            except MillpondError as error:
-                return self._refuse(message, "unkept", str(error))
+            unkept = await self._unless_kept(message, kept)
+            if unkept is not None:
+                return unkept
         return _answer(message, returned.topic)
 
     def _report(self, message: pb.Message, returned: Returned) -> tuple[DeliveriesSent, int]:
@@ -285,10 +290,6 @@ class Calls:
         """Another's judgement of a client stands. These hooks are not registered: anything but this would be one."""
         request: Any = request_type.FromString(data)
         return pb.ValuedResponse(type="CONTINUE", bool_result=request.result).SerializeToString()
-
-
-class _Unwanted(Exception):
-    """No rule wants the event."""
 
 
 def _answer(message: pb.Message, topic: str, *, allow: bool = True) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import ssl
 from base64 import b64encode
@@ -265,7 +264,7 @@ class Rest:
     async def _ask(
         self, method: str, path: str, asked: Body, timeout_s: float
     ) -> tuple[int, bytes]:
-        """Status and body of an answer that is none of 401, 403, 429 and 5xx but 503."""
+        """Status and body of an answer that is none of 401, 403 and 429."""
         assert self._session is not None, "start() comes first"
         headers = {"Authorization": self._credentials(), "Accept": "application/json"}
         data = None
@@ -293,8 +292,6 @@ class Rest:
             )
         if status == 429:
             raise Refused("EMQX answers 429: too many requests", status, "")
-        if status >= 500 and status != 503:
-            raise Unanswered(f"EMQX answers {status}: {_shown(body)}")
         return status, body
 
     def _credentials(self) -> str:
@@ -336,7 +333,7 @@ def _why(error: Exception) -> str:
     """What is known not to hold a credential."""
     if isinstance(error, aiohttp.ClientConnectorError):
         return str(error.os_error)
-    if isinstance(error, TimeoutError | asyncio.TimeoutError):
+    if isinstance(error, TimeoutError):
         return "timed out"
     return type(error).__name__
 

@@ -112,10 +112,8 @@ class Sender:
             while True:
                 await self._wake.wait()
                 self._wake.clear()
-                wait_s = self._trouble.wait_s(loop.time())
-                if wait_s > 0:
-                    loop.call_later(wait_s, self._wake.set)
-                    continue
+                if self._trouble.wait_s(loop.time()) > 0:
+                    continue  # sifting wakes it again
                 while (slots := self._slots()) > 0:
                     step = self._windows.next(slots, now_ms())
                     if step is None:

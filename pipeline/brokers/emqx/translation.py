@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from datetime import UTC, datetime, timedelta
 from typing import Final, TypeAlias
 
 from pipeline.brokers.emqx import exhook_pb2 as pb
+from pipeline.brokers.emqx.answers import milliseconds
 from pipeline.brokers.emqx.mounting import Mountpoint, standard_filter
 from schemas import codec
 from schemas.errors import DecodeError
@@ -37,7 +37,6 @@ SECONDS_DIGITS_MAX: Final = 10  # a four byte integer
 REASONS: Final = {"takeovered": "takenover"}
 SHUTDOWN: Final = re.compile(r"\{shutdown,([a-z_]+)\}\Z")  # how Erlang writes why a process ended
 
-EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 Received: TypeAlias = pb.MessageDeliveredRequest | pb.MessageAckedRequest
 
@@ -191,16 +190,10 @@ def node_started(request: pb.ProviderLoadedRequest) -> NodeStarted | None:
     """The node's start, at its boot time: it also tells so when an operator turns the hook on again, and whoever has
     connected since that start is still there. None if it does not say when that was (EMQX 4).
     """
-    try:
-        told_at = datetime.fromisoformat(request.broker.datetime)
-        if told_at.tzinfo is None or request.broker.uptime <= 0:
-            return None
-        booted_at = (told_at - EPOCH) // timedelta(milliseconds=1) - request.broker.uptime
-    except (ValueError, OverflowError):
+    told_at, uptime = milliseconds(request.broker.datetime), request.broker.uptime
+    if told_at is None or not 0 < uptime <= told_at:
         return None
-    if not 0 <= booted_at <= TIME_MS_MAX:
-        return None
-    return NodeStarted(at=booted_at, node=node_of(request.meta.node))
+    return NodeStarted(at=told_at - uptime, node=node_of(request.meta.node))
 
 
 # -- parts

@@ -76,9 +76,17 @@ class _Queue:
         free = WINDOW - len(self.in_flight) - len(self.unclear)
         if free > 0:
             return free
+        self.expire(now_ms)
+        return WINDOW - len(self.in_flight) - len(self.unclear)
+
+    def expire(self, now_ms: int) -> None:
+        """What was valid until now is no longer in EMQX."""
         self.in_flight = {alias: end for alias, end in self.in_flight.items() if end >= now_ms}
         self.unclear = deque(end for end in self.unclear if end >= now_ms)
-        return WINDOW - len(self.in_flight) - len(self.unclear)
+
+    def let_go_unclear(self) -> None:
+        if self.unclear:
+            self.unclear.popleft()
 
     def ready(self, now_ms: int) -> bool:
         if self.busy or not self.waiting:
@@ -149,13 +157,16 @@ class Windows:
     def _first_ready(self, now_ms: int) -> list[str]:
         """As many as a bulk can hold. Whoever is not ready is asked again when something has come of it."""
         ready: list[str] = []
-        for client_id in list(self._ready):
-            if self._queues[client_id].ready(now_ms):
-                ready.append(client_id)
-                if len(ready) >= BULK_MAX:
-                    break
-            else:
-                del self._ready[client_id]
+        waiting: list[str] = []
+        for client_id in self._ready:
+            if not self._queues[client_id].ready(now_ms):
+                waiting.append(client_id)
+                continue
+            ready.append(client_id)
+            if len(ready) >= BULK_MAX:
+                break
+        for client_id in waiting:
+            del self._ready[client_id]
         return ready
 
     def _bulk(self, ready: Sequence[str], slots: int, now_ms: int) -> Bulk:
@@ -202,7 +213,7 @@ class Windows:
             elif isinstance(outcome, Accepted):
                 queue.in_flight[outcome.alias] = end
         for _ in queue.early:
-            self._let_go_unclear(queue)
+            queue.let_go_unclear()
         if "unknown" in outcomes:
             queue.careful = True
         elif "unsent" not in outcomes:
@@ -241,14 +252,10 @@ class Windows:
             if queue.busy and len(queue.early) < EARLY_MAX:
                 queue.early[alias] = None
             else:
-                self._let_go_unclear(queue)
+                queue.let_go_unclear()
         self._ready[client_id] = None
         self._forget(client_id, queue)
         return True
-
-    def _let_go_unclear(self, queue: _Queue) -> None:
-        if queue.unclear:
-            queue.unclear.popleft()
 
     # -- ends
 
@@ -280,9 +287,6 @@ class Windows:
                 continue
             left -= 1 + len(queue.waiting) + len(queue.in_flight)
             queue.waiting = deque(item for item in queue.waiting if good(item.ticket))
-            queue.in_flight = {
-                alias: end for alias, end in queue.in_flight.items() if end >= now_ms
-            }
-            queue.unclear = deque(end for end in queue.unclear if end >= now_ms)
+            queue.expire(now_ms)
             self._ready[client_id] = None
             self._forget(client_id, queue)
