@@ -17,7 +17,7 @@ from faust.types.tuples import Message
 from yarl import URL
 
 from agents.driver import PartitionDriver
-from agents.observing import Observer
+from agents.observing import Nobody, Observer
 from agents.ports import Log, Store
 from agents.registry import MACHINES
 from pipeline.control import ControlChannel
@@ -85,6 +85,7 @@ class Worker:
         )
         self._tracing = worker_tracing(settings.telemetry, agent)
         self._telemetry = WorkerTelemetry(agent, lambda: self._partitions, self._ends)
+        self._measured = settings.telemetry.listen is not None  # or nobody can ask
         self._partitions = Partitions(
             self._new_driver,
             self._log,
@@ -113,14 +114,15 @@ class Worker:
         await self._check_partitions()
         app = self._app()
         listening = asyncio.ensure_future(self._control())
-        sampling = asyncio.ensure_future(self._telemetry.run())
+        sampling = asyncio.ensure_future(self._telemetry.run()) if self._measured else None
         try:
             await app.start()
             await self._until_stopping(app, listening)
         finally:
             self._stop()
             listening.cancel()
-            sampling.cancel()
+            if sampling is not None:
+                sampling.cancel()
             await app.stop()
             await self._log.stop()
             await self._producer.stop()
@@ -248,9 +250,10 @@ class Worker:
 
     def _new_driver(self, number: int) -> PartitionDriver[Any]:
         partition = Partition(self.settings.app, self.agent, number)
-        opened: Store[Any] = open_store(self.rules.pool(self.agent), partition)
-        observer: Observer
-        store, observer = self._telemetry.watch(number, opened)
+        store: Store[Any] = open_store(self.rules.pool(self.agent), partition)
+        observer: Observer = Nobody()
+        if self._measured:
+            store, observer = self._telemetry.watch(number, store)
         machine = MACHINES[self.agent]()
         log: Log = self._log
         if self._tracing is not None:

@@ -1,12 +1,17 @@
-"""What the tests of the embedded broker's bridge share; each module has a `bridge` of its own."""
+"""What the tests of bridges share; each module of the embedded broker's has a `bridge` of its own."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
+from pipeline.brokers.emqx.rest import Rest
 from tests.system.bridge import Bridge, Log, reading
+from tests.system.emqx import Emqx
+from tests.system.emqx_rest import EmqxRest, serving
+from tests.system.emqx_scene import asking
 
 
 @pytest.fixture
@@ -21,3 +26,19 @@ async def let_go(bridge: Bridge) -> AsyncIterator[None]:
     """Whoever is still connected after a test goes."""
     yield
     bridge.let_go()
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[EmqxRest]:
+    """REST of an EMQX without hooks."""
+    emqx = Emqx()
+    async with serving(emqx) as server:
+        yield server
+    emqx.stop()
+
+
+@pytest.fixture
+async def rest(server: EmqxRest, tmp_path: Path) -> AsyncIterator[Rest]:
+    """Who asks it, as a bridge does."""
+    async with asking(server, tmp_path) as rest:
+        yield rest

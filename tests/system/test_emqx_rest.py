@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +22,9 @@ from pipeline.brokers.emqx.rest import (
 from pipeline.settings import BridgeSettings
 from schemas.errors import ConfigError
 from tests.contracts.tls import certificate, tls_front
-from tests.system.emqx import MOUNTED, NODE, ORDINARY, Emqx
-from tests.system.emqx_rest import SECRET, EmqxRest, serving
+from tests.system.emqx import MOUNTED, NODE, ORDINARY
+from tests.system.emqx_rest import SECRET, EmqxRest
 from tests.system.emqx_scene import asking, settings_for
-
-
-@pytest.fixture
-async def server() -> AsyncIterator[EmqxRest]:
-    emqx = Emqx()
-    async with serving(emqx) as server:
-        yield server
-    emqx.stop()
-
-
-@pytest.fixture
-async def rest(server: EmqxRest, tmp_path: Path) -> AsyncIterator[Rest]:
-    async with asking(server, tmp_path) as rest:
-        yield rest
 
 
 def a_message(topic: str = "t", payload: str = "aGk=", qos: int = 1) -> Message:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
@@ -20,26 +18,12 @@ from schemas.events import (
     NodeSyncStarted,
     SessionSubscribed,
 )
-from tests.system.emqx import MOUNTPOINT, NODE, ORDINARY, Emqx
-from tests.system.emqx_rest import EmqxRest, serving
-from tests.system.emqx_scene import Inlet, asking
+from tests.system.emqx import MOUNTPOINT, NODE, ORDINARY
+from tests.system.emqx_rest import EmqxRest
+from tests.system.emqx_scene import Inlet
 from tests.system.pipeline import until
 
 PARTITIONS = 3
-
-
-@pytest.fixture
-async def server() -> AsyncIterator[EmqxRest]:
-    emqx = Emqx()
-    async with serving(emqx) as server:
-        yield server
-    emqx.stop()
-
-
-@pytest.fixture
-async def rest(server: EmqxRest, tmp_path: Path) -> AsyncIterator[Rest]:
-    async with asking(server, tmp_path) as rest:
-        yield rest
 
 
 def snapshots(
