@@ -34,12 +34,13 @@ chromium:
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
 
 # Files whose tests take long begin first, or all would wait for them in the end.
-LONGEST := stack worker_faults web inlet readme emqx_kafka rebuild pubsub_crowd queue_crowd replay
+LONGEST := cli/test_stack worker/test_faults web/test_web emqx/test_durable_producer test_readme emqx/test_rule_events \
+	worker/test_rebuild worker/test_pubsub_crowd worker/test_queue_crowd worker/test_replay
 
 test: lint chromium
 	$(BIN)/pytest tests/unit tests/simulation --numprocesses auto --cov --cov-report=term-missing:skip-covered
 	$(BIN)/python -m tests.simulation --agent queue --first 1000 --seeds 600
-	$(BIN)/pytest $(LONGEST:%=tests/system/test_%.py) tests/contracts tests/system \
+	$(BIN)/pytest $(LONGEST:%=tests/system/%.py) tests/contracts tests/system \
 		--numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # Long simulations: more seeds than CI has time for.

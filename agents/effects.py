@@ -17,8 +17,8 @@ from typing import ClassVar, Literal, TypeAlias
 
 from msgspec import Struct
 
-from schemas.commands import Subscribe, Unsubscribe
-from schemas.events import Message, SubscriberJoined, SubscriberLeft
+from millpond.schemas.commands import Subscribe, Unsubscribe
+from millpond.schemas.events import Message, SubscriberJoined, SubscriberLeft
 
 # The tables of packed states that a partition has: retained messages or clients; what is being handed out, and to whom;
 # dead letters; what pubsub knows of topics and subscribers.

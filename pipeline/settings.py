@@ -18,12 +18,12 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta, Struct, field
 
-from schemas.errors import ConfigError
-from schemas.pool import REDIS_PORT
-from schemas.rules import Pool, Rules, default_rules
-from schemas.rules_conf import parse_conf
-from schemas.rules_toml import parse_toml
-from schemas.toml_lines import TomlLines
+from millpond.schemas.errors import ConfigError
+from millpond.schemas.rules import Pool, Rules, default_rules
+from millpond.schemas.rules.conf import parse_conf
+from millpond.schemas.rules.pool import REDIS_PORT
+from millpond.schemas.rules.toml import parse_toml
+from millpond.schemas.rules.toml_lines import TomlLines
 
 ENVIRONMENT_PREFIX: Final = "MILLPOND_"
 PORT_MAX: Final = 65_535

@@ -7,9 +7,9 @@ from typing import Protocol
 
 import msgspec
 
-from schemas.commands import Command, Deliver
-from schemas.errors import DecodeError
-from schemas.events import TEXT_BYTES_MAX, Event, Message, PayloadEncoding
+from millpond.schemas.commands import Command, Deliver
+from millpond.schemas.errors import DecodeError
+from millpond.schemas.events import TEXT_BYTES_MAX, Event, Message, PayloadEncoding
 
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)

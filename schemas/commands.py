@@ -6,7 +6,7 @@ from typing import Annotated, TypeAlias
 
 from msgspec import Meta, Struct
 
-from schemas.events import MessageId, PayloadEncoding, QoS, Text, TimeMs, Topic
+from millpond.schemas.events import MessageId, PayloadEncoding, QoS, Text, TimeMs, Topic
 
 VALID_FOR_S_MAX = (
     3_600  # a command that lay an hour in Kafka says nothing about the client any more

@@ -41,7 +41,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from schemas.events import (
+from millpond.schemas.events import (
     AgentName,
     DeliveriesSent,
     DeliveryFailed,
@@ -61,7 +61,7 @@ from schemas.events import (
     SubscriberLeft,
     Tick,
 )
-from schemas.filters import split_share
+from millpond.schemas.topics import split_share
 
 CLIENTS_TOPIC: Final = "mqtt.clients"
 MESSAGES_TOPIC: Final = "mqtt.messages"
@@ -203,7 +203,7 @@ def replay_marker(app: str, agent: AgentName) -> str:
 
 
 def rebuild_marker(app: str, agent: AgentName) -> str:
-    """What a rebuild of an agent has not done yet; see `pipeline/replay/rebuild.py`."""
+    """What a rebuild of an agent has not done yet; see `pipeline/rebuild/rebuild.py`."""
     return f"{PRIVATE_PREFIX}{{{app}:{agent}}}:rebuild"
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple, get_args
 
-from schemas.errors import DecodeError
-from schemas.events import AgentName
-from schemas.keys import Partition
+from millpond.schemas.errors import DecodeError
+from millpond.schemas.events import AgentName
+from millpond.schemas.keys import Partition
 
 NUMBER_DIGITS_MAX = 18  # below 2**63, as Kafka's offsets are
 

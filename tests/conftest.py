@@ -1,4 +1,4 @@
-"""Real servers that tests share: each is started once, when a test first asks for it. See `tests/servers.py`.
+"""Real servers that tests share: each is started once, when a test first asks for it. See `tests/support/servers.py`.
 
 | fixture | scope | gives |
 |---|---|---|
@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests import servers
-from tests.contracts.redis_servers import cluster_processes
-from tests.servers import Server
+from tests.support import servers
+from tests.support.redis_servers import cluster_processes
+from tests.support.servers import Server
 
 _app_numbers = count(1)
 

@@ -16,15 +16,15 @@ from typing import Final, Generic, TypeAlias, TypeVar
 
 from msgspec import Struct
 
-from agents.delivery.members import Member, Members, Reach, Round
-from agents.delivery.window import Lease, Waiting, Window
-from agents.due import INDEX, MEMBER, WINDOW, DueTimes, due_member
-from agents.effects import Effect, HandOut, Output, SetIndex
-from agents.held import Held as States
-from agents.keeping import Keeper
-from agents.plans import Delivery
-from schemas.events import DeliveriesSent, DeliveryFailed, MessagePublished, Sent
-from schemas.leases import lease_number
+from millpond.agents.delivery.members import Member, Members, Reach, Round
+from millpond.agents.delivery.window import Lease, Waiting, Window
+from millpond.agents.effects import Effect, HandOut, Output, SetIndex
+from millpond.agents.topics.due_times import INDEX, MEMBER, WINDOW, DueTimes, due_member
+from millpond.agents.topics.plans import Delivery
+from millpond.agents.topics.state_cache import Held as States
+from millpond.agents.topics.storage import Keeper
+from millpond.schemas.events import DeliveriesSent, DeliveryFailed, MessagePublished, Sent
+from millpond.schemas.leases import lease_number
 
 # A lease whose bridge never says what came of it. By then its command is long past its validity: it cannot come twice.
 SEND_TIMEOUT_MS: Final = 3_600_000

@@ -11,13 +11,13 @@ from typing import Any, Final
 
 import msgspec
 
-from agents.delivery.dead import DeadMessages
-from agents.delivery.leasing import Counters, Done, W
-from agents.delivery.members import Members, member_name
-from agents.delivery.own import Own
-from agents.due import MEMBER, RETAINED, WINDOW, split_due
-from agents.effects import Effect, Output, SetDue, SetRules, SetState
-from agents.ports import (
+from millpond.agents.delivery.dead_messages import DeadMessages
+from millpond.agents.delivery.leasing import Counters, Done, W
+from millpond.agents.delivery.members import Members, member_name
+from millpond.agents.delivery.policy import Own
+from millpond.agents.effects import Effect, Output, SetDue, SetRules, SetState
+from millpond.agents.ports import Stored
+from millpond.agents.reads import (
     Read,
     ReadAllStates,
     ReadBelow,
@@ -26,9 +26,9 @@ from agents.ports import (
     ReadIndex,
     ReadNames,
     ReadStates,
-    Stored,
 )
-from schemas.events import (
+from millpond.agents.topics.due_times import MEMBER, RETAINED, WINDOW, split_due
+from millpond.schemas.events import (
     AgentName,
     DeliveriesSent,
     DeliveryFailed,
@@ -45,9 +45,9 @@ from schemas.events import (
     SubscriberLeft,
     Tick,
 )
-from schemas.filters import has_wildcard, intersects
-from schemas.leases import lease_number
-from schemas.rules import Rules
+from millpond.schemas.leases import lease_number
+from millpond.schemas.rules import Rules
+from millpond.schemas.topics import has_wildcard, intersects
 
 READ_MIN: Final = 256  # entries of an index read at once, when any are needed
 # Entries of indexes in memory, of all windows: 20 MiB or so. Beyond that all are forgotten, and read again as needed.
@@ -62,7 +62,7 @@ class DeliveryMachine(Own[W]):
     # -- what the driver asks -----------------------------------------------------------------------------
 
     def restore(self, partition_state: Mapping[str, Any], stored: Stored, rules: Rules) -> None:
-        """See `agents.ports.Machine`."""
+        """See `millpond.agents.ports.Machine`."""
         self._due.restore(partition_state)
         self._keeper.restore(partition_state, stored, rules)
         self._counters = msgspec.convert(partition_state.get("delivery", {}), Counters)
@@ -75,7 +75,7 @@ class DeliveryMachine(Own[W]):
         self.forget_work()
 
     def partition_state(self) -> dict[str, Any]:
-        """See `agents.ports.Machine`."""
+        """See `millpond.agents.ports.Machine`."""
         counters = msgspec.to_builtins(self._counters)
         seen, due = self._keeper.seen.partition_state(), self._due.partition_state()
         return {**seen, **due, "delivery": counters}
@@ -227,7 +227,7 @@ class DeliveryMachine(Own[W]):
         return {key: None for kind, key, _ in overdue if kind != MEMBER}
 
     def supply(self, read: Read, answer: Any) -> None:
-        """See `agents.ports.Machine`."""
+        """See `millpond.agents.ports.Machine`."""
         match read:
             case ReadAllStates():
                 cursor, packed = answer
@@ -302,7 +302,7 @@ class DeliveryMachine(Own[W]):
         return effects
 
     def settled(self) -> None:
-        """See `agents.ports.Machine`."""
+        """See `millpond.agents.ports.Machine`."""
         self._windows.settled()
         self._members.settled()
         self._dead.held.settled()

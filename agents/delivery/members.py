@@ -15,12 +15,12 @@ from typing import Final, NamedTuple
 import msgspec
 from msgspec import Struct, field
 
-from agents.delivery.filter_tree import FilterTree
-from agents.delivery.names import Names
-from agents.delivery.window import Waiting
-from agents.effects import SetState
-from agents.ports import ReadStates
-from schemas.filters import has_wildcard, split_share
+from millpond.agents.delivery.filter_tree import FilterTree
+from millpond.agents.delivery.names import Names
+from millpond.agents.delivery.window import Waiting
+from millpond.agents.effects import SetState
+from millpond.agents.reads import ReadStates
+from millpond.schemas.topics import has_wildcard, split_share
 
 TOPICS_REMEMBERED_MAX: Final = (
     10_000  # whose members were looked up; past that the memory starts anew

@@ -12,13 +12,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Final
 
-from agents.delivery.leasing import Done, Leasing, W
-from agents.delivery.members import Held, Member, member_name
-from agents.due import MEMBER, due_member
-from schemas.commands import COMMAND_VALID_FOR_S
-from schemas.errors import DecodeError
-from schemas.events import SubscriberJoined, SubscriberLeft
-from schemas.filters import filter_error, has_wildcard
+from millpond.agents.delivery.leasing import Done, Leasing, W
+from millpond.agents.delivery.members import Held, Member, member_name
+from millpond.agents.topics.due_times import MEMBER, due_member
+from millpond.schemas.commands import COMMAND_VALID_FOR_S
+from millpond.schemas.errors import DecodeError
+from millpond.schemas.events import SubscriberJoined, SubscriberLeft
+from millpond.schemas.topics import filter_error, has_wildcard
 
 # How long a member that has gone is remembered, so that late words of it are known to be old.
 FORGET_MS: Final = 600_000

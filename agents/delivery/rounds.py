@@ -9,13 +9,13 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from agents.delivery.leasing import RESUME, WAITING, WORK, Done, W
-from agents.delivery.members import Member, Reach, Round
-from agents.delivery.membership import Membership
-from agents.effects import SetIndex
-from agents.ports import Read, ReadBelow, ReadNames
-from schemas.events import AgentName
-from schemas.filters import WILDCARDS, has_wildcard, matches
+from millpond.agents.delivery.leasing import RESUME, WAITING, WORK, Done, W
+from millpond.agents.delivery.members import Member, Reach, Round
+from millpond.agents.delivery.membership import Membership
+from millpond.agents.effects import SetIndex
+from millpond.agents.reads import Read, ReadBelow, ReadNames
+from millpond.schemas.events import AgentName
+from millpond.schemas.topics import WILDCARDS, has_wildcard, matches
 
 # What one tick does: some ms of Redis.
 ROUNDS_MAX: Final = 16  # members on their round

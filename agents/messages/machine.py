@@ -1,7 +1,7 @@
 """The messages agent's machine.
 
 Rule 1: every transition of a message without a delivery rule is in this file; what it has in common with those that
-are delivered is in `agents/keeping.py`. Rule 2: no IO, no clock, no chance.
+are delivered is in `agents/topics/storage.py`. Rule 2: no IO, no clock, no chance.
 
 ON published: unless its id was seen, keep the body, its index entry and the retained entry, as the topic's rules
 say; run the user's commands. ON retained: the retained entry alone. ON delivered, acked: note the receipt; run the user's commands. ON tick: what is
@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from agents.due import INDEX, RETAINED, DueTimes, due_member, split_due
-from agents.effects import NO_SOURCE, Effect, Output, Refusal, SetDue, SetRules
-from agents.keeping import Keeper, expired_entries, oldest_entries
-from agents.ports import Read, ReadDue, ReadEntry, ReadIndex, ReadStates, Stored
-from schemas import keys
-from schemas.events import (
+from millpond.agents.effects import NO_SOURCE, Effect, Output, Refusal, SetDue, SetRules
+from millpond.agents.ports import Stored
+from millpond.agents.reads import Read, ReadDue, ReadEntry, ReadIndex, ReadStates
+from millpond.agents.topics.due_times import INDEX, RETAINED, DueTimes, due_member, split_due
+from millpond.agents.topics.storage import Keeper, expired_entries, oldest_entries
+from millpond.schemas import keys
+from millpond.schemas.events import (
     AgentName,
     Event,
     MessageAcked,
@@ -28,7 +29,7 @@ from schemas.events import (
     RulesChanged,
     Tick,
 )
-from schemas.rules import Rules
+from millpond.schemas.rules import Rules
 
 
 class MessagesMachine:
@@ -46,14 +47,14 @@ class MessagesMachine:
     # -- what the driver asks ---------------------------------------------------------------------------
 
     def restore(self, partition_state: Mapping[str, Any], stored: Stored, rules: Rules) -> None:
-        """See `agents.ports.Machine`."""
+        """See `millpond.agents.ports.Machine`."""
         self._due.restore(partition_state)
         self._keeper.restore(partition_state, stored, rules)
         self._entries = {}
 
     @property
     def next_due_ms(self) -> int | None:
-        """See `agents.ports.Machine`."""
+        """See `millpond.agents.ports.Machine`."""
         return self._due.next_ms
 
     def owns(self, key: str) -> bool:
@@ -86,7 +87,7 @@ class MessagesMachine:
         return [*reads, *oldest_entries(indexes, self._entries)]
 
     def supply(self, read: Read, answer: Any) -> None:
-        """See `agents.ports.Machine`."""
+        """See `millpond.agents.ports.Machine`."""
         match read:
             case ReadStates():
                 self._keeper.retained.supply(answer)
@@ -116,19 +117,19 @@ class MessagesMachine:
                 return ()  # another agent's concern
 
     def finish(self) -> Sequence[Effect]:
-        """See `agents.ports.Machine`."""
+        """See `millpond.agents.ports.Machine`."""
         return self._keeper.finish()
 
     def settled(self) -> None:
-        """See `agents.ports.Machine`."""
+        """See `millpond.agents.ports.Machine`."""
         self._keeper.settled()
 
     def partition_state(self) -> dict[str, int]:
-        """See `agents.ports.Machine`."""
+        """See `millpond.agents.ports.Machine`."""
         return {**self._keeper.seen.partition_state(), **self._due.partition_state()}
 
     def refused(self, event: Event, refusal: Refusal) -> Sequence[Effect]:
-        """See `agents.ports.Machine`."""
+        """See `millpond.agents.ports.Machine`."""
         return self._keeper.refused(event, refusal)
 
     # -- transitions ------------------------------------------------------------------------------------

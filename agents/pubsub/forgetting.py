@@ -6,13 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from agents.delivery.leasing import Done
-from agents.delivery.rounds import BESIDES, PAGE_MAX
-from agents.due import SUBSCRIBER, due_member
-from agents.ports import Read, ReadNames
-from agents.pubsub.readers import READERS, Readers, since_of
-from agents.pubsub.state import Reader, reader_key, shown, split_reader, subscriber_of
-from schemas.events import SubscriberJoined
+from millpond.agents.delivery.leasing import Done
+from millpond.agents.delivery.rounds import BESIDES, PAGE_MAX
+from millpond.agents.pubsub.readers import READERS, Readers, since_of
+from millpond.agents.pubsub.state import Reader, reader_key, shown, split_reader, subscriber_of
+from millpond.agents.reads import Read, ReadNames
+from millpond.agents.topics.due_times import SUBSCRIBER, due_member
+from millpond.schemas.events import SubscriberJoined
 
 
 class Forgetting(Readers):

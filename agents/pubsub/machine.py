@@ -1,7 +1,7 @@
 """The pubsub agent's machine: one log for each topic, every subscriber its own read offset.
 
 Rule 1: every transition of a subscriber's reading is in this file, `forgetting.py`, `trimming.py` or `state.py`; leases and members are in
-`agents/delivery/`, what is kept besides in `agents/keeping.py`. Rule 2: no IO, no clock, no chance.
+`agents/delivery/`, what is kept besides in `agents/topics/storage.py`. Rule 2: no IO, no clock, no chance.
 
 ON published: unless its id was seen, append; hand to every online subscriber with room. QoS 0 is not stored unless a rule
 says so: it is handed once to those that are online. ON joined: a known subscriber reads on behind its offset, a new one
@@ -15,16 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from agents.delivery.dead import DeadMessage
-from agents.delivery.leasing import Done
-from agents.delivery.window import Waiting, holds
-from agents.due import DEAD, MESSAGE, SUBSCRIBER
-from agents.effects import Effect, Refusal, SetIndex
-from agents.pubsub.readers import TOPICS
-from agents.pubsub.state import reader_key, shown, split_reader, subscriber_named
-from agents.pubsub.trimming import OVERFLOW_MAX, Trimming
-from schemas.errors import DecodeError
-from schemas.events import (
+from millpond.agents.delivery.dead_messages import DeadMessage
+from millpond.agents.delivery.leasing import Done
+from millpond.agents.delivery.window import Waiting, holds
+from millpond.agents.effects import Effect, Refusal, SetIndex
+from millpond.agents.pubsub.readers import TOPICS
+from millpond.agents.pubsub.state import reader_key, shown, split_reader, subscriber_named
+from millpond.agents.pubsub.trimming import OVERFLOW_MAX, Trimming
+from millpond.agents.topics.due_times import DEAD, MESSAGE, SUBSCRIBER
+from millpond.schemas.errors import DecodeError
+from millpond.schemas.events import (
     Event,
     MessageAcked,
     MessagePublished,

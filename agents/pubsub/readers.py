@@ -8,16 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from agents.delivery.leasing import WAITING, Done
-from agents.delivery.machine import DeliveryMachine
-from agents.delivery.members import Held as Holding
-from agents.delivery.members import Reach, make_reach, member_name
-from agents.delivery.rounds import PAGE_MAX, literal_prefix
-from agents.due import MESSAGE, SUBSCRIBER, WINDOW
-from agents.effects import Effect, Output, SetIndex, SetState, ShowOffset
-from agents.held import Held
-from agents.ports import Read, ReadNames, ReadStates, Stored
-from agents.pubsub.state import (
+from millpond.agents.delivery.leasing import WAITING, Done
+from millpond.agents.delivery.machine import DeliveryMachine
+from millpond.agents.delivery.members import Held as Holding
+from millpond.agents.delivery.members import Reach, make_reach, member_name
+from millpond.agents.delivery.rounds import PAGE_MAX, literal_prefix
+from millpond.agents.effects import Effect, Output, SetIndex, SetState, ShowOffset
+from millpond.agents.ports import Stored
+from millpond.agents.pubsub.state import (
     GROUP,
     Log,
     Reader,
@@ -31,9 +29,18 @@ from agents.pubsub.state import (
     unpack_reader,
     unpack_subscriber,
 )
-from schemas.events import AgentName, Event, OperatorRewind, SubscriberJoined, SubscriberLeft
-from schemas.filters import has_wildcard, matches, split_share
-from schemas.rules import Rules
+from millpond.agents.reads import Read, ReadNames, ReadStates
+from millpond.agents.topics.due_times import MESSAGE, SUBSCRIBER, WINDOW
+from millpond.agents.topics.state_cache import Held
+from millpond.schemas.events import (
+    AgentName,
+    Event,
+    OperatorRewind,
+    SubscriberJoined,
+    SubscriberLeft,
+)
+from millpond.schemas.rules import Rules
+from millpond.schemas.topics import has_wildcard, matches, split_share
 
 TOPICS: Final = "topics"  # the index of topics that have a log
 READERS: Final = "readers"  # the index of readers
@@ -65,7 +72,7 @@ class Readers(DeliveryMachine[Reader]):
         self._version = self._now_ms = 0
 
     def restore(self, partition_state: Mapping[str, Any], stored: Stored, rules: Rules) -> None:
-        """See `agents.ports.Machine`."""
+        """See `millpond.agents.ports.Machine`."""
         super().restore(partition_state, stored, rules)
         self._forget_memory()
 
@@ -84,7 +91,7 @@ class Readers(DeliveryMachine[Reader]):
                 return super().alone(event)
 
     def wanted(self, events: Sequence[Event], now_ms: int) -> Sequence[Read]:
-        """See `agents.ports.Machine`. Where those who join begin decides what is to be read."""
+        """See `millpond.agents.ports.Machine`. Where those who join begin decides what is to be read."""
         self.expect(events)
         self._now_ms = now_ms
         return super().wanted(events, now_ms)
@@ -359,7 +366,7 @@ class Readers(DeliveryMachine[Reader]):
         return [*effects, *super().finish()]
 
     def settled(self) -> None:
-        """See `agents.ports.Machine`."""
+        """See `millpond.agents.ports.Machine`."""
         super().settled()
         self._logs.settled()
         self._subscribers.settled()

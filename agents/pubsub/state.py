@@ -11,8 +11,8 @@ from typing import Final
 import msgspec
 from msgspec import Struct, field
 
-from agents.delivery.window import Waiting, Window
-from schemas.filters import SHARE_PREFIX, matches
+from millpond.agents.delivery.window import Waiting, Window
+from millpond.schemas.topics import SHARE_PREFIX, matches
 
 # In front of a group's subscription, since a client id can look like one. No client id begins so ([MQTT-1.5.4-2]).
 GROUP: Final = "\0"

@@ -11,16 +11,16 @@ from typing import Any, Final
 
 from msgspec import structs
 
-from agents.delivery.leasing import Done
-from agents.delivery.machine import READ_MIN
-from agents.delivery.window import AHEAD_MAX, Window
-from agents.due import DEAD, INDEX, MESSAGE, SUBSCRIBER, WINDOW, due_member
-from agents.effects import NO_SOURCE, Effect, SetIndex, Unindex
-from agents.keeping import expired_entries, oldest_entries
-from agents.ports import Read, ReadEntry, ReadIndex
-from agents.pubsub.forgetting import Forgetting
-from agents.pubsub.readers import TOPICS
-from schemas.events import (
+from millpond.agents.delivery.leasing import Done
+from millpond.agents.delivery.machine import READ_MIN
+from millpond.agents.delivery.window import AHEAD_MAX, Window
+from millpond.agents.effects import NO_SOURCE, Effect, SetIndex, Unindex
+from millpond.agents.pubsub.forgetting import Forgetting
+from millpond.agents.pubsub.readers import TOPICS
+from millpond.agents.reads import Read, ReadEntry, ReadIndex
+from millpond.agents.topics.due_times import DEAD, INDEX, MESSAGE, SUBSCRIBER, WINDOW, due_member
+from millpond.agents.topics.storage import expired_entries, oldest_entries
+from millpond.schemas.events import (
     DeliveryFailed,
     Event,
     MessagePublished,

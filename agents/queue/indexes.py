@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from agents.keeping import oldest_entries
-from agents.ports import Read, ReadEntry, ReadIndex
+from millpond.agents.reads import Read, ReadEntry, ReadIndex
+from millpond.agents.topics.storage import oldest_entries
 
 
 class Indexes:

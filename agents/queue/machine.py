@@ -1,7 +1,7 @@
 """The queue agent's machine: one message, one consumer, the ack deletes it.
 
 Rule 1: every transition of a queued message is in this file; leases and members are in `agents/delivery/`, what is kept
-besides in `agents/keeping.py`. Rule 2: no IO, no clock, no chance.
+besides in `agents/topics/storage.py`. Rule 2: no IO, no clock, no chance.
 
 ON published: unless its id was seen, store, append, hand out. QoS 0 is not stored unless a rule says so: it is handed
 once to one member with room. ON acked, by a client that holds or held a lease of it: delete; hand out. ON tick: what is
@@ -15,20 +15,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from agents.delivery.dead import DeadMessage
-from agents.delivery.leasing import WAITING, Done
-from agents.delivery.machine import DeliveryMachine
-from agents.delivery.members import Reach
-from agents.delivery.rounds import PAGE_MAX, literal_prefix
-from agents.delivery.window import Waiting, holds
-from agents.due import DEAD, INDEX, MESSAGE, due_member
-from agents.effects import NO_SOURCE, Effect, Output, Refusal, Reindex, SetDue, Unindex
-from agents.held import Held
-from agents.keeping import earliest, expired_entries
-from agents.ports import Read, ReadNames
-from agents.queue.indexes import Indexes
-from agents.queue.state import QueueWindow, pack, unpack
-from schemas.events import (
+from millpond.agents.delivery.dead_messages import DeadMessage
+from millpond.agents.delivery.leasing import WAITING, Done
+from millpond.agents.delivery.machine import DeliveryMachine
+from millpond.agents.delivery.members import Reach
+from millpond.agents.delivery.rounds import PAGE_MAX, literal_prefix
+from millpond.agents.delivery.window import Waiting, holds
+from millpond.agents.effects import NO_SOURCE, Effect, Output, Refusal, Reindex, SetDue, Unindex
+from millpond.agents.queue.indexes import Indexes
+from millpond.agents.queue.state import QueueWindow, pack, unpack
+from millpond.agents.reads import Read, ReadNames
+from millpond.agents.topics.due_times import DEAD, INDEX, MESSAGE, due_member
+from millpond.agents.topics.state_cache import Held
+from millpond.agents.topics.storage import earliest, expired_entries
+from millpond.schemas.events import (
     AgentName,
     Event,
     MessageAcked,

@@ -6,7 +6,7 @@ from typing import Final
 
 import msgspec
 
-from agents.delivery.window import Window
+from millpond.agents.delivery.window import Window
 
 
 class QueueWindow(Window, array_like=True, dict=True):

@@ -18,7 +18,7 @@ from typing import Any, Final, Literal
 import msgspec
 from msgspec import Struct
 
-from agents.effects import (
+from millpond.agents.effects import (
     Effect,
     Output,
     Refusal,
@@ -28,18 +28,19 @@ from agents.effects import (
     SetRules,
     SetState,
 )
-from agents.held import Held
-from agents.ports import Read, ReadBelow, ReadStates, Stored
-from agents.sessions.announcing import Change, LeftReason, announcements
-from agents.sessions.connections import Live
-from agents.sessions.hooks import SessionRules
-from agents.sessions.state import ClientState, pack, unpack
-from schemas import events
-from schemas.commands import Subscribe, Unsubscribe
-from schemas.errors import DecodeError
-from schemas.events import AgentName, Event
-from schemas.filters import filter_error
-from schemas.rules import Rules
+from millpond.agents.ports import Stored
+from millpond.agents.reads import Read, ReadBelow, ReadStates
+from millpond.agents.sessions.announcements import Change, LeftReason, announcements
+from millpond.agents.sessions.connections import Live
+from millpond.agents.sessions.session_rules import SessionRules
+from millpond.agents.sessions.state import ClientState, pack, unpack
+from millpond.agents.topics.state_cache import Held
+from millpond.schemas import events
+from millpond.schemas.commands import Subscribe, Unsubscribe
+from millpond.schemas.errors import DecodeError
+from millpond.schemas.events import AgentName, Event
+from millpond.schemas.rules import Rules
+from millpond.schemas.topics import filter_error
 
 # One tick does no more of a sweep than this many clients: some ms of Redis. It begins with none once so many members
 # were announced: one with a wildcard is a record in each partition.
@@ -100,12 +101,12 @@ class SessionsMachine:
     # -- what the driver asks ---------------------------------------------------------------------------
 
     def restore(self, partition_state: Mapping[str, Any], stored: Stored, rules: Rules) -> None:
-        """See `agents.ports.Machine`."""
+        """See `millpond.agents.ports.Machine`."""
         blank = {"syncs": {}, "sweeps": [], "rules_offset": 0}
         self._clear(msgspec.convert({**blank, **partition_state}, PartitionState), rules)
 
     def partition_state(self) -> dict[str, Any]:
-        """See `agents.ports.Machine`."""
+        """See `millpond.agents.ports.Machine`."""
         state: dict[str, Any] = msgspec.to_builtins(self._partition)
         return state
 
@@ -147,7 +148,7 @@ class SessionsMachine:
         return [client_id for client_id, _ in self._page]
 
     def supply(self, read: Read, answer: Any) -> None:
-        """See `agents.ports.Machine`."""
+        """See `millpond.agents.ports.Machine`."""
         if isinstance(read, ReadStates):
             self._clients.supply(answer)
         else:
@@ -186,7 +187,7 @@ class SessionsMachine:
         return effects
 
     def settled(self) -> None:
-        """See `agents.ports.Machine`."""
+        """See `millpond.agents.ports.Machine`."""
         self._clients.settled()
 
     def refused(self, event: Event, refusal: Refusal) -> Sequence[Effect]:

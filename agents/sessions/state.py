@@ -8,10 +8,10 @@ from typing import Final
 import msgspec
 from msgspec import Struct, field, structs
 
-from agents.sessions.connections import Connections, Live
-from schemas.commands import SUBSCRIPTIONS_MAX
-from schemas.errors import DecodeError
-from schemas.events import SessionSubscribed
+from millpond.agents.sessions.connections import Connections, Live
+from millpond.schemas.commands import SUBSCRIPTIONS_MAX
+from millpond.schemas.errors import DecodeError
+from millpond.schemas.events import SessionSubscribed
 
 
 class Subscription(Struct, frozen=True, array_like=True):

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from pipeline.cli.main import main
+from millpond.pipeline.cli.main import main
 
 __all__ = ["main"]

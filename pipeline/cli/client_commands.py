@@ -12,10 +12,16 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, console, load_settings
-from pipeline.clients import client as find
-from pipeline.clients import clients as find_all
-from schemas.errors import MillpondError
+from millpond.pipeline.cli.common import (
+    DEFAULT_DATA,
+    ConfigOption,
+    DataOption,
+    console,
+    load_settings,
+)
+from millpond.pipeline.operate.clients import client as find
+from millpond.pipeline.operate.clients import clients as find_all
+from millpond.schemas.errors import MillpondError
 
 clients = typer.Typer(help="Who is online, and subscribed to what.", no_args_is_help=True)
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]

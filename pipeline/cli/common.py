@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pipeline.settings import Settings, load
-from schemas.rules import Rules
+from millpond.pipeline.settings import Settings, load
+from millpond.schemas.rules import Rules
 
 DEFAULT_DATA = Path(".millpond")
 

@@ -15,10 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from agents.pubsub.state import shown
-from pipeline import dead_letters as letters
-from pipeline import orders
-from pipeline.cli.common import (
+from millpond.agents.pubsub.state import shown
+from millpond.pipeline.cli.common import (
     DEFAULT_DATA,
     ConfigOption,
     DataOption,
@@ -26,13 +24,15 @@ from pipeline.cli.common import (
     errors,
     load_settings,
 )
-from pipeline.clock import now_ms
-from pipeline.dead_letters import Found, StoredMessage
-from pipeline.snapshot import Snapshot
-from schemas import keys
-from schemas.errors import ConfigError, MillpondError
-from schemas.events import OperatorDrop, OperatorRequeue
-from schemas.filters import filter_error, split_share
+from millpond.pipeline.clock import now_ms
+from millpond.pipeline.operate import dead_letters as letters
+from millpond.pipeline.operate import operator_events
+from millpond.pipeline.operate.dead_letter_snapshot import Snapshot
+from millpond.pipeline.operate.dead_letters import Found, StoredMessage
+from millpond.schemas import keys
+from millpond.schemas.errors import ConfigError, MillpondError
+from millpond.schemas.events import OperatorDrop, OperatorRequeue
+from millpond.schemas.topics import filter_error, split_share
 
 SHOWN_MAX = 100  # unless more are asked for
 ID_LENGTH = 40  # ids up to this stay in one piece, to be copied; EMQX's have 32 characters
@@ -234,7 +234,7 @@ def _order(
             )
             for each in dead
         )
-        written = asyncio.run(orders.write(settings.kafka, events)) if total else 0
+        written = asyncio.run(operator_events.write(settings.kafka, events)) if total else 0
     if as_json:
         _print_json({"written": written, "left_out": left_out})
         return

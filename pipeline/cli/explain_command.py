@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pipeline.cli.common import (
+from millpond.pipeline.cli.common import (
     DEFAULT_DATA,
     ConfigOption,
     DataOption,
@@ -22,15 +22,15 @@ from pipeline.cli.common import (
     errors,
     load_settings,
 )
-from pipeline.cli.dead_letter_commands import printable
-from pipeline.clock import now_ms
-from pipeline.inside import message as messages
-from pipeline.inside import topic as topics
-from pipeline.inside import words
-from pipeline.inside.facts import MessageFacts
-from pipeline.inside.topic import TopicFacts
-from schemas.codec import payload_bytes
-from schemas.errors import ConfigError
+from millpond.pipeline.cli.dead_letter_commands import printable
+from millpond.pipeline.clock import now_ms
+from millpond.pipeline.explain import message as messages
+from millpond.pipeline.explain import sentences
+from millpond.pipeline.explain import topic as topics
+from millpond.pipeline.explain.results import MessageFacts
+from millpond.pipeline.explain.topic import TopicFacts
+from millpond.schemas.codec import payload_bytes
+from millpond.schemas.errors import ConfigError
 
 SHOWN_MAX = 20  # subscribers, members, leases, events: --json has all of them
 ID_LENGTH = 40  # ids up to this stay in one piece, to be copied; EMQX's have 32 characters
@@ -143,7 +143,7 @@ def _show_message(found: MessageFacts) -> None:
         counts = Counter(each.state for each in subscribers)
         said = ", ".join(f"{number} {state}" for state, number in counts.items())
         say()
-        say(f"{words.count(len(subscribers), 'subscriber')}: {said}")
+        say(f"{sentences.count(len(subscribers), 'subscriber')}: {said}")
         table = listing("subscriber", "state")
         for each in subscribers[:SHOWN_MAX]:
             table.add_row(cell(each.subscriber), cell(each.words))
@@ -167,18 +167,20 @@ def _stored(found: MessageFacts) -> list[tuple[str, str]]:
         rows.append(
             (
                 "in Redis",
-                f"body: {words.count(size, 'byte')} from {message.client_id!r} at QoS {message.qos}",
+                f"body: {sentences.count(size, 'byte')} from {message.client_id!r} at QoS {message.qos}",
             )
         )
     if stored.index_score is not None:
-        end = "" if stored.expires_at is None else f", until {words.time(stored.expires_at)}"
+        end = "" if stored.expires_at is None else f", until {sentences.time(stored.expires_at)}"
         rows.append(("", f"index entry {stored.index_score}{end}"))
     if stored.retained:
         until = stored.retained_until
-        rows.append(("", "retained" + ("" if until is None else f", until {words.time(until)}")))
+        rows.append(
+            ("", "retained" + ("" if until is None else f", until {sentences.time(until)}"))
+        )
     for field, at in list(stored.receipts.items())[:SHOWN_MAX]:
         kind, _, client = field.partition(":")
-        rows.append(("", f"receipt: {kind} by {client!r} at {words.time(at * 1000)}"))
+        rows.append(("", f"receipt: {kind} by {client!r} at {sentences.time(at * 1000)}"))
     return rows
 
 
@@ -187,7 +189,7 @@ def _show_events(found: MessageFacts) -> None:
         say()
         say("Kafka has no record of it where it was searched:")
         for part in found.searched:
-            say(f"  {words.searched(part)}")
+            say(f"  {sentences.searched(part)}")
         return
     say()
     table = listing("in Kafka", "offset", "time", "event", "client", "")
@@ -199,7 +201,7 @@ def _show_events(found: MessageFacts) -> None:
         if event.message_id != found.message_id:
             said.append(f"as {event.message_id}")
         table.add_row(
-            f"{event.kafka_topic}\\[{event.partition}]", str(event.offset), words.time(event.at),
+            f"{event.kafka_topic}\\[{event.partition}]", str(event.offset), sentences.time(event.at),
             ", ".join(what), cell(event.client_id or ""), cell("; ".join(said)),
         )  # fmt: skip
     show(table)
@@ -241,9 +243,9 @@ def _topic_rows(found: TopicFacts) -> list[tuple[str, str]]:
         said.append(f"ack_timeout_s {found.rule['ack_timeout_ms'] // 1000}")
         rows.append(("rule", f"{found.rule['action']} {found.rule['topic']}: {', '.join(said)}"))
     kept = "for ever" if found.expired_time is None else f"for {found.expired_time} s"
-    depth = f"{words.count(found.messages, 'message')}, each kept {kept}"
+    depth = f"{sentences.count(found.messages, 'message')}, each kept {kept}"
     if found.oldest is not None:
-        depth += f"; the oldest is {words.age(now - found.oldest)} old"
+        depth += f"; the oldest is {sentences.age(now - found.oldest)} old"
     rows.append(("depth", depth))
     if found.ready is not None:
         rows.append(("", f"{found.ready} ready, {found.leased} leased"))
@@ -263,7 +265,7 @@ def _show_members(found: TopicFacts) -> None:
     say()
     table = listing("client", "group", "QoS", "in hand", "unconfirmed", "rests")
     for each in found.members[:SHOWN_MAX]:
-        rests = "" if each.rests_until is None else f"{words.age(each.rests_until - now)} more"
+        rests = "" if each.rests_until is None else f"{sentences.age(each.rests_until - now)} more"
         table.add_row(
             cell(each.client_id), cell(each.group or ""), str(each.qos),
             f"{each.in_hand} of {each.max_inflight}", str(each.unconfirmed), rests,
@@ -298,11 +300,11 @@ def _show_leases(found: TopicFacts) -> None:
     table.columns[0].no_wrap = all(len(each.message_id) <= ID_LENGTH for each in found.leases)
     for each in found.leases[:SHOWN_MAX]:
         left = each.until - now
-        returns = f"{words.age(left)} left" if left > 0 else "overdue"
+        returns = f"{sentences.age(left)} left" if left > 0 else "overdue"
         sent = "sent" if each.sent else "not confirmed"
         by = each.client_id if each.group is None else f"{each.client_id} ({each.group})"
         table.add_row(
-            cell(each.message_id), cell(by), words.age(now - each.since), str(each.attempt),
+            cell(each.message_id), cell(by), sentences.age(now - each.since), str(each.attempt),
             f"{sent}, {returns}",
         )  # fmt: skip
     show(table)

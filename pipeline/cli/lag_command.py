@@ -12,13 +12,19 @@ from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
-from pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, console, load_settings
-from pipeline.clock import now_ms
-from pipeline.inside import words
-from pipeline.lag import AgentLag, Offsets, lags
-from pipeline.settings import Settings
-from schemas.errors import ConfigError
-from schemas.rules import Rules
+from millpond.pipeline.cli.common import (
+    DEFAULT_DATA,
+    ConfigOption,
+    DataOption,
+    console,
+    load_settings,
+)
+from millpond.pipeline.clock import now_ms
+from millpond.pipeline.explain import sentences
+from millpond.pipeline.operate.lag import AgentLag, Offsets, lags
+from millpond.pipeline.settings import Settings
+from millpond.schemas.errors import ConfigError
+from millpond.schemas.rules import Rules
 
 
 def lag(
@@ -126,4 +132,4 @@ def _offset(offset: int | None) -> str:
 
 
 def _age(at: int | None, now: int) -> str:
-    return "" if at is None else words.age(now - at)
+    return "" if at is None else sentences.age(now - at)

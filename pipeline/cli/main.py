@@ -8,13 +8,13 @@ import sys
 import typer
 from aiokafka.errors import KafkaError
 
-from pipeline.cli import (
+from millpond.pipeline.cli import (
     client_commands,
     dead_letter_commands,
     explain_command,
     lag_command,
     mqtt_commands,
-    part_commands,
+    process_commands,
     rebuild_command,
     redis_command,
     replay_commands,
@@ -23,9 +23,9 @@ from pipeline.cli import (
     topics_command,
     web_command,
 )
-from pipeline.cli.common import errors
-from pipeline.logs import quiet_libraries
-from schemas.errors import ConfigError, MillpondError
+from millpond.pipeline.cli.common import errors
+from millpond.pipeline.process.logs import quiet_libraries
+from millpond.schemas.errors import ConfigError, MillpondError
 
 USAGE_EXIT_CODE, FAILURE_EXIT_CODE = 2, 1
 
@@ -38,16 +38,16 @@ app = typer.Typer(
 app.command()(stack_commands.up)
 app.command()(stack_commands.down)
 app.command()(stack_commands.status)
-app.command()(part_commands.worker)
-app.command()(part_commands.bridge)
+app.command()(process_commands.worker)
+app.command()(process_commands.bridge)
 app.add_typer(client_commands.clients, name="clients")
 app.add_typer(dead_letter_commands.dead_letters, name="dead-letters")
 app.command()(explain_command.explain)
 app.command()(topics_command.topics)
 app.command()(lag_command.lag)
 app.command()(web_command.web)
-app.add_typer(part_commands.kafka, name="kafka")
-app.add_typer(part_commands.config, name="config")
+app.add_typer(process_commands.kafka, name="kafka")
+app.add_typer(process_commands.config, name="config")
 app.command()(mqtt_commands.pub)
 app.command()(mqtt_commands.sub)
 app.command()(rewind_command.rewind)

@@ -10,10 +10,10 @@ from typing import Annotated, Final
 
 import typer
 
-from pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, load_settings
-from schemas.codec import topic_name_error
-from schemas.errors import ConfigError, MillpondError
-from schemas.filters import filter_error
+from millpond.pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, load_settings
+from millpond.schemas.codec import topic_name_error
+from millpond.schemas.errors import ConfigError, MillpondError
+from millpond.schemas.topics import filter_error
 
 IN_FLIGHT_MAX: Final = 20  # publishes that wait for their acknowledgement, as most clients have it
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from agents.registry import AGENT_NAMES
-from pipeline.cli.common import (
+from millpond.agents.registry import AGENT_NAMES
+from millpond.pipeline.cli.common import (
     DEFAULT_DATA,
     ConfigOption,
     DataOption,
@@ -16,12 +16,12 @@ from pipeline.cli.common import (
     errors,
     load_settings,
 )
-from pipeline.cli.dead_letter_commands import someone_is_there
-from pipeline.cli.replay_commands import watched
-from pipeline.replay.rebuild import Plan, rebuilding
-from pipeline.replay.run import run_until_done
-from schemas.errors import ConfigError, MillpondError
-from schemas.events import AgentName
+from millpond.pipeline.cli.dead_letter_commands import someone_is_there
+from millpond.pipeline.cli.replay_commands import watched
+from millpond.pipeline.rebuild.rebuild import Plan, rebuilding
+from millpond.pipeline.replay.run import run_until_done
+from millpond.schemas.errors import ConfigError, MillpondError
+from millpond.schemas.events import AgentName
 
 
 def rebuild(

@@ -9,9 +9,9 @@ import typer
 from redis import Redis
 from redis.exceptions import RedisError, ResponseError
 
-from pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, load_settings
-from pipeline.settings import read_secret
-from schemas.errors import MillpondError
+from millpond.pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, load_settings
+from millpond.pipeline.settings import read_secret
+from millpond.schemas.errors import MillpondError
 
 
 def redis(

@@ -23,8 +23,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from agents.registry import AGENT_NAMES
-from pipeline.cli.common import (
+from millpond.agents.registry import AGENT_NAMES
+from millpond.pipeline.cli.common import (
     DEFAULT_DATA,
     ConfigOption,
     DataOption,
@@ -32,11 +32,11 @@ from pipeline.cli.common import (
     errors,
     load_settings,
 )
-from pipeline.replay.differences import Comparison, Difference
-from pipeline.replay.run import EARLIEST, LATEST, Outcome, Replay, Wish, run_until_done
-from pipeline.settings import pool_at, read_secret
-from schemas.errors import ConfigError
-from schemas.events import AgentName
+from millpond.pipeline.compare.differences import Comparison, Difference
+from millpond.pipeline.replay.run import EARLIEST, LATEST, Outcome, Replay, Wish, run_until_done
+from millpond.pipeline.settings import pool_at, read_secret
+from millpond.schemas.errors import ConfigError
+from millpond.schemas.events import AgentName
 
 SHOWN_MAX: Final = 200  # differences in the table; --json has all
 VALUE_LENGTH: Final = 60
@@ -126,7 +126,7 @@ class Watched(Protocol):
 
 async def watched(work: Callable[[], Awaitable[Result]], run: Watched, *, as_json: bool) -> Result:
     """Do the work, with rate, position and time left on a terminal."""
-    # What lives here is a batch, or for ever: see `pipeline/worker.py`.
+    # What lives here is a batch, or for ever: see `pipeline/worker/worker.py`.
     gc.set_threshold(50_000, 20, 50)
     working = asyncio.ensure_future(work())
     columns = (

@@ -8,9 +8,9 @@ from typing import Annotated
 import orjson
 import typer
 
-from pipeline import orders
-from pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, load_settings
-from pipeline.rewind import find_place
+from millpond.pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, load_settings
+from millpond.pipeline.operate import operator_events
+from millpond.pipeline.operate.rewind import find_place
 
 
 def rewind(
@@ -34,7 +34,7 @@ def rewind(
     async def run() -> int:
         order, place = await find_place(settings, rules, subscriber, topic, to)
         if not dry_run:
-            await orders.write(settings.kafka, [order])
+            await operator_events.write(settings.kafka, [order])
         return place.messages
 
     messages = asyncio.run(run())

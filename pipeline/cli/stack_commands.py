@@ -17,17 +17,11 @@ from aiokafka.errors import KafkaError
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from agents.registry import AGENT_NAMES
-from pipeline.cli.common import (
-    DEFAULT_DATA,
-    ConfigOption,
-    DataOption,
-    console,
-    errors,
-)
-from pipeline.lag import Offsets
-from pipeline.settings import load
-from schemas.errors import MillpondError
+from millpond.agents.registry import AGENT_NAMES
+from millpond.pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, console, errors
+from millpond.pipeline.operate.lag import Offsets
+from millpond.pipeline.settings import load
+from millpond.schemas.errors import MillpondError
 
 KAFKA_SIZE = "about 60 MB"
 DETACHED_READY_TIMEOUT_S = 600.0  # a first start fetches Kafka
@@ -48,8 +42,8 @@ def up(
     page_port: Annotated[int | None, typer.Option(help="The web page; 0: a free one.")] = None,
 ) -> None:
     """Start Kafka, Redis, an MQTT broker and the agents here, and keep them running until Ctrl-C."""
-    from pipeline.stack.directory import DataDirectory  # noqa: PLC0415  needs the extra [local]
-    from pipeline.stack.stack import Options, Stack  # noqa: PLC0415
+    from millpond.pipeline.stack.directory import DataDirectory  # noqa: PLC0415  needs the extra [local]
+    from millpond.pipeline.stack.stack import Options, Stack  # noqa: PLC0415
 
     directory = DataDirectory(data)
     options = Options(
@@ -74,7 +68,7 @@ def up(
 
 def _fetch_kafka(external: str | None) -> None:
     """Fetch the jars with something to look at; the second start finds them."""
-    from pipeline.stack import kafka  # noqa: PLC0415  needs the extra [local]
+    from millpond.pipeline.stack import kafka  # noqa: PLC0415  needs the extra [local]
 
     if external is not None or kafka.fetched_jars() is not None:
         return
@@ -116,7 +110,7 @@ def _detach(directory: Any, arguments: list[str]) -> None:
     log = directory.log("up")
     with log.open("wb") as output:
         running = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.cli", *arguments],
+            [sys.executable, "-m", "millpond", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -145,8 +139,8 @@ def _wait_for_last_line(log: Path) -> None:
 
 def down(data: DataOption = DEFAULT_DATA) -> None:
     """Stop exactly what `millpond up` started in this directory."""
-    from pipeline.stack.directory import DataDirectory  # noqa: PLC0415  needs the extra [local]
-    from pipeline.stack.stack import down as stop  # noqa: PLC0415
+    from millpond.pipeline.stack.directory import DataDirectory  # noqa: PLC0415  needs the extra [local]
+    from millpond.pipeline.stack.stack import down as stop  # noqa: PLC0415
 
     stopped = stop(DataDirectory(data))
     console.print("stopped" if stopped else f"nothing runs in {data}")
@@ -172,7 +166,7 @@ def status(
 
 
 def _status(data: Path) -> dict[str, Any]:
-    from pipeline.stack.directory import DataDirectory  # noqa: PLC0415  needs the extra [local]
+    from millpond.pipeline.stack.directory import DataDirectory  # noqa: PLC0415  needs the extra [local]
 
     directory = DataDirectory(data)
     state = directory.read_state()

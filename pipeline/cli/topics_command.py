@@ -8,18 +8,18 @@ from typing import Annotated
 import typer
 from rich.status import Status
 
-from pipeline.cli.common import (
+from millpond.pipeline.cli.common import (
     DEFAULT_DATA,
     ConfigOption,
     DataOption,
     errors,
     load_settings,
 )
-from pipeline.cli.explain_command import cell, listing, print_json, say, show, show_topic
-from pipeline.clock import now_ms
-from pipeline.inside import topic as one_topic
-from pipeline.inside import words
-from pipeline.inside.topics import LISTED_MAX, TopicList, deepest
+from millpond.pipeline.cli.explain_command import cell, listing, print_json, say, show, show_topic
+from millpond.pipeline.clock import now_ms
+from millpond.pipeline.explain import sentences
+from millpond.pipeline.explain import topic as one_topic
+from millpond.pipeline.explain.topics import LISTED_MAX, TopicList, deepest
 
 
 def topics(
@@ -55,11 +55,13 @@ def _show(found: TopicList) -> None:
         table.add_row(
             cell(row.topic), row.agent, str(row.messages), _number(row.ready), _number(row.leased),
             "" if row.agent == "messages" else str(row.subscribers),
-            "" if row.oldest is None else words.age(now - row.oldest), str(row.dead or ""),
+            "" if row.oldest is None else sentences.age(now - row.oldest), str(row.dead or ""),
         )  # fmt: skip
     if found.rows:
         show(table)
-    total = f"{words.count(found.topics, 'topic')}, {words.count(found.messages, 'message')}"
+    total = (
+        f"{sentences.count(found.topics, 'topic')}, {sentences.count(found.messages, 'message')}"
+    )
     if len(found.rows) < found.topics:
         total = f"the {len(found.rows)} deepest of {total}: --limit shows more"
     say(total)

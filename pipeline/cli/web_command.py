@@ -7,13 +7,8 @@ from typing import Annotated
 import typer
 from msgspec import structs
 
-from pipeline.cli.common import (
-    DEFAULT_DATA,
-    ConfigOption,
-    DataOption,
-    load_settings,
-)
-from pipeline.logs import log_to_stderr
+from millpond.pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, load_settings
+from millpond.pipeline.process.logs import log_to_stderr
 
 
 def web(
@@ -24,7 +19,7 @@ def web(
     data: DataOption = DEFAULT_DATA,
 ) -> None:
     """Serve a page that shows what goes on, until SIGTERM; `millpond up` has one already."""
-    from pipeline.web.server import run_web  # noqa: PLC0415  aiohttp is slow to import
+    from millpond.pipeline.web.server import run_web  # noqa: PLC0415  aiohttp is slow to import
 
     settings, rules = load_settings(config, data)
     if port is not None:

@@ -7,14 +7,14 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from agents.driver import PartitionDriver
-from agents.ports import LogBounds, Store
-from agents.registry import MACHINES
-from pipeline.replay.log import ReplayLog
-from pipeline.settings import Settings
-from schemas.events import AgentName
-from schemas.keys import Partition
-from schemas.rules import Rules
+from millpond.agents.driver.driver import PartitionDriver
+from millpond.agents.ports import LogBounds, Store
+from millpond.agents.registry import MACHINES
+from millpond.pipeline.replay.log import ReplayLog
+from millpond.pipeline.settings import Settings
+from millpond.schemas.events import AgentName
+from millpond.schemas.keys import Partition
+from millpond.schemas.rules import Rules
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from agents.ports import LogBounds, Outgoing, Record
-from pipeline.log import persist
-from schemas.errors import BrokenInvariant
-from schemas.keys import Partition
+from millpond.agents.ports import LogBounds, Outgoing, Record
+from millpond.pipeline.kafka.log import persist
+from millpond.schemas.errors import BrokenInvariant
+from millpond.schemas.keys import Partition
 
 POLL_TIMEOUT_MS: Final = 1_000
 # Of one partition at once: some full batches, so that few of them are cut short.
@@ -19,7 +19,7 @@ FETCH_BYTES_MAX: Final = 4 * 1024 * 1024
 
 
 class ReplayLog:
-    """See `agents.ports.Log`. One partition's; a consumer without a group, connected when it is first read.
+    """See `millpond.agents.ports.Log`. One partition's; a consumer without a group, connected when it is first read.
 
     All up to the end is as good as committed: of that the driver produces no output (`Outbox.out_until`).
     """
@@ -35,14 +35,14 @@ class ReplayLog:
         self._bounds = bounds._replace(committed=bounds.end)
 
     async def bounds(self, partition: Partition) -> LogBounds:
-        """See `agents.ports.Log`."""
+        """See `millpond.agents.ports.Log`."""
         assert self._bounds is not None, "limit() comes first"
         return self._bounds
 
     async def read(
         self, partition: Partition, start: int, stop: int
     ) -> AsyncIterator[Sequence[Record]]:
-        """See `agents.ports.Log`. Offsets that the log does not hold are passed over."""
+        """See `millpond.agents.ports.Log`. Offsets that the log does not hold are passed over."""
         if start >= stop:
             return
         source = TopicPartition(partition.topic, partition.number)
@@ -85,7 +85,7 @@ class ReplayLog:
         return self._reader
 
     def produce(self, records: Sequence[Outgoing]) -> Awaitable[None]:
-        """See `agents.ports.Log`. A replay tells nobody anything."""
+        """See `millpond.agents.ports.Log`. A replay tells nobody anything."""
         raise BrokenInvariant(f"a replay was about to write into Kafka: {records[0].topic}")
 
     async def stop(self) -> None:

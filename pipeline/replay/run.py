@@ -11,23 +11,23 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from msgspec import structs
 
-from pipeline.ending import on_signal
-from pipeline.event_loop import use_uvloop
-from pipeline.replay import differences
-from pipeline.replay.differences import Comparing, Comparison
-from pipeline.replay.folding import Folding
-from pipeline.replay.keyspace import Keyspace, keyspace
-from pipeline.replay.owned import Owned
-from pipeline.replay.source import Extent, Source, horizon, source
-from pipeline.replay.target import Marker, check_not_live, claim, write_marker
-from pipeline.settings import Settings
-from pipeline.stores.registry import open_store
-from schemas import keys
-from schemas.errors import ConfigError, MillpondError
-from schemas.events import AgentName
-from schemas.keys import Partition
-from schemas.pool import Pool
-from schemas.rules import Rules
+from millpond.pipeline.compare import differences
+from millpond.pipeline.compare.differences import Comparing, Comparison
+from millpond.pipeline.compare.owned_keys import Owned
+from millpond.pipeline.process.event_loop import use_uvloop
+from millpond.pipeline.process.signals import on_signal
+from millpond.pipeline.replay.folding import Folding
+from millpond.pipeline.replay.log_extent import Extent, Source, horizon, source
+from millpond.pipeline.replay.target import Marker, check_not_live, claim, write_marker
+from millpond.pipeline.settings import Settings
+from millpond.pipeline.stores.redis.keyspace import Keyspace, keyspace
+from millpond.pipeline.stores.registry import open_store
+from millpond.schemas import keys
+from millpond.schemas.errors import ConfigError, MillpondError
+from millpond.schemas.events import AgentName
+from millpond.schemas.keys import Partition
+from millpond.schemas.rules import Rules
+from millpond.schemas.rules.pool import Pool
 
 EARLIEST: Final = "earliest"
 LATEST: Final = "latest"

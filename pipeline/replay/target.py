@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import Struct, structs
 
-from pipeline.replay.keyspace import Keyspace, keyspace
-from pipeline.replay.owned import Owned
-from schemas import keys
-from schemas.errors import MillpondError, StoreDown
-from schemas.events import AgentName
-from schemas.pool import Pool
-from schemas.rules import Rules
+from millpond.pipeline.compare.owned_keys import Owned
+from millpond.pipeline.stores.redis.keyspace import Keyspace, keyspace
+from millpond.schemas import keys
+from millpond.schemas.errors import MillpondError, StoreDown
+from millpond.schemas.events import AgentName
+from millpond.schemas.rules import Rules
+from millpond.schemas.rules.pool import Pool
 
 
 class Marker(Struct, frozen=True, kw_only=True):

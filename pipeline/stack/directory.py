@@ -9,8 +9,8 @@ import msgspec
 import tomli_w
 from msgspec import Struct
 
-from pipeline.settings import Settings
-from pipeline.stack.processes import Process
+from millpond.pipeline.settings import Settings
+from millpond.pipeline.stack.processes import Process
 
 
 class ChildState(Struct):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 from uuid import uuid4
 
-from schemas.errors import MillpondError
+from millpond.schemas.errors import MillpondError
 
 KAFKA_VERSION: Final = "4.3.1"
 COORDINATES: Final = f"org.apache.kafka:kafka_2.13:{KAFKA_VERSION}"

@@ -6,7 +6,7 @@ import random
 import socket
 from typing import Final
 
-from schemas.errors import ConfigError
+from millpond.schemas.errors import ConfigError
 
 HOST: Final = "127.0.0.1"
 # Below the ports that systems give to outgoing connections: one of those could take a port between the moment

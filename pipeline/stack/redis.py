@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from schemas.errors import MillpondError
+from millpond.schemas.errors import MillpondError
 
 
 def redis_server() -> str:

@@ -16,25 +16,25 @@ from msgspec import Struct
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from agents.registry import AGENT_NAMES
-from pipeline import topics
-from pipeline.ending import asked_to_end
-from pipeline.ready import READY_FILE
-from pipeline.settings import (
+from millpond.agents.registry import AGENT_NAMES
+from millpond.pipeline.kafka import topics
+from millpond.pipeline.process.readiness import READY_FILE
+from millpond.pipeline.process.signals import asked_to_end
+from millpond.pipeline.settings import (
     ENVIRONMENT_PREFIX,
     BridgeSettings,
     KafkaSettings,
     Settings,
     load,
 )
-from pipeline.stack.directory import ChildState, DataDirectory, StackState
-from pipeline.stack.kafka import KafkaServer
-from pipeline.stack.ports import HOST, claim, free_port
-from pipeline.stack.processes import identify
-from pipeline.stack.redis import redis_command
-from pipeline.stack.supervisor import STOP_TIMEOUT_S, Child, Supervisor
-from schemas.errors import ConfigError
-from schemas.rules import default_rules
+from millpond.pipeline.stack.directory import ChildState, DataDirectory, StackState
+from millpond.pipeline.stack.kafka import KafkaServer
+from millpond.pipeline.stack.ports import HOST, claim, free_port
+from millpond.pipeline.stack.processes import identify
+from millpond.pipeline.stack.redis import redis_command
+from millpond.pipeline.stack.supervisor import STOP_TIMEOUT_S, Child, Supervisor
+from millpond.schemas.errors import ConfigError
+from millpond.schemas.rules import default_rules
 
 EMBEDDED = "embedded"
 LISTEN = f"{ENVIRONMENT_PREFIX}TELEMETRY_LISTEN"  # the environment's name for [telemetry] listen

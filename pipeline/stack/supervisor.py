@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.stack.processes import Process, identify
-from schemas.errors import MillpondError
+from millpond.pipeline.stack.processes import Process, identify
+from millpond.schemas.errors import MillpondError
 
 READY_TIMEOUT_S = 90.0
 READY_POLL_S = 0.1

@@ -12,13 +12,13 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
 
-from agents.ports import Store
-from pipeline.stores.cluster import ClusterStore
-from pipeline.stores.redis import RedisStore
-from pipeline.stores.wire import Access, Address, Wire
-from schemas.errors import ConfigError, StoreDown, StoreRefused
-from schemas.keys import Partition
-from schemas.pool import Pool
+from millpond.agents.ports import Store
+from millpond.pipeline.stores.redis.cluster_store import ClusterStore
+from millpond.pipeline.stores.redis.connection import Access, Address, Wire
+from millpond.pipeline.stores.redis.store import RedisStore
+from millpond.schemas.errors import ConfigError, StoreDown, StoreRefused
+from millpond.schemas.keys import Partition
+from millpond.schemas.rules.pool import Pool
 
 
 def open_store(pool: Pool, partition: Partition) -> Store[Any]:

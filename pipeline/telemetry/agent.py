@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, Final
 
-from agents.batch import Batch
-from agents.effects import DeadLetter, GiveUp, HandOut, WriteSeen
-from agents.ports import Applied, Transaction
-from pipeline.telemetry.histogram import LONG_S, RECORDS, SHORT_S, Histogram
-from schemas.events import DeliveriesSent, DeliveryFailed, MessagePublished
+from millpond.agents.driver.batch import Batch
+from millpond.agents.effects import DeadLetter, GiveUp, HandOut, WriteSeen
+from millpond.agents.ports import Applied, Transaction
+from millpond.pipeline.telemetry.histogram import LONG_S, RECORDS, SHORT_S, Histogram
+from millpond.schemas.events import DeliveriesSent, DeliveryFailed, MessagePublished
 
 UNREADABLE: Final = "unreadable"  # the type of a record that is no event
 # From the beginning on: Prometheus sees no increase in what was not there before.
@@ -40,7 +40,7 @@ class AgentCounts:
 
 
 class PartitionObserver:
-    """See `agents.observing.Observer`. One for each owner of a partition; `counts` go on when the owner changes."""
+    """See `millpond.agents.driver.observer.Observer`. One for each owner of a partition; `counts` go on when the owner changes."""
 
     def __init__(self, counts: AgentCounts) -> None:
         """Nothing is known of the partition yet."""

@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from pipeline.producer import Producer
-from pipeline.telemetry.families import Metric, counter, gauge, histogram
-from pipeline.telemetry.histogram import Histogram, histogram_of
-from pipeline.telemetry.serving import KAFKA_PATIENCE_S
+from millpond.pipeline.kafka.producer import Producer
+from millpond.pipeline.telemetry.families import Metric, counter, gauge, histogram
+from millpond.pipeline.telemetry.histogram import Histogram, histogram_of
+from millpond.pipeline.telemetry.http import KAFKA_PATIENCE_S
 
 
 class BridgeHealth:
-    """See `pipeline.telemetry.serving.Health`."""
+    """See `millpond.pipeline.telemetry.http.Health`."""
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from pipeline.telemetry.histogram import Histogram
+from millpond.pipeline.telemetry.histogram import Histogram
 
 Labels: TypeAlias = Sequence[str]
 # By label values: a tuple of texts, or the text of the only label.

@@ -21,16 +21,16 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Link, Span, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from agents.batch import Batch
-from agents.effects import DeadLetter
-from agents.observing import Observer
-from agents.ports import Log, LogBounds, Outgoing, Record, Transaction
-from pipeline.settings import TelemetrySettings
-from pipeline.telemetry.tracing import Headers
-from schemas import keys
-from schemas.commands import Command, Deliver
-from schemas.events import AgentName, MessagePublished
-from schemas.keys import Partition
+from millpond.agents.driver.batch import Batch
+from millpond.agents.driver.observer import Observer
+from millpond.agents.effects import DeadLetter
+from millpond.agents.ports import Log, LogBounds, Outgoing, Record, Transaction
+from millpond.pipeline.settings import TelemetrySettings
+from millpond.pipeline.telemetry.tracing import Headers
+from millpond.schemas import keys
+from millpond.schemas.commands import Command, Deliver
+from millpond.schemas.events import AgentName, MessagePublished
+from millpond.schemas.keys import Partition
 
 EXPORT_INTERVAL_MS: Final = 1_000
 EXPORT_TIMEOUT_S: Final = 3.0  # a collector that is away is not waited for
@@ -240,7 +240,7 @@ class TracedBatches:
 
 
 class TracedLog:
-    """See `agents.ports.Log`; commands carry the context of the publish that they deliver."""
+    """See `millpond.agents.ports.Log`; commands carry the context of the publish that they deliver."""
 
     def __init__(self, inside: Log, contexts: Mapping[str, Headers]) -> None:
         """`contexts` by message id."""

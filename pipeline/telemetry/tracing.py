@@ -11,12 +11,12 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias
 
-from agents.observing import Observer
-from agents.ports import Log
-from pipeline.settings import TelemetrySettings
-from schemas.commands import Command
-from schemas.errors import ConfigError
-from schemas.events import AgentName, MessagePublished
+from millpond.agents.driver.observer import Observer
+from millpond.agents.ports import Log
+from millpond.pipeline.settings import TelemetrySettings
+from millpond.schemas.commands import Command
+from millpond.schemas.errors import ConfigError
+from millpond.schemas.events import AgentName, MessagePublished
 
 Headers: TypeAlias = tuple[tuple[str, bytes], ...]
 
@@ -80,7 +80,7 @@ def bridge_tracing(settings: TelemetrySettings, kind: str) -> BridgeTracing | No
     if settings.otlp_endpoint is None:
         return None
     _require()
-    from pipeline.telemetry import otel  # noqa: PLC0415  needs the extra [otel]
+    from millpond.pipeline.telemetry import otel  # noqa: PLC0415  needs the extra [otel]
 
     return otel.Bridge(settings, kind)
 
@@ -94,7 +94,7 @@ def worker_tracing(settings: TelemetrySettings, agent: AgentName) -> WorkerTraci
     if settings.otlp_endpoint is None:
         return None
     _require()
-    from pipeline.telemetry import otel  # noqa: PLC0415  needs the extra [otel]
+    from millpond.pipeline.telemetry import otel  # noqa: PLC0415  needs the extra [otel]
 
     return otel.Worker(settings, agent)
 

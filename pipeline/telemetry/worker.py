@@ -7,12 +7,12 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, NoReturn, Protocol
 
-from agents.driver import PartitionDriver
-from agents.ports import Applied, Store
-from pipeline.telemetry.agent import AgentCounts, PartitionObserver
-from pipeline.telemetry.families import Metric, counter, gauge, histogram
-from pipeline.telemetry.watched_store import WatchedStore
-from schemas.events import AgentName
+from millpond.agents.driver.driver import PartitionDriver
+from millpond.agents.ports import Applied, Store
+from millpond.pipeline.telemetry.agent import AgentCounts, PartitionObserver
+from millpond.pipeline.telemetry.families import Metric, counter, gauge, histogram
+from millpond.pipeline.telemetry.timed_store import WatchedStore
+from millpond.schemas.events import AgentName
 
 SAMPLE_INTERVAL_S: Final = 5.0  # between questions to Kafka about the ends of the partitions
 # A store that has not answered for so long is away: an answer takes milliseconds, a state that is loaded more.

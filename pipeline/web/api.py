@@ -25,16 +25,16 @@ import msgspec
 from aiohttp import web
 from msgspec import Meta, Struct
 
-from pipeline import dead_letters as letters
-from pipeline import orders
-from pipeline.clock import now_ms
-from pipeline.settings import Settings
-from pipeline.web.looks import LISTED_MAX, Looks
-from pipeline.web.token import Operator
-from schemas import keys
-from schemas.errors import ConfigError, MillpondError, StoreError
-from schemas.events import OperatorDrop, OperatorRequeue
-from schemas.rules import Rules
+from millpond.pipeline.clock import now_ms
+from millpond.pipeline.operate import dead_letters as letters
+from millpond.pipeline.operate import operator_events
+from millpond.pipeline.settings import Settings
+from millpond.pipeline.web.lookups import LISTED_MAX, Looks
+from millpond.pipeline.web.operator_token import Operator
+from millpond.schemas import keys
+from millpond.schemas.errors import ConfigError, MillpondError, StoreError
+from millpond.schemas.events import OperatorDrop, OperatorRequeue
+from millpond.schemas.rules import Rules
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class Api:
             order(at=now_ms(), node=keys.AGENT_NODE, topic=each.topic, message_id=each.message_id)
             for each in dead
         ]
-        written = await orders.write(self._settings.kafka, events)
+        written = await operator_events.write(self._settings.kafka, events)
         logger.info("an operator ordered %s of %d dead letters", order.__name__, written)
         return _json({"written": written})
 

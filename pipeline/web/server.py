@@ -14,14 +14,14 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 from aiokafka.errors import KafkaError
 
-from pipeline.ending import asked_to_end
-from pipeline.event_loop import use_uvloop
-from pipeline.ready import say_ready
-from pipeline.settings import Settings
-from pipeline.web.api import Api, failure
-from pipeline.web.token import Operator
-from schemas.errors import ConfigError, MillpondError, StoreError
-from schemas.rules import Rules
+from millpond.pipeline.process.event_loop import use_uvloop
+from millpond.pipeline.process.readiness import say_ready
+from millpond.pipeline.process.signals import asked_to_end
+from millpond.pipeline.settings import Settings
+from millpond.pipeline.web.api import Api, failure
+from millpond.pipeline.web.operator_token import Operator
+from millpond.schemas.errors import ConfigError, MillpondError, StoreError
+from millpond.schemas.rules import Rules
 
 logger = logging.getLogger(__name__)
 

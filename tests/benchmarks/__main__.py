@@ -16,7 +16,7 @@ from typing import Final
 
 from redis import Redis
 
-from schemas import codec, keys
+from millpond.schemas import codec, keys
 from tests.benchmarks import (
     clients,
     delivery,

@@ -10,10 +10,9 @@ from typing import Final, NamedTuple
 
 import psutil
 
-from schemas import keys
-from schemas.events import Event
-from schemas.keys import Partition
-from tests import given
+from millpond.schemas import keys
+from millpond.schemas.events import Event
+from millpond.schemas.keys import Partition
 from tests.benchmarks import limit, scene
 from tests.benchmarks.events import (
     FIRST_MS,
@@ -25,6 +24,7 @@ from tests.benchmarks.events import (
 )
 from tests.benchmarks.progress import until_applied
 from tests.benchmarks.table import progress
+from tests.support import given
 
 CLIENTS: Final = 100_000
 SESSIONS: Final = 1_000_000

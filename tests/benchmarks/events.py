@@ -9,8 +9,8 @@ from typing import Any, Final
 
 from aiokafka import AIOKafkaProducer
 
-from schemas import codec, keys
-from schemas.events import (
+from millpond.schemas import codec, keys
+from millpond.schemas.events import (
     ClientConnected,
     ClientDisconnected,
     Event,

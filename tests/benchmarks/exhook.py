@@ -23,15 +23,15 @@ import grpc
 import psutil
 import uvloop
 
-from pipeline.brokers.emqx import exhook_pb2 as pb
-from pipeline.stack.ports import HOST, free_port
+from millpond.pipeline.brokers.emqx.exhook import exhook_pb2 as pb
+from millpond.pipeline.stack.ports import HOST, free_port
 from tests.benchmarks import scene
 from tests.benchmarks.events import PAYLOAD
 from tests.benchmarks.latency import Latency
 from tests.benchmarks.neighbours import undisturbed
 from tests.benchmarks.table import Row, least_row, most_row, progress, thousands
-from tests.emqx import a_client, a_message, path
-from tests.system.hooks import unary
+from tests.support.emqx.trace import a_client, a_message, path
+from tests.support.exhook_server import unary
 
 CONNECTIONS: Final = 8  # EMQX's pool_size
 CLIENTS: Final = 128  # of which each waits for its answer

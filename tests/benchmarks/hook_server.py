@@ -8,17 +8,17 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from pipeline.brokers.emqx.calls import Calls
-from pipeline.brokers.emqx.returning import Returning
-from pipeline.brokers.emqx.server import HookServer
-from pipeline.brokers.inlet import Inlet
-from pipeline.brokers.spool import Spool
-from pipeline.event_loop import use_uvloop
-from pipeline.producer import Producer
-from pipeline.settings import BridgeSettings
-from pipeline.telemetry.bridge import Hooks
-from schemas.rules import default_rules
-from tests.emqx import Heard
+from millpond.pipeline.brokers.emqx.delivery.copy_topic import Returning
+from millpond.pipeline.brokers.emqx.exhook.calls import Calls
+from millpond.pipeline.brokers.emqx.exhook.server import HookServer
+from millpond.pipeline.brokers.spool.directory import Spool
+from millpond.pipeline.brokers.spool.durable_producer import Inlet
+from millpond.pipeline.kafka.producer import Producer
+from millpond.pipeline.process.event_loop import use_uvloop
+from millpond.pipeline.settings import BridgeSettings
+from millpond.pipeline.telemetry.bridge import Hooks
+from millpond.schemas.rules import default_rules
+from tests.support.emqx.trace import Heard
 
 SPOOL_BYTES_MAX = 1024 * 1024 * 1024
 

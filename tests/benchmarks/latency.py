@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from aiomqtt import Client
 from redis import Redis
 
-from pipeline.stack.ports import HOST, free_port
+from millpond.pipeline.stack.ports import HOST, free_port
 from tests.benchmarks import scene
 from tests.benchmarks.events import PAYLOAD, topic_name
 from tests.benchmarks.scene import Process

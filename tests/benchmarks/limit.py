@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
-from schemas import keys
+from millpond.schemas import keys
 from tests.benchmarks import scene
 from tests.benchmarks.events import PAYLOAD, TOPICS, event, topic_name
 

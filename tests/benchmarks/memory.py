@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 import psutil
 from redis import Redis
 
-from schemas import keys
+from millpond.schemas import keys
 from tests.benchmarks import scene
 from tests.benchmarks.events import fill, publishes
 from tests.benchmarks.scene import Process

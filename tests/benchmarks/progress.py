@@ -8,10 +8,10 @@ from typing import Final
 import msgspec
 from redis import Redis
 
-from agents.ports import Applied
-from schemas import keys
-from schemas.events import AgentName
-from schemas.keys import Partition
+from millpond.agents.ports import Applied
+from millpond.schemas import keys
+from millpond.schemas.events import AgentName
+from millpond.schemas.keys import Partition
 from tests.benchmarks.events import PARTITIONS
 from tests.benchmarks.scene import Process
 

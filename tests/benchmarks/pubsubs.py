@@ -11,8 +11,8 @@ from typing import Final, NamedTuple
 import psutil
 from redis import Redis
 
-from schemas import keys
-from schemas.events import (
+from millpond.schemas import keys
+from millpond.schemas.events import (
     DeliveriesSent,
     Event,
     MessageAcked,
@@ -21,12 +21,12 @@ from schemas.events import (
     SubscriberJoined,
     SubscriberLeft,
 )
-from schemas.keys import Partition
-from schemas.leases import lease_name
-from tests import given
+from millpond.schemas.keys import Partition
+from millpond.schemas.leases import lease_name
 from tests.benchmarks import scene
 from tests.benchmarks.events import FIRST_MS, PARTITIONS, PAYLOAD, fill
 from tests.benchmarks.progress import until_applied
+from tests.support import given
 
 APP: Final = "bench-pubsub"
 NODE: Final = "emqx@10.0.0.1"

@@ -12,10 +12,10 @@ from typing import Final, NamedTuple
 import psutil
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
-from pipeline.lag import Offsets
-from pipeline.settings import KafkaSettings
-from schemas import codec, keys
-from schemas.events import Event
+from millpond.pipeline.operate.lag import Offsets
+from millpond.pipeline.settings import KafkaSettings
+from millpond.schemas import codec, keys
+from millpond.schemas.events import Event
 from tests.benchmarks import scene
 from tests.benchmarks.events import fill
 from tests.benchmarks.progress import until_applied

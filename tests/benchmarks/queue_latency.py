@@ -11,10 +11,10 @@ from typing import Final
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
-from schemas import codec, keys
-from schemas.commands import Deliver
-from schemas.events import DeliveriesSent, Event, Sent
-from schemas.leases import parse_lease
+from millpond.schemas import codec, keys
+from millpond.schemas.commands import Deliver
+from millpond.schemas.events import DeliveriesSent, Event, Sent
+from millpond.schemas.leases import parse_lease
 from tests.benchmarks import scene
 from tests.benchmarks.events import PARTITIONS, fill
 from tests.benchmarks.latency import Latency

@@ -10,9 +10,9 @@ from typing import Final, NamedTuple
 
 from redis import Redis
 
-from pipeline.stores.packing import BODY_FIELDS
-from schemas import keys
-from schemas.events import (
+from millpond.pipeline.stores.redis.packing import BODY_FIELDS
+from millpond.schemas import keys
+from millpond.schemas.events import (
     DeliveriesSent,
     Event,
     MessageAcked,
@@ -20,12 +20,12 @@ from schemas.events import (
     Sent,
     SubscriberJoined,
 )
-from schemas.keys import Partition
-from schemas.leases import lease_name
-from tests import given
+from millpond.schemas.keys import Partition
+from millpond.schemas.leases import lease_name
 from tests.benchmarks import limit, scene
 from tests.benchmarks.events import FIRST_MS, PARTITIONS, PAYLOAD, fill
 from tests.benchmarks.progress import until_applied
+from tests.support import given
 
 APP: Final = "bench-queue"
 TOPICS: Final = 1_000

@@ -11,8 +11,8 @@ from typing import Final, NamedTuple
 
 from redis import Redis
 
-from pipeline.settings import KafkaSettings
-from schemas import keys
+from millpond.pipeline.settings import KafkaSettings
+from millpond.schemas import keys
 from tests.benchmarks import scene, venvs
 from tests.benchmarks.events import TOPICS, topic_name
 from tests.benchmarks.scene import Process

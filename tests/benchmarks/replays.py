@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 import psutil
 from redis import Redis
 
-from schemas import keys
+from millpond.schemas import keys
 from tests.benchmarks import scene
 from tests.benchmarks.events import fill, publishes
 from tests.benchmarks.progress import until_applied
@@ -62,7 +62,7 @@ def run(events: int) -> tuple[Folded, Folded]:
                 process = Process(
                     "replay",
                     [
-                        sys.executable, "-m", "pipeline.cli", "replay", "messages", "--into", into,
+                        sys.executable, "-m", "millpond", "replay", "messages", "--into", into,
                         "--config", str(directory / "millpond.toml"),
                     ],
                     {"BENCH_DIRECTORY": str(directory)},

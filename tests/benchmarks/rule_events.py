@@ -13,7 +13,7 @@ from typing import Final
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
-from schemas import keys
+from millpond.schemas import keys
 from tests.benchmarks import scene
 from tests.benchmarks.events import BATCH_BYTES_MAX, PARTITIONS, PAYLOAD, event
 from tests.benchmarks.progress import POLL_S, STALL_S

@@ -15,13 +15,13 @@ from typing import Final
 
 from redis import Redis
 
-from pipeline import topics
-from pipeline.settings import KafkaSettings
-from pipeline.stack.kafka import KafkaServer
-from pipeline.stack.ports import HOST, free_port
-from pipeline.stack.stack import kafka_answers
-from tests import given, servers
+from millpond.pipeline.kafka import topics
+from millpond.pipeline.settings import KafkaSettings
+from millpond.pipeline.stack.kafka import KafkaServer
+from millpond.pipeline.stack.ports import HOST, free_port
+from millpond.pipeline.stack.stack import kafka_answers
 from tests.benchmarks.events import PARTITIONS
+from tests.support import given, servers
 
 KAFKA_HEAP_MIB: Final = 1024
 LOG_SHOWN_CHARACTERS: Final = 4_000
@@ -105,7 +105,7 @@ class Process:
 
 def millpond(name: str, *arguments: str, directory: Path) -> Process:
     """One of our own processes, by the `millpond.toml` of the directory."""
-    command = [sys.executable, "-m", "pipeline.cli", *arguments]
+    command = [sys.executable, "-m", "millpond", *arguments]
     config = ["--config", str(directory / "millpond.toml")]
     return Process(name, [*command, *config], {"BENCH_DIRECTORY": str(directory)})
 

@@ -19,15 +19,15 @@ from typing import Any, Final, NamedTuple
 import psutil
 import uvloop
 
-from pipeline import topics
-from pipeline.brokers.inlet import Inlet
-from pipeline.brokers.spool import Spool
-from pipeline.producer import Producer
-from pipeline.settings import KafkaSettings
-from schemas import keys
-from tests import servers
+from millpond.pipeline.brokers.spool.directory import Spool
+from millpond.pipeline.brokers.spool.durable_producer import Inlet
+from millpond.pipeline.kafka import topics
+from millpond.pipeline.kafka.producer import Producer
+from millpond.pipeline.settings import KafkaSettings
+from millpond.schemas import keys
 from tests.benchmarks.events import event
 from tests.benchmarks.table import progress
+from tests.support import servers
 
 SPOOL_BYTES_MAX: Final = 4 * 1024**3
 DIRECT: Final = 50_000  # events while Kafka answers

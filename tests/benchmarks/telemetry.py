@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Final, NamedTuple
 
-from agents.batch import Batch, Folded
-from agents.effects import DeadLetter, HandOut
-from agents.ports import Applied, Transaction
-from pipeline.telemetry.agent import AgentCounts, PartitionObserver
-from schemas.events import Event
-from tests import given
+from millpond.agents.driver.batch import Batch, Folded
+from millpond.agents.effects import DeadLetter, HandOut
+from millpond.agents.ports import Applied, Transaction
+from millpond.pipeline.telemetry.agent import AgentCounts, PartitionObserver
+from millpond.schemas.events import Event
 from tests.benchmarks.events import event
+from tests.support import given
 
 RECORDS: Final = 2_000  # of a batch, as many as a worker takes
 ROUNDS: Final = 50

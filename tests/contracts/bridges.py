@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from schemas.events import DeliveriesSent, DeliveryFailed, MessageAcked, Sent
-from tests.system import emqx, mqtt
-from tests.system.bridge import Bridge, Log, reading
-from tests.system.commands import Commands, commanding
-from tests.system.emqx_world import EmqxWorld, a_world
-from tests.system.mqtt import PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL, delivered
+from millpond.schemas.events import DeliveriesSent, DeliveryFailed, MessageAcked, Sent
+from tests.support import mqtt
+from tests.support.bridge_commands import Commands, commanding
+from tests.support.embedded_bridge import Bridge, Log, reading
+from tests.support.emqx import broker
+from tests.support.emqx.world import EmqxWorld, a_world
+from tests.support.mqtt import PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL, delivered
 
 
 class Client(ABC):
@@ -128,7 +129,7 @@ async def embedded(bridge: Bridge) -> AsyncIterator[Played]:
 
 
 class EmqxClient(Client):
-    def __init__(self, client_id: str, connection: emqx.Client) -> None:
+    def __init__(self, client_id: str, connection: broker.Client) -> None:
         self.client_id, self._connection = client_id, connection
         self._taken = 0
 

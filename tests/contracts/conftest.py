@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.contracts.redis_servers import RedisProcess, cluster_processes, redis_process
 from tests.contracts.store_worlds import ClusterWorld, MemoryWorld, RedisWorld, World
+from tests.support.redis_servers import RedisProcess, cluster_processes, redis_process
 
 
 @pytest.fixture(scope="session")

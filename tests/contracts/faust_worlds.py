@@ -15,10 +15,10 @@ from aiokafka.structs import TopicPartition
 from faust.types import TP
 from yarl import URL
 
-from agents.ports import Record
-from pipeline.transport import Consumer, Transport
-from pipeline.worker import App, RunSchema
-from tests.system.pipeline import until
+from millpond.agents.ports import Record
+from millpond.pipeline.worker.faust_transport import Consumer, Transport
+from millpond.pipeline.worker.worker import App, RunSchema
+from tests.support.workers import until
 
 RUN_RECORDS_MAX = 50
 RUN_BYTES_MAX = 10_000

@@ -12,12 +12,12 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.records_to_delete import RecordsToDelete
 
-from agents.ports import Log
-from pipeline.log import KafkaLog
-from pipeline.memory_log import MemoryLog
-from pipeline.producer import Producer
-from schemas.keys import Partition, group_id
-from tests.system.pipeline import until
+from millpond.agents.ports import Log
+from millpond.pipeline.kafka.log import KafkaLog
+from millpond.pipeline.kafka.memory_log import MemoryLog
+from millpond.pipeline.kafka.producer import Producer
+from millpond.schemas.keys import Partition, group_id
+from tests.support.workers import until
 
 PARTITION_COUNT = 3
 RUN_RECORDS_MAX = 5

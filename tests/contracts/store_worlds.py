@@ -7,16 +7,16 @@ from typing import Any, Protocol
 
 import redis
 
-from agents.effects import Effect, Output, Refusal, StoreMessage
-from agents.ports import Applied, Store, Transaction
-from pipeline.stores.cluster import ClusterStore
-from pipeline.stores.memory import MemoryStore
-from pipeline.stores.memory_server import Entry, MemoryServer
-from pipeline.stores.redis import RedisStore
-from pipeline.stores.wire import Access, Address, Wire
-from schemas.keys import Partition
-from tests.contracts.redis_servers import RedisProcess
-from tests.given import published
+from millpond.agents.effects import Effect, Output, Refusal, StoreMessage
+from millpond.agents.ports import Applied, Store, Transaction
+from millpond.pipeline.stores.memory.server import Entry, MemoryServer
+from millpond.pipeline.stores.memory.store import MemoryStore
+from millpond.pipeline.stores.redis.cluster_store import ClusterStore
+from millpond.pipeline.stores.redis.connection import Access, Address, Wire
+from millpond.pipeline.stores.redis.store import RedisStore
+from millpond.schemas.keys import Partition
+from tests.support.given import published
+from tests.support.redis_servers import RedisProcess
 
 PARTITION = Partition("app", "messages", 7)
 FAR_MS = 4_000_000_000_000  # the year 2096: no server expires it meanwhile

@@ -11,7 +11,7 @@ from aiokafka.conn import AIOKafkaConnection, create_conn
 from aiokafka.errors import KafkaConnectionError
 from aiokafka.protocol.metadata import MetadataRequest
 
-from pipeline.event_loop import use_uvloop
+from millpond.pipeline.process.event_loop import use_uvloop
 
 SEND = AIOKafkaConnection.send
 

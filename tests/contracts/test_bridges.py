@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import pytest_asyncio
 
-from schemas.events import (
+from millpond.schemas.events import (
     ClientConnected,
     ClientDisconnected,
     SessionCreated,
@@ -18,9 +18,9 @@ from schemas.events import (
     SessionTerminated,
     SessionUnsubscribed,
 )
-from tests import given
 from tests.contracts.bridges import Played, an_emqx, embedded
-from tests.system.bridge import running
+from tests.support import given
+from tests.support.embedded_bridge import running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 RULES = (given.store(), given.queue("queue/#"))

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from redis.crc import key_slot
 
-from agents.effects import ClearRetained, DropBody, RunCommand, SetState, Unindex
-from agents.ports import ReadIndex, ReadStates
-from pipeline.stores.cluster import ClusterStore
-from schemas import keys
-from schemas.errors import StoreDown
-from tests.contracts.redis_servers import RedisProcess, cluster_processes, until
+from millpond.agents.effects import ClearRetained, DropBody, RunCommand, SetState, Unindex
+from millpond.agents.reads import ReadIndex, ReadStates
+from millpond.pipeline.stores.redis.cluster_store import ClusterStore
+from millpond.schemas import keys
+from millpond.schemas.errors import StoreDown
 from tests.contracts.store_worlds import PARTITION, ClusterWorld, applied, commit, kept, transaction
+from tests.support.redis_servers import RedisProcess, cluster_processes, until
 
 
 @pytest.fixture

@@ -9,20 +9,20 @@ from typing import Any
 import msgspec
 import pytest
 
-from agents.delivery.dead import DeadMessage
-from agents.effects import SetState, StoreMessage
-from pipeline import dead_letters
-from pipeline.settings import KafkaSettings, Settings
-from pipeline.snapshot import Snapshot
-from pipeline.stack.ports import free_port
-from pipeline.stores.registry import open_store
-from schemas.errors import MillpondError, StoreDown
-from schemas.keys import Partition
-from schemas.pool import Pool
-from schemas.rules import Rules
-from tests import given
-from tests.contracts.redis_servers import RedisProcess, redis_process, until
+from millpond.agents.delivery.dead_messages import DeadMessage
+from millpond.agents.effects import SetState, StoreMessage
+from millpond.pipeline.operate import dead_letters
+from millpond.pipeline.operate.dead_letter_snapshot import Snapshot
+from millpond.pipeline.settings import KafkaSettings, Settings
+from millpond.pipeline.stack.ports import free_port
+from millpond.pipeline.stores.registry import open_store
+from millpond.schemas.errors import MillpondError, StoreDown
+from millpond.schemas.keys import Partition
+from millpond.schemas.rules import Rules
+from millpond.schemas.rules.pool import Pool
 from tests.contracts.store_worlds import FAR_MS, commit, transaction
+from tests.support import given
+from tests.support.redis_servers import RedisProcess, redis_process, until
 
 HOST = "127.0.0.1"
 SETTINGS = Settings(app="app", kafka=KafkaSettings(partitions=3))

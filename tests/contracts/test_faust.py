@@ -27,10 +27,10 @@ from faust.transport.conductor import ConductorCompiler
 from faust.transport.drivers import aiokafka as stock
 from faust.types import TP
 
-from pipeline.producer import Producer
-from pipeline.settings import KafkaSettings
-from pipeline.stack.ports import HOST, free_port
-from pipeline.transport import Consumer
+from millpond.pipeline.kafka.producer import Producer
+from millpond.pipeline.settings import KafkaSettings
+from millpond.pipeline.stack.ports import HOST, free_port
+from millpond.pipeline.worker.faust_transport import Consumer
 from tests.contracts.faust_worlds import (
     ALL_THE_TIME_S,
     RUN_BYTES_MAX,
@@ -38,7 +38,7 @@ from tests.contracts.faust_worlds import (
     Group,
     Member,
 )
-from tests.system.pipeline import until
+from tests.support.workers import until
 
 Function = Callable[..., Any]
 OURS = frozenset({"_seek_back", "_runs", "_run_message", "_commit_news", "_release_and_commit"})

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from agents.ports import LogBounds, Outgoing, Record
-from schemas import keys
-from schemas.keys import Partition
+from millpond.agents.ports import LogBounds, Outgoing, Record
+from millpond.schemas import keys
+from millpond.schemas.keys import Partition
 from tests.contracts.log_worlds import (
     PARTITION_COUNT,
     RUN_RECORDS_MAX,

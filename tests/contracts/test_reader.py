@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from agents.effects import DropBody, KeepReceipt, SetDue, SetRules, SetState, StoreMessage
-from agents.ports import ReadAllStates, ReadStates
-from pipeline.stack.ports import free_port
-from pipeline.stores.outside import (
+from millpond.agents.effects import DropBody, KeepReceipt, SetDue, SetRules, SetState, StoreMessage
+from millpond.agents.reads import ReadAllStates, ReadStates
+from millpond.pipeline.stack.ports import free_port
+from millpond.pipeline.stores.redis.inspection import (
     CountBefore,
     CountBetween,
     CountIndex,
@@ -20,17 +20,11 @@ from pipeline.stores.outside import (
     ReadRules,
     ScanDue,
 )
-from pipeline.stores.reader import Reader
-from schemas.errors import StoreDown
-from schemas.pool import Pool
-from tests import given
-from tests.contracts.store_worlds import (
-    PARTITION,
-    ClusterWorld,
-    RedisWorld,
-    commit,
-    transaction,
-)
+from millpond.pipeline.stores.redis.reader import Reader
+from millpond.schemas.errors import StoreDown
+from millpond.schemas.rules.pool import Pool
+from tests.contracts.store_worlds import PARTITION, ClusterWorld, RedisWorld, commit, transaction
+from tests.support import given
 
 
 def pool_of(world: RedisWorld) -> Pool:

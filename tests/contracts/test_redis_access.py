@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from agents.effects import SetState
-from agents.ports import ReadStates
-from pipeline.stores.checking import check_commands
-from pipeline.stores.registry import open_store
-from schemas.errors import ConfigError, StoreDown, StoreRefused
-from schemas.pool import Pool
-from schemas.rule import Rule
-from schemas.ruleset import Rules
-from tests.contracts.redis_servers import RedisProcess, redis_process, until
+from millpond.agents.effects import SetState
+from millpond.agents.reads import ReadStates
+from millpond.pipeline.stores.redis.command_check import check_commands
+from millpond.pipeline.stores.registry import open_store
+from millpond.schemas.errors import ConfigError, StoreDown, StoreRefused
+from millpond.schemas.rules.pool import Pool
+from millpond.schemas.rules.rule import Rule
+from millpond.schemas.rules.ruleset import Rules
 from tests.contracts.store_worlds import PARTITION, applied, commit, transaction
-from tests.contracts.tls import certificate, tls_front
+from tests.support.redis_servers import RedisProcess, redis_process, until
+from tests.support.tls import certificate, tls_front
 
 HOST = "127.0.0.1"
 

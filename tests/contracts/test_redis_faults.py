@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from agents.effects import RunCommand, SetState
-from agents.ports import ReadStates
-from pipeline.stores.wire import Access
-from schemas import keys
-from schemas.errors import Fenced, StoreDown, StoreRefused
-from tests.contracts.redis_servers import RedisProcess, redis_process, until
+from millpond.agents.effects import RunCommand, SetState
+from millpond.agents.reads import ReadStates
+from millpond.pipeline.stores.redis.connection import Access
+from millpond.schemas import keys
+from millpond.schemas.errors import Fenced, StoreDown, StoreRefused
 from tests.contracts.store_worlds import PARTITION, RedisWorld, applied, commit, kept, transaction
+from tests.support.redis_servers import RedisProcess, redis_process, until
 
 
 @pytest.fixture

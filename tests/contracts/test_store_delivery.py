@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from agents.effects import Reindex, SetIndex, SetState, SpareBody, Table, Unindex
-from agents.ports import ReadAllStates, ReadBelow, ReadEntry, ReadIndex, ReadNames, ReadStates
-from pipeline.stores.packing import BODY_GRACE_MS
-from schemas import keys
+from millpond.agents.effects import Reindex, SetIndex, SetState, SpareBody, Table, Unindex
+from millpond.agents.reads import (
+    ReadAllStates,
+    ReadBelow,
+    ReadEntry,
+    ReadIndex,
+    ReadNames,
+    ReadStates,
+)
+from millpond.pipeline.stores.redis.packing import BODY_GRACE_MS
+from millpond.schemas import keys
 from tests.contracts.store_worlds import FAR_MS, PARTITION, World, commit, kept, transaction
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from agents.effects import RunCommand, SetDue, SetState
-from agents.ports import ReadDue, ReadStates
-from schemas.errors import Fenced
+from millpond.agents.effects import RunCommand, SetDue, SetState
+from millpond.agents.reads import ReadDue, ReadStates
+from millpond.schemas.errors import Fenced
 from tests.contracts.store_worlds import PARTITION, World, applied, commit, kept, transaction
 
 

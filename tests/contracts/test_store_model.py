@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from agents.effects import (
+from millpond.agents.effects import (
     ClearRetained,
     DeadLetter,
     DropBody,
@@ -23,7 +23,7 @@ from agents.effects import (
     Unindex,
     WriteSeen,
 )
-from schemas import keys
+from millpond.schemas import keys
 from tests.contracts.store_worlds import FAR_MS, MemoryWorld, World, commit, kept, transaction
 
 IDS = ("m0", "m1", "m 2", "mé3")

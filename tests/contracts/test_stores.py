@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agents.effects import (
+from millpond.agents.effects import (
     NO_SOURCE,
     ClearRetained,
     DeadLetter,
@@ -21,7 +21,8 @@ from agents.effects import (
     Unindex,
     WriteSeen,
 )
-from agents.ports import (
+from millpond.agents.ports import Stored
+from millpond.agents.reads import (
     ReadAllStates,
     ReadBelow,
     ReadBody,
@@ -31,11 +32,10 @@ from agents.ports import (
     ReadRetained,
     ReadStates,
     ReadSubscriptions,
-    Stored,
 )
-from pipeline.stores.memory_server import Entry
-from pipeline.stores.packing import BODY_GRACE_MS
-from schemas import keys
+from millpond.pipeline.stores.memory.server import Entry
+from millpond.pipeline.stores.redis.packing import BODY_GRACE_MS
+from millpond.schemas import keys
 from tests.contracts.store_worlds import (
     FAR_MS,
     PARTITION,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from agents import seen
+from millpond.agents.topics import dedup
 from tests.simulation.pubsub_faults import judge_seed
 from tests.simulation.small_limits import small_limits
 from tests.simulation.test_pubsub_properties import LIMITS
@@ -42,7 +42,7 @@ def queue(seed: int) -> Counter[str]:
     """A partition of the queue agent, with the limits of its tests."""
     with pytest.MonkeyPatch.context() as patch:
         small_limits(patch)
-        patch.setattr(seen, "DEDUP_WINDOW_MS", 1_000_000)
+        patch.setattr(dedup, "DEDUP_WINDOW_MS", 1_000_000)
         world = Simulated(seed)
         world.live()
     return world.happened

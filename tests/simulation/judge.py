@@ -6,17 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from agents.driver import PartitionDriver
-from agents.keeping import Retained, unpack
-from agents.ports import Applied, Record
-from agents.registry import MACHINES
-from pipeline.memory_log import MemoryLog
-from pipeline.stores.memory import MemoryStore
-from pipeline.stores.memory_server import Entry, Hash, MemoryServer, Zset
-from schemas import keys
-from schemas.keys import Partition
-from schemas.rules import Rules
-from tests.driving import PARTITION, Driver, run
+from millpond.agents.driver.driver import PartitionDriver
+from millpond.agents.ports import Applied, Record
+from millpond.agents.registry import MACHINES
+from millpond.agents.topics.storage import Retained, unpack
+from millpond.pipeline.kafka.memory_log import MemoryLog
+from millpond.pipeline.stores.memory.server import Entry, Hash, MemoryServer, Zset
+from millpond.pipeline.stores.memory.store import MemoryStore
+from millpond.schemas import keys
+from millpond.schemas.keys import Partition
+from millpond.schemas.rules import Rules
+from tests.support.partition import PARTITION, Driver, run
 
 INDEX, RETAINED = keys.message_index(""), keys.retained("")
 

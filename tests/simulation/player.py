@@ -7,13 +7,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
-from agents.ports import Record
-from agents.seen import SeenIds
-from schemas.commands import Deliver
-from schemas.events import DeliveriesSent, DeliveryFailed, MessagePublished, RulesChanged, Sent
-from schemas.rules import Rules
-from tests import given
-from tests.delivering import AT, Delivering
+from millpond.agents.ports import Record
+from millpond.agents.topics.dedup import SeenIds
+from millpond.schemas.commands import Deliver
+from millpond.schemas.events import (
+    DeliveriesSent,
+    DeliveryFailed,
+    MessagePublished,
+    RulesChanged,
+    Sent,
+)
+from millpond.schemas.rules import Rules
+from tests.support import given
+from tests.support.delivery import AT, Delivering
 
 Kind = Literal[
     "publish", "qos 0", "retain", "expiring", "repeat", "broker retains", "join", "broker joins", "unsubscribe", "end session",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from random import Random
 
-from agents.seen import DEDUP_WINDOW_MS
-from pipeline.memory_log import MemoryLog
-from schemas import codec, keys
-from schemas.events import Event, MessagePublished, RulesChanged
-from tests import given
-from tests.driving import PARTITION
+from millpond.agents.topics.dedup import DEDUP_WINDOW_MS
+from millpond.pipeline.kafka.memory_log import MemoryLog
+from millpond.schemas import codec, keys
+from millpond.schemas.events import Event, MessagePublished, RulesChanged
+from tests.support import given
+from tests.support.partition import PARTITION
 
 QUEUE = given.a_rule(hook="session.subscribed", topic="q/#", action="on_message_fetch_for_queue")
 COUNT = given.command("INCR seen:${msgid}")

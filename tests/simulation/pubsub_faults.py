@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 from random import Random
 
-from agents.ports import Outgoing, Record
-from agents.pubsub.state import split_reader
-from pipeline.stores.memory_server import Moment
-from schemas.errors import StoreDown
-from schemas.keys import Partition
-from schemas.rules import Rules
-from tests.driving import Driver, run
+from millpond.agents.ports import Outgoing, Record
+from millpond.agents.pubsub.state import split_reader
+from millpond.pipeline.stores.memory.server import Moment
+from millpond.schemas.errors import StoreDown
+from millpond.schemas.keys import Partition
+from millpond.schemas.rules import Rules
 from tests.simulation import pubsub_judge as judge
 from tests.simulation.pubsub_world import PUBSUB, RULES, Pubsub, Step, fold, steps
+from tests.support.partition import Driver, run
 
 STEPS = 120
 TRIES_MAX = 1_000

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from agents.delivery import leasing, rounds
-from agents.delivery.dead import DeadMessage
-from agents.delivery.leasing import Counters
-from agents.delivery.members import Member
-from agents.due import WINDOW, due_member
-from agents.ports import Applied
-from agents.pubsub.readers import READERS, TOPICS
-from agents.pubsub.state import (
+from millpond.agents.delivery import leasing, rounds
+from millpond.agents.delivery.dead_messages import DeadMessage
+from millpond.agents.delivery.leasing import Counters
+from millpond.agents.delivery.members import Member
+from millpond.agents.ports import Applied
+from millpond.agents.pubsub.readers import READERS, TOPICS
+from millpond.agents.pubsub.state import (
     GROUP,
     Log,
     Reader,
@@ -28,10 +27,11 @@ from agents.pubsub.state import (
     unpack_reader,
     unpack_subscriber,
 )
-from pipeline.stores.memory_server import Entry, Hash, MemoryServer, Zset
-from schemas import keys
-from schemas.commands import Deliver
-from schemas.events import (
+from millpond.agents.topics.due_times import WINDOW, due_member
+from millpond.pipeline.stores.memory.server import Entry, Hash, MemoryServer, Zset
+from millpond.schemas import keys
+from millpond.schemas.commands import Deliver
+from millpond.schemas.events import (
     DeliveriesSent,
     DeliveryFailed,
     Event,
@@ -39,9 +39,9 @@ from schemas.events import (
     OperatorRequeue,
     OperatorRewind,
 )
-from schemas.filters import matches
-from schemas.keys import Partition
-from tests.driving import Driver
+from millpond.schemas.keys import Partition
+from millpond.schemas.topics import matches
+from tests.support.partition import Driver
 
 if TYPE_CHECKING:
     from tests.simulation.pubsub_world import Pubsub

@@ -9,18 +9,18 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any, Literal, NamedTuple
 
-from agents.delivery.members import member_name
-from agents.driver import PartitionDriver
-from agents.effects import HandOut, Output
-from agents.ports import Outgoing, Record, Transaction
-from agents.pubsub.machine import PubsubMachine
-from agents.pubsub.state import subscriber_of
-from pipeline.memory_log import MemoryLog
-from pipeline.stores.memory import MemoryStore
-from pipeline.stores.memory_server import MemoryServer
-from schemas import codec, keys
-from schemas.commands import Deliver
-from schemas.events import (
+from millpond.agents.delivery.members import member_name
+from millpond.agents.driver.driver import PartitionDriver
+from millpond.agents.effects import HandOut, Output
+from millpond.agents.ports import Outgoing, Record, Transaction
+from millpond.agents.pubsub.machine import PubsubMachine
+from millpond.agents.pubsub.state import subscriber_of
+from millpond.pipeline.kafka.memory_log import MemoryLog
+from millpond.pipeline.stores.memory.server import MemoryServer
+from millpond.pipeline.stores.memory.store import MemoryStore
+from millpond.schemas import codec, keys
+from millpond.schemas.commands import Deliver
+from millpond.schemas.events import (
     DeliveriesSent,
     DeliveryFailed,
     Event,
@@ -32,11 +32,11 @@ from schemas.events import (
     SubscriberJoined,
     SubscriberLeft,
 )
-from schemas.keys import Partition
-from tests import given
-from tests.delivering import AT
-from tests.driving import Driver, World, run
+from millpond.schemas.keys import Partition
 from tests.simulation import pubsub_judge as judge
+from tests.support import given
+from tests.support.delivery import AT
+from tests.support.partition import Driver, World, run
 
 PUBSUB = Partition("millpond", "pubsub", 0)
 TOPICS = ("p/0", "p/1", "p/2")

@@ -6,19 +6,19 @@ from collections import Counter
 
 import msgspec
 
-from agents.delivery import leasing
-from agents.delivery.dead import unpack as unpack_dead
-from agents.delivery.leasing import WAITING, WORK, Counters
-from agents.delivery.members import Members
-from agents.delivery.window import Waiting
-from agents.keeping import unpack as unpack_retained
-from agents.plans import Plans
-from agents.queue.state import QueueWindow, unpack
-from pipeline.stores.memory_server import Hash, MemoryServer, Zset
-from schemas import keys
-from schemas.keys import Partition
-from schemas.rules import Rules
-from tests.delivering import Delivering
+from millpond.agents.delivery import leasing
+from millpond.agents.delivery.dead_messages import unpack as unpack_dead
+from millpond.agents.delivery.leasing import WAITING, WORK, Counters
+from millpond.agents.delivery.members import Members
+from millpond.agents.delivery.window import Waiting
+from millpond.agents.queue.state import QueueWindow, unpack
+from millpond.agents.topics.plans import Plans
+from millpond.agents.topics.storage import unpack as unpack_retained
+from millpond.pipeline.stores.memory.server import Hash, MemoryServer, Zset
+from millpond.schemas import keys
+from millpond.schemas.keys import Partition
+from millpond.schemas.rules import Rules
+from tests.support.delivery import Delivering
 
 QUEUE = Partition("millpond", "queue", 0)
 INDEX, RETAINED = keys.message_index(""), keys.retained("")

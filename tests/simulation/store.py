@@ -6,13 +6,14 @@ import copy
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple, cast
 
-from agents.effects import Refusal
-from agents.ports import Applied, Read, Stored, Transaction
-from pipeline.stores.memory import MemoryStore
-from pipeline.stores.memory_server import MemoryServer
-from schemas.errors import Fenced, StoreDown
-from tests.driving import PARTITION, run
+from millpond.agents.effects import Refusal
+from millpond.agents.ports import Applied, Stored, Transaction
+from millpond.agents.reads import Read
+from millpond.pipeline.stores.memory.server import MemoryServer
+from millpond.pipeline.stores.memory.store import MemoryStore
+from millpond.schemas.errors import Fenced, StoreDown
 from tests.simulation.points import Pause, Reply
+from tests.support.partition import PARTITION, run
 
 
 class Packed(NamedTuple):
@@ -128,7 +129,7 @@ class Store:
 
 
 class Connection:
-    """A worker's side of the store. See `agents.ports.Store`."""
+    """A worker's side of the store. See `millpond.agents.ports.Store`."""
 
     def __init__(
         self,

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from agents import held, keeping, seen
-from agents.ports import Record
-from agents.seen import SeenIds
-from pipeline.stores.memory_server import MemoryServer, Zset
-from schemas import keys
-from schemas.events import Event, MessagePublished, RulesChanged, Tick
-from tests import given as given_
-from tests.driving import PARTITION
+from millpond.agents.ports import Record
+from millpond.agents.topics import dedup, state_cache, storage
+from millpond.agents.topics.dedup import SeenIds
+from millpond.pipeline.stores.memory.server import MemoryServer, Zset
+from millpond.schemas import keys
+from millpond.schemas.events import Event, MessagePublished, RulesChanged, Tick
 from tests.simulation import judge
+from tests.support import given as given_
+from tests.support.partition import PARTITION
 
 LIMIT_MS = 2_000  # lifetime of the index; the retained entry's is a second longer
 WINDOW_MS = 3_000
@@ -72,11 +72,11 @@ cuts = st.lists(st.integers(1, 5), min_size=1, max_size=8)
 @pytest.fixture(autouse=True, scope="module")
 def _small_limits() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(seen, "DEDUP_WINDOW_MS", WINDOW_MS)
-        patch.setattr(seen, "GENERATION_IDS_MAX", 3)
-        patch.setattr("agents.due.SWEEP_DUE_MAX", 2)
-        patch.setattr(keeping, "SWEEP_ENTRIES_MAX", 3)
-        patch.setattr(held, "STATES_HELD_MAX", 1)
+        patch.setattr(dedup, "DEDUP_WINDOW_MS", WINDOW_MS)
+        patch.setattr(dedup, "GENERATION_IDS_MAX", 3)
+        patch.setattr("millpond.agents.topics.due_times.SWEEP_DUE_MAX", 2)
+        patch.setattr(storage, "SWEEP_ENTRIES_MAX", 3)
+        patch.setattr(state_cache, "STATES_HELD_MAX", 1)
         yield
 
 

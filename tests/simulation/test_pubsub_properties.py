@@ -23,15 +23,15 @@ from tests.simulation.pubsub_world import steps as steps_of
 
 SEEDS = 50
 LIMITS = {
-    "agents.due.SWEEP_DUE_MAX": 2, "agents.held.STATES_HELD_MAX": 1,
-    "agents.delivery.machine.READ_MIN": 1, "agents.pubsub.trimming.READ_MIN": 1,
-    "agents.delivery.rounds.PAGE_MAX": 2, "agents.pubsub.readers.PAGE_MAX": 2,
-    "agents.pubsub.forgetting.PAGE_MAX": 2,
-    "agents.delivery.rounds.ROUNDS_MAX": 2, "agents.delivery.rounds.FILTERS_MAX": 2,
-    "agents.pubsub.trimming.AHEAD_MAX": 2, "agents.delivery.machine.AHEAD_TOTAL_MAX": 4,
-    "agents.delivery.leasing.UNCONFIRMED_MAX": 5, "agents.keeping.SWEEP_ENTRIES_MAX": 3,
-    "agents.delivery.members.AWAKE_MAX": 0,
-    "agents.pubsub.machine.OVERFLOW_MAX": 2, "agents.pubsub.trimming.OVERFLOW_MAX": 2,
+    "millpond.agents.topics.due_times.SWEEP_DUE_MAX": 2, "millpond.agents.topics.state_cache.STATES_HELD_MAX": 1,
+    "millpond.agents.delivery.machine.READ_MIN": 1, "millpond.agents.pubsub.trimming.READ_MIN": 1,
+    "millpond.agents.delivery.rounds.PAGE_MAX": 2, "millpond.agents.pubsub.readers.PAGE_MAX": 2,
+    "millpond.agents.pubsub.forgetting.PAGE_MAX": 2,
+    "millpond.agents.delivery.rounds.ROUNDS_MAX": 2, "millpond.agents.delivery.rounds.FILTERS_MAX": 2,
+    "millpond.agents.pubsub.trimming.AHEAD_MAX": 2, "millpond.agents.delivery.machine.AHEAD_TOTAL_MAX": 4,
+    "millpond.agents.delivery.leasing.UNCONFIRMED_MAX": 5, "millpond.agents.topics.storage.SWEEP_ENTRIES_MAX": 3,
+    "millpond.agents.delivery.members.AWAKE_MAX": 0,
+    "millpond.agents.pubsub.machine.OVERFLOW_MAX": 2, "millpond.agents.pubsub.trimming.OVERFLOW_MAX": 2,
 }  # fmt: skip
 
 

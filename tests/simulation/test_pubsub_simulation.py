@@ -21,21 +21,15 @@ def _small_limits() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def happened() -> Counter[str]:
-    return Counter()
-
-
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
-def test_whatever_happens_every_subscriber_reads_on_where_it_was(
-    first: int, happened: Counter[str]
-) -> None:
+def test_whatever_happens_every_subscriber_reads_on_where_it_was(first: int) -> None:
     for seed in range(first, first + CHUNK):
         print(f"seed {seed}")  # shown if it fails
-        happened.update(judge_seed(seed))
+        judge_seed(seed)
 
 
-def test_every_fault_has_happened(happened: Counter[str]) -> None:
+def test_every_fault_happens_in_a_few_seeds() -> None:
+    happened = sum((judge_seed(seed) for seed in range(CHUNK)), Counter[str]())
     assert happened.keys() >= {
         "killed: before", "killed: after", "killed: read", "down: before", "down: after", "down: read",
         "down: load", "taken over", "stray owner", "emptied",

@@ -11,11 +11,11 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 
-from agents import seen
-from agents.delivery import window
-from schemas import codec
-from schemas.commands import Deliver
-from schemas.events import (
+from millpond.agents.delivery import window
+from millpond.agents.topics import dedup
+from millpond.schemas import codec
+from millpond.schemas.commands import Deliver
+from millpond.schemas.events import (
     DeliveriesSent,
     MessageAcked,
     MessagePublished,
@@ -37,9 +37,9 @@ MAX_LENGTH = {"dropping": 2, "dead on overflow": 2, "latest": 1}
 def _small_limits() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         small_limits(patch)
-        patch.setattr(seen, "DEDUP_WINDOW_MS", 1_000_000)
+        patch.setattr(dedup, "DEDUP_WINDOW_MS", 1_000_000)
         patch.setattr(window, "HOLDERS_MAX", 16)
-        patch.setattr("agents.delivery.dead.DEAD_LETTER_RETENTION_MS", 1_000_000)
+        patch.setattr("millpond.agents.delivery.dead_messages.DEAD_LETTER_RETENTION_MS", 1_000_000)
         yield
 
 

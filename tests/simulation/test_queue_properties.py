@@ -44,13 +44,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents import seen
-from agents.delivery.leasing import REST_MS
-from tests import given as given_
+from millpond.agents.delivery.leasing import REST_MS
+from millpond.agents.topics import dedup
 from tests.simulation import judge, queue_judge
 from tests.simulation.player import KINDS, Kind, Player, Step
 from tests.simulation.queue_judge import QUEUE
 from tests.simulation.small_limits import SEND_MS, small_limits
+from tests.support import given as given_
 
 SEEDS, CHUNK, SCRIPT_STEPS = 200, 40, 60
 ACK_MS, EXPIRY_MS = 2_000, 5_000
@@ -115,7 +115,7 @@ cuts = st.lists(st.integers(1, 7), min_size=1, max_size=8)
 def _small_limits() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         small_limits(patch)
-        patch.setattr(seen, "DEDUP_WINDOW_MS", 1_000_000)
+        patch.setattr(dedup, "DEDUP_WINDOW_MS", 1_000_000)
         yield
 
 
@@ -143,7 +143,7 @@ def test_after_every_step_all_that_is_counted_is_there_and_nobody_waits_in_vain(
 
 def check_steps(name: str, log: list[Step]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(seen, "DEDUP_WINDOW_MS", 4_000)  # so that repeats may be of any age
+        patch.setattr(dedup, "DEDUP_WINDOW_MS", 4_000)  # so that repeats may be of any age
         played(name, [step for step in log if step.kind != "other rules"], checked=True)
 
 

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from agents.sessions import machine as sessions
-from agents.sessions.state import unpack
-from pipeline.stores.memory_server import Hash, Zset
-from schemas import events, keys
-from schemas.events import Event, SubscriberJoined
-from schemas.filters import intersects, split_share
-from tests import given
-from tests.driving import run
-from tests.unit.test_sessions_machine import PRESENCE, QUEUE, SESSIONS, Sessions
+from millpond.agents.sessions import machine as sessions
+from millpond.agents.sessions.state import unpack
+from millpond.pipeline.stores.memory.server import Hash, Zset
+from millpond.schemas import events, keys
+from millpond.schemas.events import Event, SubscriberJoined
+from millpond.schemas.topics import intersects, split_share
+from tests.support import given
+from tests.support.partition import run
+from tests.unit.agents.sessions.test_machine import PRESENCE, QUEUE, SESSIONS, Sessions
 
 NODES = ("n@1", "n@2")
 CLIENTS = ("a", "b", "c", "d")

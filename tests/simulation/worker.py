@@ -6,16 +6,16 @@ from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from random import Random
 from typing import NamedTuple, Protocol, cast
 
-from agents.driver import PartitionDriver
-from agents.messages.machine import MessagesMachine
-from agents.ports import LogBounds, Outgoing, Record, Stored
-from pipeline.memory_log import MemoryLog
-from schemas import keys
-from schemas.keys import Partition
-from schemas.rules import Rules
-from tests.driving import PARTITION
+from millpond.agents.driver.driver import PartitionDriver
+from millpond.agents.messages.machine import MessagesMachine
+from millpond.agents.ports import LogBounds, Outgoing, Record, Stored
+from millpond.pipeline.kafka.memory_log import MemoryLog
+from millpond.schemas import keys
+from millpond.schemas.keys import Partition
+from millpond.schemas.rules import Rules
 from tests.simulation.points import Pause, Reply
 from tests.simulation.store import Connection, Packed, Store
+from tests.support.partition import PARTITION
 
 
 class ToProduce(NamedTuple):
@@ -123,7 +123,7 @@ class Worker:
     def _missing(self, start: int, stop: int) -> frozenset[int]:
         return frozenset(range(start, stop)) - self._handed
 
-    # -- its Kafka. See `agents.ports.Log` --------------------------------------------------------------
+    # -- its Kafka. See `millpond.agents.ports.Log` --------------------------------------------------------------
 
     async def bounds(self, partition: Partition) -> LogBounds:
         await Pause()

@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Callable
 from random import Random
 
-from agents.ports import Record
-from pipeline.memory_log import MemoryLog
-from schemas import keys
-from tests.driving import PARTITION
+from millpond.agents.ports import Record
+from millpond.pipeline.kafka.memory_log import MemoryLog
+from millpond.schemas import keys
 from tests.simulation import judge
 from tests.simulation.publisher import RULES, Publisher
 from tests.simulation.store import Store
 from tests.simulation.worker import ToProduce, Worker, letter_offset
+from tests.support.partition import PARTITION
 
 STEPS = 1_500
 STEPS_TO_SETTLE_MAX = 20_000
@@ -24,7 +24,7 @@ PLACE = PARTITION.topic, PARTITION.number
 
 
 class World:
-    """One run of one seed. See `agents/driver.py` for what is promised."""
+    """One run of one seed. See `agents/driver/driver.py` for what is promised."""
 
     def __init__(self, seed: int) -> None:
         self.random = Random(seed)

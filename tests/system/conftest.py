@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.brokers.emqx.rest import Rest
-from tests.system.bridge import Bridge, Log, reading
-from tests.system.emqx import Emqx
-from tests.system.emqx_rest import EmqxRest, serving
-from tests.system.emqx_scene import asking
+from millpond.pipeline.brokers.emqx.rest.client import Rest
+from tests.support.embedded_bridge import Bridge, Log, reading
+from tests.support.emqx.broker import Emqx
+from tests.support.emqx.rest import EmqxRest, serving
+from tests.support.emqx.scene import asking
 
 
 @pytest.fixture

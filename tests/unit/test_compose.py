@@ -11,12 +11,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pipeline import settings
-from pipeline.cli.main import app
-from pipeline.ready import READY_FILE
-from pipeline.settings import Settings
-from schemas.rules import default_rules
-from tests.unit.test_telemetry import LABELS, every_family
+from millpond.pipeline import settings
+from millpond.pipeline.cli.main import app
+from millpond.pipeline.process.readiness import READY_FILE
+from millpond.pipeline.settings import Settings
+from millpond.schemas.rules import default_rules
+from tests.unit.pipeline.telemetry.test_telemetry import LABELS, every_family
 
 COMPOSE = Path(__file__).parents[2] / "compose"
 SERVICES: dict[str, dict[str, Any]] = yaml.safe_load((COMPOSE / "compose.yaml").read_text())[

@@ -9,13 +9,13 @@ from typing import Annotated, Any, get_args, get_origin
 import pytest
 from msgspec import NODEFAULT, Struct, structs
 
-from pipeline.settings import Settings
-from schemas import keys
-from schemas.commands import Command
-from schemas.events import Event
-from schemas.pool import Pool
-from schemas.rule import ACTIONS, COMPANIONS, Rule
-from schemas.user_commands import VARIABLES
+from millpond.pipeline.settings import Settings
+from millpond.schemas import keys
+from millpond.schemas.commands import Command
+from millpond.schemas.events import Event
+from millpond.schemas.rules.pool import Pool
+from millpond.schemas.rules.rule import ACTIONS, COMPANIONS, Rule
+from millpond.schemas.rules.user_commands import VARIABLES
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 # What a rule says besides its settings.

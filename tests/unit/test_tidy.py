@@ -12,7 +12,7 @@ from statistics import median
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("schemas", "agents", "pipeline", "examples", "tests")
+PACKAGES = ("millpond", "schemas", "agents", "pipeline", "examples", "tests")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 SHIPPED = [path for path in SOURCES if ROOT / "tests" not in path.parents]
 

@@ -14,25 +14,25 @@ from amqtt.mqtt.constants import QOS_2
 from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
 from amqtt.session import Session
 
-from pipeline.brokers.deliveries import Deliveries
-from pipeline.brokers.embedded.handler import (
+from millpond.pipeline.brokers.commands.deliveries import Deliveries
+from millpond.pipeline.brokers.commands.pending import Ticket
+from millpond.pipeline.brokers.embedded.event_producer import NEVER_EXPIRES_S, Recorder
+from millpond.pipeline.brokers.embedded.handler import (
     Handler,
     Payload,
     outgoing_of,
     refused_topic,
     routed_copy,
 )
-from pipeline.brokers.embedded.listening import ListeningBroker
-from pipeline.brokers.embedded.outgoing import Change, ordered
-from pipeline.brokers.embedded.recorder import NEVER_EXPIRES_S, Recorder
-from pipeline.brokers.embedded.sender import Sender
-from pipeline.brokers.embedded.wire import Writer
-from pipeline.brokers.tickets import Ticket
-from pipeline.clock import now_ms
-from pipeline.settings import BridgeSettings
-from schemas.commands import Command, Subscribe, Unsubscribe
-from schemas.errors import MillpondError
-from schemas.events import (
+from millpond.pipeline.brokers.embedded.listening import ListeningBroker
+from millpond.pipeline.brokers.embedded.outgoing import Change, ordered
+from millpond.pipeline.brokers.embedded.sender import Sender
+from millpond.pipeline.brokers.embedded.wire import Writer
+from millpond.pipeline.clock import now_ms
+from millpond.pipeline.settings import BridgeSettings
+from millpond.schemas.commands import Command, Subscribe, Unsubscribe
+from millpond.schemas.errors import MillpondError
+from millpond.schemas.events import (
     ClientConnected,
     ClientDisconnected,
     NodeStarted,
@@ -47,7 +47,7 @@ from schemas.events import (
     SessionTerminated,
     SessionUnsubscribed,
 )
-from schemas.filters import filter_error
+from millpond.schemas.topics import filter_error
 
 logger = logging.getLogger(__name__)
 

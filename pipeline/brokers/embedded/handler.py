@@ -23,14 +23,14 @@ from amqtt.mqtt.subscribe import SubscribePacket
 from amqtt.mqtt.unsubscribe import UnsubscribePacket
 from amqtt.session import OutgoingApplicationMessage, Session
 
-from pipeline.brokers.deliveries import Deliveries
-from pipeline.brokers.embedded.outgoing import Change, Copy, Message, Outgoing
-from pipeline.brokers.embedded.recorder import Recorder
-from pipeline.brokers.embedded.sender import Sender
-from pipeline.brokers.embedded.wire import Publish, Writer, read_packet
-from pipeline.brokers.reports import Entry
-from schemas.codec import topic_name_error
-from schemas.events import MessagePublished
+from millpond.pipeline.brokers.commands.deliveries import Deliveries
+from millpond.pipeline.brokers.commands.reports import Entry
+from millpond.pipeline.brokers.embedded.event_producer import Recorder
+from millpond.pipeline.brokers.embedded.outgoing import Change, Copy, Message, Outgoing
+from millpond.pipeline.brokers.embedded.sender import Sender
+from millpond.pipeline.brokers.embedded.wire import Publish, Writer, read_packet
+from millpond.schemas.codec import topic_name_error
+from millpond.schemas.events import MessagePublished
 
 logger = logging.getLogger(__name__)
 

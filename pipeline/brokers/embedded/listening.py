@@ -12,9 +12,9 @@ from amqtt.adapters import WebSocketsWriter
 from amqtt.broker import Broker
 from amqtt.contexts import ListenerType
 
-from pipeline.brokers.embedded.access import AcceptEveryone
-from pipeline.brokers.embedded.wire import WebSocketReader
-from pipeline.settings import BridgeSettings
+from millpond.pipeline.brokers.embedded.access import AcceptEveryone
+from millpond.pipeline.brokers.embedded.wire import WebSocketReader
+from millpond.pipeline.settings import BridgeSettings
 
 FIXED_HEADER_BYTES_MAX: Final = 5
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeAlias
 
-from pipeline.brokers.embedded.wire import publish_packet
-from pipeline.brokers.tickets import Ticket
-from schemas.codec import payload_bytes
-from schemas.commands import Command, Deliver, Subscribe, Unsubscribe
+from millpond.pipeline.brokers.commands.pending import Ticket
+from millpond.pipeline.brokers.embedded.wire import publish_packet
+from millpond.schemas.codec import payload_bytes
+from millpond.schemas.commands import Command, Deliver, Subscribe, Unsubscribe
 
 # Un-acked copies of one client, of each lane. A client that is a millisecond away is served at over 100,000 a second
 # with that; more would only be sent again after a broken connection.

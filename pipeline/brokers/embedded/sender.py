@@ -8,11 +8,18 @@ from functools import partial
 
 from amqtt.adapters import WriterAdapter
 
-from pipeline.brokers.deliveries import Deliveries
-from pipeline.brokers.embedded.outgoing import Change, Copy, Ordered, Outgoing, Release, Step
-from pipeline.brokers.embedded.recorder import Recorder
-from pipeline.brokers.embedded.wire import pubrel_packet
-from pipeline.clock import now_ms
+from millpond.pipeline.brokers.commands.deliveries import Deliveries
+from millpond.pipeline.brokers.embedded.event_producer import Recorder
+from millpond.pipeline.brokers.embedded.outgoing import (
+    Change,
+    Copy,
+    Ordered,
+    Outgoing,
+    Release,
+    Step,
+)
+from millpond.pipeline.brokers.embedded.wire import pubrel_packet
+from millpond.pipeline.clock import now_ms
 
 
 class Sender:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
-from pipeline.telemetry.tracing import Headers
-from schemas.events import Event
+from millpond.pipeline.telemetry.tracing import Headers
+from millpond.schemas.events import Event
 
 
 class Keeping(Protocol):

@@ -1,0 +1,140 @@
+"""Messages on their way to one client, or to the dead letters, as Kafka records.
+
+A message that was published in the batch is in the record that it came from; any other is read from the store, many at
+once, after the transaction that leased it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple, TypeAlias
+
+from millpond.agents.driver.dead_letters import headers_of
+from millpond.agents.effects import GiveUp, HandOut
+from millpond.agents.ports import Outgoing, Record
+from millpond.agents.reads import Read, ReadBody
+from millpond.schemas import codec, keys
+from millpond.schemas.commands import COMMAND_VALID_FOR_S, Command, Deliver
+from millpond.schemas.errors import DecodeError
+from millpond.schemas.events import DeliveryFailed, MessagePublished, PayloadEncoding
+from millpond.schemas.keys import Partition
+from millpond.schemas.leases import lease_name
+
+BODIES_READ_MAX: Final = 100  # messages read at once: some MiB, but for large ones
+
+OfMessage: TypeAlias = HandOut | GiveUp
+
+
+class Message(NamedTuple):
+    """What of a message goes to a client. `expires_at` is its own, in ms."""
+
+    qos: int
+    payload: str
+    payload_encoding: PayloadEncoding
+    expires_at: int | None
+
+
+class HandOuts:
+    """Makes the records of one partition's hand-outs and dead messages."""
+
+    def __init__(
+        self, partition: Partition, read: Callable[[Sequence[Read]], Awaitable[list[Any]]]
+    ) -> None:
+        """`read` reads the store."""
+        self._partition, self._read = partition, read
+
+    async def records(
+        self, outputs: Sequence[OfMessage], sources: Mapping[int, Record | None]
+    ) -> AsyncIterator[Outgoing]:
+        """In order. A message that is gone is reported to the agent itself, which holds a lease of it."""
+        for some in _chunks(outputs):
+            found = [published(output, sources.get(output.offset)) for output in some]
+            missing = [
+                output for output, message in zip(some, found, strict=True)
+                if message is None and (isinstance(output, GiveUp) or output.stored)
+            ]  # fmt: skip
+            reads = [ReadBody(output.message_id) for output in missing]
+            bodies = iter(await self._read(reads)) if reads else iter(())
+            stored = {
+                id(output): stored_message(body)
+                for output, body in zip(missing, bodies, strict=True)
+            }
+            for output, message in zip(some, found, strict=True):
+                record = self._record(output, message or stored.get(id(output)))
+                if record is not None:
+                    yield record
+
+    def _record(self, output: OfMessage, message: Message | None) -> Outgoing | None:
+        if isinstance(output, GiveUp):
+            return self._given_up(output, message)
+        if message is not None:
+            return to_bridge(self._deliver(output, message))
+        return self._gone(output) if output.lease else None
+
+    def _deliver(self, output: HandOut, message: Message) -> Deliver:
+        ends = [at for at in (output.expires_at, message.expires_at) if at is not None]
+        return Deliver(
+            client_id=output.client_id,
+            lease=lease_name(self._partition, output.lease) if output.lease else "",
+            epoch=output.epoch, valid_for_s=COMMAND_VALID_FOR_S, attempt=output.attempt,
+            message_id=output.message_id, topic=output.topic,
+            qos=min(output.qos, message.qos),  # [MQTT-3.8.4-6]
+            retain=False,  # [MQTT-3.3.1-9]
+            payload=message.payload, payload_encoding=message.payload_encoding,
+            expires_at=min(ends, default=None),
+        )  # fmt: skip
+
+    def _gone(self, output: HandOut) -> Outgoing:
+        event = DeliveryFailed(
+            at=0, node=keys.AGENT_NODE, agent=self._partition.agent,
+            lease=lease_name(self._partition, output.lease), client_id=output.client_id,
+            message_id=output.message_id, reason="gone",
+        )  # fmt: skip
+        key = keys.record_key(event).encode()
+        return Outgoing(self._partition.topic, key, codec.encode(event), (), self._partition.number)
+
+    def _given_up(self, output: GiveUp, message: Message | None) -> Outgoing:
+        """The payload as it was published, under the topic; the headers say the rest."""
+        topic, number, agent = self._partition.topic, self._partition.number, self._partition.agent
+        headers = (
+            *headers_of(topic, number, output.offset, agent, output.reason),
+            ("message-id", output.message_id.encode()),
+            ("deliveries", b"%d" % output.deliveries),
+        )
+        payload = None if message is None else codec.payload_bytes(message)
+        return Outgoing(keys.DEAD_LETTERS_TOPIC, output.topic.encode(), payload, headers)
+
+
+def _chunks(outputs: Sequence[OfMessage]) -> Iterator[Sequence[OfMessage]]:
+    for first in range(0, len(outputs), BODIES_READ_MAX):
+        yield outputs[first : first + BODIES_READ_MAX]
+
+
+def published(output: OfMessage, source: Record | None) -> Message | None:
+    """The message, if the record that the output came from is its publish."""
+    if source is None or source.key != output.topic.encode():
+        return None
+    try:
+        event = codec.decode(source.value)
+    except DecodeError:
+        return None
+    if not isinstance(event, MessagePublished) or event.message_id != output.message_id:
+        return None
+    return Message(event.qos, event.payload, event.payload_encoding, event.expires_at)
+
+
+def stored_message(body: Mapping[str, bytes]) -> Message | None:
+    """The message in a body; None if it has gone, or is somebody else's key."""
+    try:
+        qos, expiry = int(body["qos"]), body.get("expires_at")
+        expires_at = None if expiry is None else int(expiry)
+    except (KeyError, ValueError):
+        return None
+    if qos not in (0, 1, 2):
+        return None
+    return Message(qos, *codec.payload_text(body.get("payload", b"")), expires_at)
+
+
+def to_bridge(command: Command) -> Outgoing:
+    """A command on its way to the broker."""
+    return Outgoing(keys.DELIVERIES_TOPIC, command.client_id.encode(), codec.encode(command))

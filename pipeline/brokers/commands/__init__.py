@@ -1,0 +1,1 @@
+"""Commands of the agents to a broker: read from Kafka, tracked, and reported."""

@@ -1,0 +1,131 @@
+"""Reads from `mqtt.deliveries` what a broker is to do, and commits what is done."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NoReturn, Protocol
+
+from millpond.agents.driver.dead_letters import headers_of
+from millpond.pipeline.brokers.commands.deliveries import Deliveries
+from millpond.pipeline.brokers.commands.pending import Ticket
+from millpond.pipeline.clock import now_ms
+from millpond.pipeline.kafka.consumer import Source
+from millpond.pipeline.kafka.producer import Producer
+from millpond.pipeline.settings import Settings
+from millpond.pipeline.telemetry.histogram import SHORT_S, Histogram
+from millpond.pipeline.telemetry.tracing import BridgeTracing
+from millpond.schemas import codec, keys
+from millpond.schemas.commands import Command, Deliver
+from millpond.schemas.errors import DecodeError
+from millpond.schemas.leases import Lease, parse_lease
+
+
+class Broker(Protocol):
+    """What carries commands out."""
+
+    async def take(self, ticket: Ticket, command: Command) -> None:
+        """A command takes its place among those of its client; a report, or `ticket.done`, follows when it is done."""
+
+
+class Commander:
+    """One per bridge. A command is committed when Kafka knows what came of it; commands finish in any order."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        broker: Broker,
+        deliveries: Deliveries,
+        producer: Producer,
+        tracing: BridgeTracing | None = None,
+    ) -> None:
+        """`run` connects."""
+        self._tracing = tracing
+        self._broker, self._deliveries, self._producer = broker, deliveries, producer
+        self._settings = settings
+        group_id = keys.bridge_group_id(settings.app)
+        self._source = Source(settings, group_id, [keys.DELIVERIES_TOPIC], self._carry_out)
+        self.taken: Counter[str] = Counter()  # by type
+        self.seconds = Histogram(SHORT_S)  # from a command's log time until it is finished
+
+    @property
+    def unfinished(self) -> int:
+        """Commands of which Kafka does not know yet what became of them."""
+        return self._source.unfinished
+
+    async def run(self) -> NoReturn:
+        """Until cancelled."""
+        await self._source.run()
+
+    # -- commands
+
+    async def _carry_out(self, record: Any, finished: Callable[[], None]) -> None:
+        done: Callable[[], None] = partial(self._finish, finished, record.timestamp)
+        try:
+            command = codec.decode_command(record.value)
+            done = self._traced(record, command, done)
+            ticket = self._ticket(command, record.timestamp, done)
+        except DecodeError as error:
+            await self._bury(record, str(error), done)
+            self.taken["unreadable"] += 1
+            return
+        self.taken[str(command.__struct_config__.tag)] += 1
+        if not self._deliveries.good(ticket):
+            return
+        if isinstance(command, Deliver) and codec.topic_name_error(command.topic) is not None:
+            self._deliveries.fail(ticket, "bridge")
+        else:
+            await self._broker.take(ticket, command)
+
+    def _traced(
+        self, record: Any, command: Command, done: Callable[[], None]
+    ) -> Callable[[], None]:
+        """What to call in the end, if the command is a part of a trace."""
+        if self._tracing is None:
+            return done
+        span = self._tracing.deliver(record.headers, command)
+        if span is None:
+            return done
+
+        def finish() -> None:
+            span.end()
+            done()
+
+        return finish
+
+    def _finish(self, finished: Callable[[], None], log_ms: int) -> None:
+        self.seconds.add(max(now_ms() - log_ms, 0) / 1000)
+        finished()
+
+    def _ticket(self, command: Command, log_ms: int, done: Callable[[], None]) -> Ticket:
+        """The paper of a command.
+
+        Raises:
+            DecodeError: it names a lease that there cannot be.
+        """
+        valid_until_ms = log_ms + command.valid_for_s * 1000
+        if not isinstance(command, Deliver):
+            return Ticket(command.client_id, None, 0, "", valid_until_ms, done)
+        if command.expires_at is not None:
+            valid_until_ms = min(valid_until_ms, command.expires_at)
+        return Ticket(
+            command.client_id, self._lease(command.lease), command.epoch, command.message_id,
+            valid_until_ms, done,
+        )  # fmt: skip
+
+    def _lease(self, name: str) -> Lease | None:
+        if not name:
+            return None
+        lease = parse_lease(name)
+        if lease.partition >= self._settings.kafka.partitions:
+            raise DecodeError(f"the lease {name!r} names a partition that there is not")
+        return lease
+
+    async def _bury(self, record: Any, reason: str, done: Callable[[], None]) -> None:
+        """Only agents write here: it is a newer one's, or somebody else's."""
+        headers = headers_of(record.topic, record.partition, record.offset, "bridge", reason)
+        acknowledged = await self._producer.send(
+            keys.DEAD_LETTERS_TOPIC, record.key, record.value, None, headers
+        )
+        acknowledged.add_done_callback(lambda _: done())

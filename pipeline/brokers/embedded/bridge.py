@@ -1,0 +1,121 @@
+"""Bridges: what connects one kind of MQTT broker to Kafka."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import partial
+from typing import Final, NamedTuple, NoReturn
+
+from aiokafka.errors import KafkaError
+
+from millpond.pipeline.brokers.commands.consumer import Commander
+from millpond.pipeline.brokers.commands.deliveries import Deliveries
+from millpond.pipeline.brokers.commands.reports import Reports
+from millpond.pipeline.brokers.embedded.broker import EmbeddedBroker
+from millpond.pipeline.brokers.embedded.event_producer import Recorder
+from millpond.pipeline.kafka.diagnosis import unreachable
+from millpond.pipeline.kafka.producer import Producer
+from millpond.pipeline.process.event_loop import use_uvloop
+from millpond.pipeline.process.readiness import say_ready
+from millpond.pipeline.process.signals import asked_to_end, until_asked
+from millpond.pipeline.settings import Settings
+from millpond.pipeline.telemetry.bridge import BridgeHealth, Commands, Kept
+from millpond.pipeline.telemetry.http import serving as telemetry
+from millpond.pipeline.telemetry.tracing import bridge_tracing
+from millpond.schemas.rules import Rules
+
+logger = logging.getLogger(__name__)
+
+# How long a bridge that is asked to stop waits for Kafka to take what is left: less than `millpond down` gives it.
+STOP_TIMEOUT_S: Final = 10.0
+SIFT_INTERVAL_S: Final = 1.0  # how late it may be noticed that a command waits in vain
+
+
+def run_embedded(settings: Settings, rules: Rules) -> None:
+    """Run the embedded broker and its bridge until SIGTERM or SIGINT.
+
+    Raises:
+        MillpondError: Kafka cannot be reached at the start, or a port is in use.
+    """
+    use_uvloop()
+    asyncio.run(_run_embedded(settings, rules))
+
+
+async def _run_embedded(settings: Settings, rules: Rules) -> None:
+    stop = asked_to_end()
+    producer = Producer(settings.kafka.client_options(), settings.kafka.message_bytes_max)
+    tracing = bridge_tracing(settings.telemetry, "embedded")
+    recorder = Recorder(producer, rules, settings.bridge.node, settings.kafka.partitions, tracing)
+    reports = Reports(recorder)
+    deliveries = Deliveries(settings.bridge.node, reports)
+    broker = EmbeddedBroker(settings.bridge, recorder, deliveries)
+    commander = Commander(settings, broker, deliveries, producer, tracing)
+    # Any of its steps may wait for Kafka as long as Kafka is away, and a signal must not.
+    parts = _Parts(producer, recorder, reports, broker, commander)
+    shown = (Kept(recorder), Commands(commander, deliveries))
+    health = BridgeHealth(stop.is_set, producer, partial(_complaints, broker))
+    async with telemetry(settings.telemetry.listen, "bridge embedded", shown, health):
+        serving = asyncio.create_task(_serve(settings, parts))
+        try:
+            await until_asked(serving, stop)
+            serving.cancel()
+        finally:
+            await _end(parts)
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
+
+
+class _Parts(NamedTuple):
+    producer: Producer
+    recorder: Recorder
+    reports: Reports
+    broker: EmbeddedBroker
+    commander: Commander
+
+
+def _complaints(broker: EmbeddedBroker) -> list[str]:
+    return [] if broker.transitions.is_started() else ["the broker does not listen yet"]
+
+
+async def _serve(settings: Settings, parts: _Parts) -> NoReturn:
+    try:
+        await parts.producer.start()
+    except KafkaError as error:
+        raise await unreachable(settings.kafka) from error
+    await parts.broker.start()
+    await parts.recorder.drain()
+    say_ready("bridge embedded")
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(parts.reports.run())
+        tasks.create_task(parts.commander.run())
+        tasks.create_task(_sift(parts.broker))
+        tasks.create_task(_tell_snapshots(settings, parts.broker))
+    raise AssertionError("none of them ever returns")
+
+
+async def _sift(broker: EmbeddedBroker) -> NoReturn:
+    while True:
+        await asyncio.sleep(SIFT_INTERVAL_S)
+        broker.sift()
+
+
+async def _tell_snapshots(settings: Settings, broker: EmbeddedBroker) -> NoReturn:
+    while True:
+        await asyncio.sleep(settings.bridge.sync_interval_s)
+        await broker.snapshot()
+
+
+async def _end(parts: _Parts) -> None:
+    """Close the connections and tell of it; without Kafka no longer than `STOP_TIMEOUT_S`."""
+    try:
+        async with asyncio.timeout(STOP_TIMEOUT_S):
+            if parts.broker.transitions.is_started():
+                await parts.broker.shutdown()
+            await parts.reports.flush()
+            await parts.producer.stop()
+    except TimeoutError:
+        lost = len(parts.recorder.unacknowledged)
+        logger.warning("Kafka has not acknowledged %d events in time; not waiting longer", lost)
+        for library in ("amqtt", "asyncio"):  # which would show a traceback for all that is cut off
+            logging.getLogger(library).setLevel(logging.CRITICAL)

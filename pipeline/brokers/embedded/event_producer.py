@@ -1,0 +1,196 @@
+"""What the broker saw, into Kafka: stamped once, in the order it happened."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+from millpond.pipeline.brokers.bridge_rules import RuleAnswers
+from millpond.pipeline.brokers.embedded.message_id import MessageIds
+from millpond.pipeline.brokers.embedded.outgoing import Message
+from millpond.pipeline.clock import now_ms
+from millpond.pipeline.kafka.producer import Producer
+from millpond.pipeline.telemetry.histogram import SHORT_S, Histogram
+from millpond.pipeline.telemetry.tracing import BridgeTracing, Headers
+from millpond.schemas import codec, keys
+from millpond.schemas.events import (
+    TEXT_BYTES_MAX,
+    ClientConnected,
+    ClientDisconnected,
+    DeliveriesSent,
+    DeliveryFailed,
+    Event,
+    MessageAcked,
+    MessageDelivered,
+    MessagePublished,
+    NodeStarted,
+    NodeStopped,
+    NodeSyncCompleted,
+    NodeSyncStarted,
+    SessionCreated,
+    SessionDiscarded,
+    SessionResumed,
+    SessionSubscribed,
+    SessionTakenOver,
+    SessionTerminated,
+    SessionUnsubscribed,
+)
+from millpond.schemas.rules import Rules
+
+logger = logging.getLogger(__name__)
+
+NEVER_EXPIRES_S: Final = 0xFFFF_FFFF  # [MQTT5-3.1.2-11.2]; an MQTT 3.1.1 session that is not clean
+
+ClientEvent = (
+    type[ClientDisconnected] | type[SessionCreated] | type[SessionResumed]
+    | type[SessionSubscribed] | type[SessionUnsubscribed] | type[SessionTerminated]
+    | type[SessionDiscarded] | type[SessionTakenOver] | type[ClientConnected]
+)  # fmt: skip
+MessageEvent = MessageDelivered | MessageAcked | DeliveriesSent | DeliveryFailed
+NodeEvent = type[NodeStarted] | type[NodeStopped] | type[NodeSyncStarted] | type[NodeSyncCompleted]
+
+
+class Recorder:
+    """Produces events; one at a time enters the producer, so that none overtakes another."""
+
+    def __init__(
+        self,
+        producer: Producer,
+        rules: Rules,
+        node: str,
+        partitions: int,
+        tracing: BridgeTracing | None = None,
+    ) -> None:
+        """`partitions` is how many each topic has: node events go to every one."""
+        self._tracing = tracing
+        self.node = node
+        self.answers = RuleAnswers(rules)
+        self._producer, self._partitions = producer, partitions
+        self._ids = MessageIds(node, os.getpid())
+        self._entering = asyncio.Lock()
+        # A larger packet cannot become a record: what a payload is in JSON is never shorter.
+        self.packet_bytes_max = producer.message_bytes_max + 2 + TEXT_BYTES_MAX + 2
+        self._waiting: set[asyncio.Task[None]] = set()
+        self.unacknowledged: set[asyncio.Future[Any]] = set()
+        self.entered: Counter[str] = Counter()  # by type
+        self.lost: Counter[str] = Counter()  # the same, of what Kafka refused
+        self.kept_s = Histogram(SHORT_S)  # how long Kafka took
+
+    # -- publishes
+
+    async def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        qos: int,
+        retain: bool,
+        client_id: str,
+        username: str | None,
+    ) -> tuple[MessagePublished, asyncio.Future[Any]]:
+        """Enter a publish; the future is done when Kafka has it.
+
+        Raises:
+            MessageTooLarge: it is larger than one record may be.
+        """
+        text, encoding = codec.payload_text(payload)
+        at = now_ms()
+        event = MessagePublished(
+            at=at, node=self.node, message_id=self._ids.next(), topic=topic, qos=qos,
+            retain=retain, client_id=client_id, username=username, payload=text,
+            payload_encoding=encoding, published_at=at,
+        )  # fmt: skip
+        span = None if self._tracing is None else self._tracing.publish(event)
+        headers = () if span is None else span.headers
+        acknowledged = await self._enter(keys.MESSAGES_TOPIC, event, headers=headers)
+        if span is not None:
+            acknowledged.add_done_callback(span.answered)
+        return event, acknowledged
+
+    async def delivered(self, message: Message, client_id: str, qos: int) -> None:
+        """The broker is about to hand a message to a client."""
+        if self.answers.wants("message.delivered", message.topic):
+            event = MessageDelivered(
+                at=now_ms(), node=self.node, message_id=message.message_id, topic=message.topic,
+                client_id=client_id, from_client_id=message.from_client_id, qos=qos,
+            )  # fmt: skip
+            await self.enter(event)
+
+    def acknowledgement(
+        self, message: Message, client_id: str, qos: int, *, leased: bool
+    ) -> MessageAcked | None:
+        """A client acknowledged a message: the event, to be entered, if anybody wants it."""
+        if not leased and not self.answers.wants("message.acked", message.topic):
+            return None
+        return MessageAcked(
+            at=now_ms(), node=self.node, message_id=message.message_id, topic=message.topic,
+            client_id=client_id, from_client_id=message.from_client_id, qos=qos,
+        )  # fmt: skip
+
+    # -- clients, sessions, nodes
+
+    async def client(self, kind: ClientEvent, client_id: str, **fields: Any) -> None:
+        """Something happened to a client or its session."""
+        event: Event = kind(at=now_ms(), node=self.node, client_id=client_id, **fields)
+        await self._enter(keys.CLIENTS_TOPIC, event)
+
+    async def node_event(self, kind: NodeEvent, **fields: Any) -> None:
+        """Something happened to the whole broker: every partition hears of it."""
+        event = kind(at=now_ms(), node=self.node, **fields)
+        for number in range(self._partitions):
+            await self._enter(keys.CLIENTS_TOPIC, event, number)
+
+    # -- into Kafka
+
+    async def enter(self, event: MessageEvent, partition: int | None = None) -> asyncio.Future[Any]:
+        """Something became of a message; the future is done when Kafka has it.
+
+        Raises:
+            MessageSizeTooLargeError: it is larger than one record may be.
+        """
+        return await self._enter(keys.MESSAGES_TOPIC, event, partition)
+
+    async def _enter(
+        self, topic: str, event: Event, partition: int | None = None, headers: Headers = ()
+    ) -> asyncio.Future[Any]:
+        key, kind = keys.record_key(event).encode(), str(event.__struct_config__.tag)
+        began = time.perf_counter()
+        async with self._entering:
+            acknowledged = await self._producer.send(
+                topic, key, codec.encode(event), partition, headers
+            )
+        self.unacknowledged.add(acknowledged)
+        self.entered[kind] += 1
+        acknowledged.add_done_callback(partial(self._done, kind, began))
+        return acknowledged
+
+    async def drain(self) -> None:
+        """Wait until Kafka has acknowledged everything entered so far."""
+        if self.unacknowledged:
+            await asyncio.wait(set(self.unacknowledged))
+
+    def when_kept(self, call: Callable[[], None]) -> None:
+        """Call when Kafka has acknowledged everything entered so far."""
+        waiting = asyncio.create_task(self.drain())
+        self._waiting.add(waiting)
+        waiting.add_done_callback(partial(self._kept, call))
+
+    def _kept(self, call: Callable[[], None], waited: asyncio.Task[None]) -> None:
+        self._waiting.discard(waited)
+        if not waited.cancelled():
+            call()
+
+    def _done(self, kind: str, began: float, acknowledged: asyncio.Future[Any]) -> None:
+        self.unacknowledged.discard(acknowledged)
+        if acknowledged.cancelled():
+            return
+        if acknowledged.exception() is None:
+            self.kept_s.add(time.perf_counter() - began)
+        else:
+            self.lost[kind] += 1
+            logger.error("Kafka refused an event: %r", acknowledged.exception())

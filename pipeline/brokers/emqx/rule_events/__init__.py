@@ -1,0 +1,1 @@
+"""The bridge that reads the rule events which EMQX writes to Kafka."""

@@ -1,0 +1,73 @@
+"""`python -m millpond.pipeline.brokers.spool.rescue FILE`: what can be read of a damaged spool file, into one that a bridge takes
+over when it starts next. Records keep their order; which are missing is said.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import msgspec
+
+from millpond.pipeline.brokers.spool.directory import NUMBERS_MAX
+from millpond.pipeline.brokers.spool.file import Record, SpoolFile, unpacked
+
+# Where a page cannot be read, the records in it are passed over one by one so often, then in ever longer steps.
+SINGLE_STEPS_MAX: Final = 10_000
+NUMBER_MAX: Final = 1 << 62
+
+
+class Rescued(NamedTuple):
+    """Where the records are now, how many, and how many between the first and the last of them are missing."""
+
+    path: Path
+    records: int
+    missing: int
+
+
+def rescue(damaged: Path) -> Rescued:
+    """Copy what can be read. `damaged` stays as it is.
+
+    Raises:
+        SpoolDown: it cannot be written.
+    """
+    numbers = range(NUMBERS_MAX - 1, -1, -1)
+    paths = (damaged.with_name(f"spool-{number}.db") for number in numbers)
+    file = SpoolFile(next(path for path in paths if not path.exists()))
+    records = missing = last = 0
+    for number, block in _blocks(damaged):
+        first = number - len(block) + 1
+        missing += first - last - 1 if records else 0
+        file.keep(block)
+        records, last = records + len(block), number
+    file.close()
+    return Rescued(file.path, records, missing)
+
+
+def _blocks(damaged: Path) -> Iterator[tuple[int, list[Record]]]:
+    """Blocks, each with the number of its last record."""
+    database = sqlite3.connect(damaged)
+    after, failures = 0, 0
+    while after < NUMBER_MAX:
+        try:
+            row = database.execute(
+                "SELECT last, packed FROM block WHERE last > ? ORDER BY last LIMIT 1", (after,)
+            ).fetchone()
+            if row is None:
+                break
+            block = unpacked(row[1])
+        except (sqlite3.DatabaseError, msgspec.DecodeError):
+            failures += 1
+            after += 1 << max(0, failures - SINGLE_STEPS_MAX)
+        else:
+            after, failures = row[0], 0
+            yield row[0], block
+    database.close()
+
+
+if __name__ == "__main__":
+    path, records, missing = rescue(Path(sys.argv[1]))
+    sys.stdout.write(f"{records} records are in {path} now, {missing} between them are missing\n")

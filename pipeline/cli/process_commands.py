@@ -1,0 +1,134 @@
+"""The parts that stand alone in production: `worker`, `bridge`, `kafka`, `config`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from millpond.agents.registry import AGENT_NAMES
+from millpond.pipeline.cli.common import (
+    DEFAULT_DATA,
+    ConfigOption,
+    DataOption,
+    console,
+    errors,
+    load_settings,
+)
+from millpond.pipeline.kafka import topics as kafka_topics
+from millpond.pipeline.process.logs import log_to_stderr
+from millpond.schemas import keys
+from millpond.schemas.errors import ConfigError
+
+kafka = typer.Typer(help="Kafka's topics.", no_args_is_help=True)
+config = typer.Typer(help="Settings and rules.", no_args_is_help=True)
+
+
+def worker(
+    agent: Annotated[str, typer.Argument(help=f"One of: {', '.join(AGENT_NAMES)}.")],
+    config: ConfigOption = None,
+    data: DataOption = DEFAULT_DATA,
+) -> None:
+    """Run one agent until SIGTERM; start more to share its partitions."""
+    from millpond.pipeline.worker.worker import run  # noqa: PLC0415  Faust is slow to import
+
+    for name in AGENT_NAMES:
+        if name == agent:
+            settings, rules = load_settings(config, data)
+            log_to_stderr(settings.log, f"worker {name}")
+            run(name, settings, rules)
+            return
+    raise ConfigError(f"no agent {agent!r}: there are {', '.join(AGENT_NAMES)}")
+
+
+def bridge(
+    broker: Annotated[str, typer.Argument(help="One of: embedded, emqx, emqx-kafka.")],
+    config: ConfigOption = None,
+    data: DataOption = DEFAULT_DATA,
+    topics: Annotated[
+        str | None,
+        typer.Option(help="emqx-kafka: the Kafka topics that EMQX writes rule events to, a,b,…"),
+    ] = None,
+) -> None:
+    """Connect an MQTT broker to Kafka until SIGTERM: its own (`embedded`), or an EMQX, by its ExHook (`emqx`) or by
+    what its rules write to Kafka (`emqx-kafka`).
+    """
+    if (topics is not None) != (broker == "emqx-kafka"):
+        raise ConfigError("--topics names what the bridge emqx-kafka reads, and only that one")
+    settings, rules = load_settings(config, data)
+    log_to_stderr(settings.log, f"bridge {broker}")
+    if broker == "embedded":
+        from millpond.pipeline.brokers.embedded.bridge import run_embedded  # noqa: PLC0415  needs the extra [local]
+
+        run_embedded(settings, rules)
+    elif broker == "emqx":
+        from millpond.pipeline.brokers.emqx.bridge import run_emqx  # noqa: PLC0415  needs the extra [emqx]
+
+        run_emqx(settings, rules)
+    elif topics is not None:
+        from millpond.pipeline.brokers.emqx.rule_events.bridge import run_emqx_kafka  # noqa: PLC0415  not for all
+
+        run_emqx_kafka(settings, rules, _source_topics(topics))
+    else:
+        raise ConfigError(f"no bridge {broker!r}: there are embedded, emqx, emqx-kafka")
+
+
+def _source_topics(text: str) -> list[str]:
+    """The Kafka topics in `a,b,…`, each once."""
+    names = list(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
+    own = sorted(set(names) & set(keys.TOPICS))
+    if own:
+        raise ConfigError(f"--topics: {', '.join(own)} is Millpond's own; EMQX writes elsewhere")
+    if not names:
+        raise ConfigError("--topics: there is none")
+    return names
+
+
+@kafka.command("init")
+def kafka_init(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) -> None:
+    """Create the topics that are missing."""
+    settings, _ = load_settings(config, data)
+    created = asyncio.run(kafka_topics.create(settings.kafka))
+    console.print(f"created {', '.join(created)}" if created else "all topics exist")
+
+
+@kafka.command("check")
+def kafka_check(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) -> None:
+    """Compare the topics with the settings; exit code 1 if anything differs."""
+    settings, _ = load_settings(config, data)
+    deviations = asyncio.run(kafka_topics.check(settings.kafka))
+    for deviation in deviations:
+        errors.print(deviation, markup=False, soft_wrap=True)
+    if deviations:
+        raise typer.Exit(1)
+    console.print("all topics are as they should be")
+
+
+@config.command("check")
+def config_check(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) -> None:
+    """Read settings and rules as every part would, and show what they come to."""
+    from millpond.pipeline.operate.config_warnings import weaknesses  # noqa: PLC0415
+
+    settings, rules = load_settings(config, data)
+    table = Table("hook", "topic", "action", "expires", "agent", box=None)
+    for column in table.columns:
+        column.overflow = "fold"
+    for rule in rules.rules:
+        agents = [
+            name
+            for name in ("sessions", "messages", "queue", "pubsub")
+            if rule in rules.run_by(name)
+        ]
+        table.add_row(
+            rule.hook,
+            rule.topic or "",
+            rule.action or "; ".join(" ".join(command) for command in rule.commands),
+            "" if rule.expired_time is None else f"{rule.expired_time} s",
+            ", ".join(agents),
+        )
+    console.print(table)
+    for line in asyncio.run(weaknesses(settings, rules)):
+        console.print(f"note: {line}", markup=False, soft_wrap=True)
+    console.print("the configuration is valid")

@@ -1,0 +1,1 @@
+"""Comparison of a replayed database with the live one."""

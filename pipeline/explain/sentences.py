@@ -1,0 +1,142 @@
+"""What is known, in words: one sentence for each state."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from millpond.pipeline.explain.results import MessageState, Searched
+
+
+def time(at_ms: int) -> str:
+    """A time, to the millisecond."""
+    at = datetime.fromtimestamp(at_ms / 1000, UTC)
+    return f"{at:%Y-%m-%d %H:%M:%S}.{at_ms % 1000:03d}Z"
+
+
+def age(ms: int) -> str:
+    """How long, in the largest unit that tells enough."""
+    seconds = max(ms, 0) / 1000
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{int(seconds // length)} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+def count(number: int, thing: str) -> str:
+    """So many things."""
+    return f"{number or 'no'} {thing}{'' if number == 1 else 's'}"
+
+
+def in_words(state: MessageState, now_ms: int) -> str:
+    """A state as a sentence without its subject: "ready: …"."""
+    return _SAID[state.state](state, now_ms)
+
+
+def _waiting(state: MessageState, now_ms: int) -> str:
+    since = "" if state.since is None else f", published at {time(state.since)}"
+    return f"in Kafka{since}: the agent has not come to it yet"
+
+
+def _stored(state: MessageState, now_ms: int) -> str:
+    why = f": {state.reason}" if state.reason else ""
+    since = "" if state.since is None else f" since {time(state.since)}"
+    return f"stored{since}{why}"
+
+
+def _ready(state: MessageState, now_ms: int) -> str:
+    said = ["ready"]
+    if state.deliveries:
+        said.append(f"delivered {count(state.deliveries, 'time')} without an acknowledgement")
+    if state.before is not None:
+        said.append(f"{count(state.before, 'stored message')} before it")
+    if state.online == 0:
+        said.append("nobody is online to take it")
+    elif state.online is not None:
+        said.append(f"{count(state.online, 'client')} online")
+    return ": ".join((said[0], ", ".join(said[1:]))) if len(said) > 1 else said[0]
+
+
+def _leased(state: MessageState, now_ms: int) -> str:
+    assert state.since is not None, "a lease has a beginning"
+    assert state.until is not None, "a lease has an end"
+    group = "" if state.group is None else f" of {state.group}"
+    said = f"leased by {state.client_id!r}{group} since {time(state.since)}"
+    said += f" ({age(now_ms - state.since)} ago), delivery {state.attempt}"
+    if state.sent:
+        overdue = state.until <= now_ms
+        said += ", sent, " + ("its ack is overdue since" if overdue else "its ack is due by")
+    else:
+        said += ", not confirmed by the bridge, returns at"
+    said += f" {time(state.until)}"
+    if not state.stored:
+        said += "; it has expired or was superseded, and is the holder's alone"
+    return said
+
+
+def _acked(state: MessageState, now_ms: int) -> str:
+    by = "" if state.client_id is None else f" by {state.client_id!r}"
+    at = "" if state.since is None else f" at {time(state.since)}"
+    return f"acked{by}{at}" + (f" ({state.reason})" if state.reason else "")
+
+
+def _behind(state: MessageState, now_ms: int) -> str:
+    return "behind its read offset: done with, or from before it began to read"
+
+
+def _expired(state: MessageState, now_ms: int) -> str:
+    at = "" if state.since is None else f" at {time(state.since)}"
+    return f"expired{at}" + (f": {state.reason}" if state.reason else "")
+
+
+def _dead(state: MessageState, now_ms: int) -> str:
+    at = "" if state.since is None else f" since {time(state.since)}"
+    return f"dead{at}: {state.reason}"
+
+
+def _dropped(state: MessageState, now_ms: int) -> str:
+    at = "" if state.since is None else f" at {time(state.since)}"
+    return f"dropped by an operator{at}"
+
+
+def _passed_on(state: MessageState, now_ms: int) -> str:
+    return "passed on: at QoS 0 it went to whom was online, and is kept nowhere"
+
+
+def _retained(state: MessageState, now_ms: int) -> str:
+    return "retained by its topic, and not stored otherwise"
+
+
+def _not_stored(state: MessageState, now_ms: int) -> str:
+    return f"not stored: {state.reason}"
+
+
+def _gone(state: MessageState, now_ms: int) -> str:
+    return f"gone without an acknowledgement: {state.reason}"
+
+
+_SAID = {
+    "waiting": _waiting,
+    "stored": _stored,
+    "ready": _ready,
+    "leased": _leased,
+    "acked": _acked,
+    "behind": _behind,
+    "expired": _expired,
+    "dead": _dead,
+    "dropped": _dropped,
+    "passed_on": _passed_on,
+    "retained": _retained,
+    "not_stored": _not_stored,
+    "gone": _gone,
+}
+
+
+def searched(part: Searched) -> str:
+    """What was looked at of a partition."""
+    where = f"{part.kafka_topic}[{part.partition}]"
+    if part.start >= part.end:
+        return f"{where}, which is empty"
+    if part.first >= part.stop:
+        return f"{where}: nothing of its records {part.start} to {part.end - 1}"
+    of = "" if part.whole else f" of {part.start} to {part.end - 1}"
+    return f"{where}, records {part.first} to {part.stop - 1}{of}"

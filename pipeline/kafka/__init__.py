@@ -1,0 +1,1 @@
+"""Kafka clients: the producer, the consumer, the driver's log, the topics."""

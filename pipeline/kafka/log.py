@@ -1,0 +1,171 @@
+"""Kafka as the driver sees it: bounds, reading again, producing. Every call waits for Kafka to come back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError
+
+from millpond.agents.ports import LogBounds, Outgoing, Record
+from millpond.pipeline.kafka.producer import Producer
+from millpond.schemas import codec, keys
+from millpond.schemas.commands import Deliver
+from millpond.schemas.events import DeliveryFailed
+from millpond.schemas.keys import Partition
+from millpond.schemas.leases import parse_lease
+
+logger = logging.getLogger(__name__)
+
+RETRY_INTERVAL_S = 0.5
+POLL_TIMEOUT_MS = 1_000
+
+Answer = TypeVar("Answer")
+
+
+class KafkaLog:
+    """One per worker process. Reading again is rare, so one consumer serves all partitions in turn."""
+
+    def __init__(
+        self, producer: Producer, client_options: dict[str, Any], group: str, run_records_max: int
+    ) -> None:
+        """`client_options` are those of every aiokafka client; `group` is asked for, never joined."""
+        self._producer, self._run_records_max = producer, run_records_max
+        self._admin = AIOKafkaAdminClient(**client_options)
+        self._reader = AIOKafkaConsumer(
+            group_id=group, enable_auto_commit=False, auto_offset_reset="none", **client_options
+        )
+        self._reading, self._producing = asyncio.Lock(), asyncio.Lock()
+
+    async def start(self) -> None:
+        """Connect; the producer is started by who owns it."""
+        await persist(self._admin.start)
+        await persist(self._reader.start)
+
+    async def stop(self) -> None:
+        """Disconnect."""
+        await self._reader.stop()
+        await self._admin.close()
+
+    async def bounds(self, partition: Partition) -> LogBounds:
+        """See `millpond.agents.ports.Log`."""
+        return await persist(lambda: self._bounds(partition))
+
+    async def _bounds(self, partition: Partition) -> LogBounds:
+        topic_partition = TopicPartition(partition.topic, partition.number)
+        cluster = await self._admin.describe_cluster()
+        described = await self._admin.describe_topics([partition.topic])
+        async with self._reading:
+            start = (await self._reader.beginning_offsets([topic_partition]))[topic_partition]
+            end = (await self._reader.end_offsets([topic_partition]))[topic_partition]
+            committed = await self._reader.committed(topic_partition)
+        return LogBounds(
+            str(cluster["cluster_id"]), len(described[0]["partitions"]), start, end, committed
+        )
+
+    async def ends(self, topic: str, numbers: Sequence[int]) -> Mapping[int, int]:
+        """The ends of some partitions; of none if Kafka does not answer."""
+        partitions = [TopicPartition(topic, number) for number in numbers]
+        try:
+            ends = await self._reader.end_offsets(partitions) if partitions else {}
+        except (KafkaError, OSError):
+            return {}
+        return {partition.partition: end for partition, end in ends.items()}
+
+    async def read(
+        self, partition: Partition, start: int, stop: int
+    ) -> AsyncIterator[Sequence[Record]]:
+        """See `millpond.agents.ports.Log`."""
+        position = start
+        while position < stop:
+            run, position = await persist(partial(self._run, partition, position, stop))
+            if run:
+                yield run
+
+    async def _run(
+        self, partition: Partition, start: int, stop: int
+    ) -> tuple[Sequence[Record], int]:
+        """The next run, and where to go on. Offsets that the log does not hold are passed over."""
+        topic_partition = TopicPartition(partition.topic, partition.number)
+        reader = self._reader
+        async with self._reading:
+            self._assign(topic_partition)
+            first = (await reader.beginning_offsets([topic_partition]))[topic_partition]
+            if first >= stop:
+                return (), stop
+            reader.seek(topic_partition, max(start, first))
+            reader.resume(topic_partition)
+            fetched = await reader.getmany(
+                topic_partition, timeout_ms=POLL_TIMEOUT_MS, max_records=self._run_records_max
+            )
+            position = await reader.position(topic_partition)
+            reader.pause(topic_partition)
+        records = fetched.get(topic_partition, [])
+        run = [
+            Record(record.offset, record.timestamp, record.key, record.value)
+            for record in records
+            if record.offset < stop
+        ]
+        return run, position
+
+    def _assign(self, partition: TopicPartition) -> None:
+        """Every partition once asked for stays assigned and paused: assigning anew costs a second each time."""
+        assigned = self._reader.assignment()
+        if partition not in assigned:
+            self._reader.assign([*assigned, partition])
+
+    def produce(self, records: Sequence[Outgoing]) -> Awaitable[None]:
+        """See `millpond.agents.ports.Log`."""
+        return asyncio.ensure_future(self._produce(records))
+
+    async def _produce(self, records: Sequence[Outgoing]) -> None:
+        async with (
+            self._producing
+        ):  # or what finds the buffer full would be overtaken by a later batch
+            under_way = [await self._send(record) for record in records]
+        await asyncio.gather(*under_way)
+
+    async def _send(self, record: Outgoing) -> asyncio.Future[Any]:
+        """On its way. One that is too large for Kafka would be so at every attempt: a dead letter says that it was."""
+        topic, key, value, headers, partition = record
+        try:
+            return await self._producer.send(topic, key, value, partition, headers)
+        except MessageSizeTooLargeError as error:
+            logger.error("a record for %s is given up on: %s", topic, error)  # noqa: TRY400  no traceback
+            reason = f"for {topic}, but too large: {error}".encode()
+            marks = (*headers, ("not-produced", reason))
+            told = too_large(record)
+            if told is not None:
+                await self._producer.send(*told)
+            return await self._producer.send(keys.DEAD_LETTERS_TOPIC, key, b"", None, marks)
+
+
+def too_large(record: Outgoing) -> tuple[str, bytes, bytes, int] | None:
+    """If a record that Kafka does not take is a delivery with a lease, what tells the agent that gave it out."""
+    if record.topic != keys.DELIVERIES_TOPIC:
+        return None
+    command = codec.decode_command(record.value)
+    if not isinstance(command, Deliver) or not command.lease:
+        return None
+    lease = parse_lease(command.lease)
+    failed = DeliveryFailed(
+        at=0, node=keys.AGENT_NODE, agent=lease.agent, lease=command.lease,
+        client_id=command.client_id, message_id=command.message_id, reason="too_large",
+    )  # fmt: skip
+    key = keys.record_key(failed).encode()
+    return keys.MESSAGES_TOPIC, key, codec.encode(failed), lease.partition
+
+
+async def persist(call: Callable[[], Awaitable[Answer]]) -> Answer:
+    """The answer of a call to Kafka, however long Kafka is away."""
+    while True:
+        try:
+            return await call()
+        except (KafkaError, OSError) as error:
+            logger.warning("Kafka: %r; trying again", error)
+            await asyncio.sleep(RETRY_INTERVAL_S)

@@ -1,0 +1,80 @@
+"""Kafka in memory, for simulations: one append-only list per partition, held to the contract of `KafkaLog`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
+
+from aiokafka.partitioner import murmur2
+
+from millpond.agents.ports import LogBounds, Outgoing, Record
+from millpond.schemas.keys import Partition
+
+
+class MemoryLog:
+    """A cluster's worth of logs. `now_ms` is the clock of the log's append time."""
+
+    def __init__(
+        self, now_ms: Callable[[], int], partition_count: int = 1, run_records_max: int = 100
+    ) -> None:
+        """Empty; every topic has `partition_count` partitions."""
+        self.now_ms, self.partition_count, self.run_records_max = (
+            now_ms,
+            partition_count,
+            run_records_max,
+        )
+        self.cluster_id = "memory"
+        self.records: dict[tuple[str, int], list[Record]] = defaultdict(list)
+        self.started_at: dict[tuple[str, int], int] = defaultdict(int)  # first offset still held
+        self.committed: dict[Partition, int] = {}
+        self.produced: list[Outgoing] = []
+
+    def append(self, topic: str, number: int, key: bytes | None, value: bytes | None) -> Record:
+        """Append one record and return it."""
+        log = self.records[topic, number]
+        offset = log[-1].offset + 1 if log else self.started_at[topic, number]
+        record = Record(offset, self.now_ms(), key, value)
+        log.append(record)
+        return record
+
+    def forget(self, topic: str, number: int, before: int) -> None:
+        """Retention: drop the records below `before`."""
+        place = topic, number
+        self.records[place] = [held for held in self.records[place] if held.offset >= before]
+        self.started_at[place] = max(self.started_at[place], before)
+
+    async def bounds(self, partition: Partition) -> LogBounds:
+        """See `millpond.agents.ports.Log`."""
+        place = partition.topic, partition.number
+        log = self.records[place]
+        start = self.started_at[place]
+        end = log[-1].offset + 1 if log else start
+        committed = self.committed.get(partition)
+        return LogBounds(self.cluster_id, self.partition_count, start, end, committed)
+
+    async def read(
+        self, partition: Partition, start: int, stop: int
+    ) -> AsyncIterator[Sequence[Record]]:
+        """See `millpond.agents.ports.Log`."""
+        log = self.records[partition.topic, partition.number]
+        wanted = [record for record in log if start <= record.offset < stop]
+        for first in range(0, len(wanted), self.run_records_max):
+            yield wanted[first : first + self.run_records_max]
+
+    def produce(self, records: Sequence[Outgoing]) -> Awaitable[None]:
+        """See `millpond.agents.ports.Log`."""
+        for record in records:
+            self.produced.append(record)
+            number = record.partition
+            if number is None:
+                number = murmur2(record.key or b"") % self.partition_count
+            self.append(record.topic, number, record.key, record.value)
+        return _Acknowledged()
+
+
+class _Acknowledged(Awaitable[None]):
+    """May be awaited, or not, and again."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        return None
+        yield

@@ -1,0 +1,119 @@
+"""The Kafka topics: made by `millpond kafka init`, compared by `millpond kafka check`."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import KafkaError, for_code
+
+from millpond.pipeline.kafka.diagnosis import unreachable
+from millpond.pipeline.settings import KafkaSettings
+from millpond.schemas import keys
+from millpond.schemas.errors import ConfigError
+
+TOPIC_EXISTS: Final = 36  # Kafka's error code TOPIC_ALREADY_EXISTS
+
+
+def wanted(settings: KafkaSettings) -> dict[str, str]:
+    """The configuration of every topic."""
+    return {
+        # Time is in the log: the machines go by the broker's clock, not by those who write.
+        "message.timestamp.type": "LogAppendTime",
+        "cleanup.policy": "delete",
+        "retention.ms": str(settings.retention_hours * 3_600_000),
+        "max.message.bytes": str(settings.message_bytes_max),
+        "min.insync.replicas": str(settings.min_insync_replicas),
+        "unclean.leader.election.enable": "false",
+    }
+
+
+async def create(settings: KafkaSettings) -> list[str]:
+    """Create the topics that are missing, and return their names. Those that exist are left as they are.
+
+    Raises:
+        ConfigError: Kafka cannot be reached or refuses.
+    """
+    admin = await _admin(settings)
+    try:
+        topics = [
+            NewTopic(
+                name,
+                settings.partitions,
+                settings.replication_factor,
+                topic_configs=wanted(settings),
+            )
+            for name in keys.TOPICS
+        ]
+        response = await admin.create_topics(topics)
+    except KafkaError as error:
+        raise ConfigError(f"Kafka: {error}") from error
+    finally:
+        await admin.close()
+    created = []
+    for name, code, reason in response.topic_errors:
+        if code == 0:
+            created.append(name)
+        elif code != TOPIC_EXISTS:
+            raise ConfigError(f"Kafka would not create {name}: {reason or for_code(code).__name__}")
+    return created
+
+
+async def check(settings: KafkaSettings) -> list[str]:
+    """What is not as it should be, one sentence each; empty if all is well.
+
+    Raises:
+        ConfigError: Kafka cannot be reached.
+    """
+    admin = await _admin(settings)
+    try:
+        described = await admin.describe_topics(list(keys.TOPICS))
+        resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in keys.TOPICS]
+        configured = await admin.describe_configs(resources)
+    except KafkaError as error:
+        raise ConfigError(f"Kafka: {error}") from error
+    finally:
+        await admin.close()
+    configs = _configs(configured)
+    deviations: list[str] = []
+    for topic in described:
+        name, partitions = topic["topic"], topic["partitions"]
+        if topic["error_code"]:
+            deviations.append(f"{name} does not exist: run `millpond kafka init`")
+            continue
+        replicas = min(len(partition["replicas"]) for partition in partitions)
+        found = {
+            **configs.get(name, {}),
+            "partitions": str(len(partitions)),
+            "replication factor": str(replicas),
+        }
+        expected = {
+            **wanted(settings),
+            "partitions": str(settings.partitions),
+            "replication factor": str(settings.replication_factor),
+        }
+        deviations += [
+            f"{name}: {setting} is {found.get(setting)}, expected {value}"
+            for setting, value in expected.items()
+            if found.get(setting) != value
+        ]
+    return deviations
+
+
+def _configs(responses: Any) -> dict[str, dict[str, str]]:
+    return {
+        name: {entry[0]: entry[1] for entry in entries}
+        for response in responses
+        for _, _, _, name, entries in response.resources
+    }
+
+
+async def _admin(settings: KafkaSettings) -> AIOKafkaAdminClient:
+    admin = AIOKafkaAdminClient(**settings.client_options())
+    try:
+        await admin.start()
+    except KafkaError as error:
+        await admin.close()
+        raise await unreachable(settings) from error
+    return admin

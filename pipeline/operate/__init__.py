@@ -1,0 +1,1 @@
+"""What an operator does and reads: dead letters, rewinds, clients, lag, warnings about the configuration."""

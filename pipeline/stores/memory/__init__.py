@@ -1,0 +1,1 @@
+"""State in memory, for simulations and tests."""

@@ -1,0 +1,171 @@
+"""A store in memory, for simulations and tests; its server may be shared and may be told to fail."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Generator, Sequence
+from typing import Any
+
+import msgspec
+
+from millpond.agents.effects import Output, Refusal
+from millpond.agents.ports import Applied, Stored, Transaction
+from millpond.agents.reads import (
+    Read,
+    ReadAllStates,
+    ReadBelow,
+    ReadBody,
+    ReadDue,
+    ReadEntry,
+    ReadIndex,
+    ReadLast,
+    ReadNames,
+    ReadRetained,
+    ReadStates,
+    ReadSubscriptions,
+)
+from millpond.pipeline.stores.memory.server import Hash, Kind, MemoryServer, Zset
+from millpond.pipeline.stores.memory.writer import Writer
+from millpond.schemas import keys
+from millpond.schemas.errors import Fenced, StoreError
+from millpond.schemas.keys import Partition
+
+
+class _Done(Awaitable[Sequence[Refusal]]):
+    """What has been decided already."""
+
+    def __init__(self, refusals: Sequence[Refusal], error: StoreError | None) -> None:
+        self._refusals, self._error = refusals, error
+
+    def __await__(self) -> Generator[None, None, Sequence[Refusal]]:
+        if self._error is not None:
+            raise self._error
+        return self._refusals
+        yield
+
+
+class MemoryStore:
+    """See `millpond.agents.ports.Store`. Two stores of one partition on one server fence each other."""
+
+    def __init__(self, partition: Partition, server: MemoryServer) -> None:
+        """Nothing is read before `load`."""
+        self._partition, self._server = partition, server
+        self._loaded = False
+        self._held: Applied | None = None  # the fence as last loaded or written
+
+    async def load(self) -> Stored:
+        """See `millpond.agents.ports.Store`. A fault is raised: nothing here could wait."""
+        self._server.fault("load", self._partition)
+        self._loaded, self._held = True, self._applied()
+        journal = {
+            int(sequence): msgspec.json.decode(outputs, type=list[Output])
+            for sequence, outputs in self._server.of(keys.journal(self._partition), Hash).items()
+        }
+        rules = self._server.text(keys.rules(self._partition))
+        return Stored(
+            applied=self._held,
+            journal=dict(sorted(journal.items())),
+            rules=None if rules is None else rules.decode(),
+            seen=(self._seen(0), self._seen(1)),
+        )
+
+    def _applied(self) -> Applied | None:
+        packed = self._server.text(keys.applied(self._partition))
+        return None if packed is None else msgspec.json.decode(packed, type=Applied)
+
+    def _seen(self, generation: int) -> tuple[str, ...]:
+        lines = self._server.text(keys.seen(self._partition, generation)) or b""
+        return tuple(msgspec.json.decode(line, type=str) for line in lines.splitlines())
+
+    async def read(self, reads: Sequence[Read]) -> list[Any]:
+        """See `millpond.agents.ports.Store`."""
+        self._server.fault("read", self._partition)
+        return [self._answer(read) for read in reads]
+
+    def _answer(self, read: Read) -> Any:
+        match read:
+            case ReadStates(names, table):
+                states = self._server.of(keys.table(self._partition, table), Hash)
+                return {name: states.get(name) for name in names}
+            case ReadAllStates(_, every):
+                return 0, dict(self._server.of(keys.table(self._partition, every), Hash))
+            case ReadBelow(index, before, limit):
+                entries = self._server.of(keys.index(self._partition, index), Zset).ordered()
+                return [entry for entry in entries if entry[1] < before][:limit]
+            case ReadDue(limit):
+                return self._server.of(keys.due(self._partition), Zset).ordered()[:limit]
+            case ReadIndex(topic, limit, after):
+                entries = self._public(keys.message_index(topic), Zset).ordered()
+                return [entry for entry in entries if entry[1] > after][:limit]
+            case ReadLast(topic, until):
+                entries = self._public(keys.message_index(topic), Zset).ordered()
+                return [entry for entry in entries if entry[1] <= until][-1:]
+            case ReadEntry(topic, message_id):
+                return self._public(keys.message_index(topic), Zset).get(message_id)
+            case ReadSubscriptions(client_id):
+                held = self._public(keys.subscriptions(client_id), Hash)
+                return {name.encode(): value for name, value in held.items()}
+            case ReadNames(other, index, prefix, after, limit):
+                entries = self._server.of(
+                    keys.index(other or self._partition, index), Zset
+                ).ordered()
+                behind = [name for name, _ in entries if name.encode() > after.encode()]
+                return [name for name in behind if name.startswith(prefix)][:limit]
+            case ReadRetained(topic):
+                return next(iter(self._public(keys.retained(topic), Zset)), None)
+            case ReadBody(message_id):
+                return dict(self._public(keys.message_body(message_id), Hash))
+
+    def _public(self, key: str, kind: type[Kind]) -> Kind:
+        """The value of a key that others may have written: of another type, it is as good as empty."""
+        value = self._server.values.get(key)
+        return value if isinstance(value, kind) else kind()
+
+    def pack(self, transaction: Transaction) -> Transaction:
+        """See `millpond.agents.ports.Store`."""
+        return transaction
+
+    def commit(self, packed: Transaction) -> Awaitable[Sequence[Refusal]]:
+        """See `millpond.agents.ports.Store`. Applied when called."""
+        assert self._loaded, "load() comes first, and after every failure"
+        refusals: list[Refusal] = []
+        try:
+            self._server.fault("before", self._partition)
+            if not self._applied() == self._held == packed.expected:
+                raise self._fenced()
+            refusals, self._held = self._apply(packed), packed.applied
+            self._server.fault("after", self._partition)
+        except StoreError as error:
+            self._loaded = False
+            return _Done((), error)
+        return _Done(refusals, None)
+
+    async def check(self) -> None:
+        """See `millpond.agents.ports.Store`."""
+        assert self._loaded, "load() comes first, and after every failure"
+        try:
+            self._server.fault("read", self._partition)
+            if self._applied() != self._held:
+                raise self._fenced()
+        except StoreError:
+            self._loaded = False
+            raise
+
+    def _fenced(self) -> Fenced:
+        return Fenced(f"{self._partition}: somebody else wrote its state")
+
+    def _apply(self, transaction: Transaction) -> list[Refusal]:
+        writer = Writer(self._server, self._partition)
+        writer.write(transaction.effects)
+        journal = self._server.of(keys.journal(self._partition), Hash)
+        for sequence in transaction.produced:
+            journal.pop(str(sequence), None)
+        if transaction.outputs:
+            outputs = msgspec.json.encode(transaction.outputs)
+            journal[str(transaction.applied.sequence)] = outputs
+        self._server.keep(keys.journal(self._partition), journal)
+        self._server.keep(keys.applied(self._partition), msgspec.json.encode(transaction.applied))
+        return writer.refusals()
+
+    async def close(self) -> None:
+        """See `millpond.agents.ports.Store`."""
+        self._loaded = False

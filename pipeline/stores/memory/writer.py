@@ -1,0 +1,256 @@
+"""Effects carried out on a `MemoryServer`, each by its meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import msgspec
+
+from millpond.agents.effects import (
+    NO_SOURCE,
+    ClearRetained,
+    DropBody,
+    Effect,
+    KeepReceipt,
+    Refusal,
+    RefusedPart,
+    Reindex,
+    Retain,
+    RunCommand,
+    SetDue,
+    SetIndex,
+    SetPresence,
+    SetRules,
+    SetState,
+    ShowOffset,
+    SpareBody,
+    Stage,
+    StoreMessage,
+    Unindex,
+    WriteSeen,
+)
+from millpond.pipeline.stores.memory.server import Hash, Kind, MemoryServer, RefusedError, Zset
+from millpond.pipeline.stores.redis.packing import BODY_GRACE_MS, offline_at
+from millpond.schemas import keys
+from millpond.schemas.codec import payload_bytes
+from millpond.schemas.keys import Partition
+
+
+class Writer:
+    """Writes the effects of one batch of one partition."""
+
+    def __init__(self, server: MemoryServer, partition: Partition) -> None:
+        """Nothing refused yet."""
+        self._server, self._partition = server, partition
+        self._refused: dict[tuple[int, RefusedPart], str] = {}
+
+    def refusals(self) -> list[Refusal]:
+        """What could not be written."""
+        return [Refusal(offset, part, why) for (offset, part), why in self._refused.items()]
+
+    def write(self, effects: Sequence[Effect]) -> None:
+        """The three lists in their order; bodies before the entries that name them."""
+        stages: dict[Stage, list[Effect]] = {stage: [] for stage in Stage}
+        for effect in effects:
+            stages[effect.stage].append(effect)
+        for effect in stages[Stage.STORE]:
+            self._detail(effect)
+        for effect in stages[Stage.STORE]:
+            self._entry(effect)
+        for effect in stages[Stage.STATE]:
+            self._state(effect)
+        for effect in effects:
+            self._retains(effect)
+        for effect in stages[Stage.REMOVE]:
+            self._removal(effect)
+
+    def _part(self, offset: int, part: RefusedPart, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except RefusedError as error:
+            self._refused.setdefault((offset, part), str(error))
+
+    def _detail(self, effect: Effect) -> None:
+        match effect:
+            case StoreMessage():
+                self._part(effect.offset, "body", lambda: self._body(effect))
+                if effect.expires_at is not None:
+                    key = keys.message_body(effect.event.message_id)
+                    self._server.expire(key, effect.expires_at + BODY_GRACE_MS)
+            case Reindex(_, _, message_id, _, expires_at) if expires_at is not None:
+                self._server.expire(keys.message_body(message_id), expires_at + BODY_GRACE_MS)
+            case KeepReceipt():
+                self._part(effect.offset, "receipt", lambda: self._receipt(effect))
+                self._server.expire(keys.receipt(effect.message_id), effect.expires_at)
+
+    def _entry(self, effect: Effect) -> None:
+        match effect:
+            case StoreMessage(offset, event, score, True):
+                entry = partial(self._index, event.topic, event.message_id, score)
+                self._part(offset, "index", entry)
+            case Reindex(offset, topic, message_id, score):
+                self._part(offset, "index", partial(self._index, topic, message_id, score))
+            case Retain():
+                self._part(effect.offset, "retained", lambda: self._retain(effect))
+
+    def _state(self, effect: Effect) -> None:
+        match effect:
+            case SetState(key, state, table):
+                self._set(keys.table(self._partition, table), {key: state})
+            case SetIndex(index, key, score):
+                self._set_index(keys.index(self._partition, index), key, score)
+            case SetRules(canonical):
+                self._server.keep(keys.rules(self._partition), canonical.encode())
+            case WriteSeen():
+                self._write_seen(effect)
+            case SetDue(member, at):
+                self._set_due(member, at)
+
+    def _retains(self, effect: Effect) -> None:
+        """Keep the index of topics that retain something, whatever is in the way of their public keys."""
+        name = keys.index(self._partition, keys.RETAINED_INDEX)
+        match effect:
+            case Retain(topic=topic):
+                self._set_index(name, topic, 0)
+            case ClearRetained(topic=topic):
+                self._set_index(name, topic, None)
+
+    def _removal(self, effect: Effect) -> None:
+        match effect:
+            case Unindex(offset):
+                self._part(offset, "removal", lambda: self._unindex(effect))
+            case ClearRetained(offset, topic):
+                self._part(offset, "removal", lambda: self._clear(keys.retained(topic), Zset))
+            case DropBody(message_id):
+                name = keys.message_body(message_id)
+                self._part(NO_SOURCE, "removal", lambda: self._clear(name, Hash))
+            case SpareBody(message_id):
+                self._server.expires_at.pop(keys.message_body(message_id), None)
+            case SetPresence():
+                self._presence(effect)
+            case ShowOffset(offset, subscriber, topic, message_id):
+                name = keys.read_offset(subscriber, topic)
+                self._part(offset, "read offset", partial(self._show, name, message_id))
+            case RunCommand(offset, arguments):
+                self._part(offset, "command", lambda: self._run(*arguments))
+
+    def _body(self, effect: StoreMessage) -> None:
+        event = effect.event
+        name = keys.message_body(event.message_id)
+        body = self._server.of(name, Hash)
+        body.update(
+            {
+                "id": event.message_id.encode(),
+                "from": event.client_id.encode(),
+                "qos": str(event.qos).encode(),
+                "topic": event.topic.encode(),
+                "payload": payload_bytes(event),
+                "ts": str(event.published_at // 1000).encode(),
+                "retain": str(event.retain).lower().encode(),
+            }
+        )
+        if event.expires_at is not None:
+            body["expires_at"] = str(event.expires_at).encode()
+        self._server.keep(name, body)
+
+    def _receipt(self, effect: KeepReceipt) -> None:
+        name = keys.receipt(effect.message_id)
+        receipt = self._server.of(name, Hash)
+        receipt[f"{effect.kind}:{effect.client_id}"] = str(effect.at_s).encode()
+        self._server.keep(name, receipt)
+
+    def _index(self, topic: str, message_id: str, score: int) -> None:
+        name = keys.message_index(topic)
+        index = self._server.of(name, Zset)
+        index.setdefault(message_id, score)
+        self._server.keep(name, index)
+
+    def _retain(self, effect: Retain) -> None:
+        name = keys.retained(effect.topic)
+        self._clear(name, Zset)
+        self._server.keep(name, Zset({effect.message_id: effect.score}))
+
+    def _presence(self, effect: SetPresence) -> None:
+        client_id, online_at = effect.client_id, b"%d" % (effect.online_at // 1000)
+        shown: dict[str, bytes | None] = {
+            "state": b"%d" % effect.online,
+            "online_at": online_at,
+            "offline_at": offline_at(effect).encode(),
+        }
+        self._part(effect.offset, "presence", lambda: self._set(keys.presence(client_id), shown))
+        for node, at in ((effect.left_node, None), (effect.node, online_at)):
+            if node is not None:
+                name, field = keys.node(node), {client_id: at}
+                self._part(effect.offset, "presence", partial(self._set, name, field))
+
+    def _show(self, name: str, message_id: str | None) -> None:
+        if message_id is not None:
+            self._server.keep(name, message_id.encode())
+        elif self._server.text(name) is not None:
+            self._server.remove(name)
+
+    def _set(self, name: str, fields: Mapping[str, bytes | None]) -> None:
+        """Set fields of a hash; None removes one."""
+        values = self._server.of(name, Hash)
+        for field, value in fields.items():
+            if value is None:
+                values.pop(field, None)
+            else:
+                values[field] = value
+        self._server.keep(name, values)
+
+    def _set_index(self, name: str, key: str, score: int | None) -> None:
+        entries = self._server.of(name, Zset)
+        entries.pop(key, None)
+        if score is not None:
+            entries[key] = score
+        self._server.keep(name, entries)
+
+    def _clear(self, name: str, kind: type[Kind]) -> None:
+        self._server.of(name, kind)  # a foreign key is refused
+        self._server.remove(name)
+
+    def _unindex(self, effect: Unindex) -> None:
+        name = keys.message_index(effect.topic)
+        index = self._server.of(name, Zset)
+        for message_id in effect.message_ids:
+            index.pop(message_id, None)
+        self._server.keep(name, index)
+
+    def _write_seen(self, effect: WriteSeen) -> None:
+        name = keys.seen(self._partition, effect.generation)
+        before = b"" if effect.fresh else self._server.text(name) or b""
+        lines = b"".join(msgspec.json.encode(each) + b"\n" for each in effect.message_ids)
+        self._server.keep(name, before + lines)
+
+    def _set_due(self, member: str, at: int | None) -> None:
+        name = keys.due(self._partition)
+        due = self._server.of(name, Zset)
+        if at is None:
+            due.pop(member, None)
+        else:
+            due[member] = min(at, due.get(member, at))
+        self._server.keep(name, due)
+
+    def _run(self, verb: bytes, *arguments: bytes) -> None:
+        """The few commands that tests use; any other is refused."""
+        match verb.upper(), *arguments:
+            case b"INCR", key:
+                value = self._server.text(key.decode()) or b"0"
+                if not value.removeprefix(b"-").isdigit():
+                    raise RefusedError("ERR value is not an integer or out of range")
+                self._server.keep(key.decode(), b"%d" % (int(value) + 1))
+            case b"SET", key, value:
+                self._server.remove(key.decode())
+                self._server.keep(key.decode(), value)
+            case b"HSET", key, *pairs if pairs and len(pairs) % 2 == 0:
+                fields = self._server.of(key.decode(), Hash)
+                names = (name.decode() for name in pairs[::2])
+                fields.update(zip(names, pairs[1::2], strict=True))
+                self._server.keep(key.decode(), fields)
+            case b"DEL", *names:
+                for each in names:
+                    self._server.remove(each.decode())
+            case _:
+                raise RefusedError(f"ERR unknown command '{verb.decode(errors='replace')}'")

@@ -1,0 +1,1 @@
+"""State in Redis: a single server, Sentinel or a Cluster."""

@@ -1,0 +1,290 @@
+"""Effects as Redis commands, in the order of the three lists.
+
+A foreign key in the way is refused (WRONGTYPE), never destroyed: what is removed is removed by commands that only
+work on our own types (`HDEL` of a body's fields, `ZREMRANGEBYRANK` of a retained entry), not by `DEL`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+import msgspec
+
+from millpond.agents.effects import (
+    ClearRetained,
+    DropBody,
+    KeepReceipt,
+    Output,
+    Reindex,
+    Retain,
+    RunCommand,
+    SetDue,
+    SetIndex,
+    SetPresence,
+    SetRules,
+    SetState,
+    ShowOffset,
+    SpareBody,
+    StoreMessage,
+    Unindex,
+    WriteSeen,
+)
+from millpond.agents.ports import Applied, Transaction
+from millpond.pipeline.stores.redis.commands import CommandList
+from millpond.schemas import keys
+from millpond.schemas.codec import payload_bytes
+from millpond.schemas.keys import Partition
+
+# A body outlives its index entry by this much, and whatever it was written for: a log that is folded late, or anew,
+# may still say that it is needed longer. The index entry goes by a tick, on the log's clock, the body by
+# the server's own: an hour covers clocks that differ and workers that were away, so that no id is without its
+# message. Expiry on the server is only a safety net; a tick removes both.
+BODY_GRACE_MS: Final = 3_600_000
+
+BODY_FIELDS: Final = ("id", "from", "qos", "topic", "payload", "ts", "retain", "expires_at")
+
+_encode_json = msgspec.json.Encoder().encode
+_encode_lines = msgspec.json.Encoder().encode_lines
+decode_applied = msgspec.json.Decoder(Applied).decode
+decode_outputs = msgspec.json.Decoder(list[Output]).decode
+_decode_lines = msgspec.json.Decoder(str).decode_lines
+
+
+def decode_seen(lines: bytes | None) -> tuple[str, ...]:
+    """The message ids of one generation: a JSON string per line, because an id may hold a line break."""
+    return tuple(_decode_lines(lines or b""))
+
+
+class Commands:
+    """The commands of one batch: `bodies` before `entries`, both before `state`, `removals` last."""
+
+    def __init__(self, partition: Partition, transaction: Transaction, wall_ms: int = 0) -> None:
+        """Fold the effects of a transaction; what is written once per batch is written at its end. `wall_ms` is now, by
+        the clock that the server's is like.
+        """
+        self.partition, self._wall_ms = partition, wall_ms
+        self.bodies, self.entries = CommandList(), CommandList()
+        self.state, self.removals = CommandList(), CommandList()
+        self.indexed: dict[str, list[tuple[StoreMessage | Reindex, str]]] = {}
+        self.states: dict[str, dict[str, bytes | None]] = {}  # by table
+        self.indexes: dict[str, dict[str, int | None]] = {}  # key → member → score, None: gone
+        self.due = Due()
+        for effect in transaction.effects:
+            _FOLD[type(effect)](self, effect)
+        self._entries()
+        self._states()
+        self._fence(transaction)
+
+    def end_of_body(self, expires_at: int) -> int:
+        """When the server may forget a body that nobody needs any more after `expires_at`."""
+        return max(expires_at, self._wall_ms) + BODY_GRACE_MS
+
+    def _entries(self) -> None:
+        for topic, messages in self.indexed.items():
+            zadd: list[str | int] = ["ZADD", keys.message_index(topic), "NX"]
+            for message, message_id in messages:
+                zadd += (message.score, message_id)
+            self.entries.add(tuple(message for message, _ in messages), *zadd)
+
+    def _states(self) -> None:
+        for name, states in self.states.items():
+            kept = [(key, state) for key, state in states.items() if state is not None]
+            gone = [key for key, state in states.items() if state is None]
+            if kept:
+                self.state.add(None, "HSET", name, *(part for pair in kept for part in pair))
+            if gone:
+                self.state.add(None, "HDEL", name, *gone)
+        for name, scores in self.indexes.items():
+            placed = {member: score for member, score in scores.items() if score is not None}
+            taken_out = [member for member, score in scores.items() if score is None]
+            if placed:
+                self.state.add(None, "ZADD", name, *_scored(placed))
+            if taken_out:
+                self.state.add(None, "ZREM", name, *taken_out)
+        name = keys.due(self.partition)
+        if self.due.removed:
+            self.state.add(None, "ZREM", name, *self.due.removed)
+        if self.due.exact:
+            self.state.add(None, "ZADD", name, *_scored(self.due.exact))
+        if self.due.earliest:
+            self.state.add(None, "ZADD", name, "LT", *_scored(self.due.earliest))
+
+    def _fence(self, transaction: Transaction) -> None:
+        journal = keys.journal(self.partition)
+        if transaction.outputs:
+            outputs = _encode_json(transaction.outputs)
+            self.state.add(None, "HSET", journal, transaction.applied.sequence, outputs)
+        if transaction.produced:
+            self.state.add(None, "HDEL", journal, *transaction.produced)
+        applied = _encode_json(transaction.applied)
+        self.state.add(None, "SET", keys.applied(self.partition), applied)
+
+    def all(self) -> CommandList:
+        """The three lists as one."""
+        every = CommandList()
+        for part in (self.bodies, self.entries, self.state, self.removals):
+            every.extend(part)
+        return every
+
+
+class Due:
+    """What a batch's `SetDue` come to, per member: gone, exactly then, or then unless it was earlier already."""
+
+    def __init__(self) -> None:
+        """Nothing changes."""
+        self.removed: dict[str, None] = {}
+        self.exact: dict[str, int] = {}
+        self.earliest: dict[str, int] = {}
+
+    def fold(self, member: str, at: int | None) -> None:
+        """One more, later than those before: a removal starts the member anew."""
+        if at is None:
+            self.exact.pop(member, None)
+            self.earliest.pop(member, None)
+            self.removed[member] = None
+        elif member in self.removed:
+            del self.removed[member]
+            self.exact[member] = at
+        else:
+            times = self.exact if member in self.exact else self.earliest
+            times[member] = min(at, times.get(member, at))
+
+
+def _scored(times: dict[str, int]) -> Iterable[str | int]:
+    return (part for member, at in times.items() for part in (at, member))
+
+
+def _store_message(commands: Commands, effect: StoreMessage) -> None:
+    event = effect.event
+    body = keys.message_body(event.message_id)
+    payload = event.payload if event.payload_encoding == "utf-8" else payload_bytes(event)
+    # Only a message that has an expiry of its own has the field, in ms.
+    expiry = () if event.expires_at is None else ("expires_at", event.expires_at)
+    # fmt: off
+    commands.bodies.add(
+        effect, "HSET", body, "id", event.message_id, "from", event.client_id, "qos", event.qos,
+        "topic", event.topic, "payload", payload, "ts", event.published_at // 1000,
+        "retain", "true" if event.retain else "false", *expiry,
+    )
+    # fmt: on
+    if effect.expires_at is not None:
+        commands.bodies.add(effect, "PEXPIREAT", body, commands.end_of_body(effect.expires_at))
+    if effect.indexed:
+        commands.indexed.setdefault(event.topic, []).append((effect, event.message_id))
+
+
+def _reindex(commands: Commands, effect: Reindex) -> None:
+    commands.indexed.setdefault(effect.topic, []).append((effect, effect.message_id))
+    if effect.expires_at is not None:
+        body = keys.message_body(effect.message_id)
+        commands.bodies.add(effect, "PEXPIREAT", body, commands.end_of_body(effect.expires_at))
+
+
+def _retain(commands: Commands, effect: Retain) -> None:
+    name = keys.retained(effect.topic)
+    commands.entries.add(effect, "ZREMRANGEBYRANK", name, 0, -1)
+    commands.entries.add(effect, "ZADD", name, effect.score, effect.message_id)
+    _place(commands, keys.index(commands.partition, keys.RETAINED_INDEX), effect.topic, 0)
+
+
+def _keep_receipt(commands: Commands, effect: KeepReceipt) -> None:
+    name = keys.receipt(effect.message_id)
+    commands.bodies.add(effect, "HSET", name, f"{effect.kind}:{effect.client_id}", effect.at_s)
+    commands.bodies.add(effect, "PEXPIREAT", name, effect.expires_at)
+
+
+def _set_state(commands: Commands, effect: SetState) -> None:
+    name = keys.table(commands.partition, effect.table)
+    commands.states.setdefault(name, {})[effect.key] = effect.state
+
+
+def _set_index(commands: Commands, effect: SetIndex) -> None:
+    _place(commands, keys.index(commands.partition, effect.index), effect.key, effect.score)
+
+
+def _place(commands: Commands, index: str, member: str, score: int | None) -> None:
+    commands.indexes.setdefault(index, {})[member] = score
+
+
+def _set_rules(commands: Commands, effect: SetRules) -> None:
+    commands.state.add(None, "SET", keys.rules(commands.partition), effect.canonical)
+
+
+def _write_seen(commands: Commands, effect: WriteSeen) -> None:
+    name = keys.seen(commands.partition, effect.generation)
+    verb = "SET" if effect.fresh else "APPEND"
+    commands.state.add(None, verb, name, _encode_lines(effect.message_ids))
+
+
+def _set_due(commands: Commands, effect: SetDue) -> None:
+    commands.due.fold(effect.member, effect.at)
+
+
+def _unindex(commands: Commands, effect: Unindex) -> None:
+    if effect.message_ids:
+        name = keys.message_index(effect.topic)
+        commands.removals.add(effect, "ZREM", name, *effect.message_ids)
+
+
+def _clear_retained(commands: Commands, effect: ClearRetained) -> None:
+    commands.removals.add(effect, "ZREMRANGEBYRANK", keys.retained(effect.topic), 0, -1)
+    _place(commands, keys.index(commands.partition, keys.RETAINED_INDEX), effect.topic, None)
+
+
+def _drop_body(commands: Commands, effect: DropBody) -> None:
+    commands.removals.add(effect, "HDEL", keys.message_body(effect.message_id), *BODY_FIELDS)
+
+
+def _spare_body(commands: Commands, effect: SpareBody) -> None:
+    commands.removals.add(effect, "PERSIST", keys.message_body(effect.message_id))
+
+
+def _set_presence(commands: Commands, effect: SetPresence) -> None:
+    online_at = effect.online_at // 1000
+    commands.removals.add(
+        effect, "HSET", keys.presence(effect.client_id), "state", int(effect.online),
+        "online_at", online_at, "offline_at", offline_at(effect),
+    )  # fmt: skip
+    if effect.left_node is not None:
+        commands.removals.add(effect, "HDEL", keys.node(effect.left_node), effect.client_id)
+    if effect.node is not None:
+        commands.removals.add(effect, "HSET", keys.node(effect.node), effect.client_id, online_at)
+
+
+def offline_at(effect: SetPresence) -> str:
+    """When a client went offline, as public keys say it: in seconds, `undefined` if it never has."""
+    return "undefined" if effect.offline_at is None else str(effect.offline_at // 1000)
+
+
+def _show_offset(commands: Commands, effect: ShowOffset) -> None:
+    name = keys.read_offset(effect.subscriber, effect.topic)
+    if effect.message_id is None:
+        # A string of ours, or nothing: whatever else is there stays.
+        commands.removals.add(effect, "GETDEL", name)
+    else:
+        commands.removals.add(effect, "SET", name, effect.message_id)
+
+
+def _run_command(commands: Commands, effect: RunCommand) -> None:
+    commands.removals.add(effect, *effect.arguments)
+
+
+_FOLD: Final[dict[type[Any], Callable[[Commands, Any], None]]] = {
+    StoreMessage: _store_message,
+    Reindex: _reindex,
+    Retain: _retain,
+    KeepReceipt: _keep_receipt,
+    SetState: _set_state,
+    SetIndex: _set_index,
+    SetPresence: _set_presence,
+    ShowOffset: _show_offset,
+    SetRules: _set_rules,
+    WriteSeen: _write_seen,
+    SetDue: _set_due,
+    Unindex: _unindex,
+    ClearRetained: _clear_retained,
+    DropBody: _drop_body,
+    SpareBody: _spare_body,
+    RunCommand: _run_command,
+}

@@ -1,0 +1,116 @@
+"""The HTTP listener of a process: `/metrics`, `/healthz`, `/readyz`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Final, Protocol
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
+from prometheus_client.exposition import choose_encoder
+
+from millpond.pipeline.telemetry.families import Collector, Metric, Part, gauge
+from millpond.schemas.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+HOST: Final = "127.0.0.1"  # unless told otherwise
+KAFKA_PATIENCE_S: Final = 2.0  # for its answer, when somebody asks whether a process is ready
+STOP_TIMEOUT_S: Final = 1.0  # for an answer under way
+
+
+class Health(Protocol):
+    """How a process is. Both answers are the reasons why not, a sentence each; none if all is well."""
+
+    async def not_alive(self) -> Sequence[str]:
+        """Why the process cannot go on."""
+        ...
+
+    async def not_ready(self) -> Sequence[str]:
+        """Why it does not do its work now."""
+        ...
+
+
+class _Parts(Collector):
+    """Metrics of all parts, when somebody asks for them."""
+
+    def __init__(self, process: str, parts: Sequence[Part]) -> None:
+        self._process, self._parts = process, parts
+
+    def collect(self) -> Iterator[Metric]:
+        labels = {(self._process, version("millpond")): 1.0}
+        yield gauge("millpond_build_info", "Which process this is.", ("process", "version"), labels)
+        for part in self._parts:
+            yield from part.metrics()
+
+
+def registry_of(process: str, parts: Sequence[Part]) -> CollectorRegistry:
+    """Everything that a process shows."""
+    registry = CollectorRegistry()
+    registry.register(_Parts(process, parts))
+    ProcessCollector(registry=registry)
+    GCCollector(registry=registry)
+    return registry
+
+
+class Listener:
+    """Answers for one process."""
+
+    def __init__(self, process: str, parts: Sequence[Part], health: Health) -> None:
+        """`parts` have metrics; `health` has answers."""
+        self._process, self._health = process, health
+        self._registry = registry_of(process, parts)
+
+    def app(self) -> web.Application:
+        """What is served."""
+        app = web.Application()
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/healthz", self._healthz)
+        app.router.add_get("/readyz", self._readyz)
+        return app
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        body = encode(self._registry)
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
+    async def _healthz(self, request: web.Request) -> web.Response:
+        return self._answer(await self._health.not_alive())
+
+    async def _readyz(self, request: web.Request) -> web.Response:
+        return self._answer([*await self._health.not_alive(), *await self._health.not_ready()])
+
+    def _answer(self, reasons: Sequence[str]) -> web.Response:
+        said = {"process": self._process, "ok": not reasons, "reasons": list(reasons)}
+        return web.json_response(said, status=503 if reasons else 200)
+
+
+@asynccontextmanager
+async def serving(
+    listen: str | None, process: str, parts: Sequence[Part], health: Health
+) -> AsyncIterator[None]:
+    """Listen at `[HOST:]PORT`, if anywhere, for as long as this lasts.
+
+    Raises:
+        ConfigError: nobody can listen there.
+    """
+    if listen is None:
+        yield
+        return
+    app = Listener(process, parts, health).app()
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=STOP_TIMEOUT_S)
+    await runner.setup()
+    host, _, port = listen.rpartition(":")
+    site = web.TCPSite(runner, host.strip("[]") or HOST, int(port))
+    try:
+        try:
+            await site.start()
+        except OSError as error:
+            raise ConfigError(f"[telemetry] listen: {listen}: {error.strerror}") from error
+        logger.info("metrics and health: http://%s:%d", *runner.addresses[0][:2])
+        yield
+    finally:
+        await runner.cleanup()

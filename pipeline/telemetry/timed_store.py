@@ -1,0 +1,83 @@
+"""A partition's store, watched: how long its answers take, and since when one is waited for."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Sequence
+from functools import partial
+from typing import Any, Generic
+
+from millpond.agents.effects import Refusal
+from millpond.agents.ports import Applied, Packed, Store, Stored, Transaction
+from millpond.agents.reads import Read
+from millpond.pipeline.telemetry.agent import AgentCounts
+from millpond.pipeline.telemetry.histogram import histogram_of
+
+
+class WatchedStore(Generic[Packed]):
+    """See `millpond.agents.ports.Store`; it does what the one inside does."""
+
+    def __init__(self, store: Store[Packed], counts: AgentCounts) -> None:
+        """`counts` hears of every answer."""
+        self._store, self._counts = store, counts
+        self._waiting: dict[str, float] = {}  # since when, by operation
+        self.loaded: Applied | None = None  # the fence, as it was loaded last
+
+    @property
+    def silent_s(self) -> float:
+        """How long the oldest question has been without an answer."""
+        return time.perf_counter() - min(self._waiting.values()) if self._waiting else 0.0
+
+    async def load(self) -> Stored:
+        """See `Store`."""
+        stored: Stored = await self._timed("load", self._store.load())
+        self.loaded = stored.applied
+        return stored
+
+    async def read(self, reads: Sequence[Read]) -> list[Any]:
+        """See `Store`."""
+        answers: list[Any] = await self._timed("read", self._store.read(reads))
+        return answers
+
+    def pack(self, transaction: Transaction) -> Packed:
+        """See `Store`."""
+        return self._store.pack(transaction)
+
+    def commit(self, packed: Packed) -> Awaitable[Sequence[Refusal]]:
+        """See `Store`."""
+        self._waiting["commit"] = time.perf_counter()
+        committing = asyncio.ensure_future(self._store.commit(packed))
+        committing.add_done_callback(partial(self._committed, self._waiting["commit"]))
+        return committing
+
+    def _committed(self, began: float, committing: asyncio.Future[Sequence[Refusal]]) -> None:
+        failed = committing.cancelled() or committing.exception() is not None
+        self._answered("commit", began, failed=failed)
+
+    async def check(self) -> None:
+        """See `Store`."""
+        await self._timed("check", self._store.check())
+
+    async def close(self) -> None:
+        """See `Store`."""
+        self._waiting.clear()
+        await self._store.close()
+
+    async def _timed(self, operation: str, answer: Awaitable[Any]) -> Any:
+        began = self._waiting[operation] = time.perf_counter()
+        failed = True
+        try:
+            result = await answer
+            failed = False
+            return result
+        finally:
+            self._answered(operation, began, failed=failed)
+
+    def _answered(self, operation: str, began: float, *, failed: bool) -> None:
+        self._waiting.pop(operation, None)
+        if failed:
+            self._counts.store_failures[operation] += 1
+        else:
+            seconds = time.perf_counter() - began
+            histogram_of(self._counts.store_s, operation).add(seconds)

@@ -1,0 +1,122 @@
+"""Rules in an `emqx_backend_redis.conf`, the file of EMQX's own Redis backend (3.x to 4.4).
+
+## a comment
+backend.redis.{pool}.{setting} = {value}
+backend.redis.msg.expired_after = {seconds}
+backend.redis.hook.{hook}.{number} = {JSON}      # a comment
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Final
+
+import msgspec
+
+from millpond.schemas.errors import ConfigError
+from millpond.schemas.rules.build import Draft, build_rules
+from millpond.schemas.rules.rule import EXPIRED_TIME_S_MAX, HOOKS
+from millpond.schemas.rules.ruleset import Rules
+
+_COMMENT: Final = re.compile(r"(?:^|\s)#.*")
+_NUMBER: Final = re.compile("0|[1-9][0-9]{0,8}")
+_SECONDS: Final = re.compile("-?[0-9]{1,18}")
+_json: Final = json.JSONDecoder()
+
+
+def parse_conf(text: str, file: str) -> Rules:
+    """The rules of a file, by hook and number.
+
+    Raises:
+        ConfigError: a line that is not understood, or rules that cannot be, with the line.
+    """
+    conf = _Conf(file)
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            conf.read(number, line)
+    return conf.rules()
+
+
+class _Conf:
+    """What the lines so far have said."""
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        self._first: dict[str, int] = {}  # key → its line
+        self._pools: dict[str, dict[str, str]] = {}
+        self._hooks: dict[tuple[int, int], tuple[int, dict[str, Any]]] = {}
+        self._expired_after: int | None = None
+
+    def _fault(self, line: int, reason: str) -> ConfigError:
+        return ConfigError(reason, file=self._file, line=line)
+
+    def read(self, line: int, text: str) -> None:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not equals:
+            raise self._fault(line, "neither a comment nor `key = value`")
+        if key in self._first:
+            raise self._fault(line, f"{key} is given twice, first in line {self._first[key]}")
+        self._first[key] = line
+        plain = _COMMENT.sub("", value).strip()
+        match key.split("."):
+            case ["backend", "redis", "msg", "expired_after"]:
+                self._read_expired_after(line, plain)
+            case ["backend", "redis", "hook", group, event, number]:
+                self._read_hook(line, f"{group}.{event}", number, value)
+            case ["backend", "redis", pool, setting] if pool not in ("hook", "msg"):
+                settings = self._pools.setdefault(pool, {})
+                if plain:  # `password =` is no password
+                    settings[setting] = plain
+            case _:
+                raise self._fault(line, f"unknown setting {key!r}")
+
+    def _read_expired_after(self, line: int, value: str) -> None:
+        if not _SECONDS.fullmatch(value) or int(value) > EXPIRED_TIME_S_MAX:
+            reason = f"expired_after is seconds, at most {EXPIRED_TIME_S_MAX}, not {value!r}"
+            raise self._fault(line, reason)
+        if int(value) > 0:  # documented: else the default, which is none
+            self._expired_after = int(value)
+
+    def _read_hook(self, line: int, hook: str, number: str, value: str) -> None:
+        if hook not in HOOKS:
+            raise self._fault(line, f"unknown hook {hook!r}: known are {', '.join(HOOKS)}")
+        if not _NUMBER.fullmatch(number):
+            raise self._fault(line, f"a rule of {hook} is numbered, not {number!r}")
+        rule = self._read_rule(line, value)
+        self._hooks[HOOKS.index(hook), int(number)] = line, {"hook": hook, **rule}
+
+    def _read_rule(self, line: int, value: str) -> dict[str, Any]:
+        try:
+            _, end = _json.raw_decode(value)
+            rule = msgspec.json.decode(value[:end], type=dict[str, Any])
+        except (ValueError, RecursionError) as error:
+            raise self._fault(line, f"the rule is not a JSON object: {error}") from error
+        if _COMMENT.sub("", " " + value[end:]).strip():
+            raise self._fault(line, f"after the rule's JSON stands {value[end:].strip()!r}")
+        for key in ("hook", "commands"):
+            if key in rule:
+                raise self._fault(line, f"unknown key {key!r} in a rule")
+        match rule.pop("action", None):
+            case {"function": function, **others} if not others:
+                return {**rule, "action": function}
+            case {"commands": commands, **others} if not others:
+                return {**rule, "commands": commands}
+        raise self._fault(line, 'the action is {"function": "…"} or {"commands": ["…"]}')
+
+    def rules(self) -> Rules:
+        pools = {
+            name: Draft(settings, self._pool_line(name), self._file, strict=False)
+            for name, settings in self._pools.items()
+        }
+        return build_rules(pools, [self._rule(*self._hooks[key]) for key in sorted(self._hooks)])
+
+    def _pool_line(self, name: str) -> Any:
+        prefix = f"backend.redis.{name}."
+        first = min(line for key, line in self._first.items() if key.startswith(prefix))
+        return lambda key: first if key is None else self._first[prefix + key]
+
+    def _rule(self, line: int, values: dict[str, Any]) -> Draft:
+        if values["hook"] == "message.publish" and self._expired_after is not None:
+            values.setdefault("expired_time", self._expired_after)
+        return Draft(values, lambda _: line, self._file)

@@ -1,0 +1,162 @@
+"""The rules in force and their pools, and what is asked of them."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from millpond.schemas.errors import ConfigError, DecodeError
+from millpond.schemas.events import AgentName
+from millpond.schemas.rules.pool import REDIS_PORT, Pool
+from millpond.schemas.rules.rule import COMPANIONS, DELIVERY_AGENTS, Action, Hook, Rule, rule_error
+from millpond.schemas.topics import covers, intersects, matches, split_share
+
+
+class Rules(Struct, frozen=True):
+    """The rules in the user's order, and the pools they name."""
+
+    rules: tuple[Rule, ...] = ()
+    pools: tuple[Pool, ...] = ()
+
+    def owner(self, topic: str) -> AgentName:
+        """The one agent that runs all rules of an MQTT topic."""
+        rule = self.delivery_rule(topic)
+        return "messages" if rule is None or rule.delivery_agent is None else rule.delivery_agent
+
+    def delivery_rule(self, topic: str) -> Rule | None:
+        """The rule that makes an MQTT topic a queue's or pubsub's."""
+        for rule in self.rules:
+            if rule.delivery_agent is not None and matches(rule.topic_filter, topic):
+                return rule
+        return None
+
+    def run_by_delivery(self, agent: AgentName) -> tuple[Rule, ...]:
+        """The rules that make their filter this agent's to deliver."""
+        return tuple(rule for rule in self.rules if rule.delivery_agent == agent)
+
+    def delivery_rules(self) -> tuple[Rule, ...]:
+        """The rules that make their filter a queue's or pubsub's."""
+        return tuple(rule for rule in self.rules if rule.delivery_agent is not None)
+
+    def matching(self, hook: Hook, topic: str | None) -> tuple[Rule, ...]:
+        """The rules of a hook that apply to a topic, in order.
+
+        For a subscription `topic` is the client's filter, and a rule applies if some topic matches
+        both. For the hooks that have no topic it is None.
+        """
+        return tuple(rule for rule in self.rules if rule.hook == hook and _applies(rule, topic))
+
+    def wants(self, hook: Hook) -> bool:
+        """Whether a rule needs the events of a hook. Delivery needs all but message.delivered."""
+        delivers = hook != "message.delivered" and bool(self.delivery_rules())
+        return delivers or any(rule.hook == hook for rule in self.rules)
+
+    def run_by(self, agent: AgentName) -> tuple[Rule, ...]:
+        """The rules that an agent runs, for some topic at least."""
+        return tuple(rule for rule in self.rules if agent in self._agents(rule))
+
+    def _agents(self, rule: Rule) -> tuple[AgentName, ...]:
+        delivery = None if rule.action is None else COMPANIONS.get(rule.action, rule.action)
+        if delivery in DELIVERY_AGENTS:
+            return (DELIVERY_AGENTS[delivery],)
+        if not rule.hook.startswith("message."):
+            return ("sessions",)
+        owners: list[AgentName] = []
+        for owned in self.delivery_rules():
+            if intersects(owned.topic_filter, rule.topic_filter):
+                owners.extend(filter(None, [owned.delivery_agent]))
+            if covers(owned.topic_filter, rule.topic_filter):
+                return tuple(owners)
+        return (*owners, "messages")
+
+    def pool(self, agent: AgentName) -> Pool:
+        """The pool of an agent's rules; of an agent without rules, the first one.
+
+        Raises:
+            ConfigError: there is no such pool.
+        """
+        names = [rule.pool for rule in self.run_by(agent)] or [pool.name for pool in self.pools]
+        for pool in self.pools:
+            if pool.name == names[0]:
+                return pool
+        raise ConfigError(f"the agent {agent} has no pool to work on: configure one")
+
+    def canonical(self) -> str:
+        """The rules as JSON, in order, with every setting spelled out; without pools and places."""
+        rules = [msgspec.structs.asdict(rule) for rule in self.rules]
+        for rule in rules:
+            del rule["file"], rule["line"]
+        return msgspec.json.encode(rules).decode()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical form, in hex: tells two sets of rules apart at a glance."""
+        return sha256(self.canonical().encode()).hexdigest()
+
+    @classmethod
+    def from_canonical(cls, text: str) -> Rules:
+        """The rules in a `rules.changed` record, without pools.
+
+        Raises:
+            DecodeError: not rules in canonical form, or a rule that no file could have given.
+        """
+        try:
+            rules = _decoder.decode(text)
+        except (ValueError, RecursionError) as error:
+            raise DecodeError(f"the rules cannot be read: {error}") from error
+        for number, rule in enumerate(rules, start=1):
+            fault = rule_error(rule)
+            if fault is not None:
+                raise DecodeError(f"rule {number} is wrong: {fault[1]}")
+        return cls(rules)
+
+
+_decoder: Final = msgspec.json.Decoder(tuple[Rule, ...])
+
+
+def _applies(rule: Rule, topic: str | None) -> bool:
+    if topic is None:
+        return True
+    if rule.hook.startswith("session."):
+        return intersects(rule.topic_filter, split_share(topic)[1])
+    return matches(rule.topic_filter, topic)
+
+
+def default_rules() -> Rules:
+    """The rules of the broker backends' documented file, on the Redis of this machine."""
+    pool = Pool(name="pool1", servers=(("127.0.0.1", REDIS_PORT),))
+    return Rules(documented_rules(pool.name), (pool,))
+
+
+def documented_rules(pool: str) -> tuple[Rule, ...]:
+    """Each line of the documented file: presence, subscriptions, delivery, storing, retaining."""
+    hour = 3600
+    lines: tuple[tuple[Hook, str | None, Action | None, int | None], ...] = (
+        ("client.connected", None, "on_client_connected", None),
+        ("client.connected", None, "on_subscribe_lookup", None),
+        ("client.disconnected", None, "on_client_disconnected", None),
+        ("session.subscribed", "queue/#", "on_message_fetch_for_queue", None),
+        ("session.subscribed", "pubsub/#", "on_message_fetch_for_pubsub", None),
+        ("session.subscribed", None, "on_retain_lookup", None),
+        ("session.unsubscribed", "#", None, None),
+        ("message.publish", "#", "on_message_publish", hour),
+        ("message.publish", "#", "on_message_retain", hour),
+        ("message.publish", "#", "on_retain_delete", None),
+        ("message.acked", "queue/#", "on_message_acked_for_queue", None),
+        ("message.acked", "pubsub/#", "on_message_acked_for_pubsub", None),
+    )
+    forget = (("DEL", "mqtt:acked:${clientid}:${topic}"),)
+    return tuple(
+        Rule(
+            hook=hook,
+            topic=topic,
+            action=action,
+            commands=() if action else forget,
+            pool=pool,
+            expired_time=expired_time,
+        )
+        for hook, topic, action, expired_time in lines
+    )

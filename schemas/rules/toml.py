@@ -1,0 +1,75 @@
+"""Rules in a `millpond.toml`: its `[pool.*]` tables and `[[rule]]` entries."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from typing import Any, Final
+
+from millpond.schemas.errors import ConfigError
+from millpond.schemas.rules.build import Draft, build_rules
+from millpond.schemas.rules.ruleset import Rules, default_rules, documented_rules
+from millpond.schemas.rules.toml_lines import Path, TomlLines
+
+_LINE: Final = re.compile(r"at line (\d+)")
+
+
+def parse_toml(text: str, file: str) -> Rules:
+    """The rules of a file. Without any `rule` they are the documented ones, on the file's pool.
+
+    Every key but `pool` and `rule` is somebody else's.
+
+    Raises:
+        ConfigError: not TOML, or rules that cannot be, with the line.
+    """
+    return _TomlFile(text, file).rules()
+
+
+class _TomlFile:
+    def __init__(self, text: str, file: str) -> None:
+        self._file = file
+        try:
+            self._document = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            found = _LINE.search(str(error))
+            line = int(found[1]) if found else text.count("\n") + 1  # "at end of document"
+            raise ConfigError(f"not TOML: {error}", file=file, line=line) from error
+        except RecursionError as error:
+            raise ConfigError("not TOML: nested too deeply", file=file) from error
+        self._lines = TomlLines(text)
+
+    def rules(self) -> Rules:
+        pools = self._pools()
+        if "rule" in self._document:
+            return build_rules(pools, self._drafts())
+        if not pools:
+            return default_rules()
+        built = build_rules(pools, ()).pools
+        if len(built) > 1:
+            reason = "the file has several pools, but no [[rule]] that names one"
+            raise ConfigError(reason, file=self._file)
+        return Rules(documented_rules(built[0].name), built)
+
+    def _pools(self) -> dict[str, Draft]:
+        pools = self._document.get("pool", {})
+        if not isinstance(pools, dict):
+            raise self._fault("a pool is written as a table, [pool.pool1]", "pool")
+        return {name: self._draft(pools[name], "pool", name) for name in pools}
+
+    def _drafts(self) -> list[Draft]:
+        rules = self._document["rule"]
+        if not isinstance(rules, list):
+            raise self._fault("a rule is written as [[rule]], with two brackets", "rule")
+        return [self._draft(rule, "rule", number) for number, rule in enumerate(rules)]
+
+    def _draft(self, table: Any, *path: str | int) -> Draft:
+        if not isinstance(table, dict):
+            raise self._fault(f"{path[0]} is not a table of keys", *path)
+        return Draft(table, lambda key: self._lines.of(*_keyed(path, key)), self._file)
+
+    def _fault(self, reason: str, *path: str | int) -> ConfigError:
+        return ConfigError(reason, file=self._file, line=self._lines.of(*path))
+
+
+def _keyed(path: Path, key: str | None) -> Path:
+    return path if key is None else (*path, key)

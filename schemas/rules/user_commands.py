@@ -1,0 +1,147 @@
+"""The user's own Redis commands: what may be configured, and how an event's values get in.
+
+A command is split into its fields when it is read, at each single space, and substituted
+afterwards: a payload with spaces stays one argument.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Final
+
+from millpond.schemas.codec import encode, payload_bytes
+from millpond.schemas.events import (
+    ClientConnected,
+    ClientDisconnected,
+    Event,
+    MessageAcked,
+    MessageDelivered,
+    MessagePublished,
+    SessionCreated,
+    SessionSubscribed,
+    SessionUnsubscribed,
+)
+from millpond.schemas.keys import PRIVATE_PREFIX
+
+Values = Mapping[str, str | bytes]
+
+# What each hook's event can fill in. `ts` is in seconds, as every time in a public key; `message`
+# is the whole event as canonical JSON.
+VARIABLES: Final[Mapping[str, tuple[str, ...]]] = {
+    "client.connected": ("clientid", "username", "node", "ts"),
+    "client.disconnected": ("clientid", "node", "ts"),
+    "session.created": ("clientid", "node", "ts"),
+    "session.subscribed": ("clientid", "topic", "qos", "node", "ts"),
+    "session.unsubscribed": ("clientid", "topic", "node", "ts"),
+    "message.publish": (
+        *("clientid", "username", "topic", "qos", "msgid", "payload", "message", "node", "ts"),
+    ),
+    "message.delivered": ("clientid", "topic", "qos", "msgid", "node", "ts"),
+    "message.acked": ("clientid", "topic", "qos", "msgid", "node", "ts"),
+}
+
+# Why a command is refused: it would stop the server or the connection, break the one transaction
+# that a batch is, wait, or touch keys that nobody named. What a server makes of the rest is asked
+# at start (COMMAND INFO).
+FORBIDDEN: Final[Mapping[str, str]] = {
+    "administers the server": (
+        "ACL BGREWRITEAOF BGSAVE CLUSTER COMMAND CONFIG DEBUG FAILOVER INFO LASTSAVE LATENCY "
+        "LOLWUT MEMORY MODULE MONITOR PFDEBUG PFSELFTEST PSYNC REPLCONF REPLICAOF "
+        "RESTORE-ASKING ROLE SAVE SHUTDOWN SLAVEOF SLOWLOG SYNC"
+    ),
+    "acts on the connection": (
+        "ASKING AUTH CLIENT ECHO HELLO PING QUIT READONLY READWRITE RESET SELECT"
+    ),
+    "acts on the transaction": "DISCARD EXEC MULTI UNWATCH WATCH",
+    "waits": (
+        "BLMOVE BLMPOP BLPOP BRPOP BRPOPLPUSH BZMPOP BZPOPMAX BZPOPMIN WAIT WAITAOF XREAD "
+        "XREADGROUP"
+    ),
+    "publishes or subscribes": (
+        "PSUBSCRIBE PUBLISH PUBSUB PUNSUBSCRIBE SPUBLISH SSUBSCRIBE SUBSCRIBE SUNSUBSCRIBE "
+        "UNSUBSCRIBE"
+    ),
+    "runs a script": "EVAL EVALSHA EVALSHA_RO EVAL_RO FCALL FCALL_RO FUNCTION SCRIPT",
+    "works on the whole keyspace": "DBSIZE FLUSHALL FLUSHDB KEYS MIGRATE RANDOMKEY SCAN SWAPDB",
+}
+
+_VARIABLE: Final = re.compile(r"\$\{([^}]*)\}")
+
+
+def command_error(hook: str, fields: Sequence[str]) -> str | None:
+    """Why these fields cannot be a command of `hook`, or None. The server is not asked."""
+    if not "".join(fields):
+        return "the command is empty"
+    if "" in fields:
+        return "fields of a command are separated by exactly one space, with none before or after"
+    name = fields[0]
+    if "${" in name:
+        return "the name of a command cannot hold a variable"
+    for reason, names in FORBIDDEN.items():
+        if name.upper() in names.split():
+            return f"the command {name} {reason}, which a rule must not do"
+    for field in fields[1:]:
+        for variable in _VARIABLE.findall(field):
+            if variable not in VARIABLES[hook]:
+                known = " ".join(f"${{{known}}}" for known in VARIABLES[hook])
+                return f"{hook} has no ${{{variable}}}, only {known}"
+        if "${" in _VARIABLE.sub("", field):
+            return f"'${{' is not closed in {field!r}"
+        if field.startswith(PRIVATE_PREFIX):
+            return f"{field!r} begins with {PRIVATE_PREFIX!r}, which is Millpond's own"
+    return None
+
+
+def command_values(event: Event) -> Values:
+    """What an event of a hook fills in, by variable; what it does not have is missing."""
+    values: dict[str, str | bytes] = {"node": event.node, "ts": str(event.at // 1000)}
+    match event:
+        case ClientConnected() | ClientDisconnected() | SessionCreated():
+            values["clientid"] = event.client_id
+        case SessionSubscribed() | SessionUnsubscribed():
+            values.update(clientid=event.client_id, topic=event.topic_filter)
+        case MessagePublished() | MessageDelivered() | MessageAcked():
+            values.update(clientid=event.client_id, topic=event.topic, msgid=event.message_id)
+        case _:
+            return {}
+    if isinstance(event, ClientConnected | MessagePublished) and event.username is not None:
+        values["username"] = event.username
+    if isinstance(event, SessionSubscribed | MessagePublished | MessageDelivered | MessageAcked):
+        values["qos"] = str(event.qos)
+    if isinstance(event, MessagePublished):
+        values.update(payload=payload_bytes(event), message=encode(event))
+    return values
+
+
+@lru_cache(maxsize=1024)  # far more fields than a rule file has
+def _parts(field: str) -> tuple[bytes | str, ...]:
+    """Literals (bytes) and variables (str) of a field, in turn; the first and last are literals."""
+    return tuple(
+        part if place % 2 else part.encode() for place, part in enumerate(_VARIABLE.split(field))
+    )
+
+
+def substitute(fields: Sequence[str], values: Values) -> list[bytes]:
+    """The arguments of a command: each `${name}` replaced, an unknown or absent one by nothing."""
+    return [b"".join(_fill(part, values) for part in _parts(field)) for field in fields]
+
+
+def _fill(part: bytes | str, values: Values) -> bytes:
+    if isinstance(part, bytes):
+        return part
+    value = values.get(part, b"")
+    return value if isinstance(value, bytes) else value.encode()
+
+
+def forbidden_key(arguments: Sequence[bytes]) -> str | None:
+    """Why substituted arguments must not run, or None: a topic could name one of our own keys.
+
+    Which argument is a key depends on the command, so none may begin like one of ours.
+    """
+    for argument in arguments[1:]:
+        if argument.startswith(PRIVATE_PREFIX.encode()):
+            name = arguments[0].decode()
+            return f"an argument of {name} begins with {PRIVATE_PREFIX!r}, which is Millpond's own"
+    return None

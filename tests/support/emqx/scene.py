@@ -1,0 +1,220 @@
+"""An EMQX double with REST, and the parts of a bridge that ask it, without Kafka and gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from millpond.pipeline.brokers.commands.deliveries import Deliveries
+from millpond.pipeline.brokers.commands.pending import Ticket
+from millpond.pipeline.brokers.commands.reports import Reports
+from millpond.pipeline.brokers.emqx.delivery.copy_topic import Returning
+from millpond.pipeline.brokers.emqx.delivery.sender import Sender
+from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint
+from millpond.pipeline.brokers.emqx.rest.client import Rest
+from millpond.pipeline.clock import now_ms
+from millpond.pipeline.settings import BridgeSettings
+from millpond.pipeline.telemetry.tracing import Headers
+from millpond.schemas.commands import Command, Deliver, Subscribe, Unsubscribe
+from millpond.schemas.events import DeliveriesSent, DeliveryFailed, Event, MessageAcked
+from millpond.schemas.leases import Lease
+from tests.support.emqx.broker import MOUNTPOINT, NODE, Client, Emqx, Message, NoHooks
+from tests.support.emqx.rest import SECRET, EmqxRest
+from tests.support.workers import until
+
+RETURNING = Returning(SECRET)
+
+
+class Recorder:
+    """Keeps events in memory, as an inlet or for reports."""
+
+    node = NODE
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.partitions: list[int | None] = []
+        self.refusal: Exception | None = None
+
+    async def enter(
+        self, event: DeliveriesSent | DeliveryFailed | MessageAcked, partition: int | None = None
+    ) -> asyncio.Future[Any]:
+        return self._keep(event, partition)
+
+    def _keep(self, event: Event, partition: int | None) -> asyncio.Future[Any]:
+        kept: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if self.refusal is not None:
+            kept.set_exception(self.refusal)
+        else:
+            self.events.append(event)
+            self.partitions.append(partition)
+            kept.set_result(None)
+        return kept
+
+
+class Inlet(Recorder):
+    """The same, entered as into an inlet."""
+
+    complaint = None
+
+    def enter(  # type: ignore[override]  # the two protocols differ
+        self,
+        topic: str,
+        event: Event,
+        partition: int | None = None,
+        *,
+        hook: str,
+        headers: Headers = (),
+    ) -> asyncio.Future[None]:
+        assert topic.startswith("mqtt.")
+        assert hook
+        return self._keep(event, partition)
+
+
+class Provider(NoHooks):
+    """Knows copies on their way back, and tells the sender who acknowledged."""
+
+    def __init__(self, returning: Returning) -> None:
+        self.sender: Sender | None = None
+        self.returned: list[str] = []  # message ids of copies, in the order in which they came
+        self._returning = returning
+
+    async def publish(self, message: Message) -> Message | None:
+        if not message.topic.startswith("$millpond/"):
+            return message
+        returned = self._returning.parse(message.topic)
+        if returned is None:
+            return None
+        self.returned.append(returned.message_id)
+        return replace(message, topic=returned.topic)
+
+    async def received(self, name: str, client: Client, message: Message) -> None:
+        if name == "MessageAcked" and self.sender is not None:
+            self.sender.acked(client.client_id, message.id)
+
+    async def client(self, name: str, client: Client, **what: Any) -> None:
+        if name in ("SessionTerminated", "SessionDiscarded") and self.sender is not None:
+            self.sender.session_ended(client.client_id)
+
+
+class Scene:
+    """All of it."""
+
+    def __init__(self, emqx: Emqx, server: EmqxRest, rest: Rest, mounted: bool) -> None:
+        self.emqx, self.server, self.rest = emqx, server, rest
+        self.recorder = Recorder()
+        self.reports = Reports(self.recorder)
+        mountpoint = Mountpoint(MOUNTPOINT) if mounted else None
+        deliveries = Deliveries(NODE, self.reports)
+        self.sender = Sender(rest, deliveries, RETURNING, mountpoint)
+        self.done: list[int] = []  # numbers of the commands that are finished
+
+    # -- commands
+
+    async def take(self, command: Command, *, number: int = 0, valid_for_s: float = 60) -> None:
+        lease = None
+        if isinstance(command, Deliver) and command.lease:
+            lease = Lease("queue", 0, number)
+        ticket = Ticket(
+            command.client_id, lease, getattr(command, "epoch", 0),
+            getattr(command, "message_id", ""), now_ms() + int(valid_for_s * 1000),
+            lambda: self.done.append(number),
+        )  # fmt: skip
+        await self.sender.take(ticket, command)
+
+    async def deliver(
+        self, client: str, *numbers: int, valid_for_s: float = 60, **fields: Any
+    ) -> None:
+        """Copies `numbers` for a client; each payload is its number."""
+        for number in numbers:
+            values: dict[str, Any] = {
+                "lease": str(Lease("queue", 0, number)), "epoch": 1, "valid_for_s": 60,
+                "attempt": 1, "message_id": f"m{number}", "topic": "queue/a", "qos": 1,
+                "retain": False, "payload": str(number), **fields,
+            }  # fmt: skip
+            await self.take(
+                Deliver(client_id=client, **values), number=number, valid_for_s=valid_for_s
+            )
+
+    async def subscribe(self, client: str, *topic_filters: str, **how: Any) -> None:
+        wanted = tuple((topic_filter, 1) for topic_filter in topic_filters)
+        await self.take(Subscribe(client_id=client, topic_filters=wanted), **how)
+
+    async def unsubscribe(self, client: str, *topic_filters: str, **how: Any) -> None:
+        await self.take(Unsubscribe(client_id=client, topic_filters=topic_filters), **how)
+
+    # -- what came of them
+
+    async def until_done(self, *numbers: int) -> None:
+        """These commands are finished, and no others."""
+
+        async def finished() -> bool:
+            return len(self.done) >= len(numbers)
+
+        await until(finished, f"{numbers} to be done, not {self.done}")
+        assert sorted(self.done) == sorted(numbers)
+
+    def failed(self, reason: str) -> list[str]:
+        """The message ids of the copies that failed so."""
+        return [
+            event.message_id
+            for event in self.recorder.events
+            if isinstance(event, DeliveryFailed) and event.reason == reason
+        ]
+
+    @property
+    def sent(self) -> list[str]:
+        """The message ids of the copies that the sender itself reported."""
+        return [
+            one.message_id
+            for event in self.recorder.events
+            if isinstance(event, DeliveriesSent)
+            for one in event.sent
+        ]
+
+
+def settings_for(
+    server: EmqxRest, directory: Path, *, url: str | None = None, **fields: Any
+) -> BridgeSettings:
+    key_file = directory / "api-key"
+    key_file.write_text(server.key + "\n")
+    return BridgeSettings(rest_url=url or server.url, api_key_file=str(key_file), **fields)
+
+
+@contextlib.asynccontextmanager
+async def asking(server: EmqxRest, directory: Path, **fields: Any) -> AsyncIterator[Rest]:
+    """A client of a REST API."""
+    rest = Rest(settings_for(server, directory, **fields))
+    await rest.start()
+    try:
+        yield rest
+    finally:
+        await rest.stop()
+
+
+@contextlib.asynccontextmanager
+async def playing(directory: Path, *, mounted: bool = True) -> AsyncIterator[Scene]:
+    """A broker, its REST API, and a sender at work."""
+    provider = Provider(RETURNING)
+    emqx = Emqx(provider)
+    server = EmqxRest(emqx)
+    await server.start()
+    async with asking(server, directory) as rest:
+        scene = Scene(emqx, server, rest, mounted)
+        provider.sender = scene.sender
+        working = [
+            asyncio.create_task(scene.sender.run()),
+            asyncio.create_task(scene.reports.run()),
+        ]
+        try:
+            yield scene
+            assert not any(task.done() for task in working), "the sender ended"
+        finally:
+            for task in working:
+                task.cancel()
+            await asyncio.gather(*working, return_exceptions=True)
+            emqx.stop()
+            await server.stop()

@@ -1,0 +1,141 @@
+"""An EMQX's side of ExHook for tests: its requests, the trace of a real one, and what is kept of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from google.protobuf import json_format
+from google.protobuf.message import Message
+
+from millpond.pipeline.brokers.emqx.exhook import exhook_pb2 as pb
+from millpond.pipeline.brokers.emqx.exhook.hooks import Version
+from millpond.pipeline.brokers.emqx.exhook.server import service_name
+from millpond.schemas.errors import MillpondError
+from millpond.schemas.events import Event, MessagePublished
+
+TRACE: Final = Path(__file__).parents[2] / "fixtures" / "emqx-5.5.1-exhook.jsonl"
+NODE: Final = "emqx@127.0.0.1"
+SERVICE: Final = pb.DESCRIPTOR.services_by_name["HookProvider"]
+OF_EMQX_4: Final = {
+    "OnSessionTakenover": "OnSessionTakeovered",
+    "OnClientAuthorize": "OnClientCheckAcl",
+}
+
+
+class Call(NamedTuple):
+    number: int
+    name: str
+    request: Message
+
+
+def trace() -> Iterator[Call]:
+    """Every call of one session of a real EMQX 5.5.1, in order."""
+    for line in TRACE.read_text().splitlines():
+        told = json.loads(line)
+        yield Call(told["seq"], told["call"], parsed(told["call"], told["req"]))
+
+
+def parsed(name: str, request: dict[str, Any]) -> Message:
+    """A request that is written as JSON."""
+    kind = getattr(pb, SERVICE.methods_by_name[name].input_type.name)
+    message: Message = json_format.ParseDict(request, kind())
+    return message
+
+
+def path(version: Version, name: str) -> str:
+    """Where gRPC has a call, as a version of EMQX names it."""
+    if version == "v1":
+        name = OF_EMQX_4.get(name, name)
+    return f"/{service_name(version)}/{name}"
+
+
+def a_client(client_id: str = "c2", **fields: Any) -> pb.ClientInfo:
+    values = {
+        "node": NODE, "username": "u", "password": "p", "peerhost": "127.0.0.1", "peerport": 40112,
+        "sockport": 1883, "protocol": "mqtt", "anonymous": True, **fields,
+    }  # fmt: skip
+    return pb.ClientInfo(clientid=client_id, **values)
+
+
+def a_message(topic: str = "t", message_id: str = "m1", **fields: Any) -> pb.Message:
+    values: dict[str, Any] = {
+        "node": NODE, "qos": 1, "from_client_id": "pub", "payload": b"hello",
+        "timestamp": 1_700_000_000_000, **fields,
+    }  # fmt: skip
+    return pb.Message(topic=topic, id=message_id, **values)
+
+
+def a_publish(topic: str = "t", message_id: str = "m1", **fields: Any) -> bytes:
+    message = a_message(topic, message_id, **fields)
+    return pb.MessagePublishRequest(message=message).SerializeToString()
+
+
+class Entered(NamedTuple):
+    topic: str
+    event: Event
+    partition: int | None
+    hook: str
+
+
+class NotKept(MillpondError):
+    """An event is nowhere."""
+
+
+class MemoryInlet:
+    """Keeps events in memory; answers at once, unless it is `held`, and refuses all while it has a `complaint`."""
+
+    def __init__(self) -> None:
+        self.entered: list[Entered] = []
+        self.complaint: str | None = None
+        self.held = False
+        self.futures: list[asyncio.Future[None]] = []
+
+    def enter(
+        self,
+        topic: str,
+        event: Event,
+        partition: int | None = None,
+        *,
+        hook: str,
+        headers: tuple[tuple[str, bytes], ...] = (),
+    ) -> asyncio.Future[None]:
+        kept = asyncio.get_running_loop().create_future()
+        self.futures.append(kept)
+        if self.complaint is not None:
+            kept.set_exception(NotKept(self.complaint))
+            kept.exception()
+            return kept
+        self.entered.append(Entered(topic, event, partition, hook))
+        if not self.held:
+            kept.set_result(None)
+        return kept
+
+    @property
+    def events(self) -> list[Event]:
+        return [each.event for each in self.entered]
+
+
+class Heard:
+    """What the rest of a bridge would hear."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+        self.acks: list[tuple[str, str]] = []
+        self.retained: list[tuple[str, MessagePublished]] = []
+        self.ended: list[str] = []
+
+    def provider_loaded(self, node: str) -> None:
+        self.loaded.append(node)
+
+    def acked(self, client_id: str, message_id: str) -> None:
+        self.acks.append((client_id, message_id))
+
+    def session_ended(self, client_id: str) -> None:
+        self.ended.append(client_id)
+
+    def retainable(self, topic: str, event: MessagePublished) -> None:
+        self.retained.append((topic, event))

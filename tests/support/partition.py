@@ -1,0 +1,170 @@
+"""A partition in memory, for tests of the driver: a log, a server, owners of it. No event loop and no clock."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from typing import Any, TypeVar
+
+from millpond.agents.driver.driver import PartitionDriver
+from millpond.agents.ports import Applied, Outgoing, Record, Transaction
+from millpond.agents.registry import MACHINES
+from millpond.pipeline.kafka.memory_log import MemoryLog
+from millpond.pipeline.stores.memory.server import MemoryServer, Moment, Zset
+from millpond.pipeline.stores.memory.store import MemoryStore
+from millpond.schemas import codec, keys
+from millpond.schemas.errors import StoreDown
+from millpond.schemas.events import Event
+from millpond.schemas.keys import Partition
+from millpond.schemas.rules import Rules
+from tests.support import given
+
+PARTITION = Partition("millpond", "messages", 0)
+Driver = PartitionDriver[Transaction]
+Result = TypeVar("Result")
+
+
+def run(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """The result of a coroutine that never has to wait."""
+    try:
+        coroutine.send(None)
+    except StopIteration as finished:
+        result: Result = finished.value
+        return result
+    coroutine.close()
+    raise AssertionError("it waits")
+
+
+def waits(coroutine: Coroutine[Any, Any, Any]) -> bool:
+    """Go on with a coroutine; whether it still waits."""
+    try:
+        coroutine.send(None)
+    except StopIteration:
+        return False
+    return True
+
+
+class Log(MemoryLog):
+    """Kafka, which acknowledges at once unless told to wait."""
+
+    acknowledges = True
+
+    def produce(self, records: Sequence[Outgoing]) -> Awaitable[None]:
+        super().produce(records)
+        return _Acknowledged(self)
+
+
+class _Acknowledged(Awaitable[None]):
+    def __init__(self, log: Log) -> None:
+        self._log = log
+
+    def __await__(self) -> Generator[None, None, None]:
+        while not self._log.acknowledges:
+            yield
+
+
+async def _wait(awaitable: Awaitable[None]) -> None:
+    await awaitable
+
+
+class World:
+    """One partition. The log's clock is `now_ms`."""
+
+    def __init__(self, *tables: str, partition: Partition = PARTITION) -> None:
+        self.partition = partition
+        self.now_ms = 10_000
+        self.log = Log(lambda: self.now_ms)
+        self.server = MemoryServer()
+        self.rules = given.rules(*tables)
+        self.notices: list[str] = []
+
+    def append(self, *events: Event) -> list[Record]:
+        """Events, as the bridge writes them."""
+        return [self.append_raw(*given.key_and_value(event)) for event in events]
+
+    def append_raw(self, key: bytes | None, value: bytes | None) -> Record:
+        return self.log.append(self.partition.topic, 0, key, value)
+
+    def append_tick(self, driver: Driver, wall_ms: int) -> None:
+        """The tick that an owner sends at this time."""
+        tick = driver.tick(wall_ms)
+        assert tick is not None
+        run(_wait(self.log.produce([tick])))
+
+    def owner(self, rules: Rules | None = None) -> Driver:
+        """A new owner of the partition."""
+        store = MemoryStore(self.partition, self.server)
+        machine = MACHINES[self.partition.agent]()
+        configured = self.rules if rules is None else rules
+        return PartitionDriver(
+            self.partition, machine, store, self.log, configured, self.notices.append
+        )
+
+    def started(self, rules: Rules | None = None) -> Driver:
+        """A new owner that has loaded, with its rules in the log."""
+        driver = self.owner(rules)
+        run(driver.start())
+        return driver
+
+    def unread(self, driver: Driver) -> list[Record]:
+        log = self.log.records[self.partition.topic, 0]
+        return [record for record in log if record.offset >= driver.next_offset]
+
+    def feed(self, driver: Driver) -> None:
+        """All that the log holds, folded and settled."""
+        run(driver.process(self.unread(driver)))
+        run(driver.settle())
+
+    def commit(self, driver: Driver) -> None:
+        """What the worker does from time to time."""
+        if driver.committable is not None:
+            self.log.committed[self.partition] = driver.committable
+
+    @property
+    def applied(self) -> Applied | None:
+        return run(MemoryStore(self.partition, self.server).load()).applied
+
+    @property
+    def journal(self) -> list[int]:
+        return list(run(MemoryStore(self.partition, self.server).load()).journal)
+
+    def stored(self, topic: str = "t") -> list[str]:
+        """The ids in a topic's index, each with its body."""
+        index = self.server.of(keys.message_index(topic), Zset)
+        assert all(keys.message_body(message_id) in self.server.values for message_id in index)
+        return list(index)
+
+    def text(self, key: str) -> str | None:
+        value = self.server.text(key)
+        return None if value is None else value.decode()
+
+    def counted_once(self, *names: str) -> bool:
+        """Whether a rule `INCR seen:${msgid}` ran once for each of these ids."""
+        return all(self.text(f"seen:{name}") == "1" for name in names)
+
+    @property
+    def letters(self) -> Counter[int]:
+        """How many dead letters there are of each offset."""
+        return Counter(int(dict(letter.headers)["source-offset"]) for letter in self.dead_letters)
+
+    @property
+    def dead_letters(self) -> list[Outgoing]:
+        return [sent for sent in self.log.produced if sent.topic == keys.DEAD_LETTERS_TOPIC]
+
+    @property
+    def written(self) -> list[Event]:
+        """What the agents wrote into the partition themselves."""
+        own = [sent for sent in self.log.produced if sent.topic == self.partition.topic]
+        return [codec.decode(sent.value) for sent in own]
+
+
+def once(moment: Moment) -> Callable[[Moment, Partition], None]:
+    """A fault: the store is down at the first such moment."""
+    left = [moment]
+
+    def fault(at: Moment, partition: Partition) -> None:
+        if left and at == left[0]:
+            left.clear()
+            raise StoreDown(f"down at {at}")
+
+    return fault

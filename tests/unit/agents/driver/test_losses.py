@@ -1,0 +1,186 @@
+"""What the driver does when the store or the log has lost something, and with logs that do not fit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+
+from millpond.pipeline.stores.memory.server import Hash
+from millpond.schemas import keys
+from millpond.schemas.errors import LogMismatch
+from tests.support import given
+from tests.support.partition import PARTITION, World, once, run
+
+RULES = (given.store(), given.retain(), given.command("INCR seen:${msgid}"))
+
+
+# -- the store lost something ---------------------------------------------------------------------------
+
+
+def test_an_emptied_store_is_rebuilt_from_the_logs_start() -> None:
+    world = World(*RULES)
+    driver = world.started()
+    world.append(given.published("a"))
+    world.append_raw(b"t", b"poison")
+    world.feed(driver)
+    run(driver.tend())
+    before = world.server.dump()
+    world.server.values.clear()
+    world.server.expires_at.clear()
+    run(driver.tend())
+    assert {name for name in before if name.startswith("mqtt:")} <= world.server.dump().keys()
+    assert world.counted_once("a")
+    assert set(world.letters.values()) == {1}
+
+
+def test_writes_that_a_failover_lost_are_made_again() -> None:
+    world = World(*RULES)
+    driver = world.started()
+    world.append(given.published("a"))
+    world.feed(driver)
+    before = copy.deepcopy(world.server.values)
+    world.append(given.published("b"))
+    world.feed(driver)
+    world.server.values = before
+    world.append(given.published("c"))
+    world.feed(driver)
+    assert world.counted_once("a", "b", "c")
+
+
+def test_a_sequence_is_never_used_twice_even_if_the_store_goes_back() -> None:
+    world = World(*RULES)
+    driver = world.started()
+    world.feed(driver)
+    before = copy.deepcopy(world.server.values)
+    world.append(given.published("a"))
+    world.feed(driver)
+    assert world.applied is not None
+    used = world.applied.sequence
+    world.server.values = before
+    run(driver.tend())
+    run(driver.settle())
+    assert world.applied.sequence > used
+
+
+def test_a_new_owner_catches_up_to_the_committed_offset_by_itself() -> None:
+    world = World(*RULES)
+    driver = world.started()
+    world.append(given.published("a"), given.published("b"))
+    world.feed(driver)
+    world.commit(driver)
+    world.server.values.clear()
+    rebuilt = world.started()
+    assert rebuilt.next_offset == 3
+    run(rebuilt.settle())
+    assert world.counted_once("a", "b")
+
+
+# -- the log --------------------------------------------------------------------------------------------
+
+
+def test_records_gone_before_they_were_read_are_counted_and_passed() -> None:
+    world = World(*RULES)
+    driver = world.started()
+    world.feed(driver)
+    run(driver.close())
+    world.append(*(given.published(name) for name in "abc"))
+    world.log.forget(PARTITION.topic, 0, 3)
+    successor = world.started()
+    world.feed(successor)
+    assert successor.records_lost == 2
+    assert any("2 records were gone" in notice for notice in world.notices)
+    assert world.counted_once("c")
+    assert world.text("seen:a") is None
+
+
+def test_records_gone_while_a_run_was_handed_over_are_counted_too() -> None:
+    world = World(*RULES)
+    driver = world.started()
+    world.feed(driver)
+    *_, last = world.append(*(given.published(name) for name in "abc"))
+    world.log.forget(PARTITION.topic, 0, 4)
+    run(driver.process([last]))
+    run(driver.settle())
+    assert driver.records_lost == 2
+    assert world.counted_once("c")
+
+
+def test_a_log_that_begins_later_is_no_loss_for_a_store_that_is_empty() -> None:
+    world = World(*RULES)
+    world.append(*(given.published(name) for name in "abc"))
+    world.log.forget(PARTITION.topic, 0, 2)
+    driver = world.started()
+    world.feed(driver)
+    assert driver.records_lost == 0
+    assert world.counted_once("c")
+
+
+def another_cluster(world: World) -> None:
+    world.log.cluster_id = "another"
+
+
+def more_partitions(world: World) -> None:
+    world.log.partition_count = 2
+
+
+def a_shorter_log(world: World) -> None:
+    world.log.records[PARTITION.topic, 0].clear()
+
+
+def another_record(world: World) -> None:
+    log = world.log.records[PARTITION.topic, 0]
+    log[-1] = log[-1]._replace(timestamp=log[-1].timestamp + 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (another_cluster, "of Kafka cluster memory, but this is cluster another"),
+        (more_partitions, "with 1 partitions, but it has 2"),
+        (a_shorter_log, "up to offset 1, but the log ends before 0"),
+        (another_record, "of 10000 ms, but the log's record there is of 10001 ms"),
+    ],
+)
+def test_a_store_of_another_log_is_refused_by_name(
+    change: Callable[[World], None], reason: str
+) -> None:
+    world = World(*RULES)
+    driver = world.started()
+    world.append(given.published())
+    world.feed(driver)
+    change(world)
+    with pytest.raises(LogMismatch, match=reason):
+        world.started()
+
+
+def test_a_log_whose_applied_record_is_gone_by_retention_still_fits() -> None:
+    world = World(*RULES)
+    driver = world.started()
+    world.append(given.published("a"), given.published("b"))
+    run(driver.process(world.unread(driver)[:2]))
+    run(driver.close())
+    world.log.forget(PARTITION.topic, 0, 2)
+    world.feed(world.started())
+    assert world.counted_once("a", "b")
+
+
+def test_the_store_is_let_go_even_if_nothing_was_loaded() -> None:
+    world = World(*RULES)
+    driver = world.owner()
+    run(driver.close())
+
+
+def test_a_journal_entry_of_another_owner_under_a_sequence_of_ours_is_finished() -> None:
+    world = World(*RULES)
+    driver = world.started()
+    world.append_raw(b"t", b"\xff")
+    world.feed(driver)
+    assert world.applied is not None
+    journal = world.server.values[keys.journal(PARTITION)]
+    assert isinstance(journal, Hash)
+    journal[str(world.applied.sequence)] = b'[{"type":"dead_letter","offset":0,"reason":"another"}]'
+    world.server.fault = once("before")
+    run(driver.tend())
+    assert world.letters == {1: 1, 0: 1}

@@ -1,0 +1,65 @@
+"""The way back of a copy: there and back again, and never forged."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from millpond.pipeline.brokers.emqx.delivery.copy_topic import Returned, Returning
+from millpond.schemas.codec import topic_name_error
+
+RETURNING = Returning("secret")
+TOPIC = RETURNING.topic_for("queue/7/18823", "c2", "000660E8E1F804B9F443000004050002", "mp/c2/queue/t")  # fmt: skip
+
+
+def test_it_looks_like_this() -> None:
+    rest = "queue%2F7%2F18823/c2/000660E8E1F804B9F443000004050002/mp/c2/queue/t"
+    mac = hmac.new(b"secret", rest.encode(), hashlib.sha256).hexdigest()[:16]
+    assert f"$millpond/d/{mac}/{rest}" == TOPIC
+
+
+# Whatever a client id or a message id may hold, and a topic of any number of levels.
+IDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
+LEVELS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="+#\0"), max_size=20)
+
+
+@given(client_id=IDS, message_id=IDS, topic=LEVELS.filter(bool))
+def test_what_comes_back_is_what_went(client_id: str, message_id: str, topic: str) -> None:
+    for lease in ("queue/7/18823", ""):
+        way = RETURNING.topic_for(lease, client_id, message_id, topic)
+        assert RETURNING.parse(way) == Returned(lease, client_id, message_id, topic)
+        assert topic_name_error(way) is None
+
+
+@pytest.mark.parametrize(
+    "topic",
+    [
+        "$millpond/d/", "$millpond/d//", "$millpond/d/0123456789abcdef", "$millpond/queue", "queue/t", "",
+        "$millpond/d/0123456789abcdef/queue%2F7%2F1/c/m/t", "$millpond/d/é/a/b/c/t", "$millpond/d/\0/a/b/c/t",
+        "$millpond/d//a/b/c/t", "$millpond/d/////////", "$millpond/d/\ud800/a/b/c/\ud800",
+    ],
+)  # fmt: skip
+def test_what_is_none_is_none(topic: str) -> None:
+    assert RETURNING.parse(topic) is None
+
+
+def test_every_part_is_signed() -> None:
+    for at, character in enumerate(TOPIC):
+        other = "x" if character != "x" else "y"
+        assert RETURNING.parse(TOPIC[:at] + other + TOPIC[at + 1 :]) is None, TOPIC[at:]
+        assert RETURNING.parse(TOPIC[:at] + TOPIC[at + 1 :]) is None, TOPIC[at:]
+    assert RETURNING.parse(TOPIC + "x") is None
+
+
+def test_another_key_makes_another_signature() -> None:
+    assert Returning("other").parse(TOPIC) is None
+    assert Returning("secret").parse(TOPIC) is not None
+
+
+@given(mac=st.text(alphabet="0123456789abcdef", min_size=16, max_size=16), rest=st.text())
+def test_guessing_does_not_help(mac: str, rest: str) -> None:
+    assert RETURNING.parse(f"$millpond/d/{mac}/{rest}") is None

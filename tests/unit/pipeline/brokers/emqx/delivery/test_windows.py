@@ -1,0 +1,287 @@
+"""Order and window of each client of an EMQX, as a table of cases and as a model of random days."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given as given_any
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from millpond.pipeline.brokers.commands.pending import Ticket
+from millpond.pipeline.brokers.emqx.delivery.windows import (
+    BULK_BYTES_MAX,
+    BULK_MAX,
+    BULK_MIN,
+    WINDOW,
+    Accepted,
+    Change,
+    Copy,
+    Item,
+    Outcome,
+    Part,
+    Windows,
+)
+from millpond.schemas.commands import Deliver, Subscribe
+from millpond.schemas.leases import Lease
+
+NOW, END = 1_000, 60_000
+
+
+def a_ticket(client: str, number: int, until: int = END) -> Ticket:
+    return Ticket(client, Lease("queue", 0, number), 1, f"m{number}", until, lambda: None)
+
+
+def a_copy(client: str, number: int, *, qos: int = 1, until: int = END, payload: str = "") -> Copy:
+    ticket = a_ticket(client, number, until)
+    command = Deliver(
+        client_id=client, lease=str(ticket.lease), valid_for_s=60, attempt=1,
+        message_id=ticket.message_id, topic="queue/a", qos=qos, retain=False, payload=payload,
+    )  # fmt: skip
+    return Copy(ticket, command)
+
+
+def a_change(client: str) -> Change:
+    return Change(a_ticket(client, 0), Subscribe(client_id=client, topic_filters=(("a", 1),)))
+
+
+def windows(*items: Item) -> Windows:
+    made = Windows()
+    for item in items:
+        made.put(item)
+    return made
+
+
+def copies(client: str, *numbers: int, **fields: Any) -> list[Copy]:
+    return [a_copy(client, number, **fields) for number in numbers]
+
+
+def bulk(made: Windows, now: int = NOW, slots: int = 1) -> list[Part]:
+    step = made.next(slots, now)
+    if step is None:
+        return []
+    assert isinstance(step, list)
+    return step
+
+
+def numbers(part: Part) -> list[int]:
+    return [int(copy.command.message_id[1:]) for copy in part.copies]
+
+
+def shown(parts: list[Part]) -> dict[str, list[int]]:
+    return {part.client_id: numbers(part) for part in parts}
+
+
+def accept(made: Windows, part: Part) -> list[str]:
+    aliases = [f"{part.client_id}/{number}" for number in numbers(part)]
+    made.settle(part, [Accepted(alias) for alias in aliases])
+    return aliases
+
+
+def test_one_bulk_holds_the_copies_of_many_clients_each_in_order() -> None:
+    made = windows(*copies("a", 1, 2), *copies("b", 3), *copies("a", 4))
+    assert shown(bulk(made)) == {"a": [1, 2, 4], "b": [3]}
+    assert bulk(made) == []
+
+
+def test_of_a_client_there_is_one_bulk_under_way() -> None:
+    made = windows(*copies("a", 1))
+    (first,) = bulk(made)
+    made.put(a_copy("a", 2))
+    made.put(a_copy("b", 3))
+    assert shown(bulk(made)) == {"b": [3]}
+    accept(made, first)
+    assert shown(bulk(made)) == {"a": [2]}
+
+
+def test_a_window_is_never_exceeded_and_an_acknowledgement_makes_room() -> None:
+    made = windows(*copies("a", *range(WINDOW + 5)))
+    (part,) = bulk(made)
+    aliases = accept(made, part)
+    assert len(part.copies) == WINDOW
+    assert bulk(made) == []
+    assert made.acked("a", aliases[7])
+    assert shown(bulk(made)) == {"a": [WINDOW]}
+
+
+def test_a_full_window_holds_up_nobody_else() -> None:
+    made = windows(*copies("a", *range(WINDOW + 1)), *copies("b", 900))
+    (part,) = bulk(made)
+    accept(made, part)
+    assert shown(bulk(made)) == {"b": [900]}
+
+
+def test_qos_0_needs_no_room() -> None:
+    made = windows(*copies("a", *range(WINDOW)))
+    accept(made, bulk(made)[0])
+    made.put(a_copy("a", 500, qos=0))
+    made.put(a_copy("a", 501))
+    assert shown(bulk(made)) == {"a": [500]}
+
+
+def test_what_was_valid_until_now_has_left_the_window() -> None:
+    made = windows(*copies("a", *range(WINDOW), until=5_000), a_copy("a", 900))
+    accept(made, bulk(made)[0])
+    assert bulk(made, 5_000) == []
+    made.sift(1_000, 5_001, lambda ticket: True)
+    assert shown(bulk(made, 5_001)) == {"a": [900]}
+
+
+def test_an_acknowledgement_that_overtakes_the_answer_counts() -> None:
+    made = windows(*copies("a", *range(WINDOW + 1)))
+    (part,) = bulk(made)
+    assert made.acked("a", "a/3")
+    accept(made, part)
+    assert shown(bulk(made)) == {"a": [WINDOW]}
+
+
+def test_what_was_not_sent_goes_again_first() -> None:
+    made = windows(*copies("a", 1, 2))
+    (part,) = bulk(made)
+    made.put(a_copy("a", 3))
+    made.settle(part, ["unsent", "unsent"])
+    assert shown(bulk(made)) == {"a": [1, 2, 3]}
+
+
+def test_one_that_failed_does_not_take_those_that_did_not_along() -> None:
+    made = windows(*copies("a", 1, 2, 3))
+    (part,) = bulk(made)
+    made.settle(part, [Accepted("x"), "unsent", "nobody"])
+    assert shown(bulk(made)) == {"a": [2]}
+
+
+def test_what_may_have_been_sent_goes_again_one_by_one_and_takes_room_twice() -> None:
+    made = windows(*copies("a", *range(60)))
+    (part,) = bulk(made)
+    made.settle(part, ["unknown"] * 60)
+    (one,) = bulk(made)
+    assert numbers(one) == [0]
+    accept(made, one)
+    (rest,) = bulk(made)
+    assert numbers(rest) == list(range(1, WINDOW - 60))
+
+
+def test_an_acknowledgement_of_an_unknown_copy_gives_its_room_back() -> None:
+    made = windows(*copies("a", *range(WINDOW)))
+    (part,) = bulk(made)
+    made.settle(part, ["unknown"] * WINDOW)
+    assert bulk(made) == []
+    assert made.acked("a", "unheard of")
+    assert shown(bulk(made)) == {"a": [0]}
+
+
+def test_a_change_has_its_turn_between_the_copies_before_and_after_it() -> None:
+    change = a_change("a")
+    made = windows(a_copy("a", 1), change, a_copy("a", 2))
+    (part,) = bulk(made)
+    assert numbers(part) == [1]
+    accept(made, part)
+    assert made.next(1, NOW) is change
+    assert made.next(1, NOW) is None
+    made.changed(change, again=True)
+    assert made.next(1, NOW) is change
+    made.changed(change, again=False)
+    assert shown(bulk(made)) == {"a": [2]}
+
+
+def test_a_session_that_ends_frees_its_room_and_gives_back_what_waits() -> None:
+    made = windows(*copies("a", *range(WINDOW + 2)))
+    accept(made, bulk(made)[0])
+    ended = made.session_ended("a")
+    assert [copy.command.message_id for copy in ended if isinstance(copy, Copy)] == [
+        f"m{WINDOW}", f"m{WINDOW + 1}",
+    ]  # fmt: skip
+    assert len(made) == 0
+    assert made.session_ended("a") == []
+
+
+def test_a_bulk_has_an_end_in_copies_and_in_bytes() -> None:
+    many = windows(*(a_copy(f"c{number}", number) for number in range(BULK_MAX + 1)))
+    assert len(bulk(many)) == BULK_MAX
+    large = "x" * (BULK_BYTES_MAX - 10)
+    made = windows(a_copy("a", 1, payload=large), *copies("b", 2, 3, payload="x" * 8))
+    assert shown(bulk(made)) == {"a": [1], "b": [2]}
+    huge = windows(*copies("a", 1, 2, payload=large * 2))
+    assert shown(bulk(huge)) == {"a": [1]}
+
+
+def test_what_is_ready_is_shared_among_the_slots() -> None:
+    made = windows(*(a_copy(f"c{number}", number) for number in range(64)))
+    assert len(bulk(made, slots=2)) == 32
+    assert len(bulk(made, slots=8)) == BULK_MIN
+
+
+def test_what_is_no_longer_good_is_sifted_out_and_nobody_is_remembered() -> None:
+    made = windows(*copies("a", 1, 2), a_copy("b", 3))
+    made.sift(1_000, NOW, lambda ticket: ticket.message_id == "m2")
+    assert len(made) == 1
+    (part,) = bulk(made)
+    assert numbers(part) == [2]
+    made.settle(part, ["nobody"])
+    assert len(made) == 0
+    assert not made.acked("a", "x")
+
+
+def test_what_waits_is_sifted_piece_by_piece_and_then_anew() -> None:
+    made = windows(*(a_copy(f"c{number}", number) for number in range(10)))
+    asked: list[str] = []
+
+    def good(ticket: Ticket) -> bool:
+        asked.append(ticket.client_id)
+        return True
+
+    for _ in range(3):
+        made.sift(8, NOW, good)
+    assert asked == [f"c{number}" for number in range(10)]
+    made.sift(8, NOW, good)
+    assert asked[10:] == ["c0", "c1", "c2", "c3"]
+
+
+OUTCOMES = st.sampled_from(["accept", "accept", "accept", "nobody", "refused", "unsent", "unknown"])
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["put", "put", "put", "send", "send", "ack", "ack", "stray", "end"]),
+        st.integers(0, 2), st.integers(1, 70), st.lists(OUTCOMES, min_size=1, max_size=8),
+    ), max_size=60,
+)  # fmt: skip
+
+
+@given_any(STEPS)
+@settings(max_examples=300, deadline=None)
+def test_whatever_happens_order_and_window_hold(
+    steps: list[tuple[str, int, int, list[str]]],
+) -> None:
+    """Of each client the first attempts of copies go in order, and what EMQX may hold of it is within the window."""
+    made, last = Windows(), 0
+    tried: dict[str, list[int]] = {}
+    held: dict[str, set[str]] = {}
+    for kind, which, count, outcomes in steps:
+        client = f"c{which}"
+        if kind == "put":
+            for _ in range(count):
+                last += 1
+                made.put(a_copy(client, last))
+        elif kind == "ack" and held.get(client):
+            alias = min(held[client])
+            held[client].discard(alias)
+            made.acked(client, alias)
+        elif kind == "stray":
+            made.acked(client, "stray") if not held.get(client) else None
+        elif kind == "end":
+            made.session_ended(client)
+            held.pop(client, None)
+        elif kind == "send":
+            for part in bulk(made):
+                came: list[Outcome] = []
+                before = tried.setdefault(part.client_id, [0])
+                for at, number in enumerate(numbers(part)):
+                    outcome = outcomes[at % len(outcomes)]
+                    alias = f"{number}/{len(held.get(part.client_id, ()))}/{last}"
+                    assert number in before or number > max(before)
+                    before.append(number)
+                    if outcome in ("accept", "unknown"):
+                        held.setdefault(part.client_id, set()).add(alias)
+                    came.append(Accepted(alias) if outcome == "accept" else outcome)  # type: ignore[arg-type]
+                assert numbers(part) == sorted(numbers(part))
+                assert len(held.get(part.client_id, ())) <= WINDOW
+                made.settle(part, came)

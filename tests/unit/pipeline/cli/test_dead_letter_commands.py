@@ -1,0 +1,174 @@
+"""`millpond dead-letters`: what is asked for wrongly is said before anything is read, and what publishers wrote is shown
+harmlessly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from millpond.agents.delivery.dead_messages import DeadMessage
+from millpond.pipeline.cli import dead_letter_commands as commands
+from millpond.pipeline.cli.main import app
+from millpond.pipeline.operate import dead_letters, operator_events
+from millpond.pipeline.operate.dead_letter_snapshot import WRITTEN_AT_ONCE, Snapshot
+from millpond.pipeline.operate.dead_letters import (
+    AGENTS,
+    Found,
+    carried_out,
+    no_such,
+    stored_message,
+)
+from millpond.schemas.errors import ConfigError, MillpondError
+from millpond.schemas.events import OperatorDrop
+from tests.support import given
+
+
+def refusal(*arguments: str) -> Exception:
+    """The error of a command that reaches no server: its configuration does not exist."""
+    done = CliRunner().invoke(app, ["dead-letters", *arguments, "--config", "nowhere.toml"])
+    assert isinstance(done.exception, Exception), done.output
+    return done.exception
+
+
+@pytest.mark.parametrize("verb", ["requeue", "drop"])
+@pytest.mark.parametrize(
+    "choice", [(), ("m", "--all"), ("m", "-t", "a"), ("--all", "--topic", "a", "--yes")]
+)
+def test_an_order_is_about_ids_or_a_filter_or_all(verb: str, choice: tuple[str, ...]) -> None:
+    error = refusal(verb, *choice)
+    assert isinstance(error, ConfigError)
+    assert str(error) == f"{verb} takes one of: message ids, --topic FILTER, --all"
+
+
+@pytest.mark.parametrize("verb", ["requeue", "drop"])
+@pytest.mark.parametrize("choice", [("--all",), ("--topic", "a/#")])
+def test_an_order_about_many_without_a_terminal_names_the_option_that_does_without_asking(
+    verb: str, choice: tuple[str, ...]
+) -> None:
+    error = refusal(verb, *choice)
+    assert isinstance(error, ConfigError)
+    assert str(error).endswith(f"to confirm what {verb} shall do: add --yes")
+    assert "nowhere.toml" in str(refusal(verb, *choice, "--yes"))
+
+
+def test_an_order_about_ids_is_not_asked_about() -> None:
+    assert "nowhere.toml" in str(refusal("drop", "m1", "m2"))
+
+
+@pytest.mark.parametrize("command", ["list", "requeue", "drop"])
+@pytest.mark.parametrize(
+    ("topic_filter", "reason"),
+    [("a/#/b", "only at the end"), ("", "is empty"), ("$share/g/a", "without $share")],
+)
+def test_a_filter_that_matches_nothing_is_an_error_that_says_why(
+    command: str, topic_filter: str, reason: str
+) -> None:
+    error = refusal(command, "--topic", topic_filter)
+    assert isinstance(error, ConfigError)
+    assert str(error).startswith("--topic: ")
+    assert reason in str(error)
+
+
+def test_a_limit_is_at_least_one() -> None:
+    done = CliRunner().invoke(app, ["dead-letters", "list", "--limit", "0"])
+    assert (done.exit_code, "--limit" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "written"), [("y\n", True), ("n\n", False), ("\n", False), ("yes\n", True)]
+)
+def test_only_yes_means_yes(
+    answer: str, written: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def two(_: object, __: object, ___: object, snapshot: Snapshot) -> int:
+        for at in range(2):
+            snapshot.add("queue", dead(f"m{at}", at))
+        return 0
+
+    async def write(_: object, events: Iterable[OperatorDrop]) -> int:
+        ordered.extend(events)
+        return len(ordered)
+
+    ordered: list[OperatorDrop] = []
+    monkeypatch.setattr(dead_letters, "take", two)
+    monkeypatch.setattr(operator_events, "write", write)
+    monkeypatch.setattr(commands, "someone_is_there", lambda: True)
+    (tmp_path / "millpond.toml").write_text("")
+    done = CliRunner().invoke(
+        app, ["dead-letters", "drop", "--all", "--data", str(tmp_path)], input=answer
+    )
+    assert "Drop 2 dead letters? [y/N]" in done.stderr
+    assert [each.message_id for each in ordered] == (["m0", "m1"] if written else [])
+    if not written:
+        assert str(done.exception) == "not confirmed, so nothing was written"
+
+
+def dead(message_id: str, at: int = 0, topic: str = "queue/a") -> DeadMessage:
+    return DeadMessage(topic=topic, message_id=message_id, reason="r", deliveries=1, at=at)
+
+
+def test_a_snapshot_has_each_once_in_the_order_in_which_they_died() -> None:
+    many = 2 * WRITTEN_AT_ONCE + 1
+    with Snapshot() as snapshot:
+        assert (len(snapshot), list(snapshot), snapshot.newest(1)) == (0, [], [])
+        for at in (*reversed(range(many)), 7, 8):
+            snapshot.add("queue", dead(f"m{at:05}", at // 2))
+        snapshot.add("pubsub", dead("m00000", 0))
+        assert len(snapshot) == many + 1
+        ids = [each.message_id for _, each in snapshot]
+        assert ids == ["m00000", *(f"m{at:05}" for at in range(many))]
+        newest = [each for _, each in snapshot.newest(2)]
+        assert newest == [dead(f"m{at:05}", at // 2) for at in (many - 2, many - 1)]
+
+
+BODY = {
+    "id": b"m", "from": b"pub", "qos": b"1", "topic": b"queue/a", "payload": b"hello",
+    "ts": b"1542338754", "retain": b"true",
+}  # fmt: skip
+
+
+def test_a_stored_message_is_shown_as_its_publisher_sent_it() -> None:
+    found = stored_message("m", BODY)
+    assert found is not None
+    assert (found.client_id, found.qos, found.retain) == ("pub", 1, True)
+    assert (found.published_at, found.expires_at) == (1_542_338_754_000, None)
+    assert (found.payload, found.payload_encoding) == ("hello", "utf-8")
+    binary = stored_message("m", {**BODY, "payload": b"\xff", "expires_at": b"5"})
+    assert binary is not None
+    assert (binary.payload, binary.payload_encoding, binary.expires_at) == ("/w==", "base64", 5)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"id": b"other"}, {"qos": b"3"}, {"qos": b"x"}, {"ts": b"-1"}, {"from": b"\xff"}],
+    ids=str,
+)
+def test_what_is_somebody_elses_key_is_no_stored_message(other: dict[str, bytes]) -> None:
+    assert stored_message("m", {**BODY, **other}) is None
+    assert stored_message("m", {}) is None
+
+
+def test_an_order_reaches_an_agent_only_for_topics_of_its_rules() -> None:
+    rules = given.rules(given.queue("queue/#"))
+    assert carried_out(rules, Found("queue", dead("m", topic="queue/a")))
+    assert not carried_out(rules, Found("queue", dead("m", topic="once/a/queue")))
+    assert not carried_out(rules, Found("pubsub", dead("m", topic="queue/a")))
+
+
+def test_the_agents_that_deliver_keep_dead_letters() -> None:
+    assert AGENTS == ("queue", "pubsub")
+
+
+def test_an_error_names_the_first_ids_and_counts_the_rest() -> None:
+    error = no_such([f"m{at}" for at in range(8)])
+    assert isinstance(error, MillpondError)
+    assert "'m0', 'm1', 'm2', 'm3', 'm4' and 3 more" in str(error)
+
+
+def test_what_publishers_wrote_does_not_move_the_cursor() -> None:
+    assert commands.printable("a\x1b[2J\u202eß\n", "\n") == "a\\x1b[2J\\u202eß\n"
+    assert commands.printable("a\nb") == "a\\nb"

@@ -1,0 +1,403 @@
+"""What batches are counted as, and the names and labels under which that is shown."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from millpond.agents.driver.driver import PartitionDriver
+from millpond.agents.ports import Stored
+from millpond.agents.reads import Read
+from millpond.agents.registry import MACHINES
+from millpond.pipeline.brokers.commands.deliveries import Deliveries, published_at_s
+from millpond.pipeline.brokers.commands.pending import Ticket
+from millpond.pipeline.brokers.commands.reports import Reports
+from millpond.pipeline.stores.memory.store import MemoryStore
+from millpond.pipeline.telemetry.agent import AgentCounts, PartitionObserver
+from millpond.pipeline.telemetry.bridge import Commands, Hooks, Kept, Spool
+from millpond.pipeline.telemetry.families import Metric
+from millpond.pipeline.telemetry.histogram import SHORT_S, Histogram
+from millpond.pipeline.telemetry.http import registry_of
+from millpond.pipeline.telemetry.timed_store import WatchedStore
+from millpond.pipeline.telemetry.worker import STORE_PATIENCE_S, WorkerTelemetry
+from millpond.schemas.errors import StoreDown
+from millpond.schemas.events import AgentName, DeliveryFailed
+from millpond.schemas.keys import Partition
+from tests.benchmarks import telemetry as benchmark
+from tests.support import given
+from tests.support.partition import World, once, run
+
+# Each may have few values: agents, partitions, types of events, outcomes. Never a topic or a client.
+LABELS = {
+    "agent", "partition", "type", "outcome", "reason", "operation", "state", "hook", "process",
+    "version", "le", "generation",
+}  # fmt: skip
+BASE_UNITS = ("_seconds", "_bytes", "_records", "_partitions", "_info", "_total")
+# Gauges that count things which are neither of these; their names say what.
+COUNTS = {
+    "millpond_partitions", "millpond_leases_unconfirmed", "millpond_windows_waiting", "millpond_bridge_spooling",
+    "millpond_bridge_refusing", "millpond_bridge_events_unacknowledged", "millpond_bridge_commands_unfinished",
+}  # fmt: skip
+
+
+class Inlet:
+    """A spool that has seen something."""
+
+    entered = {"message.publish": 5}  # noqa: RUF012
+    spooled = {"message.publish": 3}  # noqa: RUF012
+    lost = {"message.publish": 1}  # noqa: RUF012
+    spooling, depth, complaint = True, (2, 4096), "the spool is full"
+
+
+def bridge_parts() -> list[Any]:
+    recorder = SimpleNamespace(entered={}, lost={}, unacknowledged=(), kept_s=Histogram(SHORT_S))
+    commander = SimpleNamespace(taken={}, unfinished=0, seconds=Histogram(SHORT_S))
+    deliveries = SimpleNamespace(outcomes={}, delivery_s={})
+    return [Hooks({}), Kept(recorder), Commands(commander, deliveries)]
+
+
+async def no_ends(numbers: Sequence[int]) -> dict[int, int]:
+    return {}
+
+
+class Owned:
+    """The partitions of a worker."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, PartitionDriver[Any]] = {}
+        self.loading: list[int] = []
+        self.assigned = True
+
+    def drivers(self) -> dict[int, PartitionDriver[Any]]:
+        return self.of
+
+
+def worker_telemetry(agent: AgentName = "queue") -> WorkerTelemetry:
+    owned = Owned()
+    return WorkerTelemetry(agent, lambda: owned, no_ends)
+
+
+def every_family() -> list[Metric]:
+    """All that any process shows."""
+    registries = (
+        registry_of("worker queue", [worker_telemetry()]),
+        registry_of("bridge embedded", bridge_parts()),
+        registry_of("bridge emqx", [Hooks({}), Spool(Inlet())]),
+    )
+    return [family for registry in registries for family in registry.collect()]
+
+
+OURS = {family.name: family for family in every_family() if family.name.startswith("millpond")}
+
+
+# -- names and labels -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_name_says_its_unit_and_a_counter_that_it_is_one(name: str) -> None:
+    family = OURS[name]
+    assert re.fullmatch(r"millpond(_[a-z]+)+", name)
+    assert not name.endswith("_total"), "the library adds it"
+    if family.type == "histogram":
+        assert name.endswith(("_seconds", "_records"))
+    elif family.type == "gauge":
+        assert name.endswith(BASE_UNITS) or name in COUNTS
+    else:
+        assert family.type == "counter"
+    assert family.documentation.endswith(".")
+
+
+def test_what_has_no_samples_yet_is_shown_all_the_same() -> None:
+    assert {"millpond_events", "millpond_bridge_hook_duration_seconds"} <= OURS.keys()
+
+
+def test_labels_have_few_values() -> None:
+    counts = AgentCounts()
+    telemetry = worker_telemetry()
+    telemetry.counts = counts
+    counts.events["message.published", "applied"] = 1
+    hooks = Hooks({})
+    hooks.observe("message.publish", 0.1, "kept")
+    for registry in (registry_of("p", [telemetry]), registry_of("p", [hooks, Spool(Inlet())])):
+        for family in registry.collect():
+            if family.name.startswith("millpond"):
+                assert {name for sample in family.samples for name in sample.labels} <= LABELS
+
+
+def test_what_is_shown_can_be_read_again() -> None:
+    hooks = Hooks({})
+    for seconds in (0.0005, 0.002, 0.003, 20.0):
+        hooks.observe("message.publish", seconds, "kept")
+    samples = shown(registry_of("bridge emqx", [hooks, Spool(Inlet())]))
+    bucket, kept = "millpond_bridge_hook_duration_seconds", {"hook": "message.publish"}
+    assert value(samples, f"{bucket}_bucket", **kept, le="0.001") == 1
+    assert value(samples, f"{bucket}_bucket", **kept, le="0.0025") == 2
+    assert value(samples, f"{bucket}_bucket", **kept, le="10.0") == 3
+    assert value(samples, f"{bucket}_bucket", **kept, le="+Inf") == 4
+    assert value(samples, f"{bucket}_count", **kept) == 4
+    assert value(samples, f"{bucket}_sum", **kept) == pytest.approx(20.0055)
+    assert value(samples, "millpond_bridge_hook_calls_total", **kept, outcome="kept") == 4
+    assert value(samples, "millpond_bridge_spool_records") == 2
+    assert value(samples, "millpond_bridge_spool_bytes") == 4096
+    assert value(samples, "millpond_bridge_spooling") == 1
+    assert value(samples, "millpond_bridge_refusing") == 1
+    assert value(samples, "millpond_bridge_events_spooled_total", type="message.publish") == 3
+    assert value(samples, "millpond_bridge_events_lost_total", type="message.publish") == 1
+    assert value(samples, "millpond_build_info", process="bridge emqx") == 1
+    assert value(samples, "process_resident_memory_bytes") > 0
+
+
+def shown(registry: CollectorRegistry) -> list[Any]:
+    text = generate_latest(registry).decode()
+    return [each for family in text_string_to_metric_families(text) for each in family.samples]
+
+
+def value(samples: Iterable[Any], name: str, **labels: str) -> float:
+    (found,) = [
+        sample.value for sample in samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    ]  # fmt: skip
+    assert isinstance(found, float)
+    return found
+
+
+# -- what is counted ------------------------------------------------------------------------------------
+
+
+class Watched:
+    """A partition in memory, with somebody who looks on."""
+
+    def __init__(self, agent: AgentName, *rules: str) -> None:
+        self.world = World(*rules, partition=Partition("millpond", agent, 0))
+        self.counts = AgentCounts()
+        self.observer = PartitionObserver(self.counts)
+        self.driver = PartitionDriver(
+            self.world.partition, MACHINES[agent](), MemoryStore(self.world.partition, self.world.server),
+            self.world.log, self.world.rules, self.world.notices.append, self.observer,
+        )  # fmt: skip
+        run(self.driver.start())
+        self.world.feed(self.driver)
+
+    def fold(self, *events: Any) -> None:
+        self.world.append(*events)
+        self.world.feed(self.driver)
+
+
+def test_events_are_counted_when_they_are_in_the_store() -> None:
+    watched = Watched("messages", given.store())
+    watched.world.server.fault = once("before")
+    watched.fold(given.published("a"), given.published("b"), given.published("a"), given.acked("a"))
+    assert watched.counts.events == {
+        ("rules.changed", "applied"): 1,
+        ("message.published", "applied"): 3,
+        ("message.acked", "applied"): 1,
+    }
+    assert watched.counts.seen_ids == 2
+    assert sum(watched.counts.batch_records.counts) == 2  # the batch that failed is none
+    assert watched.counts.batch_records.sum == 5
+    assert watched.observer.fence is not None
+    assert watched.observer.fence.offset == 4
+    assert watched.observer._since == {}  # what failed is forgotten
+
+
+def test_a_dead_letter_is_counted_by_what_it_is_of_and_why() -> None:
+    watched = Watched("messages", given.store(), given.command("INCR t"))
+    watched.world.append_raw(b"t", b"no event")
+    watched.world.server.values["t"] = b"no number"  # so that the command fails
+    watched.fold(given.published("a"))
+    events, letters = watched.counts.events, watched.counts.dead_letters
+    assert events["unreadable", "dead_letter"] == 1
+    assert events["message.published", "dead_letter"] == 1
+    assert events["message.published", "applied"] == 0
+    assert (letters["unreadable"], letters["refused"], letters["failed"]) == (1, 1, 0)
+
+
+def test_hand_outs_reports_and_redeliveries_are_counted() -> None:
+    watched = Watched("queue", given.store(), given.queue(ack_timeout_s=1, max_deliveries=2))
+    watched.fold(given.joined("anna", "queue/a"))
+    watched.fold(given.published("a", "queue/a"), given.published("b", "queue/a"))
+    counts = watched.counts
+    assert (counts.leases, counts.redeliveries) == (2, 0)
+    assert counts.outputs["hand_out"] == 2
+    assert sum(counts.delivery_s.counts) == 2
+    fence = watched.observer.fence
+    assert fence is not None
+    assert fence.machine["delivery"]["unconfirmed"] == 2
+    failed = DeliveryFailed(
+        at=0, node="n", agent="queue", lease="queue/0/1", client_id="anna", message_id="a",
+        reason="no_client",
+    )  # fmt: skip
+    watched.fold(failed)
+    assert counts.deliveries == {"no_client": 1}
+
+
+def test_what_waited_for_somebody_is_not_part_of_the_latency() -> None:
+    watched = Watched("queue", given.store(), given.queue())
+    watched.fold(given.published("a", "queue/a"))
+    watched.fold(given.joined("anna", "queue/a"))
+    assert watched.counts.leases == 1
+    assert sum(watched.counts.delivery_s.counts) == 0
+
+
+def test_what_others_own_is_counted_though_no_batch_has_it() -> None:
+    watched = Watched("messages", given.store(), given.queue())
+    owned, telemetry = Owned(), worker_telemetry("messages")
+    telemetry._owned = lambda: owned
+    watched.world.append(given.published("a", "queue/a"))
+    watched.world.feed(watched.driver)
+    telemetry.watch(0, watched.driver.store)
+    owned.of[0] = watched.driver
+    for _ in range(2):  # asking twice counts once
+        samples = shown(registry_of("w", [telemetry]))
+    assert value(samples, "millpond_records_skipped_total", agent="messages") == 1
+
+
+# -- how far it is --------------------------------------------------------------------------------------
+
+
+async def test_lag_is_what_is_not_known_to_be_in_the_store(monkeypatch: Any) -> None:
+    watched = Watched("messages", given.store())
+    ends, now = {0: 1}, 100.0
+    owned = Owned()
+
+    async def asked(numbers: Sequence[int]) -> dict[int, int]:
+        return ends
+
+    telemetry = WorkerTelemetry("messages", lambda: owned, asked)
+    telemetry.watch(0, watched.driver.store)[0].loaded = watched.world.applied
+    owned.of[0] = watched.driver
+    clock = SimpleNamespace(time=lambda: now)
+    monkeypatch.setattr("millpond.pipeline.telemetry.worker.time", clock)
+    # Before Kafka was asked, nothing is said
+    assert "millpond_lag_records{" not in str(shown(registry_of("w", [telemetry])))
+    await telemetry.sample()
+    assert lag_and_age(telemetry) == (0, 0)
+    # Two records come, and are not folded: they came after the time when there were none
+    now, ends[0] = 107.0, 3
+    await telemetry.sample()
+    now = 109.0
+    assert lag_and_age(telemetry) == (2, 9)
+    watched.fold(given.published("a"), given.published("b"))
+    assert lag_and_age(telemetry) == (0, 0)
+
+
+def lag_and_age(telemetry: WorkerTelemetry) -> tuple[float, float]:
+    samples = shown(registry_of("w", [telemetry]))
+    where = {"agent": "messages", "partition": "0"}
+    return (
+        value(samples, "millpond_lag_records", **where),
+        value(samples, "millpond_oldest_unapplied_age_seconds", **where),
+    )
+
+
+def test_a_partition_that_went_is_not_shown_any_more() -> None:
+    watched = Watched("messages", given.store())
+    owned = Owned()
+    telemetry = WorkerTelemetry("messages", lambda: owned, no_ends)
+    telemetry.watch(0, watched.driver.store)
+    assert telemetry.complaints() == []
+    assert telemetry._watched == {}
+
+
+# -- ready ----------------------------------------------------------------------------------------------
+
+
+async def test_a_store_that_does_not_answer_is_noticed(monkeypatch: Any) -> None:
+    watched = Watched("messages", given.store())
+    owned = Owned()
+    telemetry = WorkerTelemetry("messages", lambda: owned, no_ends)
+    answer: asyncio.Future[Stored] = asyncio.get_running_loop().create_future()
+
+    async def silent() -> Stored:
+        return await answer
+
+    store, _ = telemetry.watch(3, SimpleNamespace(load=silent))
+    owned.of[3] = watched.driver
+    owned.loading = [3]
+    began = asyncio.ensure_future(store.load())
+    await asyncio.sleep(0)
+    assert telemetry.complaints() == ["partitions 3 are not loaded yet"]
+    store._waiting["load"] -= STORE_PATIENCE_S + 1
+    assert telemetry.complaints()[1] == "the store has not answered for 4 s: partitions 3"
+    owned.loading = []
+    answer.set_result(run(watched.driver.store.load()))
+    await began
+    assert telemetry.complaints() == []
+    assert store.loaded == watched.world.applied
+    owned.assigned = False
+    assert telemetry.complaints() == ["Kafka has not assigned any partitions yet"]
+
+
+async def test_a_store_is_the_same_when_it_is_watched() -> None:
+    counts = AgentCounts()
+
+    class Down:
+        """Everything fails."""
+
+        async def read(self, reads: Sequence[Read]) -> list[Any]:
+            raise StoreDown("away")
+
+        async def commit(self, packed: Any) -> None:
+            raise StoreDown("away")
+
+    store: WatchedStore[Any] = WatchedStore(Down(), counts)  # type: ignore[arg-type]
+    for call in (store.read([]), store.commit(())):
+        with pytest.raises(StoreDown):
+            await call
+    assert counts.store_failures == {"load": 0, "read": 1, "commit": 1, "check": 0}
+    assert counts.store_s == {}
+    assert store.silent_s == 0
+
+
+# -- bridges --------------------------------------------------------------------------------------------
+
+
+def test_the_time_of_a_publish_is_read_from_its_id() -> None:
+    us = 1_700_000_000_123_456
+    assert published_at_s(f"{us:016X}{'0' * 16}") == pytest.approx(1_700_000_000.123456)
+    for foreign in ("m1", "x" * 32, "0" * 32, "F" * 32):
+        assert published_at_s(foreign) is None
+
+
+def test_copies_without_a_lease_are_counted_too() -> None:
+    deliveries = Deliveries("n", Reports(SimpleNamespace(node="n")))
+    ticket = Ticket("c", None, 0, "", 0, lambda: None)
+    deliveries.sent(ticket, 0)
+    assert not deliveries.good(ticket)
+    assert deliveries.outcomes == {("none", "sent"): 1, ("none", "stale"): 1}
+
+
+def test_what_alerts_watch_is_there_before_it_happens() -> None:
+    """Prometheus sees no increase in what was not there before."""
+    inlet = Inlet()
+    inlet.lost = {}
+    samples = shown(registry_of("bridge emqx", [Spool(inlet)]))
+    assert value(samples, "millpond_bridge_events_lost_total", type="message.publish") == 0
+    samples = shown(registry_of("worker queue", [worker_telemetry()]))
+    for reason in ("unreadable", "failed", "refused", "given_up"):
+        assert value(samples, "millpond_dead_letters_total", reason=reason) == 0
+    for operation in ("load", "read", "commit", "check"):
+        assert value(samples, "millpond_store_failures_total", operation=operation) == 0
+    assert value(samples, "millpond_records_lost_total") == 0
+
+
+# -- its cost -------------------------------------------------------------------------------------------
+
+
+def test_being_watched_costs_little() -> None:
+    """The benchmark says how little; here it is only that nothing is done for each record that could be seen."""
+    for _, _, share in benchmark.measure():
+        assert share < 5 * benchmark.SHARE_MAX  # on a machine that others use, too
+
+
+def test_every_agent_can_be_watched() -> None:
+    for agent in get_args(AgentName):
+        watched = Watched(agent, given.store(), given.queue(), given.pubsub())
+        assert watched.counts.events["rules.changed", "applied"] == 1

@@ -1,0 +1,194 @@
+"""Which publishes are traced, and how a context goes from record to command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from millpond.agents.driver.observer import Nobody
+from millpond.agents.ports import Outgoing
+from millpond.pipeline.settings import TelemetrySettings
+from millpond.pipeline.telemetry import otel
+from millpond.pipeline.telemetry.tracing import bridge_tracing, worker_tracing
+from millpond.schemas import codec, keys
+from millpond.schemas.commands import Deliver
+from millpond.schemas.errors import ConfigError
+from tests.benchmarks import telemetry as benchmark
+from tests.support import given
+
+TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+SAMPLED = f"00-{TRACE}-{SPAN}-01"
+# Nobody listens there; nothing is sent before the tests are over.
+SETTINGS = TelemetrySettings(otlp_endpoint="http://127.0.0.1:9", trace_ratio=1.0)
+
+
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
+    """What would be sent."""
+    exporter = InMemorySpanExporter()
+    monkeypatch.setattr(otel, "BatchSpanProcessor", lambda *_, **__: SimpleSpanProcessor(exporter))
+    return exporter
+
+
+@pytest.fixture
+def bridge(spans: InMemorySpanExporter) -> Iterator[otel.Bridge]:
+    bridge = otel.Bridge(SETTINGS, "embedded")
+    yield bridge
+    bridge.close()
+
+
+@pytest.fixture
+def worker(spans: InMemorySpanExporter) -> Iterator[otel.Worker]:
+    worker = otel.Worker(SETTINGS, "queue")
+    yield worker
+    worker.close()
+
+
+def deliver(message_id: str = "m1") -> Deliver:
+    return Deliver(
+        client_id="anna", lease="queue/0/1", valid_for_s=60, attempt=2, message_id=message_id,
+        topic="t", qos=1, retain=False, payload="hello",
+    )  # fmt: skip
+
+
+def command(message_id: str = "m1") -> Outgoing:
+    return Outgoing(keys.DELIVERIES_TOPIC, b"anna", codec.encode(deliver(message_id)))
+
+
+def fetched(*headers: tuple[str, bytes], offset: int = 0) -> SimpleNamespace:
+    return SimpleNamespace(offset=offset, headers=headers)
+
+
+class Log:
+    """Remembers what is produced."""
+
+    def __init__(self) -> None:
+        self.produced: list[Outgoing] = []
+
+    def produce(self, records: Sequence[Outgoing]) -> None:
+        self.produced += records
+
+
+# -- off ------------------------------------------------------------------------------------------------
+
+
+def test_without_an_endpoint_there_is_nobody_to_call() -> None:
+    assert bridge_tracing(TelemetrySettings(), "embedded") is None
+    assert worker_tracing(TelemetrySettings(), "queue") is None
+
+
+def test_without_the_extra_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    for call in (lambda: bridge_tracing(SETTINGS, "x"), lambda: worker_tracing(SETTINGS, "queue")):
+        with pytest.raises(ConfigError, match=r"pip install 'millpond\[otel\]'"):
+            call()
+
+
+# -- bridges --------------------------------------------------------------------------------------------
+
+
+def test_of_publishes_so_many_are_traced_as_the_ratio_says(spans: InMemorySpanExporter) -> None:
+    never = otel.Bridge(TelemetrySettings(otlp_endpoint="http://127.0.0.1:9", trace_ratio=0), "e")
+    assert all(never.publish(given.published()) is None for _ in range(100))
+    half = otel.Bridge(TelemetrySettings(otlp_endpoint="http://127.0.0.1:9", trace_ratio=0.5), "e")
+    assert 300 < sum(half.publish(given.published()) is not None for _ in range(1_000)) < 700
+
+
+def test_a_publisher_that_traces_has_decided(
+    bridge: otel.Bridge, spans: InMemorySpanExporter
+) -> None:
+    event = given.published(user_properties={"traceparent": SAMPLED})
+    span = bridge.publish(event)
+    assert span is not None
+    span.end()
+    (sent,) = spans.get_finished_spans()
+    assert sent.parent is not None
+    assert f"{sent.parent.span_id:016x}" == SPAN
+    assert dict(span.headers)["traceparent"].decode().split("-")[1] == TRACE
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", SAMPLED[:-2] + "00", "00-" + "0" * 32])
+def test_what_is_no_context_or_is_not_sampled_is_as_good_as_none(
+    text: str, spans: InMemorySpanExporter
+) -> None:
+    never = otel.Bridge(TelemetrySettings(otlp_endpoint="http://127.0.0.1:9", trace_ratio=0), "e")
+    event = given.published(user_properties={"traceparent": text})
+    assert never.publish(event) is None
+    assert never.deliver([("traceparent", text.encode())], deliver()) is None
+    assert never.deliver([("traceparent", b"\xff\xfe")], deliver()) is None
+    assert never.deliver([], deliver()) is None
+
+
+def test_what_kafka_refused_is_an_error(bridge: otel.Bridge, spans: InMemorySpanExporter) -> None:
+    span = bridge.publish(given.published())
+    assert span is not None
+    span.end(failed=True)
+    (sent,) = spans.get_finished_spans()
+    assert not sent.status.is_ok
+
+
+def test_a_payload_is_in_no_span(bridge: otel.Bridge, spans: InMemorySpanExporter) -> None:
+    span = bridge.publish(given.published(payload="bread"))
+    assert span is not None
+    again = bridge.deliver(span.headers, deliver())
+    assert again is not None
+    again.end()
+    span.end()
+    assert [
+        dict(each.attributes or {}).get("millpond.attempt") for each in spans.get_finished_spans()
+    ] == [2, None]
+    assert "bread" not in "".join(each.to_json() for each in spans.get_finished_spans())
+
+
+# -- workers --------------------------------------------------------------------------------------------
+
+
+def folded(worker: otel.Worker, *message_ids: str) -> None:
+    """A batch with these publishes, from offset 0 on."""
+    observer = worker.observer(Nobody(), 0)
+    observer.stepping(1)
+    batch = benchmark.batch_of([given.published(each) for each in message_ids])
+    observer.applied(batch, benchmark.transaction_of(()), ())
+
+
+def test_a_command_carries_the_context_of_its_publish_and_no_other_does(
+    worker: otel.Worker, spans: InMemorySpanExporter
+) -> None:
+    log = Log()
+    traced: Any = worker.log(log)  # type: ignore[arg-type]
+    traced.produce([command()])
+    worker.fetched(SimpleNamespace(partition=0), [fetched(("traceparent", SAMPLED.encode()))])
+    worker.fetched(SimpleNamespace(partition=0), [fetched(("other", b"x"), offset=1)])
+    folded(worker, "m1", "m2")
+    other = Outgoing(keys.MESSAGES_TOPIC, b"k", b"{}")
+    traced.produce([command(), command("m2"), other, command()._replace(value=None)])
+    marked = [dict(each.headers).get("traceparent") for each in log.produced]
+    fold = next(span for span in spans.get_finished_spans() if span.name == "fold")
+    context = fold.get_span_context()
+    assert context is not None
+    expected = f"00-{TRACE}-{context.span_id:016x}-01".encode()
+    assert marked == [None, expected, None, None, None]
+    assert worker.unfolded == {}
+
+
+def test_a_batch_without_a_traced_publish_has_no_span(
+    worker: otel.Worker, spans: InMemorySpanExporter
+) -> None:
+    worker.fetched(SimpleNamespace(partition=1), [fetched(("traceparent", SAMPLED.encode()))])
+    folded(worker, "m1")  # of another partition
+    assert spans.get_finished_spans() == ()
+
+
+def test_contexts_that_nobody_asks_for_are_forgotten(
+    worker: otel.Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(otel, "CONTEXTS_MAX", 3)
+    header = ("traceparent", SAMPLED.encode())
+    worker.fetched(SimpleNamespace(partition=0), [fetched(header, offset=at) for at in range(9)])
+    assert list(worker.unfolded) == [(0, 6), (0, 7), (0, 8)]

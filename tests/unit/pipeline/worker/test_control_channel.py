@@ -1,0 +1,59 @@
+"""What applications publish on the control channel."""
+
+from __future__ import annotations
+
+import pytest
+
+from millpond.pipeline.worker.control_channel import order_event
+from millpond.schemas.errors import DecodeError
+from millpond.schemas.events import ControlSubscribe, ControlUnsubscribe
+
+FIELDS = {"at": 7, "node": "millpond", "client_id": "c", "topic_filter": "a/+"}
+
+
+@pytest.mark.parametrize(
+    ("data", "event"),
+    [
+        (
+            b'{"type":"subscribe","topic":"a/+","clientid":"c","qos":"2"}',
+            ControlSubscribe(**FIELDS, qos=2),  # type: ignore[arg-type]
+        ),
+        (
+            b'{"type":"subscribe","topic":"a/+","clientid":"c","qos":1,"more":[]}',
+            ControlSubscribe(**FIELDS, qos=1),  # type: ignore[arg-type]
+        ),
+        (
+            b'{"type":"subscribe","topic":"a/+","clientid":"c"}',
+            ControlSubscribe(**FIELDS, qos=0),  # type: ignore[arg-type]
+        ),
+        (
+            b'{"type":"unsubscribe","topic":"a/+","clientid":"c","qos":"0"}',
+            ControlUnsubscribe(**FIELDS),  # type: ignore[arg-type]
+        ),
+    ],
+)
+def test_an_order_is_an_event_of_its_client(
+    data: bytes, event: ControlSubscribe | ControlUnsubscribe
+) -> None:
+    assert order_event(data, 7) == event
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff",
+        b"[" * 10_000,
+        b'{"type":"publish","topic":"a","clientid":"c"}',
+        b'{"type":"subscribe","topic":"a/#/b","clientid":"c"}',
+        b'{"type":"subscribe","topic":"","clientid":"c"}',
+        b'{"type":"subscribe","topic":"a","clientid":""}',
+        b'{"type":"subscribe","topic":"a","clientid":"c","qos":3}',
+        b'{"type":"subscribe","topic":"a","clientid":"c","qos":"3"}',
+        b'{"type":"subscribe","topic":"a"}',
+    ],
+    ids=range(10),
+)
+def test_what_is_no_order_is_a_decode_error(data: bytes) -> None:
+    with pytest.raises(DecodeError):
+        order_event(data, 7)

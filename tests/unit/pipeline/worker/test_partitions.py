@@ -1,0 +1,120 @@
+"""The partitions of a worker, in memory: what is released is finished, answered for once, and forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from millpond.agents.driver.driver import PartitionDriver
+from millpond.agents.messages.machine import MessagesMachine
+from millpond.agents.ports import Transaction
+from millpond.pipeline.kafka.memory_log import MemoryLog
+from millpond.pipeline.stores.memory.server import MemoryServer
+from millpond.pipeline.stores.memory.store import MemoryStore
+from millpond.pipeline.worker.partitions import Partitions
+from millpond.schemas import keys
+from millpond.schemas.keys import Partition
+from tests.support import given
+
+PARTITION_COUNT = 3
+RELEASE_TIMEOUT_S = 0.2
+
+
+class World:
+    """Partitions over a log and a server in memory."""
+
+    def __init__(self) -> None:
+        self.log = MemoryLog(lambda: 10_000, PARTITION_COUNT)
+        self.server = MemoryServer()
+        self.ready = 0
+        self.failures: list[BaseException] = []
+        self.partitions = Partitions(
+            self._driver, self.log, RELEASE_TIMEOUT_S, self._is_ready, self.failures.append
+        )
+
+    def _driver(self, number: int) -> PartitionDriver[Transaction]:
+        partition = Partition("millpond", "messages", number)
+        store = MemoryStore(partition, self.server)
+        rules = given.rules(given.store())
+        return PartitionDriver(partition, MessagesMachine(), store, self.log, rules, print)
+
+    def _is_ready(self) -> None:
+        self.ready += 1
+
+    async def fill(self, number: int, count: int) -> int:
+        """Append, hand over all that the log holds; its end."""
+        for at in range(count):
+            event = given.published(f"m{number}.{at}")
+            self.log.append(keys.MESSAGES_TOPIC, number, *given.key_and_value(event))
+        records = self.log.records[keys.MESSAGES_TOPIC, number]
+        await self.partitions.put(number, records)
+        return records[-1].offset + 1
+
+    async def all_taken(self) -> None:
+        """Tasks run until they wait."""
+        for _ in range(50):
+            await asyncio.sleep(0)
+
+
+async def test_what_is_released_is_answered_for_once() -> None:
+    world = World()
+    world.partitions.assign({0, 1})
+    await world.all_taken()
+    assert world.ready == 1
+    ends = {number: await world.fill(number, 5) for number in (0, 1)}
+    await world.all_taken()
+    assert world.partitions.committable() == ends
+    assert await world.partitions.release({0, 2}) == {0: ends[0]}
+    assert world.partitions.committable() == {1: ends[1]}
+    assert await world.partitions.release({0, 1}) == {1: ends[1]}
+    assert world.partitions.committable() == {}
+
+
+async def test_a_partition_that_comes_back_answers_only_for_what_it_has_seen_itself() -> None:
+    world = World()
+    world.partitions.assign({0})
+    await world.all_taken()
+    end = await world.fill(0, 5)
+    await world.partitions.release({0})
+    world.partitions.assign({0})
+    assert world.partitions.committable() == {}  # another owner may have gone on in between
+    await world.all_taken()
+    assert world.partitions.committable() == {0: end}
+    await world.partitions.release({0})
+
+
+async def test_a_partition_that_failed_is_reported_and_keeps_nobody_from_finishing() -> None:
+    world = World()
+    world.partitions.assign({0, 1})
+    await world.all_taken()
+    world.log.append(keys.MESSAGES_TOPIC, 0, None, None)
+    end = await world.fill(1, 5)
+    task = world.partitions._tasks[0]
+
+    async def process(_: object) -> None:
+        raise AssertionError("a bug of ours")
+
+    task.driver.process = process  # type: ignore[method-assign,assignment]
+    await world.fill(0, 1)
+    await world.all_taken()
+    assert [str(failure) for failure in world.failures] == ["a bug of ours"]
+    assert (await world.partitions.release({0, 1}))[1] == end
+
+
+async def test_a_partition_that_is_busy_for_too_long_is_let_go(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    world = World()
+    world.partitions.assign({0})
+    await world.all_taken()
+
+    async def process(_: object) -> None:
+        await asyncio.Event().wait()
+
+    world.partitions._tasks[0].driver.process = process  # type: ignore[method-assign,assignment]
+    await world.fill(0, 1)
+    await world.all_taken()
+    await asyncio.wait_for(world.partitions.release({0}), 10 * RELEASE_TIMEOUT_S)
+    assert "still busy" in caplog.text
+    assert world.partitions.committable() == {}

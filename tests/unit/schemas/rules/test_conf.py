@@ -1,0 +1,218 @@
+"""The broker's own old file, as documented and as people wrote it."""
+
+from __future__ import annotations
+
+import pytest
+
+from millpond.schemas.errors import ConfigError
+from millpond.schemas.rules import Pool, Rules, default_rules, parse_conf
+
+# The documented file, verbatim.
+DOCUMENTED = """\
+backend.redis.pool1.type = single            # single | sentinel | cluster
+backend.redis.pool1.server = 127.0.0.1:6379  # sentinel: 127.0.0.1:26379
+## backend.redis.pool1.sentinel = mymaster
+backend.redis.pool1.pool_size = 8
+backend.redis.pool1.database = 0
+## backend.redis.pool1.password =
+backend.redis.pool1.channel = mqtt_channel
+## backend.redis.msg.expired_after = 3600    # older, global form of expired_time
+backend.redis.hook.client.connected.1    = {"action": {"function": "on_client_connected"}, "pool": "pool1"}
+backend.redis.hook.client.connected.2    = {"action": {"function": "on_subscribe_lookup"}, "pool": "pool1"}      # newer: session.created.1
+backend.redis.hook.client.disconnected.1 = {"action": {"function": "on_client_disconnected"}, "pool": "pool1"}
+backend.redis.hook.session.subscribed.1  = {"topic": "queue/#", "action": {"function": "on_message_fetch_for_queue"}, "pool": "pool1"}
+backend.redis.hook.session.subscribed.2  = {"topic": "pubsub/#", "action": {"function": "on_message_fetch_for_pubsub"}, "pool": "pool1"}
+backend.redis.hook.session.subscribed.3  = {"action": {"function": "on_retain_lookup"}, "pool": "pool1"}
+backend.redis.hook.session.unsubscribed.1= {"topic": "#", "action": {"commands": ["DEL mqtt:acked:${clientid}:${topic}"]}, "pool": "pool1"}
+backend.redis.hook.message.publish.1     = {"topic": "#", "action": {"function": "on_message_publish"}, "expired_time" : 3600, "pool": "pool1"}
+backend.redis.hook.message.publish.2     = {"topic": "#", "action": {"function": "on_message_retain"}, "expired_time" : 3600, "pool": "pool1"}
+backend.redis.hook.message.publish.3     = {"topic": "#", "action": {"function": "on_retain_delete"}, "pool": "pool1"}
+backend.redis.hook.message.acked.1       = {"topic": "queue/#", "action": {"function": "on_message_acked_for_queue"}, "pool": "pool1"}
+backend.redis.hook.message.acked.2       = {"topic": "pubsub/#", "action": {"function": "on_message_acked_for_pubsub"}, "pool": "pool1"}
+## also: on_message_fetch_for_keep_latest (session.subscribed), on_message_store_keep_latest (message.publish), on_message_acked_for_keep_latest (message.acked)
+"""
+
+KEEP_LATEST = """\
+backend.redis.hook.session.subscribed.1 = {"topic": "#", "action": {"function": "on_message_fetch_for_keep_latest"}, "pool": "pool1"}
+backend.redis.hook.message.publish.1 = {"topic": "#", "action": {"function": "on_message_store_keep_latest"}, "expired_time" : 3600, "pool": "pool1"}
+backend.redis.hook.message.acked.1 = {"topic": "#", "action": {"function": "on_message_acked_for_keep_latest"}, "pool": "pool1"}
+"""
+
+POOL = "backend.redis.pool1.server = 127.0.0.1:6379\n"
+PUBLISH = (
+    'backend.redis.hook.message.publish.1 = {"topic": "#", '
+    '"action": {"function": "on_message_publish"}, "pool": "pool1"}\n'
+)
+
+
+def parse(text: str) -> Rules:
+    return parse_conf(text, "emqx_backend_redis.conf")
+
+
+def fails(text: str, line: int, *words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(text)
+    error = caught.value
+    assert (error.file, error.line) == ("emqx_backend_redis.conf", line), error
+    for word in words:
+        assert word in error.reason, error
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_the_documented_file_means_the_default_rules(newline: str) -> None:
+    given = parse(DOCUMENTED.replace("\n", newline))
+    assert given.canonical() == default_rules().canonical()
+    assert given.pools == default_rules().pools
+    assert [rule.line for rule in given.rules] == list(range(9, 21))
+    assert {rule.file for rule in given.rules} == {"emqx_backend_redis.conf"}
+
+
+def test_the_documented_keep_latest_rules_are_a_queue() -> None:
+    given = parse(POOL + KEEP_LATEST)
+    assert [(rule.hook, rule.action, rule.expired_time) for rule in given.rules] == [
+        ("session.subscribed", "on_message_fetch_for_keep_latest", None),
+        ("message.publish", "on_message_store_keep_latest", 3600),
+        ("message.acked", "on_message_acked_for_keep_latest", None),
+    ]
+    assert given.owner("any/topic") == "queue"
+
+
+def test_rules_are_ordered_by_hook_and_number_not_by_place() -> None:
+    given = parse(
+        POOL
+        + "".join(
+            f'backend.redis.hook.{hook} = {{"action": {{"commands": ["INCR {hook}"]}}}}\n'
+            for hook in ("message.publish.10", "message.publish.9", "client.connected.2")
+        )
+    )
+    assert [rule.commands[0][1] for rule in given.rules] == [
+        *("client.connected.2", "message.publish.9", "message.publish.10"),
+    ]
+
+
+def test_commands_are_split_at_single_spaces() -> None:
+    given = parse(
+        POOL + 'backend.redis.hook.message.acked.1={"topic": "t/#", "action": {"commands": '
+        '["HSET ack:${clientid} ${topic} ${msgid}", "INCR n"]}}#comment\n'
+    )
+    assert given.rules[0].commands == (
+        ("HSET", "ack:${clientid}", "${topic}", "${msgid}"),
+        ("INCR", "n"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("60", 60), ("0", None), ("-1", None), ("60 # a minute", 60)]
+)
+def test_the_global_expiry_is_that_of_publish_rules_that_name_none(
+    value: str, expected: int | None
+) -> None:
+    own = PUBLISH.replace("publish.1", "publish.2").replace('"pool"', '"expired_time": 5, "pool"')
+    acked = 'backend.redis.hook.message.acked.1 = {"action": {"function": "on_message_receipt"}}\n'
+    given = parse(POOL + PUBLISH + own + acked + f"backend.redis.msg.expired_after = {value}\n")
+    assert [rule.expired_time for rule in given.rules] == [expected, 5, None]
+
+
+def test_pools_are_read_with_all_their_settings() -> None:
+    given = parse(
+        """
+        backend.redis.s.type=sentinel
+        backend.redis.s.server   =   10.0.0.1:26379, 10.0.0.2:26379
+        backend.redis.s.sentinel = mymaster
+        backend.redis.s.database = 2
+        backend.redis.s.password = a#b  # the password
+        backend.redis.s.pool_size = 16
+        backend.redis.s.channel = orders
+        backend.redis.c.type = cluster
+        backend.redis.c.server = 10.0.0.3:7000,10.0.0.4:7000
+        backend.redis.c.password =
+        # backend.redis.c.database = 5
+        backend.redis.c.tls = true
+        """
+    )
+    assert given.rules == ()
+    assert given.pools == (
+        Pool(
+            name="s", type="sentinel", servers=(("10.0.0.1", 26379), ("10.0.0.2", 26379)),
+            sentinel="mymaster", database=2, password="a#b", pool_size=16, channel="orders",
+        ),
+        Pool(
+            name="c", type="cluster", servers=(("10.0.0.3", 7000), ("10.0.0.4", 7000)), tls=True
+        ),
+    )  # fmt: skip
+
+
+RULE = "backend.redis.hook.message.publish.1 = "
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("hello", ["neither a comment nor"]),
+        ("backend.redis.pool1.database", ["neither a comment nor"]),
+        ("backend.mysql.pool1.server = h", ["unknown setting 'backend.mysql.pool1.server'"]),
+        ("backend.redis.server = h", ["unknown setting"]),
+        ("backend.redis.msg.other = 1", ["unknown setting"]),
+        ("backend.redis.hook.message = 1", ["unknown setting"]),
+        ("backend.redis.hook.message.publish = {}", ["unknown setting"]),
+        ("backend.redis.pool1.size = 1", ["unknown key 'size'", "'pool_size'?"]),
+        ("backend.redis.pool1.pool_size = many", ["pool_size: expected `int`"]),
+        ("backend.redis.pool1.pool_size = 0", ["pool_size: expected `int` >= 1"]),
+        ("backend.redis.pool1.type = double", ["unknown type 'double'"]),
+        ("backend.redis.pool1.server = h", ["given twice, first in line 1"]),
+        ("backend.redis.pool2.database = 1", ["'pool2' needs a server"]),
+        ("backend.redis.msg.expired_after = 1h", ["seconds", "'1h'"]),
+        ("backend.redis.msg.expired_after = 3155760001", ["at most 3155760000"]),
+        ("backend.redis.hook.message.deliver.1 = {}", ["unknown hook 'message.deliver'", "known"]),
+        ("backend.redis.hook.message.publish.x = {}", ["numbered"]),
+        ("backend.redis.hook.message.publish.01 = {}", ["numbered"]),
+        (RULE, ["not a JSON object"]),
+        (RULE + "{", ["not a JSON object"]),
+        (RULE + "[1]", ["not a JSON object"]),
+        (RULE + '{"topic": "\\ud800"}', ["not a JSON object"]),
+        (RULE + '{"topic": NaN}', ["not a JSON object"]),
+        (RULE + "[" * 100_000, ["not a JSON object"]),
+        (RULE + '{"action": {"function": "x"}} trailing', ["'trailing'"]),
+        (RULE + '{"pool": "pool1"}', ["the action is"]),
+        (RULE + '{"action": "on_message_publish"}', ["the action is"]),
+        (RULE + '{"action": {}}', ["the action is"]),
+        (RULE + '{"action": {"sql": ["x"]}}', ["the action is"]),
+        (RULE + '{"action": {"function": "x", "commands": []}}', ["the action is"]),
+        (RULE + '{"action": {"commands": ["TIME"], "x": 1}}', ["the action is"]),
+        (RULE + '{"hook": "message.acked", "action": {"function": "x"}}', ["unknown key 'hook'"]),
+        (RULE + '{"commands": ["TIME"]}', ["unknown key 'commands'"]),
+        (RULE + '{"action": {"function": "on_x"}}', ["unknown action 'on_x'"]),
+        (RULE + '{"action": {"function": "on_client_connected"}}', ["client.connected, not with"]),
+        (RULE + '{"action": {"commands": []}}', ["commands is empty"]),
+        (RULE + '{"action": {"commands": ["KEYS *"]}}', ["KEYS"]),
+        (RULE + '{"action": {"commands": ["SET  a b"]}}', ["one space"]),
+        (RULE + '{"topic": "a/#/", "action": {"commands": ["TIME"]}}', ["'#'"]),
+        (RULE + '{"topic": 5, "action": {"commands": ["TIME"]}}', ["topic: expected"]),
+        (RULE + '{"tpic": "#", "action": {"commands": ["TIME"]}}', ["unknown key 'tpic'"]),
+        (RULE + '{"pool": "p2", "action": {"commands": ["TIME"]}}', ["'p2' is not configured"]),
+        (RULE + '{"expired_time": -1, "action": {"commands": ["TIME"]}}', ["expired_time", ">= 1"]),
+    ],
+)
+def test_a_line_that_cannot_be_is_refused(text: str, words: list[str]) -> None:
+    fails(f"{POOL}# comment\n{text}\n", 3, *words)
+
+
+def test_two_delivery_rules_that_could_claim_one_topic_are_both_named() -> None:
+    fails(
+        DOCUMENTED.replace("pubsub/#", "queue/a/+"),
+        13,
+        "for 'queue/a/+'",
+        "for 'queue/#' (line 12)",
+    )
+
+
+def test_one_agent_has_one_pool() -> None:
+    two = DOCUMENTED.replace('lookup"}, "pool": "pool1"}\n', 'lookup"}, "pool": "pool2"}\n')
+    fails(
+        two + "backend.redis.pool2.server = h:1\n",
+        14,
+        "'pool2'",
+        "on_client_connected (line 9)",
+        "'pool1'",
+        "agent sessions",
+    )

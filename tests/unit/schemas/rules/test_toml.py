@@ -1,0 +1,295 @@
+"""What a `millpond.toml` may say, and one error with the right line for each thing it must not."""
+
+from __future__ import annotations
+
+import pytest
+
+from millpond.schemas.errors import ConfigError
+from millpond.schemas.rules import Pool, Rule, Rules, default_rules, parse_toml
+
+POOL = '[pool.pool1]\nserver = "127.0.0.1:6379"\n\n'  # three lines
+QUEUE = (
+    '[[rule]]\nhook = "session.subscribed"\ntopic = "queue/#"\n'
+    'action = "on_message_fetch_for_queue"\n'
+)
+
+
+def parse(text: str) -> Rules:
+    return parse_toml(text, "millpond.toml")
+
+
+def fails(text: str, line: int | None, *words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(text)
+    error = caught.value
+    assert (error.file, error.line) == ("millpond.toml", line), error
+    for word in words:
+        assert word in error.reason, error
+
+
+def test_rules_are_read_with_all_their_settings() -> None:
+    (rule,) = parse(
+        POOL
+        + QUEUE
+        + 'pool = "pool1"\nexpired_time = 60\nmax_inflight = 1\nack_timeout_s = 43200\n'
+        'max_deliveries = 1000\nmax_length = 10\noverflow = "dead_letter"\nstore_qos0 = true\n'
+    ).rules
+    assert rule == Rule(
+        hook="session.subscribed", topic="queue/#", action="on_message_fetch_for_queue",
+        pool="pool1", expired_time=60, max_inflight=1, ack_timeout_s=43_200, max_deliveries=1_000,
+        max_length=10, overflow="dead_letter", store_qos0=True, file="millpond.toml", line=4,
+    )  # fmt: skip
+
+
+def test_commands_are_split_at_single_spaces() -> None:
+    (rule,) = parse(
+        POOL + '[[rule]]\nhook = "message.acked"\ntopic = "#"\n'
+        'commands = ["HSET ack:${clientid} ${topic} ${msgid}", "INCR n"]\n'
+    ).rules
+    assert rule.commands == (
+        ("HSET", "ack:${clientid}", "${topic}", "${msgid}"),
+        ("INCR", "n"),
+    )
+    assert rule.action is None
+
+
+def test_what_belongs_to_others_is_left_alone() -> None:
+    text = 'app = "x"\n[kafka]\nbootstrap_servers = ["h:1"]\n[worker]\n[stack]\n[bridge]\n'
+    assert parse(text).canonical() == default_rules().canonical()
+    assert parse(text).pools == default_rules().pools
+
+
+def test_without_rules_the_documented_ones_work_on_the_files_pool() -> None:
+    given = parse('[pool.mine]\nserver = "redis"\n')
+    assert {rule.pool for rule in given.rules} == {"mine"}
+    assert [rule.action for rule in given.rules] == [rule.action for rule in default_rules().rules]
+    assert given.pool("queue").servers == (("redis", 6379),)
+
+
+def test_no_rules_at_all_are_said_with_an_empty_list() -> None:
+    assert parse("rule = []\n" + POOL).rules == ()
+
+
+def test_pools_are_read_with_all_their_settings() -> None:
+    given = parse(
+        "rule = []\n"
+        '[pool.s]\ntype = "sentinel"\nserver = ["h1", "[::1]:26380"]\nsentinel = "mymaster"\n'
+        'database = 3\nusername = "u"\npassword_file = "f"\ntls = true\nca_file = "ca"\n'
+        'pool_size = 2\nchannel = "c"\n'
+        '[pool.c]\ntype = "cluster"\nserver = "h1:1, h2:2"\npassword = "p"\n'
+    )
+    assert given.pools == (
+        Pool(
+            name="s", type="sentinel", servers=(("h1", 26379), ("::1", 26380)), sentinel="mymaster",
+            database=3, username="u", password_file="f", tls=True, ca_file="ca", pool_size=2,
+            channel="c",
+        ),
+        Pool(name="c", type="cluster", servers=(("h1", 1), ("h2", 2)), password="p"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "word"),
+    [
+        ("a = 1\nb = = 2\n", 2, "not TOML"),
+        ('a = 1\nb = """\n', 3, "not TOML"),
+        ("a = " + "[" * 100_000, None, "nested too deeply"),
+        ("\npool = 5\n", 2, "[pool.pool1]"),
+        ("\n[pool]\nx = 5\n", 3, "not a table"),
+        ('[[pool]]\nserver = "h"\n', 1, "[pool.pool1]"),
+        ("\nrule = 5\n", 2, "[[rule]]"),
+        ('[rule]\nhook = "x"\n', 1, "[[rule]]"),
+        ("\nrule = [1]\n", 2, "not a table"),
+        ('[pool.a]\nserver = "h"\n[pool.b]\nserver = "h"\n', None, "several pools"),
+    ],
+)
+def test_a_file_of_another_shape_is_refused(text: str, line: int | None, word: str) -> None:
+    fails(text, line, word)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line", "words"),
+    [
+        ("", 1, ["needs a server"]),
+        ("server = []", 2, ["needs a server"]),
+        ('server = ""', 2, ["host:port"]),
+        ('server = "redis://h:1"', 2, ["'redis://h:1'", "host:port"]),
+        ('server = "h:0"', 2, ["'h:0'"]),
+        ('server = "h:65536"', 2, ["'h:65536'"]),
+        ('server = "h:x"', 2, ["'h:x'"]),
+        ("server = 5", 2, ["server: expected", "got `int`"]),
+        ('\nserver = "h1,h2"', 3, ["several servers"]),
+        ('server = "h"\ntype = "sentinel"', 3, ["needs sentinel"]),
+        ('server = "h"\ntype = "sentinal"', 3, ["unknown type 'sentinal'", "'sentinel'?"]),
+        ('server = "h"\nsentinel = "m"', 3, ['type = "sentinel"']),
+        ('server = "h"\ntype = "cluster"\ndatabase = 1', 4, ["database 0"]),
+        ('server = "h"\ndatabase = -1', 3, ["database: expected `int` >= 0"]),
+        ('server = "h"\npool_size = 0', 3, ["pool_size: expected `int` >= 1"]),
+        ('server = "h"\npool_size = true', 3, ["pool_size: expected `int`, got `bool`"]),
+        ('server = "h"\npassword = "a"\npassword_file = "b"', 3, ["password and a password_file"]),
+        ('server = "h"\nca_file = "b"', 3, ["tls = true"]),
+        ('server = "h"\nname = "b"', 3, ["unknown key 'name'"]),
+        ('server = "h"\npasword = "b"', 3, ["unknown key 'pasword'", "'password'?"]),
+        ('server = "h"\nzzz = "b"', 3, ["known are type, "]),
+    ],
+)
+def test_a_pool_that_cannot_be_is_refused(settings: str, line: int, words: list[str]) -> None:
+    fails(f"[pool.pool1]\n{settings}\n", line, *words)
+
+
+def test_a_secret_of_the_wrong_type_is_not_shown() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse('[pool.p]\nserver = "h"\npassword = 90210\n')
+    assert "90210" not in str(caught.value)
+
+
+RULE = '[[rule]]\nhook = "message.publish"\n'  # lines 4 and 5
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("[[rule]]\n", 4, ["no hook"]),
+        ('[[rule]]\n\nhook = "message.published"\n', 6, ["unknown hook", "'message.publish'?"]),
+        ('[[rule]]\nhook = "zzz"\n', 5, ["unknown hook 'zzz'", "known are client.connected, "]),
+        ("[[rule]]\nhook = 5\n", 5, ["hook: expected"]),
+        (RULE, 4, ["either an action or commands"]),
+        (RULE + 'action = "on_mesage_publish"\n', 6, ["unknown action", "'on_message_publish'?"]),
+        (RULE + "action = []\n", 6, ["action: expected"]),
+        (RULE + 'action = "on_retain_lookup"\n', 6, ["session.subscribed, not with message.pub"]),
+        (RULE + 'action = "on_retain_delete"\ncommands = ["TIME"]\n', 6, ["either"]),
+        (RULE + "commands = []\n", 6, ["commands is empty"]),
+        (RULE + 'commands = "TIME"\n', 6, ["commands: expected `array`"]),
+        (RULE + 'commands = [\n"TIME",\n""]\n', 6, ["empty"]),
+        (RULE + 'commands = ["FLUSHALL"]\n', 6, ["FLUSHALL"]),
+        (RULE + 'commands = ["SET k ${x}"]\n', 6, ["message.publish has no ${x}"]),
+        (RULE + 'commands = ["SET millpond:x 1"]\n', 6, ["Millpond's own"]),
+        (RULE + 'topic = "a/#/b"\naction = "on_message_publish"\n', 6, ["'#'", "'a/#/b'"]),
+        (RULE + 'topic = ""\naction = "on_message_publish"\n', 6, ["empty"]),
+        (RULE + "topic = 1\n", 6, ["topic: expected"]),
+        (RULE + 'topic = "$share/g/a"\ncommands = ["TIME"]\n', 6, ["plain filter"]),
+        (RULE + 'topic = "$SYS/#"\naction = "on_message_publish"\n', 6, ["$SYS/", "never"]),
+        (RULE + 'topic = "$millpond/x"\ncommands = ["TIME"]\n', 6, ["$millpond/", "never"]),
+        (
+            '[[rule]]\nhook = "client.connected"\ntopic = "#"\ncommands = ["TIME"]\n',
+            6,
+            ["no topic"],
+        ),
+        (QUEUE.replace('topic = "queue/#"\n', ""), 4, ["needs a topic"]),
+        (
+            RULE.replace("publish", "acked") + 'action = "on_message_acked_for_queue"\n',
+            4,
+            ["needs a topic"],
+        ),
+        (RULE + 'commands = ["TIME"]\npool = "pool2"\n', 7, ["'pool2'", "only: pool1"]),
+        (RULE + 'commands = ["TIME"]\npool = 2\n', 7, ["pool: expected"]),
+        (RULE + 'commands = ["TIME"]\nfile = "x"\n', 7, ["unknown key 'file'"]),
+        (RULE + 'commands = ["TIME"]\n[rule.sub]\n', 7, ["unknown key 'sub'"]),
+        (QUEUE + "expired_time = -1\n", 8, ["expired_time: expected `int` >= 1"]),
+        (QUEUE + "expired_time = 0\n", 8, [">= 1"]),
+        (QUEUE + "expired_time = 3155760001\n", 8, ["<= 3155760000"]),
+        (QUEUE + "expired_time = 1.5\n", 8, ["got `float`"]),
+        (QUEUE + 'expired_time = "1h"\n', 8, ["got `str`"]),
+        (QUEUE + "expired_time = 2024-01-01\n", 8, ["expired_time"]),
+        (QUEUE + "max_inflight = 0\n", 8, [">= 1"]),
+        (QUEUE + "max_inflight = 65536\n", 8, ["<= 65535"]),
+        (QUEUE + "ack_timeout_s = 0\n", 8, [">= 1"]),
+        (QUEUE + "ack_timeout_s = 43201\n", 8, ["<= 43200"]),
+        (QUEUE + "max_deliveries = 0\n", 8, [">= 1"]),
+        (QUEUE + "max_deliveries = 1001\n", 8, ["<= 1000"]),
+        (QUEUE + "max_length = 0\n", 8, [">= 1"]),
+        (QUEUE + "max_length = 100000001\n", 8, ["<= 100000000"]),
+        (QUEUE + 'overflow = "drop"\n', 8, ["unknown overflow 'drop'"]),
+        (QUEUE + 'start = "earliest"\n', 8, ["start means nothing for on_message_fetch_for_queue"]),
+        (QUEUE + "offset_retention_s = 60\n", 8, ["offset_retention_s means nothing"]),
+        (QUEUE.replace("queue", "pubsub") + 'overflow = "drop_oldest"\n', 8, ["overflow means"]),
+        (QUEUE + "store_qos0 = 1\n", 8, ["store_qos0: expected `bool`"]),
+        (
+            RULE + 'action = "on_retain_delete"\nmax_inflight = 1\n',
+            7,
+            ["max_inflight means nothing"],
+        ),
+        (
+            (
+                '[[rule]]\nhook = "client.connected"\naction = "on_client_connected"\n'
+                "expired_time = 1\n"
+            ),
+            7,
+            ["expired_time means nothing"],
+        ),
+    ],
+)
+def test_a_rule_that_cannot_be_is_refused(text: str, line: int, words: list[str]) -> None:
+    fails(POOL + text, line, *words)
+
+
+def test_the_second_of_two_rules_is_found_by_its_own_line() -> None:
+    fails(POOL + QUEUE + '\n[[rule]]\nhook = "message.publish"\naction = "x"\n', 11, "'x'")
+
+
+def test_a_rule_needs_a_pool_that_exists() -> None:
+    fails(QUEUE, 1, "no pool")
+    fails(QUEUE + 'pool = "p"\n', 5, "'p' is not configured", "there is none")
+    fails(QUEUE + '[pool.a]\nserver = "h"\n[pool.b]\nserver = "h"\n', 1, "names no pool")
+
+
+@pytest.mark.parametrize(
+    ("action", "topic"),
+    [
+        ("on_message_fetch_for_pubsub", "+/a"),
+        ("on_message_fetch_for_queue", "queue/#"),
+        ("on_message_fetch_for_keep_latest", "#"),
+    ],
+)
+def test_two_delivery_rules_that_could_claim_one_topic_are_both_named(
+    action: str, topic: str
+) -> None:
+    other = f'[[rule]]\nhook = "session.subscribed"\ntopic = "{topic}"\naction = "{action}"\n'
+    fails(POOL + QUEUE + other, 8, f"{action} for {topic!r}", "for 'queue/#' (line 4)")
+
+
+TWO_POOLS = '[pool.one]\nserver = "h"\n[pool.two]\nserver = "h"\n'  # four lines
+ON_TWO = (
+    '[[rule]]\nhook = "message.publish"\ntopic = "{}"\naction = "on_message_publish"\n'
+    'pool = "two"\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("first", "topic", "agent"),
+    [
+        (QUEUE, "#", "queue"),
+        (QUEUE, "+/a", "queue"),
+        (ON_TWO.format("a").replace("two", "x"), "b", "messages"),
+    ],
+)
+def test_one_agent_has_one_pool(first: str, topic: str, agent: str) -> None:
+    text = TWO_POOLS + first.replace('pool = "x"\n', "") + 'pool = "one"\n' + ON_TWO.format(topic)
+    fails(text, 10, "'two'", "'one'", "(line 5)", f"agent {agent}")
+
+
+def test_different_agents_may_have_different_pools() -> None:
+    presence = '[[rule]]\nhook = "client.connected"\naction = "on_client_connected"\npool = "two"\n'
+    acked = (
+        '[[rule]]\nhook = "message.acked"\ntopic = "#"\naction = "on_message_acked_for_queue"\n'
+        'pool = "one"\n'
+    )
+    given = parse(
+        TWO_POOLS + QUEUE + 'pool = "one"\n' + ON_TWO.format("other/#") + presence + acked
+    )
+    assert given.pool("queue").name == "one"
+    assert given.pool("messages").name == given.pool("sessions").name == "two"
+
+
+@pytest.mark.parametrize(
+    ("hook", "action"),
+    [
+        ("message.acked", "on_message_acked_for_queue"),
+        ("message.acked", "on_message_acked_for_pubsub"),
+        ("message.acked", "on_message_acked_for_keep_latest"),
+        ("message.publish", "on_message_store_keep_latest"),
+    ],
+)
+def test_a_rule_beside_a_delivery_rule_that_is_missing_is_refused(hook: str, action: str) -> None:
+    beside = f'[[rule]]\nhook = "{hook}"\ntopic = "jobs/#"\naction = "{action}"\n'
+    fails(POOL + QUEUE + beside, 8, f"{action} for 'jobs/#' does nothing", "on_message_fetch_for_")

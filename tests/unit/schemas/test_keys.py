@@ -1,0 +1,102 @@
+"""Names of topics and keys: golden, because other programs and stored data rely on them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from millpond.schemas import keys
+from millpond.schemas.keys import Partition
+from tests.unit.schemas.test_codec import GOLDEN
+
+PARTITION = Partition("mill", "queue", 7)
+
+
+def test_keys_are_the_documented_ones() -> None:
+    assert keys.message_index("a/b") == "mqtt:msg:a/b"
+    assert keys.message_body("0005") == "mqtt:msg:0005"
+    assert keys.retained("a/b") == "mqtt:retain:a/b"
+    assert keys.receipt("0005") == "mqtt:receipt:0005"
+    assert keys.applied(PARTITION) == "millpond:{mill:queue:7}:applied"
+    assert keys.journal(PARTITION) == "millpond:{mill:queue:7}:journal"
+    assert keys.removal_field(12) == "remove:12"
+    assert keys.rules(PARTITION) == "millpond:{mill:queue:7}:rules"
+    assert keys.seen(PARTITION, 0) == "millpond:{mill:queue:7}:seen:0"
+    assert keys.seen(PARTITION, 3) == "millpond:{mill:queue:7}:seen:1"
+    assert keys.presence("c") == "mqtt:client:c"
+    assert keys.node("n@1") == "mqtt:node:n@1"
+    assert keys.subscriptions("c") == "mqtt:sub:c"
+    assert keys.table(PARTITION, "states") == "millpond:{mill:queue:7}:states"
+    assert keys.index(PARTITION, keys.RETAINED_INDEX) == "millpond:{mill:queue:7}:retained"
+    assert keys.index(PARTITION, "announced") == "millpond:{mill:queue:7}:announced"
+    assert keys.due(PARTITION) == "millpond:{mill:queue:7}:due"
+    assert keys.private_prefix("mill", "queue") == "millpond:{mill:queue:"
+    assert keys.replay_marker("mill", "queue") == "millpond:{mill:queue}:replay"
+    assert keys.rebuild_marker("mill", "queue") == "millpond:{mill:queue}:rebuild"
+
+
+def test_every_built_key_has_a_row_in_the_table() -> None:
+    rows = re.findall(r"^\| `([^`]+)` \|", keys.__doc__ or "", re.MULTILINE)
+    patterns = [
+        re.compile(re.sub(r"\\\{[a-z_:]+\\\}|\\\{0,1\\\}", "[^:]+", re.escape(row))) for row in rows
+    ]
+    built = [
+        *(keys.message_index("t"), keys.message_body("m"), keys.retained("t"), keys.receipt("m")),
+        *(keys.applied(PARTITION), keys.journal(PARTITION), keys.rules(PARTITION)),
+        *(keys.seen(PARTITION, 1), keys.table(PARTITION, "states"), keys.due(PARTITION)),
+        *(
+            keys.index(PARTITION, keys.RETAINED_INDEX),
+            keys.presence("c"),
+            keys.node("n"),
+            keys.subscriptions("c"),
+        ),
+    ]
+    for key in built:
+        shown = key.replace("{mill:queue:7}", "mill")  # the tag stands for one word of the table
+        assert any(pattern.fullmatch(shown) for pattern in patterns), key
+
+
+def test_private_keys_of_a_partition_share_one_hash_tag() -> None:
+    private = [
+        *(key(PARTITION) for key in (keys.applied, keys.journal, keys.rules, keys.due)),
+        *(keys.table(PARTITION, "states"), keys.index(PARTITION, "waiting")),
+    ]
+    assert {key.partition("{")[2].partition("}")[0] for key in private} == {"mill:queue:7"}
+    assert all(key.startswith(keys.PRIVATE_PREFIX) for key in private)
+
+
+def test_a_partition_knows_its_topic_and_says_who_reads_it() -> None:
+    assert PARTITION.topic == keys.MESSAGES_TOPIC
+    assert Partition("mill", "sessions", 0).topic == keys.CLIENTS_TOPIC
+    assert str(PARTITION) == "mqtt.messages[7] (mill.queue)"
+    assert keys.group_id("mill", "queue") == "mill.queue"
+    assert keys.bridge_group_id("mill") == "mill.bridge"
+    assert keys.rule_events_group_id("mill") == "mill.bridge.emqx-kafka"
+
+
+KEYS = {
+    "message.published": "queue/a",
+    "message.retained": "queue/a",
+    "message.delivered": "queue/a",
+    "message.acked": "queue/a",
+    "node.started": "$millpond/sessions",
+    "node.stopped": "$millpond/sessions",
+    "node.sync.started": "$millpond/sessions",
+    "node.sync.completed": "$millpond/sessions",
+    "subscriber.joined": "queue/+",
+    "subscriber.left": "queue/a",
+    "deliveries.sent": "$millpond/queue",
+    "delivery.failed": "$millpond/queue",
+    "operator.requeue": "queue/a",
+    "operator.drop": "queue/a",
+    "operator.rewind": "pubsub/a",
+    "rules.changed": "$millpond/queue",
+    "tick": "$millpond/queue",
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_record_is_keyed_by_its_topic_its_client_or_its_agent(name: str) -> None:
+    event, _ = GOLDEN[name]
+    assert keys.record_key(event) == KEYS.get(name, "sub")
