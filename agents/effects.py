@@ -144,14 +144,14 @@ class ClearRetained(Struct, frozen=True, gc=False):
     topic: str
 
 
-class DropBody(Struct, frozen=True, gc=False):
+class DeleteBody(Struct, frozen=True, gc=False):
     """Nobody refers to this message any more."""
 
     stage: ClassVar[Stage] = Stage.REMOVE
     message_id: str
 
 
-class SpareBody(Struct, frozen=True, gc=False):
+class ClearBodyExpiry(Struct, frozen=True, gc=False):
     """Take back the lifetime of a body: it was somebody else's key, or is the body of a dead letter."""
 
     stage: ClassVar[Stage] = Stage.REMOVE
@@ -196,7 +196,7 @@ class DeadLetter(Struct, frozen=True, gc=False, tag="dead_letter"):
     reason: str
 
 
-class Announce(Struct, frozen=True, gc=False, tag="announce"):
+class AnnounceMembership(Struct, frozen=True, gc=False, tag="announce"):
     """An output: tell the owners of delivery rules of a member that came or went."""
 
     offset: int
@@ -210,7 +210,7 @@ class SendCommand(Struct, frozen=True, gc=False, tag="command"):
     command: Subscribe | Unsubscribe
 
 
-class HandOut(Struct, frozen=True, gc=False, tag="hand_out"):
+class DeliverMessage(Struct, frozen=True, gc=False, tag="hand_out"):
     """An output: have the bridge deliver a message to one client. `lease` is 0 if nobody wants to know what comes of it.
 
     `stored` if its body is in the store; else, and if `offset` is its own publish's, it is in that record.
@@ -228,7 +228,7 @@ class HandOut(Struct, frozen=True, gc=False, tag="hand_out"):
     stored: bool = True
 
 
-class GiveUp(Struct, frozen=True, gc=False, tag="give_up"):
+class DeadLetterMessage(Struct, frozen=True, gc=False, tag="give_up"):
     """An output: a stored message is a dead letter, for this reason, after so many deliveries."""
 
     offset: int
@@ -266,8 +266,8 @@ Effect: TypeAlias = (
     | SetDue
     | Unindex
     | ClearRetained
-    | DropBody
-    | SpareBody
+    | DeleteBody
+    | ClearBodyExpiry
     | SetPresence
     | ShowOffset
     | RunCommand
@@ -275,7 +275,13 @@ Effect: TypeAlias = (
 """What a store carries out."""
 
 Output: TypeAlias = (
-    DeadLetter | Announce | SendCommand | HandOut | GiveUp | LookUpSubscriptions | LookUpRetained
+    DeadLetter
+    | AnnounceMembership
+    | SendCommand
+    | DeliverMessage
+    | DeadLetterMessage
+    | LookUpSubscriptions
+    | LookUpRetained
 )
 """What is produced to Kafka once the store has the effects; kept in the journal until then."""
 

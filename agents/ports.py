@@ -23,7 +23,7 @@ class Record(NamedTuple):
     value: bytes | None
 
 
-class Outgoing(NamedTuple):
+class OutgoingRecord(NamedTuple):
     """One record to produce; `partition` None lets the key decide."""
 
     topic: str
@@ -54,7 +54,7 @@ class Log(Protocol):
         """The records from `start` up to, not including, `stop`, in runs within the batch bounds."""
         ...
 
-    def produce(self, records: Sequence[Outgoing]) -> Awaitable[None]:
+    def produce(self, records: Sequence[OutgoingRecord]) -> Awaitable[None]:
         """Produce in order, starting now; done when Kafka has acknowledged every one."""
         ...
 
@@ -78,7 +78,7 @@ class Applied(Struct, frozen=True, kw_only=True):
     machine: dict[str, Any]
 
 
-class Stored(NamedTuple):
+class LoadedState(NamedTuple):
     """What a store holds of a partition: its fence, journal, rules and seen ids (by generation parity)."""
 
     applied: Applied | None
@@ -103,7 +103,7 @@ Packed = TypeVar("Packed")
 class Store(Protocol[Packed]):
     """One partition's part of the store. Errors are `StoreDown`, `Fenced` and `StoreRefused`, nothing else."""
 
-    async def load(self) -> Stored:
+    async def load(self) -> LoadedState:
         """Set the fence and read what is held. Waits, with back-off, for a store that is down."""
         ...
 
@@ -153,7 +153,9 @@ class Machine(Protocol):
         """The rules in force."""
         ...
 
-    def restore(self, partition_state: Mapping[str, Any], stored: Stored, rules: Rules) -> None:
+    def restore(
+        self, partition_state: Mapping[str, Any], stored: LoadedState, rules: Rules
+    ) -> None:
         """Start anew from what the store holds; `rules` are in force."""
         ...
 

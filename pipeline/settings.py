@@ -109,7 +109,7 @@ class StackSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     websocket_port: Port = 8083
     kafka_port: Port = 9092
     redis_port: Port = 6379
-    page_port: Port = 8080
+    web_port: Port = 8080
 
 
 class BridgeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -11,7 +11,7 @@ from millpond.schemas.keys import Partition
 NUMBER_DIGITS_MAX = 18  # below 2**63, as Kafka's offsets are
 
 
-class Lease(NamedTuple):
+class LeaseName(NamedTuple):
     """`{agent}/{partition}/{number}`."""
 
     agent: AgentName
@@ -27,7 +27,7 @@ def lease_name(partition: Partition, number: int) -> str:
     return f"{partition.agent}/{partition.number}/{number}"
 
 
-def parse_lease(name: str) -> Lease:
+def parse_lease(name: str) -> LeaseName:
     """The parts of a lease's name: reports go to the partition that gave it out.
 
     Raises:
@@ -37,7 +37,7 @@ def parse_lease(name: str) -> Lease:
     if len(parts) == 3:
         agent, partition, number = parts
         if agent in get_args(AgentName) and _is_number(partition) and _is_number(number):
-            return Lease(agent, int(partition), int(number))  # type: ignore[arg-type]  # checked above
+            return LeaseName(agent, int(partition), int(number))  # type: ignore[arg-type]  # checked above
     raise DecodeError(f"not the name of a lease: {name[:100]!r}")
 
 

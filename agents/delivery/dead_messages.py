@@ -8,10 +8,17 @@ from typing import Final
 import msgspec
 from msgspec import Struct, structs
 
-from millpond.agents.effects import Effect, GiveUp, Output, SetDue, SetState, SpareBody
+from millpond.agents.effects import (
+    ClearBodyExpiry,
+    DeadLetterMessage,
+    Effect,
+    Output,
+    SetDue,
+    SetState,
+)
 from millpond.agents.reads import ReadStates
 from millpond.agents.topics.due_times import DEAD, DueTimes, due_member
-from millpond.agents.topics.state_cache import Held
+from millpond.agents.topics.state_cache import StateCache
 
 # A week is time enough to look at what went wrong; without an end, a flood of bad messages would fill the store.
 DEAD_LETTER_RETENTION_MS: Final = 7 * 86_400_000
@@ -51,7 +58,7 @@ class DeadMessages:
 
     def forget(self) -> None:
         """Start anew."""
-        self.held: Held[DeadMessage | None] = Held(unpack)
+        self.held: StateCache[DeadMessage | None] = StateCache(unpack)
 
     def unknown(self, message_ids: Iterable[str]) -> list[ReadStates]:
         """The reads for those that are not known."""
@@ -66,9 +73,9 @@ class DeadMessages:
         self.held.change(offset, message_id, dead)
         end = dead.at + DEAD_LETTER_RETENTION_MS
         return [
-            SpareBody(message_id),
+            ClearBodyExpiry(message_id),
             self._due.falls_due(due_member(DEAD, dead.topic, message_id), end),
-            GiveUp(offset, dead.topic, message_id, dead.reason, dead.deliveries),
+            DeadLetterMessage(offset, dead.topic, message_id, dead.reason, dead.deliveries),
         ]
 
     def take(self, offset: int, topic: str, message_id: str) -> list[Effect | Output] | None:

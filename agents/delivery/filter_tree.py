@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final, TypeAlias
 
-Node: TypeAlias = "dict[str, Node]"
+TreeNode: TypeAlias = "dict[str, TreeNode]"
 
 # Where a filter ends: no level can hold a null character ([MQTT-4.7.3-2]).
 END: Final = "\0"
@@ -15,7 +15,7 @@ class FilterTree:
 
     def __init__(self) -> None:
         """Empty."""
-        self._root: Node = {}
+        self._root: TreeNode = {}
 
     def empty(self) -> bool:
         """Whether there is none."""
@@ -46,7 +46,7 @@ class FilterTree:
         levels = topic.split("/")
         found: list[str] = []
         # Nodes that match the levels so far, each with its path, from the last one pushed on.
-        nodes: list[tuple[Node, tuple[str, ...]]] = [(self._root, ())]
+        nodes: list[tuple[TreeNode, tuple[str, ...]]] = [(self._root, ())]
         while nodes:
             node, path = nodes.pop()
             depth = len(path)

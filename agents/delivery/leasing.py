@@ -18,11 +18,11 @@ from msgspec import Struct
 
 from millpond.agents.delivery.members import Member, Members, Reach, Round
 from millpond.agents.delivery.window import Lease, Waiting, Window
-from millpond.agents.effects import Effect, HandOut, Output, SetIndex
+from millpond.agents.effects import DeliverMessage, Effect, Output, SetIndex
 from millpond.agents.topics.due_times import INDEX, MEMBER, WINDOW, DueTimes, due_member
-from millpond.agents.topics.plans import Delivery
-from millpond.agents.topics.state_cache import Held as States
-from millpond.agents.topics.storage import Keeper
+from millpond.agents.topics.plans import DeliveryPlan
+from millpond.agents.topics.state_cache import StateCache
+from millpond.agents.topics.storage import MessageStorage
 from millpond.schemas.events import DeliveriesSent, DeliveryFailed, MessagePublished, Sent
 from millpond.schemas.leases import lease_number
 
@@ -64,10 +64,10 @@ class Counters(Struct):
 class Leasing(ABC, Generic[W]):
     """The leases and members of one partition."""
 
-    def __init__(self, windows: States[W]) -> None:
+    def __init__(self, windows: StateCache[W]) -> None:
         """Empty; the agent's `restore` follows."""
         self._due = DueTimes()
-        self._keeper = Keeper(self._due)
+        self._storage = MessageStorage(self._due)
         self._members = Members()
         self._counters = Counters()
         self._windows = windows
@@ -111,9 +111,9 @@ class Leasing(ABC, Generic[W]):
         """The next message of a window has expired: a tick is to take it away, even if it became too old by new rules."""
         return [self._due.falls_due(due_member(INDEX, self.topic_of(key)), now_ms)]
 
-    def delivery(self, key: str) -> Delivery | None:
+    def delivery(self, key: str) -> DeliveryPlan | None:
         """How the rules in force have a window delivered."""
-        return self._keeper.plans.of(self.topic_of(key)).delivery
+        return self._storage.plans.of(self.topic_of(key)).delivery
 
     # -- handing out --------------------------------------------------------------------------------------
 
@@ -162,7 +162,7 @@ class Leasing(ABC, Generic[W]):
         member.leases[number] = key
         member.unconfirmed += 1
         self._members.touch(reach.name)
-        hand_out = HandOut(
+        hand_out = DeliverMessage(
             offset, number, member.client_id, member.epoch, waiting.message_id, self.topic_of(key),
             reach.qos, waiting.deliveries + 1, self.expires_at(key, waiting),
         )  # fmt: skip
@@ -178,7 +178,7 @@ class Leasing(ABC, Generic[W]):
         if reach is None or self.pauses():
             return []
         window.turn, member = reach.name, self._members[reach.name]
-        hand_out = HandOut(
+        hand_out = DeliverMessage(
             offset, 0, member.client_id, member.epoch, event.message_id, event.topic,
             reach.qos, 1, event.expires_at, stored=False,
         )  # fmt: skip
@@ -186,7 +186,7 @@ class Leasing(ABC, Generic[W]):
 
     def expires_at(self, key: str, waiting: Waiting) -> int | None:
         """When (ms) a message is too old to be handed out, by its rule; None is never."""
-        lifetime = self._keeper.plans.of(self.topic_of(key)).index_lifetime_ms
+        lifetime = self._storage.plans.of(self.topic_of(key)).index_lifetime_ms
         return None if lifetime is None else waiting.score // 1000 + lifetime
 
     def _deadline(self, key: str, window: W, at: int | None) -> Done:

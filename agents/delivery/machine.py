@@ -14,9 +14,9 @@ import msgspec
 from millpond.agents.delivery.dead_messages import DeadMessages
 from millpond.agents.delivery.leasing import Counters, Done, W
 from millpond.agents.delivery.members import Members, member_name
-from millpond.agents.delivery.policy import Own
+from millpond.agents.delivery.policy import TopicPolicy
 from millpond.agents.effects import Effect, Output, SetDue, SetRules, SetState
-from millpond.agents.ports import Stored
+from millpond.agents.ports import LoadedState
 from millpond.agents.reads import (
     Read,
     ReadAllStates,
@@ -54,17 +54,19 @@ READ_MIN: Final = 256  # entries of an index read at once, when any are needed
 AHEAD_TOTAL_MAX: Final = 131_072
 
 
-class DeliveryMachine(Own[W]):
+class DeliveryMachine(TopicPolicy[W]):
     """One partition of a delivery agent."""
 
     agent: AgentName
 
     # -- what the driver asks -----------------------------------------------------------------------------
 
-    def restore(self, partition_state: Mapping[str, Any], stored: Stored, rules: Rules) -> None:
+    def restore(
+        self, partition_state: Mapping[str, Any], stored: LoadedState, rules: Rules
+    ) -> None:
         """See `millpond.agents.ports.Machine`."""
         self._due.restore(partition_state)
-        self._keeper.restore(partition_state, stored, rules)
+        self._storage.restore(partition_state, stored, rules)
         self._counters = msgspec.convert(partition_state.get("delivery", {}), Counters)
         self._members = Members()
         self._windows = self.new_windows()
@@ -77,7 +79,7 @@ class DeliveryMachine(Own[W]):
     def partition_state(self) -> dict[str, Any]:
         """See `millpond.agents.ports.Machine`."""
         counters = msgspec.to_builtins(self._counters)
-        seen, due = self._keeper.seen.partition_state(), self._due.partition_state()
+        seen, due = self._storage.seen.partition_state(), self._due.partition_state()
         return {**seen, **due, "delivery": counters}
 
     @property
@@ -88,7 +90,7 @@ class DeliveryMachine(Own[W]):
     @property
     def rules(self) -> Rules:
         """The rules in force."""
-        return self._keeper.rules
+        return self._storage.rules
 
     def owns(self, key: str) -> bool:
         """The topics of this agent's delivery rules, and wildcards that may match one of them."""
@@ -116,7 +118,7 @@ class DeliveryMachine(Own[W]):
         reads: list[Read] = [*self.unknown(freed)]
         may_be_dead = OperatorRequeue | OperatorDrop | MessageRetained
         reads += self._dead.unknown([x.message_id for x in events if isinstance(x, may_be_dead)])
-        reads += self._keeper.wanted_by_retained(events)
+        reads += self._storage.wanted_by_retained(events)
         reads += self._members.unknown(_told_of(events))
         if reads:
             return reads
@@ -147,7 +149,7 @@ class DeliveryMachine(Own[W]):
         """The reads for windows, and for what their topics retain, where they are not known."""
         unknown = self._windows.unknown(keys)
         reads = [ReadStates(unknown, "windows")] if unknown else []
-        return [*reads, *self._keeper.unknown(map(self.topic_of, keys))]
+        return [*reads, *self._storage.unknown(map(self.topic_of, keys))]
 
     def _touches(self, event: Event) -> Iterator[tuple[str, int]]:
         """The windows that an event changes, and for how many more messages it may make room in each."""
@@ -175,7 +177,7 @@ class DeliveryMachine(Own[W]):
         if member is not None:
             yield from ((key, 0) for key in member.leases.values())
         if isinstance(event, SubscriberJoined) and not has_wildcard(topic_filter):
-            delivery = self._keeper.plans.of(topic_filter).delivery
+            delivery = self._storage.plans.of(topic_filter).delivery
             yield self.own_key(name, topic_filter), delivery.max_inflight if delivery else 0
 
     def room(self, key: str) -> int:
@@ -240,9 +242,9 @@ class DeliveryMachine(Own[W]):
             case ReadStates(table="dead"):
                 self._dead.held.supply(answer)
             case ReadStates(table="states"):
-                self._keeper.retained.supply(answer)
+                self._storage.retained.supply(answer)
             case ReadEntry():
-                self._keeper.supply_place(read, answer)
+                self._storage.supply_place(read, answer)
                 self.supply_besides(read, answer)
             case ReadDue():
                 self._due.supplied = answer
@@ -264,12 +266,12 @@ class DeliveryMachine(Own[W]):
                 return self.published(offset, event, now_ms, score)
             case MessageRetained():
                 dead = self._dead.held[event.message_id] is not None
-                return self._keeper.broker_retains(offset, event, score, dead=dead)
+                return self._storage.broker_retains(offset, event, score, dead=dead)
             case MessageAcked():
-                done: Done = [*self._keeper.reported(offset, event, now_ms)]
+                done: Done = [*self._storage.reported(offset, event, now_ms)]
                 return [*done, *self.acked_by_client(offset, event, now_ms)]
             case MessageDelivered():
-                return self._keeper.reported(offset, event, now_ms)
+                return self._storage.reported(offset, event, now_ms)
             case DeliveriesSent():
                 return self.sent(offset, event, now_ms)
             case DeliveryFailed():
@@ -283,7 +285,7 @@ class DeliveryMachine(Own[W]):
             case Tick():
                 return self._tick(offset, now_ms)
             case RulesChanged():
-                self._keeper.rules_changed(Rules.from_canonical(event.rules))
+                self._storage.rules_changed(Rules.from_canonical(event.rules))
                 return [SetRules(event.rules), *self.resume()]
             case _:
                 return ()  # another agent's concern
@@ -294,7 +296,7 @@ class DeliveryMachine(Own[W]):
         for _, key, _, window in self._windows.finish():
             effects.append(SetState(key, self.packed(window), "windows"))
             window.trim()
-        effects += [*self._members.finish(), *self._dead.finish(), *self._keeper.finish()]
+        effects += [*self._members.finish(), *self._dead.finish(), *self._storage.finish()]
         if self._ahead_total > AHEAD_TOTAL_MAX:
             self._ahead_total = 0
             for window in self._windows.values():
@@ -306,7 +308,7 @@ class DeliveryMachine(Own[W]):
         self._windows.settled()
         self._members.settled()
         self._dead.held.settled()
-        self._keeper.settled()
+        self._storage.settled()
 
     def _ordered(
         self,
@@ -329,7 +331,7 @@ class DeliveryMachine(Own[W]):
         done = self._dead.take(offset, topic, message_id)
         if done is None:
             return []
-        self._keeper.let_go(topic, message_id)
+        self._storage.let_go(topic, message_id)
         return done
 
     def _tick(self, offset: int, now_ms: int) -> Done:
@@ -343,7 +345,7 @@ class DeliveryMachine(Own[W]):
             elif kind == MEMBER:
                 done += self.member_due(key, now_ms)
             elif kind == RETAINED:
-                done += self._keeper.sweep_retained(key, now_ms)
+                done += self._storage.sweep_retained(key, now_ms)
             else:
                 done += self.came_due(offset, kind, key, message_id, now_ms)
         return [*done, *self.do_work(offset, now_ms, waits)]

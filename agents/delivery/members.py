@@ -28,7 +28,7 @@ TOPICS_REMEMBERED_MAX: Final = (
 AWAKE_MAX: Final = 2_000  # members in use, a MiB or so; past that those that become idle are packed
 
 
-class Held(Struct, frozen=True, array_like=True):
+class HeldFilter(Struct, frozen=True, array_like=True):
     """A filter that a member holds, since which place in the log (a score)."""
 
     qos: int
@@ -64,7 +64,7 @@ class Member(Struct, array_like=True):
     client_id: str
     session: int
     joined_at: int
-    filters: dict[str, Held] = field(default_factory=dict)
+    filters: dict[str, HeldFilter] = field(default_factory=dict)
     leases: dict[int, str] = field(default_factory=dict)
     epoch: int = 0
     rests_until: int = 0
@@ -265,7 +265,7 @@ class Members:
             known = self._matching[topic] = (topic, *self._wildcards.matching(topic))
         return known
 
-    def holding(self, topic: str) -> Iterator[tuple[str, str, Held]]:
+    def holding(self, topic: str) -> Iterator[tuple[str, str, HeldFilter]]:
         """The filters that match a topic, and who holds each how."""
         for topic_filter in self.matching(topic):
             for name in self._holders.of(topic_filter):
@@ -293,7 +293,7 @@ class Members:
         return known
 
     def _find(self, topic: str) -> list[Reach]:
-        found: dict[str, list[Held]] = {}
+        found: dict[str, list[HeldFilter]] = {}
         for _, name, held in self.holding(topic):
             found.setdefault(name, []).append(held)
         return [make_reach(name, found[name]) for name in sorted(found)]
@@ -321,7 +321,7 @@ class Members:
         self._put(name, member)
         self.touch(name)
 
-    def hold(self, name: str, topic_filter: str, held: Held) -> None:
+    def hold(self, name: str, topic_filter: str, held: HeldFilter) -> None:
         """A member is to be served by a filter."""
         self[name].filters[topic_filter] = held
         self._hold(name, topic_filter)
@@ -369,7 +369,7 @@ def _name_of(reach: Reach) -> str:
     return reach.name
 
 
-def make_reach(name: str, held: list[Held]) -> Reach:
+def make_reach(name: str, held: list[HeldFilter]) -> Reach:
     """How a member takes part, by the filters that match."""
     broker_delivers = all(each.broker_delivers for each in held)
     newest = max(each.since for each in held) if broker_delivers else None

@@ -13,7 +13,7 @@ from abc import abstractmethod
 from typing import Final
 
 from millpond.agents.delivery.leasing import Done, Leasing, W
-from millpond.agents.delivery.members import Held, Member, member_name
+from millpond.agents.delivery.members import HeldFilter, Member, member_name
 from millpond.agents.topics.due_times import MEMBER, due_member
 from millpond.schemas.commands import COMMAND_VALID_FOR_S
 from millpond.schemas.errors import DecodeError
@@ -70,7 +70,7 @@ class Membership(Leasing[W]):
         known = member.filters.get(topic_filter)
         since = score if known is None else known.since
         member.served = 0  # more may wait for it than did
-        self._members.hold(name, topic_filter, Held(event.qos, since, event.broker_delivers))
+        self._members.hold(name, topic_filter, HeldFilter(event.qos, since, event.broker_delivers))
         if rested or has_wildcard(topic_filter) or member.round.active:
             return [*done, *self.start_round(name, member, everything=has_wildcard(topic_filter))]
         return [*done, *self.dispatch(offset, self.own_key(name, topic_filter), now_ms)]

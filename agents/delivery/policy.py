@@ -9,7 +9,7 @@ from typing import Any
 from millpond.agents.delivery.leasing import Done, W
 from millpond.agents.delivery.rounds import Rounds
 from millpond.agents.reads import Read
-from millpond.agents.topics.state_cache import Held
+from millpond.agents.topics.state_cache import StateCache
 from millpond.schemas.errors import DecodeError
 from millpond.schemas.events import (
     Event,
@@ -21,11 +21,11 @@ from millpond.schemas.events import (
 )
 
 
-class Own(Rounds[W]):
+class TopicPolicy(Rounds[W]):
     """The part of a delivery agent that is not shared."""
 
     @abstractmethod
-    def new_windows(self) -> Held[W]:
+    def new_windows(self) -> StateCache[W]:
         """No windows known."""
 
     @abstractmethod

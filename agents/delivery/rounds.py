@@ -201,7 +201,7 @@ class Rounds(Membership[W]):
 
     def inflight_max(self) -> int:
         """How much a member can have in hand, by any rule of this agent."""
-        rules = self._keeper.rules.run_by_delivery(self.agent)
+        rules = self._storage.rules.run_by_delivery(self.agent)
         return max((each.max_inflight for each in rules), default=0)
 
     def _serve(

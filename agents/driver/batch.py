@@ -12,7 +12,7 @@ from millpond.agents.ports import Record, Transaction
 from millpond.schemas.events import Event
 
 
-class Folded(NamedTuple):
+class FoldedEvent(NamedTuple):
     """An owned event with its record and the log's time at it."""
 
     record: Record
@@ -24,7 +24,7 @@ class Batch(Struct):
     """Records in order, skipped ones among them; what was read of them, and which cannot be read."""
 
     records: list[Record] = field(default_factory=list)
-    folded: list[Folded] = field(default_factory=list)
+    folded: list[FoldedEvent] = field(default_factory=list)
     unreadable: list[DeadLetter] = field(default_factory=list)
 
     @property
@@ -38,10 +38,10 @@ class Batch(Struct):
         if isinstance(found, DeadLetter):
             self.unreadable.append(found)
         elif found is not None:
-            self.folded.append(Folded(record, found, now_ms))
+            self.folded.append(FoldedEvent(record, found, now_ms))
 
 
-class HalfWritten(NamedTuple):
+class HalfWrittenEvent(NamedTuple):
     """An event of which the store refused a part."""
 
     event: Event
@@ -53,16 +53,16 @@ class InFlight(NamedTuple):
 
     transaction: Transaction
     batch: Batch
-    cleaned: Sequence[HalfWritten]
+    cleaned: Sequence[HalfWrittenEvent]
     committing: Awaitable[Sequence[Refusal]]
 
 
 def sort_out(
     batch: Batch, refusals: Sequence[Refusal]
-) -> tuple[list[HalfWritten], list[DeadLetter], list[str]]:
+) -> tuple[list[HalfWrittenEvent], list[DeadLetter], list[str]]:
     """What refusals come to: the half written events, one dead letter for each, and what no event asked for."""
     events = {folded.record.offset: folded.event for folded in batch.folded}
-    half_written: list[HalfWritten] = []
+    half_written: list[HalfWrittenEvent] = []
     reasons: dict[int, list[str]] = {}
     others: list[str] = []
     for refusal in refusals:
@@ -73,7 +73,7 @@ def sort_out(
         if event is None:
             others.append(reason)
         else:
-            half_written.append(HalfWritten(event, refusal))
+            half_written.append(HalfWrittenEvent(event, refusal))
             reasons.setdefault(refusal.offset, []).append(reason)
     letters = [DeadLetter(offset, "; ".join(why)) for offset, why in reasons.items()]
     return half_written, letters, others

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from millpond.agents.effects import DeadLetter
-from millpond.agents.ports import Outgoing, Record
+from millpond.agents.ports import OutgoingRecord, Record
 from millpond.schemas.keys import DEAD_LETTERS_TOPIC, Partition
 
 # A reason may quote a topic of 65,535 bytes; the beginning is enough to understand it.
@@ -13,7 +13,7 @@ REASON_LENGTH_MAX: Final = 1_000
 GONE: Final = " (its bytes are no longer in the log)"
 
 
-def dead_letter(partition: Partition, letter: DeadLetter, record: Record | None) -> Outgoing:
+def dead_letter(partition: Partition, letter: DeadLetter, record: Record | None) -> OutgoingRecord:
     """The dead letter of a record; `record` is None when the log no longer holds it."""
     reason = letter.reason[:REASON_LENGTH_MAX]
     key, value = None, None
@@ -22,7 +22,7 @@ def dead_letter(partition: Partition, letter: DeadLetter, record: Record | None)
     else:
         key, value = record.key, record.value
     headers = headers_of(partition.topic, partition.number, letter.offset, partition.agent, reason)
-    return Outgoing(DEAD_LETTERS_TOPIC, key, value, headers)
+    return OutgoingRecord(DEAD_LETTERS_TOPIC, key, value, headers)
 
 
 def headers_of(

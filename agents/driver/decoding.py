@@ -16,7 +16,7 @@ from millpond.schemas.keys import Partition
 OWNED_KEYS_MAX: Final = 10_000
 
 
-class Intake:
+class RecordDecoder:
     """Reads the records of one partition; asks who owns a key once, and decodes nothing before."""
 
     def __init__(self, partition: Partition, owns: Callable[[str], bool]) -> None:

@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from millpond.agents.driver.dead_letters import headers_of
-from millpond.agents.effects import GiveUp, HandOut
-from millpond.agents.ports import Outgoing, Record
+from millpond.agents.effects import DeadLetterMessage, DeliverMessage
+from millpond.agents.ports import OutgoingRecord, Record
 from millpond.agents.reads import Read, ReadBody
 from millpond.schemas import codec, keys
 from millpond.schemas.commands import COMMAND_VALID_FOR_S, Command, Deliver
@@ -22,10 +22,10 @@ from millpond.schemas.leases import lease_name
 
 BODIES_READ_MAX: Final = 100  # messages read at once: some MiB, but for large ones
 
-OfMessage: TypeAlias = HandOut | GiveUp
+MessageOutput: TypeAlias = DeliverMessage | DeadLetterMessage
 
 
-class Message(NamedTuple):
+class DeliverableMessage(NamedTuple):
     """What of a message goes to a client. `expires_at` is its own, in ms."""
 
     qos: int
@@ -34,7 +34,7 @@ class Message(NamedTuple):
     expires_at: int | None
 
 
-class HandOuts:
+class DeliveryRecords:
     """Makes the records of one partition's hand-outs and dead messages."""
 
     def __init__(
@@ -44,14 +44,14 @@ class HandOuts:
         self._partition, self._read = partition, read
 
     async def records(
-        self, outputs: Sequence[OfMessage], sources: Mapping[int, Record | None]
-    ) -> AsyncIterator[Outgoing]:
+        self, outputs: Sequence[MessageOutput], sources: Mapping[int, Record | None]
+    ) -> AsyncIterator[OutgoingRecord]:
         """In order. A message that is gone is reported to the agent itself, which holds a lease of it."""
         for some in _chunks(outputs):
             found = [published(output, sources.get(output.offset)) for output in some]
             missing = [
                 output for output, message in zip(some, found, strict=True)
-                if message is None and (isinstance(output, GiveUp) or output.stored)
+                if message is None and (isinstance(output, DeadLetterMessage) or output.stored)
             ]  # fmt: skip
             reads = [ReadBody(output.message_id) for output in missing]
             bodies = iter(await self._read(reads)) if reads else iter(())
@@ -64,14 +64,16 @@ class HandOuts:
                 if record is not None:
                     yield record
 
-    def _record(self, output: OfMessage, message: Message | None) -> Outgoing | None:
-        if isinstance(output, GiveUp):
+    def _record(
+        self, output: MessageOutput, message: DeliverableMessage | None
+    ) -> OutgoingRecord | None:
+        if isinstance(output, DeadLetterMessage):
             return self._given_up(output, message)
         if message is not None:
             return to_bridge(self._deliver(output, message))
         return self._gone(output) if output.lease else None
 
-    def _deliver(self, output: HandOut, message: Message) -> Deliver:
+    def _deliver(self, output: DeliverMessage, message: DeliverableMessage) -> Deliver:
         ends = [at for at in (output.expires_at, message.expires_at) if at is not None]
         return Deliver(
             client_id=output.client_id,
@@ -84,16 +86,20 @@ class HandOuts:
             expires_at=min(ends, default=None),
         )  # fmt: skip
 
-    def _gone(self, output: HandOut) -> Outgoing:
+    def _gone(self, output: DeliverMessage) -> OutgoingRecord:
         event = DeliveryFailed(
             at=0, node=keys.AGENT_NODE, agent=self._partition.agent,
             lease=lease_name(self._partition, output.lease), client_id=output.client_id,
             message_id=output.message_id, reason="gone",
         )  # fmt: skip
         key = keys.record_key(event).encode()
-        return Outgoing(self._partition.topic, key, codec.encode(event), (), self._partition.number)
+        return OutgoingRecord(
+            self._partition.topic, key, codec.encode(event), (), self._partition.number
+        )
 
-    def _given_up(self, output: GiveUp, message: Message | None) -> Outgoing:
+    def _given_up(
+        self, output: DeadLetterMessage, message: DeliverableMessage | None
+    ) -> OutgoingRecord:
         """The payload as it was published, under the topic; the headers say the rest."""
         topic, number, agent = self._partition.topic, self._partition.number, self._partition.agent
         headers = (
@@ -102,15 +108,15 @@ class HandOuts:
             ("deliveries", b"%d" % output.deliveries),
         )
         payload = None if message is None else codec.payload_bytes(message)
-        return Outgoing(keys.DEAD_LETTERS_TOPIC, output.topic.encode(), payload, headers)
+        return OutgoingRecord(keys.DEAD_LETTERS_TOPIC, output.topic.encode(), payload, headers)
 
 
-def _chunks(outputs: Sequence[OfMessage]) -> Iterator[Sequence[OfMessage]]:
+def _chunks(outputs: Sequence[MessageOutput]) -> Iterator[Sequence[MessageOutput]]:
     for first in range(0, len(outputs), BODIES_READ_MAX):
         yield outputs[first : first + BODIES_READ_MAX]
 
 
-def published(output: OfMessage, source: Record | None) -> Message | None:
+def published(output: MessageOutput, source: Record | None) -> DeliverableMessage | None:
     """The message, if the record that the output came from is its publish."""
     if source is None or source.key != output.topic.encode():
         return None
@@ -120,10 +126,10 @@ def published(output: OfMessage, source: Record | None) -> Message | None:
         return None
     if not isinstance(event, MessagePublished) or event.message_id != output.message_id:
         return None
-    return Message(event.qos, event.payload, event.payload_encoding, event.expires_at)
+    return DeliverableMessage(event.qos, event.payload, event.payload_encoding, event.expires_at)
 
 
-def stored_message(body: Mapping[str, bytes]) -> Message | None:
+def stored_message(body: Mapping[str, bytes]) -> DeliverableMessage | None:
     """The message in a body; None if it has gone, or is somebody else's key."""
     try:
         qos, expiry = int(body["qos"]), body.get("expires_at")
@@ -132,9 +138,9 @@ def stored_message(body: Mapping[str, bytes]) -> Message | None:
         return None
     if qos not in (0, 1, 2):
         return None
-    return Message(qos, *codec.payload_text(body.get("payload", b"")), expires_at)
+    return DeliverableMessage(qos, *codec.payload_text(body.get("payload", b"")), expires_at)
 
 
-def to_bridge(command: Command) -> Outgoing:
+def to_bridge(command: Command) -> OutgoingRecord:
     """A command on its way to the broker."""
-    return Outgoing(keys.DELIVERIES_TOPIC, command.client_id.encode(), codec.encode(command))
+    return OutgoingRecord(keys.DELIVERIES_TOPIC, command.client_id.encode(), codec.encode(command))

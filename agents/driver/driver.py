@@ -17,10 +17,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Generic
 
-from millpond.agents.driver.batch import Batch, Folded, HalfWritten, InFlight, sort_out
-from millpond.agents.driver.decoding import Intake
+from millpond.agents.driver.batch import Batch, FoldedEvent, HalfWrittenEvent, InFlight, sort_out
+from millpond.agents.driver.decoding import RecordDecoder
 from millpond.agents.driver.log_identity import compare
-from millpond.agents.driver.observer import Nobody, Observer
+from millpond.agents.driver.observer import NullObserver, Observer
 from millpond.agents.driver.outbox import Outbox
 from millpond.agents.driver.outputs import Outputs
 from millpond.agents.driver.rules_in_force import RulesInForce, lost_rules
@@ -30,7 +30,7 @@ from millpond.agents.ports import (
     Applied,
     Log,
     Machine,
-    Outgoing,
+    OutgoingRecord,
     Packed,
     Record,
     Store,
@@ -61,9 +61,9 @@ class PartitionDriver(Generic[Packed]):
     ) -> None:
         """`rules` are this worker's; `notice` gets one line for each notable moment."""
         self.partition, self.machine, self.store, self.log = partition, machine, store, log
-        self._notice, self._observer = notice, observer or Nobody()
+        self._notice, self._observer = notice, observer or NullObserver()
         self._rules = RulesInForce(rules)
-        self._intake = Intake(partition, machine.owns)
+        self._decoder = RecordDecoder(partition, machine.owns)
         self._outputs = Outputs(partition, store.read)
         self._outbox = Outbox(partition, log, self._outputs)
         self._ticks = Ticks()
@@ -75,7 +75,7 @@ class PartitionDriver(Generic[Packed]):
         self._reached = 0  # the highest position ever, whatever the store has
         self._sequence = self._now_ms = self._score = 0
         self._in_flight: InFlight | None = None
-        self._half_written: list[HalfWritten] = []  # the next transaction cleans up after them
+        self._half_written: list[HalfWrittenEvent] = []  # the next transaction cleans up after them
         self.records_lost = 0
 
     # -- what the worker calls --------------------------------------------------------------------------
@@ -87,7 +87,7 @@ class PartitionDriver(Generic[Packed]):
             LogMismatch: the store belongs to another log.
             StoreRefused: the store will not serve us.
         """
-        await self._surely([])
+        await self._retry_with_reload([])
         await self._announce_rules()
 
     async def process(self, records: Sequence[Record]) -> None:
@@ -96,20 +96,20 @@ class PartitionDriver(Generic[Packed]):
         Raises:
             BrokenInvariant: a bug of ours, at the record that it names; nothing of its batch is written.
         """
-        await self._surely(records)
+        await self._retry_with_reload(records)
 
     async def settle(self) -> None:
         """Everything processed is in the store, and its outputs are out."""
-        await self._surely([], self._settle)
+        await self._retry_with_reload([], self._settle)
 
-    async def tend(self) -> None:
+    async def maintain(self) -> None:
         """Once a second: finish what is in flight, note what is out, and see that the store is still ours."""
         await self.finish()
         await self._announce_rules()
 
     async def finish(self) -> None:
         """Everything processed, and how far that is, is in the store; nothing is left in flight or to be noted."""
-        await self._surely([], self._tend)
+        await self._retry_with_reload([], self._maintain)
 
     async def close(self) -> None:
         """Finish what is in flight, once, and let go. The store's errors pass: the next owner goes on from there."""
@@ -124,7 +124,7 @@ class PartitionDriver(Generic[Packed]):
         finally:
             await self.store.close()
 
-    def tick(self, wall_ms: int) -> Outgoing | None:
+    def tick(self, wall_ms: int) -> OutgoingRecord | None:
         """The tick to produce now: if something is due by the owner's clock and no tick is under way."""
         if not self._ticks.send(self.machine.next_due_ms, wall_ms):
             return None
@@ -149,11 +149,11 @@ class PartitionDriver(Generic[Packed]):
     @property
     def records_skipped(self) -> int:
         """Records of other agents so far."""
-        return self._intake.records_skipped
+        return self._decoder.records_skipped
 
     # -- load and compare -------------------------------------------------------------------------------
 
-    async def _surely(
+    async def _retry_with_reload(
         self, records: Sequence[Record], then: Callable[[], Awaitable[None]] | None = None
     ) -> None:
         """Fold `records` and do `then`, whatever happens to the store in the meantime."""
@@ -216,7 +216,7 @@ class PartitionDriver(Generic[Packed]):
         self._half_written = [
             half for half in self._half_written if half.refusal.offset < self._position
         ]
-        self._intake.forget()
+        self._decoder.forget()
         self._ticks.forget()
         state = {} if applied is None else applied.machine
         rules = stored.rules if applied else await lost_rules(self.partition, bounds, self.log)
@@ -251,7 +251,7 @@ class PartitionDriver(Generic[Packed]):
         for record in records:
             if record.offset < self._position:
                 continue
-            found = self._intake.event(record)
+            found = self._decoder.event(record)
             alone = isinstance(found, Base) and self.machine.alone(found)
             if alone:
                 if batch.owned:
@@ -295,7 +295,7 @@ class PartitionDriver(Generic[Packed]):
         self._applied, self._sequence = applied, applied.sequence
 
     async def _step(
-        self, batch: Batch, half_written: Sequence[HalfWritten]
+        self, batch: Batch, half_written: Sequence[HalfWrittenEvent]
     ) -> tuple[list[Effect], list[Output]]:
         """What the batch asks of the store and of Kafka; what is out already is not asked for again."""
         machine, out_until = self.machine, self._outbox.out_until
@@ -322,7 +322,7 @@ class PartitionDriver(Generic[Packed]):
             for read, answer in zip(reads, await self.store.read(reads), strict=True):
                 self.machine.supply(read, answer)
 
-    def _decide(self, folded: Folded) -> Sequence[Effect | Output]:
+    def _decide(self, folded: FoldedEvent) -> Sequence[Effect | Output]:
         record, event, now_ms = folded
         self._score = max(record.timestamp * 1000, self._score + 1)
         try:
@@ -333,7 +333,7 @@ class PartitionDriver(Generic[Packed]):
             where = f"{self.partition}: offset {record.offset}"
             raise BrokenInvariant(f"{where}: {error!r}") from error
         if isinstance(event, RulesChanged):
-            self._intake.forget()
+            self._decoder.forget()
             self._rules.changed(self.machine.rules)
         elif isinstance(event, Tick):
             self._ticks.folded(now_ms)
@@ -363,7 +363,7 @@ class PartitionDriver(Generic[Packed]):
         await self._finish()
         await self._outbox.wait()
 
-    async def _tend(self) -> None:
+    async def _maintain(self) -> None:
         await self._settle()
         if not await self._write_notes():
             await self.store.check()
@@ -387,8 +387,8 @@ class PartitionDriver(Generic[Packed]):
             )
             await self.log.produce([self._to_own_partition(event)])
 
-    def _to_own_partition(self, event: Event) -> Outgoing:
+    def _to_own_partition(self, event: Event) -> OutgoingRecord:
         key = keys.record_key(event).encode()
-        return Outgoing(
+        return OutgoingRecord(
             self.partition.topic, key, codec.encode(event), (), partition=self.partition.number
         )

@@ -24,7 +24,7 @@ class Observer(Protocol):
         ...
 
 
-class Nobody:
+class NullObserver:
     """Nobody looks on."""
 
     def stepping(self, sequence: int) -> None:

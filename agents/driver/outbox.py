@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from millpond.agents.driver.outputs import Outputs, needs_source
 from millpond.agents.effects import DeadLetter, Output
-from millpond.agents.ports import Applied, Log, Outgoing, Record, Stored
+from millpond.agents.ports import Applied, LoadedState, Log, OutgoingRecord, Record
 from millpond.schemas.keys import Partition
 
 # Batches whose outputs may be on their way to Kafka at once: enough to hide its latency, few enough that a
@@ -19,7 +19,7 @@ OUTGOING_BYTES_MAX: Final = (
 )  # of what is produced at once: look-ups may bring much more
 
 
-class UnderWay(NamedTuple):
+class PendingOutputs(NamedTuple):
     """Outputs of a batch in the store. `applied` is its fence if they are its last, else None. `acknowledged` is None
     if there was nothing to produce; `journaled` is what the store keeps of them until it is told that they are out.
     """
@@ -35,12 +35,12 @@ class Outbox:
     def __init__(self, partition: Partition, log: Log, outputs: Outputs) -> None:
         """`finish_journal` comes first."""
         self._partition, self._log, self._outputs = partition, log, outputs
-        self._under_way: deque[UnderWay] = deque()
+        self._under_way: deque[PendingOutputs] = deque()
         self._done: dict[int, Sequence[Output]] = {}  # journal entries that are out and still kept
         self.produced = 0  # transactions up to this sequence have nothing left to produce
         self.out_until = 0  # outputs of records below this offset are in Kafka; never goes back
 
-    async def finish_journal(self, stored: Stored, committed: int | None) -> None:
+    async def finish_journal(self, stored: LoadedState, committed: int | None) -> None:
         """Produce what the store's transactions still owe: an earlier owner's, or one whose reply was lost.
 
         What this worker has produced itself is not produced again, even if the store still keeps it.
@@ -67,7 +67,7 @@ class Outbox:
         self, outputs: Sequence[Output], records: Mapping[int, Record | None]
     ) -> Awaitable[None]:
         """What they refer to is read; then they are on their way, in order, and not too many at once."""
-        outgoing: list[Outgoing] = []
+        outgoing: list[OutgoingRecord] = []
         size = 0
         async for record in self._outputs.records(outputs, records):
             outgoing.append(record)
@@ -89,10 +89,12 @@ class Outbox:
         by_offset = {record.offset: record for record in records} if journaled or refused else {}
         if refused:
             # Nobody else knows of them: they are on their way before a store that is down can interrupt us.
-            self._under_way.append(UnderWay(None, (), await self._produce(refused, by_offset)))
+            self._under_way.append(
+                PendingOutputs(None, (), await self._produce(refused, by_offset))
+            )
         if journaled:
             acknowledged = await self._produce(journaled, by_offset)
-        self._under_way.append(UnderWay(applied, journaled, acknowledged))
+        self._under_way.append(PendingOutputs(applied, journaled, acknowledged))
         await self.wait(UNDER_WAY_MAX)
 
     async def wait(self, under_way_max: int = 0) -> None:

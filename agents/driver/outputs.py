@@ -6,18 +6,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from typing import Any, Final
 
 from millpond.agents.driver.dead_letters import dead_letter
-from millpond.agents.driver.deliveries import BODIES_READ_MAX, HandOuts, to_bridge
+from millpond.agents.driver.deliveries import BODIES_READ_MAX, DeliveryRecords, to_bridge
 from millpond.agents.effects import (
-    Announce,
+    AnnounceMembership,
     DeadLetter,
-    GiveUp,
-    HandOut,
+    DeadLetterMessage,
+    DeliverMessage,
     LookUpRetained,
     LookUpSubscriptions,
     Output,
     SendCommand,
 )
-from millpond.agents.ports import Outgoing, Record
+from millpond.agents.ports import OutgoingRecord, Record
 from millpond.agents.reads import Read, ReadBody, ReadNames, ReadRetained, ReadSubscriptions
 from millpond.schemas import codec, keys
 from millpond.schemas.commands import COMMAND_VALID_FOR_S, SUBSCRIPTIONS_MAX, Deliver, Subscribe
@@ -37,7 +37,7 @@ Sources = Mapping[int, Record | None]
 
 def needs_source(output: Output) -> bool:
     """Whether an output carries bytes that only the record has which it came from."""
-    if isinstance(output, HandOut):
+    if isinstance(output, DeliverMessage):
         return not output.stored
     return isinstance(output, DeadLetter | LookUpSubscriptions)
 
@@ -48,29 +48,31 @@ class Outputs:
     def __init__(self, partition: Partition, read: ReadStore) -> None:
         """`partition_count` is set before the first output."""
         self._partition, self._read = partition, read
-        self._hand_outs = HandOuts(partition, read)
+        self._delivery_records = DeliveryRecords(partition, read)
         self.partition_count = 0  # of every topic
 
-    async def records(self, outputs: Sequence[Output], sources: Sources) -> AsyncIterator[Outgoing]:
+    async def records(
+        self, outputs: Sequence[Output], sources: Sources
+    ) -> AsyncIterator[OutgoingRecord]:
         """What outputs come to, in order; `sources` are the records that they came from, as far as they are known."""
-        of_messages: list[HandOut | GiveUp] = []  # until something else comes
+        of_messages: list[DeliverMessage | DeadLetterMessage] = []  # until something else comes
         for output in outputs:
-            if isinstance(output, HandOut | GiveUp):
+            if isinstance(output, DeliverMessage | DeadLetterMessage):
                 of_messages.append(output)
                 continue
-            async for record in self._hand_outs.records(of_messages, sources):
+            async for record in self._delivery_records.records(of_messages, sources):
                 yield record
             of_messages.clear()
             async for record in self._record(output, sources.get(output.offset)):
                 yield record
-        async for record in self._hand_outs.records(of_messages, sources):
+        async for record in self._delivery_records.records(of_messages, sources):
             yield record
 
-    async def _record(self, output: Output, source: Record | None) -> AsyncIterator[Outgoing]:
+    async def _record(self, output: Output, source: Record | None) -> AsyncIterator[OutgoingRecord]:
         match output:
             case DeadLetter():
                 yield dead_letter(self._partition, output, source)
-            case Announce(event=event):
+            case AnnounceMembership(event=event):
                 for record in self._announcements(event):
                     yield record
             case SendCommand(command=command):
@@ -83,17 +85,17 @@ class Outputs:
                 async for deliver in self._retained(output):
                     yield to_bridge(deliver)
 
-    def _announcements(self, event: SubscriberJoined | SubscriberLeft) -> list[Outgoing]:
+    def _announcements(self, event: SubscriberJoined | SubscriberLeft) -> list[OutgoingRecord]:
         """To the partition of its topic; with a wildcard to every one, since its topics are in any."""
         key = keys.record_key(event)
-        record = Outgoing(keys.MESSAGES_TOPIC, key.encode(), codec.encode(event))
+        record = OutgoingRecord(keys.MESSAGES_TOPIC, key.encode(), codec.encode(event))
         if not has_wildcard(key):
             return [record]
         return [record._replace(partition=number) for number in range(self.partition_count)]
 
     async def _subscriptions(
         self, output: LookUpSubscriptions, source: Record | None
-    ) -> list[Outgoing]:
+    ) -> list[OutgoingRecord]:
         """What the database says now, as one command; what makes no sense there is a dead letter."""
         (table,) = await self._read([ReadSubscriptions(output.client_id)])
         filters, wrong = [], []

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from millpond.agents.effects import NO_SOURCE, Effect, Output, Refusal, SetDue, SetRules
-from millpond.agents.ports import Stored
+from millpond.agents.ports import LoadedState
 from millpond.agents.reads import Read, ReadDue, ReadEntry, ReadIndex, ReadStates
 from millpond.agents.topics.due_times import INDEX, RETAINED, DueTimes, due_member, split_due
-from millpond.agents.topics.storage import Keeper, expired_entries, oldest_entries
+from millpond.agents.topics.storage import MessageStorage, expired_entries, oldest_entries
 from millpond.schemas import keys
 from millpond.schemas.events import (
     AgentName,
@@ -40,16 +40,18 @@ class MessagesMachine:
     def __init__(self) -> None:
         """An empty partition without rules; `restore` follows."""
         self._due = DueTimes()
-        self._keeper = Keeper(self._due)
+        self._storage = MessageStorage(self._due)
         # Supplied for a tick: the oldest index entries, and how many were asked for.
         self._entries: dict[str, tuple[list[tuple[str, int]], int]] = {}
 
     # -- what the driver asks ---------------------------------------------------------------------------
 
-    def restore(self, partition_state: Mapping[str, Any], stored: Stored, rules: Rules) -> None:
+    def restore(
+        self, partition_state: Mapping[str, Any], stored: LoadedState, rules: Rules
+    ) -> None:
         """See `millpond.agents.ports.Machine`."""
         self._due.restore(partition_state)
-        self._keeper.restore(partition_state, stored, rules)
+        self._storage.restore(partition_state, stored, rules)
         self._entries = {}
 
     @property
@@ -64,7 +66,7 @@ class MessagesMachine:
     @property
     def rules(self) -> Rules:
         """The rules in force."""
-        return self._keeper.rules
+        return self._storage.rules
 
     def alone(self, event: Event) -> bool:
         """Some read the index, so everything published before must be in it; new rules decide what is owned."""
@@ -74,15 +76,15 @@ class MessagesMachine:
         """The states of topics whose retained message may change; for a tick, what is due and its entries."""
         if len(events) == 1 and isinstance(events[0], Tick):
             return self._wanted_by_tick(now_ms)
-        touched = filter(self._keeper.touches_retained, events)
-        unknown = self._keeper.unknown(keys.record_key(event) for event in touched)
-        return [*unknown, *self._keeper.wanted_by_retained(events)]
+        touched = filter(self._storage.touches_retained, events)
+        unknown = self._storage.unknown(keys.record_key(event) for event in touched)
+        return [*unknown, *self._storage.wanted_by_retained(events)]
 
     def _wanted_by_tick(self, now_ms: int) -> list[Read]:
         if self._due.supplied is None:
             return [self._due.wanted()]
         overdue = self._due.overdue(now_ms)
-        reads: list[Read] = [*self._keeper.unknown(topic for _, topic, _ in overdue)]
+        reads: list[Read] = [*self._storage.unknown(topic for _, topic, _ in overdue)]
         indexes = [topic for kind, topic, _ in overdue if kind == INDEX]
         return [*reads, *oldest_entries(indexes, self._entries)]
 
@@ -90,11 +92,11 @@ class MessagesMachine:
         """See `millpond.agents.ports.Machine`."""
         match read:
             case ReadStates():
-                self._keeper.retained.supply(answer)
+                self._storage.retained.supply(answer)
             case ReadDue():
                 self._due.supplied = answer
             case ReadEntry():
-                self._keeper.supply_place(read, answer)
+                self._storage.supply_place(read, answer)
             case _:
                 assert isinstance(read, ReadIndex), "nothing else is wanted"
                 self._entries[read.topic] = answer, read.limit
@@ -105,47 +107,47 @@ class MessagesMachine:
             case MessagePublished():
                 return self._published(offset, event, now_ms, score)
             case MessageRetained():
-                return self._keeper.broker_retains(offset, event, score, dead=False)
+                return self._storage.broker_retains(offset, event, score, dead=False)
             case MessageAcked() | MessageDelivered():
-                return self._keeper.reported(offset, event, now_ms)
+                return self._storage.reported(offset, event, now_ms)
             case Tick():
                 return self._tick(now_ms)
             case RulesChanged():
-                self._keeper.rules_changed(Rules.from_canonical(event.rules))
+                self._storage.rules_changed(Rules.from_canonical(event.rules))
                 return (SetRules(event.rules),)
             case _:
                 return ()  # another agent's concern
 
     def finish(self) -> Sequence[Effect]:
         """See `millpond.agents.ports.Machine`."""
-        return self._keeper.finish()
+        return self._storage.finish()
 
     def settled(self) -> None:
         """See `millpond.agents.ports.Machine`."""
-        self._keeper.settled()
+        self._storage.settled()
 
     def partition_state(self) -> dict[str, int]:
         """See `millpond.agents.ports.Machine`."""
-        return {**self._keeper.seen.partition_state(), **self._due.partition_state()}
+        return {**self._storage.seen.partition_state(), **self._due.partition_state()}
 
     def refused(self, event: Event, refusal: Refusal) -> Sequence[Effect]:
         """See `millpond.agents.ports.Machine`."""
-        return self._keeper.refused(event, refusal)
+        return self._storage.refused(event, refusal)
 
     # -- transitions ------------------------------------------------------------------------------------
 
     def _published(
         self, offset: int, event: MessagePublished, now_ms: int, score: int
     ) -> Sequence[Effect | Output]:
-        if not self._keeper.is_new(event, now_ms):
+        if not self._storage.is_new(event, now_ms):
             return ()
-        plan = self._keeper.plans.of(event.topic)
+        plan = self._storage.plans.of(event.topic)
         done: list[Effect | Output] = []
         if event.expires_at is None or event.expires_at > now_ms:
             indexed = plan.store and (event.qos > 0 or plan.store_qos0)
-            done += self._keeper.published(offset, event, score, indexed=indexed)
+            done += self._storage.published(offset, event, score, indexed=indexed)
         if plan.commands["message.publish"]:
-            done += self._keeper.commands(offset, event)
+            done += self._storage.commands(offset, event)
         return done
 
     def _tick(self, now_ms: int) -> Sequence[Effect]:
@@ -156,20 +158,20 @@ class MessagesMachine:
             if kind == INDEX:
                 effects += self._sweep_index(topic, now_ms)
             elif kind == RETAINED:
-                effects += self._keeper.sweep_retained(topic, now_ms)
+                effects += self._storage.sweep_retained(topic, now_ms)
             else:
-                effects += self._keeper.expire(topic, message_id)
+                effects += self._storage.expire(topic, message_id)
         self._entries = {}
         return effects
 
     def _sweep_index(self, topic: str, now_ms: int) -> list[Effect]:
         """The index entries that are too old by the rules in force, and their bodies."""
-        lifetime = self._keeper.plans.of(topic).index_lifetime_ms
+        lifetime = self._storage.plans.of(topic).index_lifetime_ms
         if lifetime is None:
             return []  # the rules changed: nothing of this topic expires any more
         entries, limit = self._entries[topic]
         expired, next_end = expired_entries(entries, limit, lifetime, now_ms)
-        effects = self._keeper.unindex(NO_SOURCE, topic, expired)
+        effects = self._storage.unindex(NO_SOURCE, topic, expired)
         if next_end is not None:
             effects.append(self._due.falls_due(due_member(INDEX, topic), next_end))
         return effects

@@ -48,24 +48,24 @@ class PubsubMachine(Trimming):
     def published(self, offset: int, event: MessagePublished, now_ms: int, score: int) -> Done:
         """See the head of this file."""
         topic, message_id = event.topic, event.message_id
-        if not self._keeper.is_new(event, now_ms) or self._keeper.retains(topic, message_id):
+        if not self._storage.is_new(event, now_ms) or self._storage.retains(topic, message_id):
             return []
-        plan = self._keeper.plans.of(event.topic)
+        plan = self._storage.plans.of(event.topic)
         done: Done = []
         if event.expires_at is None or event.expires_at > now_ms:
             indexed = event.qos > 0 or plan.store_qos0
-            done += self._keeper.published(offset, event, score, indexed=indexed)
+            done += self._storage.published(offset, event, score, indexed=indexed)
             if indexed:
                 done += self._append(offset, event.topic, event.message_id, score, now_ms)
             else:
                 for key in self.readers_of(event.topic):
                     done += self.pass_on(offset, key, event, score)
         if plan.commands["message.publish"]:
-            done += self._keeper.commands(offset, event)
+            done += self._storage.commands(offset, event)
         return done
 
     def _append(self, offset: int, topic: str, message_id: str, score: int, now_ms: int) -> Done:
-        log, delivery = self._logs.touch(offset, topic), self._keeper.plans.of(topic).delivery
+        log, delivery = self._logs.touch(offset, topic), self._storage.plans.of(topic).delivery
         done: Done = []
         if not log.length:
             done.append(SetIndex(TOPICS, topic, 0))
@@ -145,7 +145,7 @@ class PubsubMachine(Trimming):
         if done is None or dead is None:
             return []
         if dead.score <= self._logs[topic].cursor:
-            self._keeper.let_go(topic, message_id)
+            self._storage.let_go(topic, message_id)
         return done
 
     def came_due(self, offset: int, kind: str, key: str, message_id: str, now_ms: int) -> Done:
@@ -225,5 +225,5 @@ class PubsubMachine(Trimming):
             again = event.message_id in self._refused  # body and index alike
             self._refused[event.message_id] = None
             shorter = [] if again else self._shorter(refusal.offset, event.topic, 1)
-            return [*shorter, *self._keeper.refused(event, refusal)]
-        return self._keeper.refused(event, refusal)
+            return [*shorter, *self._storage.refused(event, refusal)]
+        return self._storage.refused(event, refusal)

@@ -10,16 +10,15 @@ from typing import Any, Final
 
 from millpond.agents.delivery.leasing import WAITING, Done
 from millpond.agents.delivery.machine import DeliveryMachine
-from millpond.agents.delivery.members import Held as Holding
-from millpond.agents.delivery.members import Reach, make_reach, member_name
+from millpond.agents.delivery.members import HeldFilter, Reach, make_reach, member_name
 from millpond.agents.delivery.rounds import PAGE_MAX, literal_prefix
 from millpond.agents.effects import Effect, Output, SetIndex, SetState, ShowOffset
-from millpond.agents.ports import Stored
+from millpond.agents.ports import LoadedState
 from millpond.agents.pubsub.state import (
     GROUP,
-    Log,
     Reader,
     Subscriber,
+    TopicLog,
     pack,
     reader_key,
     shown,
@@ -31,7 +30,7 @@ from millpond.agents.pubsub.state import (
 )
 from millpond.agents.reads import Read, ReadNames, ReadStates
 from millpond.agents.topics.due_times import MESSAGE, SUBSCRIBER, WINDOW
-from millpond.agents.topics.state_cache import Held
+from millpond.agents.topics.state_cache import StateCache
 from millpond.schemas.events import (
     AgentName,
     Event,
@@ -57,8 +56,8 @@ class Readers(DeliveryMachine[Reader]):
         self._forget_memory()
 
     def _forget_memory(self) -> None:
-        self._logs: Held[Log] = Held(unpack_log)
-        self._subscribers: Held[Subscriber] = Held(unpack_subscriber)
+        self._logs: StateCache[TopicLog] = StateCache(unpack_log)
+        self._subscribers: StateCache[Subscriber] = StateCache(unpack_subscriber)
         # Who joins in the batch by which filters, since when; and the readers of plain ones, by topic.
         self._joining: dict[str, dict[tuple[str, int], None]] = {}
         self._expected: dict[str, dict[str, None]] = {}
@@ -71,7 +70,9 @@ class Readers(DeliveryMachine[Reader]):
         self._of_topics: dict[str, dict[str, list[Reach]]] = {}
         self._version = self._now_ms = 0
 
-    def restore(self, partition_state: Mapping[str, Any], stored: Stored, rules: Rules) -> None:
+    def restore(
+        self, partition_state: Mapping[str, Any], stored: LoadedState, rules: Rules
+    ) -> None:
         """See `millpond.agents.ports.Machine`."""
         super().restore(partition_state, stored, rules)
         self._forget_memory()
@@ -109,9 +110,9 @@ class Readers(DeliveryMachine[Reader]):
 
     # -- what `agents/delivery/` asks -----------------------------------------------------------------------
 
-    def new_windows(self) -> Held[Reader]:
+    def new_windows(self) -> StateCache[Reader]:
         """See `DeliveryMachine`."""
-        return Held(unpack_reader)
+        return StateCache(unpack_reader)
 
     def packed(self, window: Reader) -> bytes | None:
         """See `DeliveryMachine`."""
@@ -135,7 +136,7 @@ class Readers(DeliveryMachine[Reader]):
         return self._of_topics[topic]
 
     def _find_subscribers(self, topic: str) -> dict[str, list[Reach]]:
-        found: dict[tuple[str, str], list[Holding]] = {}
+        found: dict[tuple[str, str], list[HeldFilter]] = {}
         for topic_filter, name, held in self._members.holding(topic):
             found.setdefault((subscriber_of(name, topic_filter), name), []).append(held)
         reaches: dict[str, list[Reach]] = {}
@@ -249,7 +250,7 @@ class Readers(DeliveryMachine[Reader]):
         ]
         return max(floor, min((each for each in times if each is not None), default=floor))
 
-    def _make(self, key: str, reader: Reader, subscriber: Subscriber | None, log: Log) -> None:
+    def _make(self, key: str, reader: Reader, subscriber: Subscriber | None, log: TopicLog) -> None:
         topic = self.topic_of(key)
         since = None if subscriber is None else subscriber.since(topic)
         delivery = self.delivery(key)

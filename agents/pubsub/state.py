@@ -45,7 +45,7 @@ def shown(subscriber: str) -> str:
     return subscriber.removeprefix(GROUP)
 
 
-class Log(Window, array_like=True, dict=True):
+class TopicLog(Window, array_like=True, dict=True):
     """What is stored of a topic: `length` messages; `number` have ever been, the newest at `last` (a score).
 
     All up to `cursor` was taken off the log's head, `floor_id` last, if that is known; one that expired by itself leaves a gap behind it.
@@ -133,7 +133,7 @@ class Reader(Window, array_like=True, dict=True):
             count += 1
         del self.done[:count]
 
-    def move_up(self, log: Log) -> None:
+    def move_up(self, log: TopicLog) -> None:
         """Move up to what the log still has. What is leased is its holder's alone."""
         floor = log.cursor
         for message_id, lease in self.leases.items():
@@ -180,19 +180,19 @@ class Subscriber(Struct, array_like=True):
 
 
 _encode: Final = msgspec.json.Encoder().encode
-_decode_log: Final = msgspec.json.Decoder(Log).decode
+_decode_log: Final = msgspec.json.Decoder(TopicLog).decode
 _decode_reader: Final = msgspec.json.Decoder(Reader).decode
 _decode_subscriber: Final = msgspec.json.Decoder(Subscriber).decode
 
 
-def pack(state: Log | Reader | Subscriber) -> bytes:
+def pack(state: TopicLog | Reader | Subscriber) -> bytes:
     """A state as it is stored."""
     return _encode(state)
 
 
-def unpack_log(packed: bytes | None) -> Log:
+def unpack_log(packed: bytes | None) -> TopicLog:
     """A topic's log as it was stored."""
-    return Log() if packed is None else _decode_log(packed)
+    return TopicLog() if packed is None else _decode_log(packed)
 
 
 def unpack_reader(packed: bytes | None) -> Reader:

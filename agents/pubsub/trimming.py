@@ -64,7 +64,7 @@ class Trimming(Forgetting):
             log.ahead.pop(message_id, None)
             log.cursor, log.floor_id = score, message_id
             if self._dead.held.get(message_id) is None:
-                self._keeper.let_go(topic, message_id)
+                self._storage.let_go(topic, message_id)
         log.read_to = max(log.read_to, log.cursor)
         return [Unindex(offset, topic, tuple(names)), *self._shorter(offset, topic, len(names))]
 
@@ -75,7 +75,7 @@ class Trimming(Forgetting):
         return [] if log.length else [SetIndex(TOPICS, topic, None)]
 
     def _sweep_index(self, topic: str, now_ms: int) -> Done:
-        lifetime = self._keeper.plans.of(topic).index_lifetime_ms
+        lifetime = self._storage.plans.of(topic).index_lifetime_ms
         if lifetime is None:
             return []  # the rules changed: nothing of this topic expires any more
         entries, limit = self._oldest[topic]
@@ -113,7 +113,7 @@ class Trimming(Forgetting):
         log.ahead.pop(message_id, None)
         dead = self._dead.held[message_id]
         if dead is None:
-            return [*done, *self._keeper.expire(topic, message_id)]
+            return [*done, *self._storage.expire(topic, message_id)]
         self._dead.held.change(offset, message_id, structs.replace(dead, score=0))
         return [*done, Unindex(offset, topic, (message_id,))]
 
@@ -126,14 +126,14 @@ class Trimming(Forgetting):
     def want_ahead(self, reads: list[Read], key: str, need: int) -> None:
         """See `DeliveryMachine`: not what a tick takes away, and one more, which tells whether anything waits."""
         topic = self.topic_of(key)
-        lifetime = self._keeper.plans.of(topic).index_lifetime_ms
+        lifetime = self._storage.plans.of(topic).index_lifetime_ms
         if topic in self._oldest and lifetime is not None:
             need += len(expired_entries(*self._oldest[topic], lifetime, self._now_ms)[0])
         super().want_ahead(reads, key, need + 1 + self._expiring[topic])
 
     def _too_long(self, topic: str, publishes: int) -> int:
         """How many of the oldest messages go when there are so many new ones."""
-        log, delivery = self._logs[topic], self._keeper.plans.of(topic).delivery
+        log, delivery = self._logs[topic], self._storage.plans.of(topic).delivery
         if delivery is None or delivery.max_length is None:
             return 0
         too_long = log.length + publishes - delivery.max_length
@@ -144,7 +144,7 @@ class Trimming(Forgetting):
         published = [x for x in events if isinstance(x, MessagePublished)]
         orders = [x for x in events if isinstance(x, OperatorRequeue | OperatorDrop)]
         topics = [event.topic for event in (*published, *orders)]
-        reads: list[Read] = [*self.unknown_logs(topics), *self._keeper.unknown(topics)]
+        reads: list[Read] = [*self.unknown_logs(topics), *self._storage.unknown(topics)]
         reads += self.unknown_subscribers(self.subscribers_in(events))
         reads += self._dead.unknown(self._returning(events))
         return reads or self._heads_needed(published)
@@ -179,7 +179,7 @@ class Trimming(Forgetting):
     def wanted_by_due(self, overdue: Sequence[tuple[str, str, str]]) -> list[Read]:
         """See `DeliveryMachine`."""
         topics = [key for kind, key, _ in overdue if kind in (INDEX, MESSAGE, DEAD)]
-        reads: list[Read] = [*self.unknown_logs(topics), *self._keeper.unknown(topics)]
+        reads: list[Read] = [*self.unknown_logs(topics), *self._storage.unknown(topics)]
         reads += self.unknown_subscribers(key for kind, key, _ in overdue if kind == SUBSCRIBER)
         indexes = [topic for kind, topic, _ in overdue if kind == INDEX]
         reads += oldest_entries(indexes, self._oldest)

@@ -26,7 +26,7 @@ from millpond.agents.queue.indexes import Indexes
 from millpond.agents.queue.state import QueueWindow, pack, unpack
 from millpond.agents.reads import Read, ReadNames
 from millpond.agents.topics.due_times import DEAD, INDEX, MESSAGE, due_member
-from millpond.agents.topics.state_cache import Held
+from millpond.agents.topics.state_cache import StateCache
 from millpond.agents.topics.storage import earliest, expired_entries
 from millpond.schemas.events import (
     AgentName,
@@ -56,9 +56,9 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
 
     # -- what `agents/delivery/` asks -----------------------------------------------------------------------
 
-    def new_windows(self) -> Held[QueueWindow]:
+    def new_windows(self) -> StateCache[QueueWindow]:
         """See `DeliveryMachine`."""
-        return Held(unpack)
+        return StateCache(unpack)
 
     def packed(self, window: QueueWindow) -> bytes | None:
         """See `DeliveryMachine`."""
@@ -127,16 +127,16 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
 
     def published(self, offset: int, event: MessagePublished, now_ms: int, score: int) -> Done:
         """See the head of this file."""
-        new = self._keeper.is_new(event, now_ms)
+        new = self._storage.is_new(event, now_ms)
         if not new or self._is_known(event.topic, event.message_id):
             return []
-        plan = self._keeper.plans.of(event.topic)
+        plan = self._storage.plans.of(event.topic)
         done: Done = []
         expired = event.expires_at is not None and event.expires_at <= now_ms
-        acked = ACKED_EARLY + event.message_id in self._keeper.seen
+        acked = ACKED_EARLY + event.message_id in self._storage.seen
         if not expired:
             indexed = (event.qos > 0 or plan.store_qos0) and not acked
-            done += self._keeper.published(offset, event, score, indexed=indexed)
+            done += self._storage.published(offset, event, score, indexed=indexed)
             if indexed:
                 self._windows[event.topic].expiring |= event.expires_at is not None
                 done += self._append(offset, event.topic, event.message_id, score, now_ms)
@@ -144,7 +144,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
                 done += self.pass_on(offset, event.topic, event, score)
                 done += self.note_waiting(event.topic, self._windows[event.topic])
         if plan.commands["message.publish"]:
-            done += self._keeper.commands(offset, event)
+            done += self._storage.commands(offset, event)
         return done
 
     def _append(self, offset: int, topic: str, message_id: str, score: int, now_ms: int) -> Done:
@@ -196,7 +196,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
             done = self._unstore(offset, topic, message_id)
             return [*done, *self.note_waiting(topic, window)]
         if trusted:
-            self._keeper.seen.add(ACKED_EARLY + message_id, now_ms)
+            self._storage.seen.add(ACKED_EARLY + message_id, now_ms)
         return []
 
     def acknowledged(self, offset: int, key: str, message_id: str, score: int) -> Done:
@@ -205,7 +205,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         return self._unindex(offset, key, message_id)
 
     def _unindex(self, offset: int, topic: str, message_id: str) -> Done:
-        done: Done = [*self._keeper.unindex(offset, topic, (message_id,))]
+        done: Done = [*self._storage.unindex(offset, topic, (message_id,))]
         if self._windows[topic].expiring:
             done.append(SetDue(due_member(MESSAGE, topic, message_id), None))
         return done
@@ -226,7 +226,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
     def _is_known(self, topic: str, message_id: str) -> bool:
         """Whether a message is stored, leased, retained, or was so in this batch: a store removes last, and could not keep it."""
         here = message_id in self._windows[topic].leases or self._is_stored(topic, message_id)
-        kept = here or self._keeper.retains(topic, message_id)
+        kept = here or self._storage.retains(topic, message_id)
         return kept or (topic, message_id) in self._indexes.left
 
     def _leaves(self, topic: str, message_id: str) -> None:
@@ -270,7 +270,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
             done += self.release(lease)
             window.remove(message_id)
             done += self.freed(offset, topic, (lease.member,), now_ms)
-        end = earliest(score // 1000, self._keeper.plans.of(topic).index_lifetime_ms, None)
+        end = earliest(score // 1000, self._storage.plans.of(topic).index_lifetime_ms, None)
         done.append(Reindex(offset, topic, message_id, score, end))
         if end is not None:
             done.append(self._due.falls_due(due_member(INDEX, topic), end))
@@ -288,7 +288,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
                 done += self._unstore(NO_SOURCE, key, message_id)
             elif self._dead.held.get(message_id) is not None:
                 return []  # given up in this very tick
-            done += self._keeper.expire(key, message_id)
+            done += self._storage.expire(key, message_id)
         else:
             done = self._sweep_index(key, now_ms)
         self.window(offset, key)
@@ -302,7 +302,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
 
     def _sweep_index(self, topic: str, now_ms: int) -> Done:
         """The index entries that are too old by the rules in force, and their bodies."""
-        lifetime = self._keeper.plans.of(topic).index_lifetime_ms
+        lifetime = self._storage.plans.of(topic).index_lifetime_ms
         if lifetime is None:
             return []  # the rules changed: nothing of this topic expires any more
         entries, limit = self._indexes.oldest[topic]
@@ -311,7 +311,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         for message_id in expired:
             if self._is_stored(topic, message_id):
                 self._forget(topic, message_id)
-        done: Done = [*self._keeper.unindex(NO_SOURCE, topic, expired)]
+        done: Done = [*self._storage.unindex(NO_SOURCE, topic, expired)]
         if next_end is not None:
             done.append(self._due.falls_due(due_member(INDEX, topic), next_end))
         return done
@@ -369,5 +369,5 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
             if self._is_stored(topic, message_id):
                 self._forget(topic, message_id)
             effects = [x for x in self.note_waiting(topic, window) if not isinstance(x, Output)]
-            return [*effects, *self._keeper.refused(event, refusal)]
-        return self._keeper.refused(event, refusal)
+            return [*effects, *self._storage.refused(event, refusal)]
+        return self._storage.refused(event, refusal)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, NamedTuple, TypeAlias
 
-from millpond.agents.effects import Announce, Output
-from millpond.agents.sessions.state import Member
+from millpond.agents.effects import AnnounceMembership, Output
+from millpond.agents.sessions.state import ServedSubscription
 from millpond.schemas.events import SubscriberJoined, SubscriberLeft
 from millpond.schemas.keys import AGENT_NODE
 
 LeftReason: TypeAlias = Literal["unsubscribed", "session_ended", "disconnected"]
 
 
-class Change(NamedTuple):
+class ClientChange(NamedTuple):
     """What happened to a client at which record, and why those that left did."""
 
     offset: int
@@ -23,7 +23,11 @@ class Change(NamedTuple):
 
 
 def announcements(
-    change: Change, was: Mapping[str, Member], now: Mapping[str, Member], *, again: bool
+    change: ClientChange,
+    was: Mapping[str, ServedSubscription],
+    now: Mapping[str, ServedSubscription],
+    *,
+    again: bool,
 ) -> list[Output]:
     """A leave for each member that is no more, a join for each that is new; with `again` for all there are."""
     offset, at, client_id, reason = change
@@ -34,7 +38,7 @@ def announcements(
                 at=at, node=AGENT_NODE, client_id=client_id, topic_filter=topic_filter,
                 reason=reason, session=member.session, source_offset=offset,
             )  # fmt: skip
-            said.append(Announce(offset, left))
+            said.append(AnnounceMembership(offset, left))
     for topic_filter, member in now.items():
         if again or was.get(topic_filter) != member:
             joined = SubscriberJoined(
@@ -42,5 +46,5 @@ def announcements(
                 qos=member.qos, session=member.session, source_offset=offset,
                 broker_delivers=member.broker_delivers, subscribed_at=member.subscribed_at,
             )  # fmt: skip
-            said.append(Announce(offset, joined))
+            said.append(AnnounceMembership(offset, joined))
     return said

@@ -27,7 +27,7 @@ class Presence(NamedTuple):
     node: str | None
 
 
-class Live(Struct, frozen=True, array_like=True):
+class LiveConnection(Struct, frozen=True, array_like=True):
     """A connection that is up. `seen` is the offset of the last event that showed it."""
 
     node: str
@@ -35,7 +35,7 @@ class Live(Struct, frozen=True, array_like=True):
     seen: int
 
 
-class Ended(Struct, frozen=True, array_like=True):
+class EndedConnection(Struct, frozen=True, array_like=True):
     """The newest connection that ended, and when (ms), and whether a newer one was to follow it."""
 
     node: str
@@ -48,16 +48,16 @@ class Ended(Struct, frozen=True, array_like=True):
 class Connections(Struct, array_like=True):
     """One client's. Mutable; a step works on a copy."""
 
-    live: dict[str, Live] = field(default_factory=dict)
+    live: dict[str, LiveConnection] = field(default_factory=dict)
     ended_ids: dict[str, tuple[int, bool]] = field(default_factory=dict)  # when, handed over
-    last: Ended | None = None
+    last: EndedConnection | None = None
     offline_at: int | None = None
 
     def copy(self) -> Connections:
         """One that may be changed without changing this one."""
         return Connections(dict(self.live), dict(self.ended_ids), self.last, self.offline_at)
 
-    def opened(self, connection_id: str, live: Live) -> bool:
+    def opened(self, connection_id: str, live: LiveConnection) -> bool:
         """A connection is up, or told of again; whether this is news, and it has not ended since."""
         known = self.live.get(connection_id)
         end = self.ended_ids.get(connection_id)
@@ -84,12 +84,12 @@ class Connections(Struct, array_like=True):
             self._end(live, at, handed_over, sure=True)
         return live is not None
 
-    def _end(self, live: Live, at: int, handed_over: bool, *, sure: bool) -> None:
+    def _end(self, live: LiveConnection, at: int, handed_over: bool, *, sure: bool) -> None:
         """`sure`: it was up until now, so that what was handed over before was handed over to it."""
         last = self.last
         awaited = sure and last is not None and last.handed_over
         if last is None or awaited or live.connected_at >= last.connected_at:
-            self.last = Ended(live.node, live.connected_at, at, handed_over, live.seen)
+            self.last = EndedConnection(live.node, live.connected_at, at, handed_over, live.seen)
             if not handed_over:
                 self.offline_at = at
 
@@ -105,7 +105,9 @@ class Connections(Struct, array_like=True):
         last = self.last
         if last is not None and last.handed_over and last.node == node and last.seen < before:
             # The successor that was to follow never came.
-            self.last = Ended(node, last.connected_at, at, handed_over=False, seen=last.seen)
+            self.last = EndedConnection(
+                node, last.connected_at, at, handed_over=False, seen=last.seen
+            )
             self.offline_at = at
             return True
         return bool(unseen)
@@ -126,7 +128,7 @@ class Connections(Struct, array_like=True):
 
     def seen_on(self) -> dict[str, int]:
         """Per node, the lowest offset at which something that is held open was last seen there."""
-        held: list[Live | Ended] = list(self.live.values())
+        held: list[LiveConnection | EndedConnection] = list(self.live.values())
         if self.last is not None and self.last.handed_over:
             held.append(self.last)
         seen: dict[str, int] = {}

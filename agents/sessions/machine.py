@@ -28,13 +28,13 @@ from millpond.agents.effects import (
     SetRules,
     SetState,
 )
-from millpond.agents.ports import Stored
+from millpond.agents.ports import LoadedState
 from millpond.agents.reads import Read, ReadBelow, ReadStates
-from millpond.agents.sessions.announcements import Change, LeftReason, announcements
-from millpond.agents.sessions.connections import Live
+from millpond.agents.sessions.announcements import ClientChange, LeftReason, announcements
+from millpond.agents.sessions.connections import LiveConnection
 from millpond.agents.sessions.session_rules import SessionRules
 from millpond.agents.sessions.state import ClientState, pack, unpack
-from millpond.agents.topics.state_cache import Held
+from millpond.agents.topics.state_cache import StateCache
 from millpond.schemas import events
 from millpond.schemas.commands import Subscribe, Unsubscribe
 from millpond.schemas.errors import DecodeError
@@ -94,13 +94,15 @@ class SessionsMachine:
 
     def _clear(self, partition: PartitionState, rules: Rules) -> None:
         self._partition = partition
-        self._clients: Held[ClientState] = Held(unpack)
+        self._clients: StateCache[ClientState] = StateCache(unpack)
         self._page: list[tuple[str, int]] | None = None  # supplied for a tick: clients to be swept
         self._rules = SessionRules(rules)
 
     # -- what the driver asks ---------------------------------------------------------------------------
 
-    def restore(self, partition_state: Mapping[str, Any], stored: Stored, rules: Rules) -> None:
+    def restore(
+        self, partition_state: Mapping[str, Any], stored: LoadedState, rules: Rules
+    ) -> None:
         """See `millpond.agents.ports.Machine`."""
         blank = {"syncs": {}, "sweeps": [], "rules_offset": 0}
         self._clear(msgspec.convert({**blank, **partition_state}, PartitionState), rules)
@@ -207,7 +209,7 @@ class SessionsMachine:
         anew = False  # over a new connection: what failed over the old one may be tried again
         match event:
             case events.ClientConnected(node=node):
-                live = Live(node, event.connected_at, offset)
+                live = LiveConnection(node, event.connected_at, offset)
                 anew = after.connected(event.connection_id, live, told_again=event.told_again)
                 if anew:
                     done += self._rules.hooked("client.connected", offset, event)
@@ -229,7 +231,7 @@ class SessionsMachine:
             case _:
                 after.session_ended(event.node)
                 reason = "session_ended"
-        change = Change(offset, event.at, client_id, reason)
+        change = ClientChange(offset, event.at, client_id, reason)
         return [*self._change(change, after, again=anew), *done]
 
     def _subscribed(
@@ -250,7 +252,7 @@ class SessionsMachine:
 
     # -- announcing -------------------------------------------------------------------------------------
 
-    def _change(self, change: Change, after: ClientState, *, again: bool) -> Sequence[Output]:
+    def _change(self, change: ClientChange, after: ClientState, *, again: bool) -> Sequence[Output]:
         """Keep a new state, and tell the delivery agents of the members that came and went; `again` of all.
 
         Of a session that ends while its client is away they know that it is away: they hear that it has ended, too.
@@ -299,7 +301,9 @@ class SessionsMachine:
             elif sweep.kind == "unseen":
                 after.close_unseen(sweep.node, sweep.before, sweep.at)
                 reason = _why(after)
-            done += self._change(Change(offset, sweep.at, client_id, reason), after, again=False)
+            done += self._change(
+                ClientChange(offset, sweep.at, client_id, reason), after, again=False
+            )
         if len(page) < SWEEP_CLIENTS_MAX:
             del self._partition.sweeps[0]
         return done

@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 from msgspec import Struct, field, structs
 
-from millpond.agents.sessions.connections import Connections, Live
+from millpond.agents.sessions.connections import Connections, LiveConnection
 from millpond.schemas.commands import SUBSCRIPTIONS_MAX
 from millpond.schemas.errors import DecodeError
 from millpond.schemas.events import SessionSubscribed
@@ -43,7 +43,7 @@ class Session(Struct, frozen=True, array_like=True):
     began_at: int = 0
 
 
-class Member(Struct, frozen=True, array_like=True):
+class ServedSubscription(Struct, frozen=True, array_like=True):
     """A subscription that a delivery agent is to serve."""
 
     session: int
@@ -62,7 +62,7 @@ class ClientState(Struct, array_like=True):
     connections: Connections = field(default_factory=Connections)
     session: Session | None = None
     subscriptions: dict[str, Subscription] = field(default_factory=dict)
-    announced: dict[str, Member] = field(default_factory=dict)
+    announced: dict[str, ServedSubscription] = field(default_factory=dict)
     announced_by: int = 0
 
     def copy(self) -> ClientState:
@@ -77,7 +77,7 @@ class ClientState(Struct, array_like=True):
 
     # -- connections
 
-    def connected(self, connection_id: str, live: Live, *, told_again: bool) -> bool:
+    def connected(self, connection_id: str, live: LiveConnection, *, told_again: bool) -> bool:
         """A connection is up; whether that is news. It shows that there is a session.
 
         What tells of it again may have another clock: of a connection that is known its time is, too.
@@ -217,20 +217,20 @@ class ClientState(Struct, array_like=True):
 
     # -- what follows from it
 
-    def members(self, delivered: Callable[[str], bool]) -> dict[str, Member]:
+    def members(self, delivered: Callable[[str], bool]) -> dict[str, ServedSubscription]:
         """The subscriptions to be served now: of a client that is online, where a delivery rule can match."""
         presence = self.connections.presence() if self.subscriptions else None
         if presence is None or not presence.online:
             return {}
         return self.session_members(delivered)
 
-    def session_members(self, delivered: Callable[[str], bool]) -> dict[str, Member]:
+    def session_members(self, delivered: Callable[[str], bool]) -> dict[str, ServedSubscription]:
         """The subscriptions of the session that a delivery rule can match, and the bridge can serve."""
         session = self.session
         if session is None:
             return {}
         return {
-            topic_filter: Member(session.id, held.qos, held.broker_delivers, held.at)
+            topic_filter: ServedSubscription(session.id, held.qos, held.broker_delivers, held.at)
             for topic_filter, held in self.subscriptions.items()
             if held.reachable and delivered(topic_filter)
         }

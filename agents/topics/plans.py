@@ -18,7 +18,7 @@ MessageHook = Literal["message.publish", "message.delivered", "message.acked"]
 HOOKS: Final[tuple[MessageHook, ...]] = get_args(MessageHook)
 
 
-class Delivery(Struct, frozen=True):
+class DeliveryPlan(Struct, frozen=True):
     """How the messages of a topic are delivered, by the rule that makes it a queue's or pubsub's. `max_length` None: no
     limit. See `millpond.schemas.rules.rule.Rule`.
     """
@@ -32,7 +32,7 @@ class Delivery(Struct, frozen=True):
     offset_retention_ms: int
 
 
-class Plan(Struct, frozen=True):
+class TopicPlan(Struct, frozen=True):
     """The rules of one topic. Lifetimes are ms; None means for ever. `delivery` is None where nobody delivers: then
     messages are kept if a rule says so; where somebody does, they always are.
     """
@@ -46,7 +46,7 @@ class Plan(Struct, frozen=True):
     retained_lifetime_ms: int | None
     commands: Mapping[MessageHook, tuple[tuple[str, ...], ...]]
     receipts: Mapping[MessageHook, int]  # the hooks that keep a receipt, and its lifetime
-    delivery: Delivery | None = None
+    delivery: DeliveryPlan | None = None
 
     @property
     def touches_retained(self) -> bool:
@@ -59,13 +59,15 @@ def lifetime_ms(rule: Rule | None) -> int | None:
     return None if rule is None or rule.expired_time is None else rule.expired_time * 1000
 
 
-def make_plan(rules: Rules, topic: str) -> Plan:
+def make_plan(rules: Rules, topic: str) -> TopicPlan:
     """Of several rules with the same action for a topic, the first one counts; commands add up."""
     matching = [rules.matching(hook, topic) for hook in HOOKS]
     return _combine(topic_name_error(topic), rules.delivery_rule(topic), matching)
 
 
-def _combine(error: str | None, delivery: Rule | None, matching: Sequence[Sequence[Rule]]) -> Plan:
+def _combine(
+    error: str | None, delivery: Rule | None, matching: Sequence[Sequence[Rule]]
+) -> TopicPlan:
     """The plan of topics that these rules match, one sequence for each of `HOOKS`."""
     first: dict[str, Rule] = {}
     for rule in matching[HOOKS.index("message.publish")]:
@@ -84,7 +86,7 @@ def _combine(error: str | None, delivery: Rule | None, matching: Sequence[Sequen
         for rule in of_hook:
             if rule.action == "on_message_receipt":
                 receipts.setdefault(hook, lifetime_ms(rule) or RECEIPT_LIFETIME_S * 1000)
-    return Plan(
+    return TopicPlan(
         error=error,
         store=bool(keeping),
         store_qos0=any(rule.store_qos0 for rule in keeping),
@@ -98,10 +100,10 @@ def _combine(error: str | None, delivery: Rule | None, matching: Sequence[Sequen
     )
 
 
-def _delivery(rule: Rule) -> Delivery:
+def _delivery(rule: Rule) -> DeliveryPlan:
     """A queue that keeps the newest message only is one of the length 1."""
     latest = rule.action == "on_message_fetch_for_keep_latest"
-    return Delivery(
+    return DeliveryPlan(
         max_inflight=rule.max_inflight,
         ack_timeout_ms=rule.ack_timeout_s * 1000,
         max_deliveries=rule.max_deliveries,
@@ -112,16 +114,16 @@ def _delivery(rule: Rule) -> Delivery:
     )
 
 
-class Plans:
+class TopicPlans:
     """The plans of the rules in force."""
 
     def __init__(self, rules: Rules) -> None:
         """Nothing is worked out before it is asked for."""
         self._rules = rules
-        self._plans: dict[str, Plan] = {}
-        self._shared: dict[tuple[object, ...], Plan] = {}  # by the rules that match
+        self._plans: dict[str, TopicPlan] = {}
+        self._shared: dict[tuple[object, ...], TopicPlan] = {}  # by the rules that match
 
-    def of(self, topic: str) -> Plan:
+    def of(self, topic: str) -> TopicPlan:
         """The plan of a topic."""
         plan = self._plans.get(topic)
         if plan is None:
@@ -130,7 +132,7 @@ class Plans:
             plan = self._plans[topic] = self._plan(topic)
         return plan
 
-    def _plan(self, topic: str) -> Plan:
+    def _plan(self, topic: str) -> TopicPlan:
         """A million topics of one kind have one plan: what tells plans apart is which rules match."""
         error = topic_name_error(topic)
         matching = [self._rules.matching(hook, topic) for hook in HOOKS]

@@ -13,7 +13,7 @@ STATES_HELD_MAX: Final = (
 State = TypeVar("State")
 
 
-class Changed(NamedTuple, Generic[State]):
+class ChangedState(NamedTuple, Generic[State]):
     """A state that a batch has changed: by which record last, from what, to what."""
 
     offset: int
@@ -22,7 +22,7 @@ class Changed(NamedTuple, Generic[State]):
     after: State
 
 
-class Held(Generic[State]):
+class StateCache(Generic[State]):
     """A state once read stays right, because only the partition's owner changes it."""
 
     def __init__(self, unpack: Callable[[bytes | None], State]) -> None:
@@ -66,16 +66,16 @@ class Held(Generic[State]):
         self._in_place[key] = offset
         return self._held[key]
 
-    def finish(self) -> Iterator[Changed[State]]:
+    def finish(self) -> Iterator[ChangedState[State]]:
         """The end of a batch: what it changed, each key once. A state changed in place is both before and after."""
         touched, self._touched = self._touched, {}
         in_place, self._in_place = self._in_place, {}
         self._unsettled.append((*touched, *in_place))
         for key, offset in in_place.items():
-            yield Changed(offset, key, self._held[key], self._held[key])
+            yield ChangedState(offset, key, self._held[key], self._held[key])
         for key, (offset, before) in touched.items():
             if self._held[key] != before:
-                yield Changed(offset, key, before, self._held[key])
+                yield ChangedState(offset, key, before, self._held[key])
         if len(self._held) > STATES_HELD_MAX:
             # What is on its way into the store cannot be read from there yet.
             self._held = {key: self._held[key] for batch in self._unsettled for key in batch}

@@ -14,8 +14,9 @@ from msgspec import Struct, structs
 
 from millpond.agents.effects import (
     NO_SOURCE,
+    ClearBodyExpiry,
     ClearRetained,
-    DropBody,
+    DeleteBody,
     Effect,
     KeepReceipt,
     Output,
@@ -23,16 +24,15 @@ from millpond.agents.effects import (
     Retain,
     SetDue,
     SetState,
-    SpareBody,
     StoreMessage,
     Unindex,
 )
-from millpond.agents.ports import Stored
+from millpond.agents.ports import LoadedState
 from millpond.agents.reads import Read, ReadEntry, ReadIndex, ReadStates
 from millpond.agents.topics.dedup import SeenIds
 from millpond.agents.topics.due_times import INDEX, MESSAGE, RETAINED, DueTimes, due_member
-from millpond.agents.topics.plans import MessageHook, Plans
-from millpond.agents.topics.state_cache import Changed, Held
+from millpond.agents.topics.plans import MessageHook, TopicPlans
+from millpond.agents.topics.state_cache import ChangedState, StateCache
 from millpond.agents.topics.user_commands import run_commands
 from millpond.schemas.errors import DecodeError
 from millpond.schemas.events import (
@@ -50,7 +50,7 @@ from millpond.schemas.rules import Rules
 SWEEP_ENTRIES_MAX: Final = 4_096
 
 
-class Retained(Struct, frozen=True, kw_only=True):
+class RetainedState(Struct, frozen=True, kw_only=True):
     """The retained message of a topic. A topic without one has no state.
 
     `indexed` says whether the body is also held by the topic's index, or by a dead letter; `expires_at` is ms or None.
@@ -62,20 +62,20 @@ class Retained(Struct, frozen=True, kw_only=True):
     indexed: bool
 
 
-_decoder = msgspec.json.Decoder(Retained)
+_decoder = msgspec.json.Decoder(RetainedState)
 
 
-def pack(state: Retained | None) -> bytes | None:
+def pack(state: RetainedState | None) -> bytes | None:
     """The state as it is stored."""
     return None if state is None else msgspec.json.encode(state)
 
 
-def unpack(packed: bytes | None) -> Retained | None:
+def unpack(packed: bytes | None) -> RetainedState | None:
     """The state as it was stored. Only we write it: anything else is a bug, not an input."""
     return None if packed is None else _decoder.decode(packed)
 
 
-class Keeper:
+class MessageStorage:
     """One partition's. `rules` are in force; `due` is shared with the machine that keeps this."""
 
     def __init__(self, due: DueTimes) -> None:
@@ -83,20 +83,22 @@ class Keeper:
         self._due = due
         self.seen = SeenIds()
         self.rules_changed(Rules())
-        self.retained: Held[Retained | None] = Held(unpack)
+        self.retained: StateCache[RetainedState | None] = StateCache(unpack)
         self._dropped: dict[str, None] = {}  # bodies that nothing refers to after this batch
         self._places: dict[ReadEntry, int | None] = {}  # told of in this batch
 
-    def restore(self, partition_state: Mapping[str, Any], stored: Stored, rules: Rules) -> None:
+    def restore(
+        self, partition_state: Mapping[str, Any], stored: LoadedState, rules: Rules
+    ) -> None:
         """Start anew from what the store holds."""
         self.seen.restore(partition_state, stored.seen)
         self.rules_changed(rules)
-        self.retained = Held(unpack)
+        self.retained = StateCache(unpack)
         self._dropped, self._places = {}, {}
 
     def rules_changed(self, rules: Rules) -> None:
         """Go on by these rules."""
-        self.rules, self.plans = rules, Plans(rules)
+        self.rules, self.plans = rules, TopicPlans(rules)
 
     def unknown(self, topics: Iterable[str]) -> list[ReadStates]:
         """The reads for the retained messages of topics, where they are not known."""
@@ -141,7 +143,7 @@ class Keeper:
             end = log_ms + plan.index_lifetime_ms
             done.append(self._due.falls_due(due_member(INDEX, event.topic), end))
         if retained:
-            state = Retained(
+            state = RetainedState(
                 message_id=event.message_id, score=score, expires_at=retained_end, indexed=indexed
             )
             done += self._retain(offset, event.topic, state)
@@ -199,7 +201,7 @@ class Keeper:
         if place is not None:
             indexed_until = earliest(place // 1000, plan.index_lifetime_ms, event.expires_at)
             needed_until = later(needed_until, indexed_until)
-        state = Retained(
+        state = RetainedState(
             message_id=event.message_id, score=score, expires_at=end,
             indexed=dead or place is not None,
         )  # fmt: skip
@@ -211,7 +213,7 @@ class Keeper:
         """What the user's commands ask for at a publish."""
         return run_commands(self.plans.of(event.topic).commands["message.publish"], offset, event)
 
-    def _retain(self, offset: int, topic: str, after: Retained | None) -> list[Effect]:
+    def _retain(self, offset: int, topic: str, after: RetainedState | None) -> list[Effect]:
         """Replace what a topic retains. The old body goes with its last reference."""
         before = self.retained[topic]
         effects: list[Effect] = []
@@ -298,7 +300,7 @@ class Keeper:
             case "body":
                 if held is not None:
                     self.retained.change(refusal.offset, topic, None)
-                return (Unindex(NO_SOURCE, topic, (message_id,)), SpareBody(message_id))
+                return (Unindex(NO_SOURCE, topic, (message_id,)), ClearBodyExpiry(message_id))
             case "index" if held is not None:
                 without = structs.replace(held, indexed=False)
                 self.retained.change(refusal.offset, topic, without)
@@ -319,14 +321,14 @@ class Keeper:
         """
         dropped, self._dropped, self._places = self._dropped, {}, {}
         changed = [effect for change in self.retained.finish() for effect in _kept(change)]
-        return [*map(DropBody, dropped), *changed, *self.seen.finish()]
+        return [*map(DeleteBody, dropped), *changed, *self.seen.finish()]
 
     def settled(self) -> None:
         """See `millpond.agents.ports.Machine`."""
         self.retained.settled()
 
 
-def _kept(change: Changed[Retained | None]) -> list[Effect]:
+def _kept(change: ChangedState[RetainedState | None]) -> list[Effect]:
     """What becomes of a topic's retained message."""
     offset, topic, before, after = change
     effects: list[Effect] = [SetState(topic, pack(after))]

@@ -13,7 +13,7 @@ TOPICS_REMEMBERED_MAX: Final = 10_000  # the last ones asked for
 RETAINING: Final = ("on_message_retain", "on_retain_delete")
 
 
-class RuleAnswers:
+class BridgeRules:
     """The answers for each topic, remembered. The rules are those of the bridge's whole life."""
 
     wants: Callable[[Hook, str], bool]

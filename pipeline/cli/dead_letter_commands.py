@@ -27,8 +27,8 @@ from millpond.pipeline.cli.common import (
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.operate import dead_letters as letters
 from millpond.pipeline.operate import operator_events
-from millpond.pipeline.operate.dead_letter_snapshot import Snapshot
-from millpond.pipeline.operate.dead_letters import Found, StoredMessage
+from millpond.pipeline.operate.dead_letter_snapshot import DeadLetterSnapshot
+from millpond.pipeline.operate.dead_letters import FoundDeadLetter, StoredMessage
 from millpond.schemas import keys
 from millpond.schemas.errors import ConfigError, MillpondError
 from millpond.schemas.events import OperatorDrop, OperatorRequeue
@@ -66,13 +66,13 @@ def list_dead_letters(
     _check_filter(topic)
     settings, rules = load_settings(config, data)
 
-    async def read(snapshot: Snapshot) -> None:
+    async def read(snapshot: DeadLetterSnapshot) -> None:
         async for found in letters.scan(settings, rules, topic):
             snapshot.add(*found)
 
-    with Snapshot() as snapshot:
+    with DeadLetterSnapshot() as snapshot:
         asyncio.run(read(snapshot))
-        total, shown = len(snapshot), [Found(*each) for each in snapshot.newest(limit)]
+        total, shown = len(snapshot), [FoundDeadLetter(*each) for each in snapshot.newest(limit)]
     if as_json:
         _print_json([found.describe() for found in shown])
         if len(shown) < total:  # a script that reads the list would not know
@@ -85,7 +85,7 @@ def list_dead_letters(
     console.print(_how_many(len(shown), total, topic), markup=False, soft_wrap=True)
 
 
-def table(shown: list[Found], *, wide: bool) -> Table:
+def table(shown: list[FoundDeadLetter], *, wide: bool) -> Table:
     """A line each where there is room; else id and topic, time and reason under each other."""
     table = Table(box=None, pad_edge=False)
     # An id in one piece can be copied.
@@ -143,7 +143,7 @@ def show_dead_letter(
         console.print(printable(message.payload, "\n\t"), markup=False, soft_wrap=True)
 
 
-def _facts(found: Found) -> list[tuple[str, str]]:
+def _facts(found: FoundDeadLetter) -> list[tuple[str, str]]:
     dead = found.dead
     return [
         ("message id", dead.message_id),
@@ -215,7 +215,7 @@ def _order(
     if not (message_ids or yes or someone_is_there()):
         raise ConfigError(f"nobody is at a terminal to confirm what {verb} shall do: add --yes")
     settings, rules = load_settings(config, data)
-    with Snapshot() as snapshot:
+    with DeadLetterSnapshot() as snapshot:
         left_out = 0
         if message_ids:
             chosen = asyncio.run(letters.pick(settings, rules, message_ids))

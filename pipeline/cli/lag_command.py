@@ -21,7 +21,7 @@ from millpond.pipeline.cli.common import (
 )
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.explain import sentences
-from millpond.pipeline.operate.lag import AgentLag, Offsets, lags
+from millpond.pipeline.operate.lag import AgentLag, LagReader, lags
 from millpond.pipeline.settings import Settings
 from millpond.schemas.errors import ConfigError
 from millpond.schemas.rules import Rules
@@ -55,7 +55,7 @@ def lag(
 async def _look(
     settings: Settings, rules: Rules, watch: bool, every: bool, interval: float, as_json: bool
 ) -> None:
-    async with Offsets(settings.kafka, settings.app) as offsets:
+    async with LagReader(settings.kafka, settings.app) as offsets:
         found = await lags(offsets, settings, rules)
         if not watch:
             _print(found, every, as_json)

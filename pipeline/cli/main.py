@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Annotated
 
 import typer
 from aiokafka.errors import KafkaError
 
+from millpond import __version__
 from millpond.pipeline.cli import (
     client_commands,
     dead_letter_commands,
@@ -23,7 +25,7 @@ from millpond.pipeline.cli import (
     topics_command,
     web_command,
 )
-from millpond.pipeline.cli.common import errors
+from millpond.pipeline.cli.common import console, errors
 from millpond.pipeline.process.logs import quiet_libraries
 from millpond.schemas.errors import ConfigError, MillpondError
 
@@ -32,9 +34,27 @@ USAGE_EXIT_CODE, FAILURE_EXIT_CODE = 2, 1
 app = typer.Typer(
     help="Keeps what an MQTT broker forgets: broker events through Kafka and Faust into Redis.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"millpond {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version),
+    ] = False,
+) -> None:
+    pass
+
+
 app.command()(stack_commands.up)
 app.command()(stack_commands.down)
 app.command()(stack_commands.status)
@@ -63,7 +83,7 @@ def main() -> None:
     # What the libraries would say beside our one line; the processes that run for long turn it up again.
     quiet_libraries(logging.CRITICAL)
     try:
-        app()
+        app(prog_name="millpond")
     except ConfigError as error:
         _fail(str(error), USAGE_EXIT_CODE)
     except MillpondError as error:

@@ -11,6 +11,7 @@ from typing import Annotated, Final
 import typer
 
 from millpond.pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, load_settings
+from millpond.pipeline.process.extras import extra
 from millpond.schemas.codec import topic_name_error
 from millpond.schemas.errors import ConfigError, MillpondError
 from millpond.schemas.topics import filter_error
@@ -52,7 +53,8 @@ def pub(
     data: DataOption = DEFAULT_DATA,
 ) -> None:
     """Publish one message, or one for each line of stdin; returns when the broker has acknowledged them."""
-    import aiomqtt  # noqa: PLC0415  needs the extra [local]
+    with extra("local", "`millpond pub`"):
+        import aiomqtt  # noqa: PLC0415
 
     _right(topic_name_error(topic))
     address = _address(host, port, config, data)
@@ -109,7 +111,8 @@ def sub(
     data: DataOption = DEFAULT_DATA,
 ) -> None:
     """Print what is published, a line each, until Ctrl-C."""
-    import aiomqtt  # noqa: PLC0415  needs the extra [local]
+    with extra("local", "`millpond sub`"):
+        import aiomqtt  # noqa: PLC0415
 
     _right(filter_error(topic))
     address = _address(host, port, config, data)

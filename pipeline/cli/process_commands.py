@@ -18,6 +18,7 @@ from millpond.pipeline.cli.common import (
     load_settings,
 )
 from millpond.pipeline.kafka import topics as kafka_topics
+from millpond.pipeline.process.extras import extra
 from millpond.pipeline.process.logs import log_to_stderr
 from millpond.schemas import keys
 from millpond.schemas.errors import ConfigError
@@ -60,15 +61,18 @@ def bridge(
     settings, rules = load_settings(config, data)
     log_to_stderr(settings.log, f"bridge {broker}")
     if broker == "embedded":
-        from millpond.pipeline.brokers.embedded.bridge import run_embedded  # noqa: PLC0415  needs the extra [local]
+        with extra("local", "`millpond bridge embedded`"):
+            from millpond.pipeline.brokers.embedded.bridge import run_embedded  # noqa: PLC0415
 
         run_embedded(settings, rules)
     elif broker == "emqx":
-        from millpond.pipeline.brokers.emqx.bridge import run_emqx  # noqa: PLC0415  needs the extra [emqx]
+        with extra("emqx", "`millpond bridge emqx`"):
+            from millpond.pipeline.brokers.emqx.bridge import run_emqx  # noqa: PLC0415
 
         run_emqx(settings, rules)
     elif topics is not None:
-        from millpond.pipeline.brokers.emqx.rule_events.bridge import run_emqx_kafka  # noqa: PLC0415  not for all
+        with extra("emqx", "`millpond bridge emqx-kafka`"):
+            from millpond.pipeline.brokers.emqx.rule_events.bridge import run_emqx_kafka  # noqa: PLC0415
 
         run_emqx_kafka(settings, rules, _source_topics(topics))
     else:

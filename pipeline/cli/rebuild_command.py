@@ -18,7 +18,7 @@ from millpond.pipeline.cli.common import (
 )
 from millpond.pipeline.cli.dead_letter_commands import someone_is_there
 from millpond.pipeline.cli.replay_commands import watched
-from millpond.pipeline.rebuild.rebuild import Plan, rebuilding
+from millpond.pipeline.rebuild.rebuild import RebuildPlan, rebuilding
 from millpond.pipeline.replay.run import run_until_done
 from millpond.schemas.errors import ConfigError, MillpondError
 from millpond.schemas.events import AgentName
@@ -61,7 +61,7 @@ def rebuild(
     )  # fmt: skip
 
 
-def _tell(agent: AgentName, plan: Plan) -> None:
+def _tell(agent: AgentName, plan: RebuildPlan) -> None:
     """What it is about to do."""
     for note in plan.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)

@@ -33,7 +33,14 @@ from millpond.pipeline.cli.common import (
     load_settings,
 )
 from millpond.pipeline.compare.differences import Comparison, Difference
-from millpond.pipeline.replay.run import EARLIEST, LATEST, Outcome, Replay, Wish, run_until_done
+from millpond.pipeline.replay.run import (
+    EARLIEST,
+    LATEST,
+    Replay,
+    ReplayRequest,
+    ReplayResult,
+    run_until_done,
+)
 from millpond.pipeline.settings import pool_at, read_secret
 from millpond.schemas.errors import ConfigError
 from millpond.schemas.events import AgentName
@@ -74,7 +81,7 @@ def replay(
         secret = read_secret(str(password_file), "--password-file")
         target = structs.replace(target, password=secret or None, password_file=None)
     live = None if diff is None else pool_at(pool, diff, "--diff")
-    run = Replay(settings, rules, Wish(agents, target, begins, ends, live))
+    run = Replay(settings, rules, ReplayRequest(agents, target, begins, ends, live))
     outcome = run_until_done(
         lambda: watched(run.run, run, as_json=as_json),
         f"interrupted: {into} is marked as incomplete; the same command goes on where it was",
@@ -147,7 +154,7 @@ async def watched(work: Callable[[], Awaitable[Result]], run: Watched, *, as_jso
         await asyncio.gather(working, return_exceptions=True)
 
 
-def _tell(outcome: Outcome, *, as_json: bool) -> None:
+def _tell(outcome: ReplayResult, *, as_json: bool) -> None:
     compared = outcome.compared
     if as_json:
         told: dict[str, Any] = {"records": outcome.records, "notes": outcome.notes}

@@ -19,7 +19,9 @@ from rich.table import Table
 
 from millpond.agents.registry import AGENT_NAMES
 from millpond.pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, console, errors
-from millpond.pipeline.operate.lag import Offsets
+from millpond.pipeline.operate.lag import LagReader
+from millpond.pipeline.process.child import MILLPOND
+from millpond.pipeline.process.extras import extra
 from millpond.pipeline.settings import load
 from millpond.schemas.errors import MillpondError
 
@@ -34,16 +36,17 @@ def up(
     kafka: Annotated[str | None, typer.Option(help="HOST:PORT of a Kafka to use.")] = None,
     redis: Annotated[str | None, typer.Option(help="URL of a Redis to use, or `embedded`.")] = None,
     mqtt_port: Annotated[int | None, typer.Option(help="MQTT; 0 picks a free port.")] = None,
-    web_port: Annotated[
+    websocket_port: Annotated[
         int | None, typer.Option(help="MQTT over WebSocket; 0: a free one.")
     ] = None,
     kafka_port: Annotated[int | None, typer.Option(help="Kafka; 0 picks a free port.")] = None,
     redis_port: Annotated[int | None, typer.Option(help="Redis; 0 picks a free port.")] = None,
-    page_port: Annotated[int | None, typer.Option(help="The web page; 0: a free one.")] = None,
+    web_port: Annotated[int | None, typer.Option(help="The web page; 0: a free one.")] = None,
 ) -> None:
     """Start Kafka, Redis, an MQTT broker and the agents here, and keep them running until Ctrl-C."""
-    from millpond.pipeline.stack.directory import DataDirectory  # noqa: PLC0415  needs the extra [local]
-    from millpond.pipeline.stack.stack import Options, Stack  # noqa: PLC0415
+    with extra("local", "`millpond up`"):
+        from millpond.pipeline.stack.directory import DataDirectory  # noqa: PLC0415
+        from millpond.pipeline.stack.stack import Options, Stack  # noqa: PLC0415
 
     directory = DataDirectory(data)
     options = Options(
@@ -51,10 +54,10 @@ def up(
         kafka=kafka,
         redis=redis,
         mqtt_port=mqtt_port,
-        websocket_port=web_port,
+        websocket_port=websocket_port,
         kafka_port=kafka_port,
         redis_port=redis_port,
-        page_port=page_port,
+        web_port=web_port,
     )
     _fetch_kafka(kafka)
     if detach:
@@ -68,7 +71,7 @@ def up(
 
 def _fetch_kafka(external: str | None) -> None:
     """Fetch the jars with something to look at; the second start finds them."""
-    from millpond.pipeline.stack import kafka  # noqa: PLC0415  needs the extra [local]
+    from millpond.pipeline.stack import kafka  # noqa: PLC0415  up to here the extra [local] was there
 
     if external is not None or kafka.fetched_jars() is not None:
         return
@@ -110,7 +113,7 @@ def _detach(directory: Any, arguments: list[str]) -> None:
     log = directory.log("up")
     with log.open("wb") as output:
         running = subprocess.Popen(
-            [sys.executable, "-m", "millpond", *arguments],
+            [*MILLPOND, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -139,8 +142,9 @@ def _wait_for_last_line(log: Path) -> None:
 
 def down(data: DataOption = DEFAULT_DATA) -> None:
     """Stop exactly what `millpond up` started in this directory."""
-    from millpond.pipeline.stack.directory import DataDirectory  # noqa: PLC0415  needs the extra [local]
-    from millpond.pipeline.stack.stack import down as stop  # noqa: PLC0415
+    with extra("local", "`millpond down`"):
+        from millpond.pipeline.stack.directory import DataDirectory  # noqa: PLC0415
+        from millpond.pipeline.stack.stack import down as stop  # noqa: PLC0415
 
     stopped = stop(DataDirectory(data))
     console.print("stopped" if stopped else f"nothing runs in {data}")
@@ -166,7 +170,8 @@ def status(
 
 
 def _status(data: Path) -> dict[str, Any]:
-    from millpond.pipeline.stack.directory import DataDirectory  # noqa: PLC0415  needs the extra [local]
+    with extra("local", "`millpond status`"):
+        from millpond.pipeline.stack.directory import DataDirectory  # noqa: PLC0415
 
     directory = DataDirectory(data)
     state = directory.read_state()
@@ -176,7 +181,7 @@ def _status(data: Path) -> dict[str, Any]:
 
     async def lags() -> dict[str, int | None]:
         try:
-            async with Offsets(settings.kafka, settings.app) as offsets:
+            async with LagReader(settings.kafka, settings.app) as offsets:
                 return {each.agent: each.uncommitted for each in await offsets.of(AGENT_NAMES)}
         except (KafkaError, MillpondError) as error:
             errors.print(f"millpond: Kafka does not answer: {error}", markup=False)

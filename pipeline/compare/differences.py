@@ -15,8 +15,8 @@ import orjson
 from hiredis import ReplyError
 
 from millpond.agents.ports import Applied
-from millpond.pipeline.compare.owned_keys import Owned, without_batches
-from millpond.pipeline.stores.redis.connection import Command
+from millpond.pipeline.compare.owned_keys import OwnedKeys, without_batches
+from millpond.pipeline.stores.redis.connection import RedisCommand
 from millpond.pipeline.stores.redis.keyspace import Keyspace
 from millpond.schemas import keys
 from millpond.schemas.errors import MillpondError
@@ -28,14 +28,14 @@ SIFTINGS_MAX: Final = 5  # looks at what live has changed since the one before
 SUSPECTS_MAX: Final = 100_000  # that are looked at again; beyond, something is wrong altogether
 FENCE_SUFFIX: Final = keys.applied(Partition("", "messages", 0)).rpartition(":")[2].encode()
 
-Kind: TypeAlias = Literal["string", "hash", "zset", "lifetime"]
-Offsets: TypeAlias = Mapping[Partition, int]  # the one after the applied
+ItemKind: TypeAlias = Literal["string", "hash", "zset", "lifetime"]
+NextOffsets: TypeAlias = Mapping[Partition, int]  # the one after the applied
 
 
-class Item(NamedTuple):
+class ComparedItem(NamedTuple):
     """What is compared: a string, one field or member of a key, or whether a key has a lifetime."""
 
-    kind: Kind
+    kind: ItemKind
     key: bytes
     field: bytes
 
@@ -43,7 +43,7 @@ class Item(NamedTuple):
 class Difference(NamedTuple):
     """What live has and what the replay has; None is nothing."""
 
-    item: Item
+    item: ComparedItem
     live: bytes | None
     replayed: bytes | None
 
@@ -72,14 +72,14 @@ class Comparing:
         replayed: Keyspace,
         partitions: Sequence[Partition],
         cluster_id: str,
-        go_on: Callable[[Offsets], Awaitable[None]],
+        go_on: Callable[[NextOffsets], Awaitable[None]],
     ) -> None:
         """All partitions whose keys are compared."""
         self._live, self._replayed = live, replayed
         self._partitions, self._cluster_id, self._go_on = partitions, cluster_id, go_on
-        self._fences: list[Command] = [("GET", keys.applied(each)) for each in partitions]
+        self._fences: list[RedisCommand] = [("GET", keys.applied(each)) for each in partitions]
 
-    async def run(self, owned: Owned) -> Comparison:
+    async def run(self, owned: OwnedKeys) -> Comparison:
         """Compare all that is owned."""
         await self._catch_up()
         count, suspects = await self._look(owned)
@@ -106,9 +106,9 @@ class Comparing:
         found = _offsets(self._partitions, fences, self._live, self._cluster_id)
         await self._go_on(found)
 
-    async def _look(self, owned: Owned) -> tuple[int, list[Item]]:
+    async def _look(self, owned: OwnedKeys) -> tuple[int, list[ComparedItem]]:
         """How many keys live has, and what is not the same at a first look."""
-        suspects: dict[Item, None] = {}
+        suspects: dict[ComparedItem, None] = {}
         count = 0
         for one, other, both_ways in (
             (self._live, self._replayed, True),
@@ -122,14 +122,14 @@ class Comparing:
                     return count, list(suspects)
         return count, list(suspects)
 
-    async def _sift(self, items: Sequence[Item]) -> list[Item]:
+    async def _sift(self, items: Sequence[ComparedItem]) -> list[ComparedItem]:
         """Those that are still not the same."""
         commands = [_command(item) for item in items]
         mine, theirs = await self._live.ask(commands), await self._replayed.ask(commands)
         return [each.item for each in _unequal(items, mine, theirs)]
 
 
-def _in_parts(items: Sequence[Item]) -> Iterable[Sequence[Item]]:
+def _in_parts(items: Sequence[ComparedItem]) -> Iterable[Sequence[ComparedItem]]:
     return (items[at : at + LOOKED_AT_AGAIN] for at in range(0, len(items), LOOKED_AT_AGAIN))
 
 
@@ -172,7 +172,7 @@ def _offsets(
 
 async def _suspects(
     page: Sequence[bytes], one: Keyspace, other: Keyspace, *, both_ways: bool
-) -> AsyncIterator[list[Item]]:
+) -> AsyncIterator[list[ComparedItem]]:
     """What of these keys of one database is not the same in the other one. Unless `both_ways`, the other one's own have
     been looked at.
     """
@@ -191,16 +191,16 @@ async def _suspects(
     yield await _in_one_piece(whole, one, other)
 
 
-def _exists(key: bytes) -> Command:
+def _exists(key: bytes) -> RedisCommand:
     return ("EXISTS", key)
 
 
 _EXISTS: Final = _exists
-_SIZE: Final[dict[bytes, Callable[[bytes], Command]]] = {
+_SIZE: Final[dict[bytes, Callable[[bytes], RedisCommand]]] = {
     b"hash": lambda key: ("HLEN", key),
     b"zset": lambda key: ("ZCARD", key),
 }
-_WHOLE: Final[dict[bytes, Callable[[bytes], Command]]] = {
+_WHOLE: Final[dict[bytes, Callable[[bytes], RedisCommand]]] = {
     b"hash": lambda key: ("HGETALL", key),
     b"zset": lambda key: ("ZRANGE", key, 0, -1, "WITHSCORES"),
     b"string": lambda key: ("GET", key),
@@ -209,35 +209,35 @@ _WHOLE: Final[dict[bytes, Callable[[bytes], Command]]] = {
 
 async def _in_one_piece(
     whole: Sequence[tuple[bytes, bytes]], one: Keyspace, other: Keyspace
-) -> list[Item]:
+) -> list[ComparedItem]:
     known = [(key, kind) for key, kind in whole if kind in _WHOLE]
-    commands: list[Command] = []
+    commands: list[RedisCommand] = []
     for key, kind in known:
         commands += [_WHOLE[kind](key), ("PTTL", key)]
     if not commands:
         return []
     mine, theirs = await one.ask(commands), await other.ask(commands)
-    found: list[Item] = []
+    found: list[ComparedItem] = []
     for at, (key, kind) in enumerate(known):
         here, there = mine[2 * at], theirs[2 * at]
         if kind == b"string":
-            item = Item("string", key, b"")
+            item = ComparedItem("string", key, b"")
             if _shown(item, here) != _shown(item, there):
                 found.append(item)
         elif here != there:
             found += _fields(key, kind, here, there)
-        lifetime = Item("lifetime", key, b"")
+        lifetime = ComparedItem("lifetime", key, b"")
         if _shown(lifetime, mine[2 * at + 1]) != _shown(lifetime, theirs[2 * at + 1]):
             found.append(lifetime)
     return found
 
 
-def _fields(key: bytes, kind: bytes, here: Any, there: Any) -> Iterable[Item]:
+def _fields(key: bytes, kind: bytes, here: Any, there: Any) -> Iterable[ComparedItem]:
     mine, theirs = _pairs(here), _pairs(there)
-    named: Kind = "hash" if kind == b"hash" else "zset"
+    named: ItemKind = "hash" if kind == b"hash" else "zset"
     for field in {**mine, **theirs}:
         if mine.get(field) != theirs.get(field):
-            yield Item(named, key, field)
+            yield ComparedItem(named, key, field)
 
 
 def _pairs(reply: Any) -> dict[bytes, bytes]:
@@ -249,13 +249,13 @@ def _pairs(reply: Any) -> dict[bytes, bytes]:
 
 async def _piece_by_piece(
     key: bytes, kind: bytes, one: Keyspace, other: Keyspace
-) -> AsyncIterator[list[Item]]:
-    named: Kind = "hash" if kind == b"hash" else "zset"
+) -> AsyncIterator[list[ComparedItem]]:
+    named: ItemKind = "hash" if kind == b"hash" else "zset"
     scan, cursor = ("HSCAN" if kind == b"hash" else "ZSCAN"), b"0"
     while True:
         cursor, told = await one.get(scan, key, cursor, "COUNT", WHOLE_MAX)
         mine = _pairs(told)
-        items = [Item(named, key, field) for field in mine]
+        items = [ComparedItem(named, key, field) for field in mine]
         theirs = await other.ask([_command(item) for item in items]) if items else []
         yield [
             item
@@ -270,7 +270,7 @@ async def _piece_by_piece(
 
 
 def _unequal(
-    items: Sequence[Item], mine: Sequence[Any], theirs: Sequence[Any]
+    items: Sequence[ComparedItem], mine: Sequence[Any], theirs: Sequence[Any]
 ) -> Iterable[Difference]:
     for item, live, replayed in zip(items, mine, theirs, strict=True):
         found = Difference(item, _shown(item, live), _shown(item, replayed))
@@ -278,7 +278,7 @@ def _unequal(
             yield found
 
 
-def _command(item: Item) -> Command:
+def _command(item: ComparedItem) -> RedisCommand:
     match item.kind:
         case "string":
             return ("GET", item.key)
@@ -290,7 +290,7 @@ def _command(item: Item) -> Command:
             return ("PTTL", item.key)
 
 
-def _shown(item: Item, reply: Any) -> bytes | None:
+def _shown(item: ComparedItem, reply: Any) -> bytes | None:
     """A value as it is compared: a fence without what depends on batches; of a lifetime only whether there is one, since
     the servers' clocks count it.
     """

@@ -17,7 +17,7 @@ JOURNAL_SUFFIX: Final = keys.journal(Partition("", "messages", 0)).rpartition(":
 OF_BATCHES: Final = ("sequence", "produced")
 
 
-class Owned:
+class OwnedKeys:
     """The keys of some agents of one application, by the rules."""
 
     def __init__(self, app: str, agents: Sequence[AgentName], rules: Rules) -> None:

@@ -9,7 +9,7 @@ from millpond.agents.delivery.members import Member, Members, Reach
 from millpond.agents.effects import Table
 from millpond.agents.pubsub.state import subscriber_of
 from millpond.agents.reads import ReadAllStates
-from millpond.pipeline.stores.redis.reader import Reader
+from millpond.pipeline.stores.redis.reader import StoreReader
 from millpond.schemas.keys import Partition
 
 
@@ -22,7 +22,7 @@ class MemberOf(NamedTuple):
 
 
 async def pages(
-    reader: Reader, partition: Partition, table: Table
+    reader: StoreReader, partition: Partition, table: Table
 ) -> AsyncIterator[dict[str, bytes]]:
     """A table, some hundred states at a time; one that changes meanwhile may be missed, or told twice."""
     cursor = -1
@@ -33,7 +33,7 @@ async def pages(
 
 
 async def members_of(
-    reader: Reader, partition: Partition, topics: list[str]
+    reader: StoreReader, partition: Partition, topics: list[str]
 ) -> AsyncIterator[tuple[str, MemberOf]]:
     """Who is online for these topics of the partition, each with its topic."""
     async for page in pages(reader, partition, "members"):

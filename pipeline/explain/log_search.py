@@ -12,7 +12,7 @@ from aiokafka.errors import KafkaError
 from msgspec import Struct, field, structs
 
 from millpond.agents.topics.dedup import DEDUP_WINDOW_MS
-from millpond.pipeline.explain.results import Event, Kind, Searched
+from millpond.pipeline.explain.results import EventKind, LogEvent, Searched
 from millpond.pipeline.kafka.diagnosis import unreachable
 from millpond.pipeline.settings import KafkaSettings
 from millpond.schemas import codec, keys
@@ -34,7 +34,7 @@ RUN_RECORDS: Final = 5_000
 FETCH_BYTES: Final = 4 * 1024 * 1024
 SILENCE_S: Final = 30.0  # of a Kafka that has what is asked for; a new leader is elected in less
 
-_KINDS: Final[Mapping[type[Any], Kind]] = {
+_KINDS: Final[Mapping[type[Any], EventKind]] = {
     MessageAcked: "acked",
     MessageDelivered: "delivered",
     DeliveryFailed: "failed",
@@ -46,7 +46,7 @@ _KINDS: Final[Mapping[type[Any], Kind]] = {
 Progress = Callable[[int, int], None]  # records looked at, of how many
 
 
-class Log:
+class LogReader:
     """The partitions of `mqtt.messages` and `mqtt.dead-letters`; a context manager. It is in no consumer group.
 
     Raises:
@@ -123,7 +123,7 @@ def _partition(bounds: Searched) -> TopicPartition:
     return TopicPartition(bounds.kafka_topic, bounds.partition)
 
 
-class Wanted:
+class WantedMessage:
     """What is looked for: a message, by its id and by those that the broker gave its copies."""
 
     def __init__(self, message_id: str, topic: str | None, aliases: Iterable[str] = ()) -> None:
@@ -149,7 +149,7 @@ class Wanted:
             self._escaped and b"\\" in value
         )
 
-    def events(self, record: Any) -> list[Event]:
+    def events(self, record: Any) -> list[LogEvent]:
         """What a record says of the message: a report of a bridge may be about several copies."""
         if record.topic == keys.DEAD_LETTERS_TOPIC:
             return self._dead_letters(record)
@@ -167,7 +167,7 @@ class Wanted:
             return []
         found = _event(record, named, topic=topic)
         if isinstance(event, Message):
-            kind: Kind = "published" if isinstance(event, MessagePublished) else "retained"
+            kind: EventKind = "published" if isinstance(event, MessagePublished) else "retained"
             return [
                 structs.replace(
                     found, kind=kind, client_id=event.client_id, qos=event.qos,
@@ -183,7 +183,7 @@ class Wanted:
             )
         ]  # fmt: skip
 
-    def _sent(self, record: Any, event: DeliveriesSent) -> list[Event]:
+    def _sent(self, record: Any, event: DeliveriesSent) -> list[LogEvent]:
         found = []
         for each in event.sent:
             if each.alias == self.message_id:
@@ -199,7 +199,7 @@ class Wanted:
                 )
         return found
 
-    def _dead_letters(self, record: Any) -> list[Event]:
+    def _dead_letters(self, record: Any) -> list[LogEvent]:
         headers = dict(record.headers)
         text = {name: value.decode("utf-8", "replace") for name, value in headers.items()}
         named = text.get("message-id")
@@ -219,34 +219,34 @@ class Wanted:
         return [structs.replace(found, kind="dead_letter", detail=detail)]
 
 
-def _event(record: Any, message_id: str, topic: str | None = None) -> Event:
-    return Event(
+def _event(record: Any, message_id: str, topic: str | None = None) -> LogEvent:
+    return LogEvent(
         kind="published", kafka_topic=record.topic, partition=record.partition,
         offset=record.offset, at=record.timestamp, message_id=message_id, topic=topic,
     )  # fmt: skip
 
 
-class Found(Struct, kw_only=True):
+class SearchResult(Struct, kw_only=True):
     """What a search has come to."""
 
-    events: list[Event] = field(default_factory=list)
+    events: list[LogEvent] = field(default_factory=list)
     searched: list[Searched] = field(default_factory=list)
 
     @property
-    def published(self) -> Event | None:
+    def published(self) -> LogEvent | None:
         """The last publish."""
         found = [each for each in self.events if each.kind == "published"]
         return found[-1] if found else None
 
 
 async def search(
-    log: Log,
-    wanted: Wanted,
+    log: LogReader,
+    wanted: WantedMessage,
     numbers: Sequence[int],
     since_ms: int | None,
     records_max: int,
     progress: Progress = lambda done, total: None,
-) -> Found:
+) -> SearchResult:
     """All records about a message in these partitions: backwards to its publish, then on from there, each time through
     at most so many records; then those among the dead letters. `since_ms` is about when it was published, if that is
     known.
@@ -255,7 +255,7 @@ async def search(
     every = await log.bounds([TopicPartition(each, at) for each in topics for at in numbers])
     bounds = every[: len(numbers)]
     steps = _Steps(progress, min(records_max, sum(each.end - each.start for each in bounds)))
-    found = Found()
+    found = SearchResult()
     if since_ms is not None and len(bounds) == 1:
         found = await _from(log, wanted, bounds[0], since_ms, records_max, steps)
     if found.published is None:
@@ -284,12 +284,17 @@ class _Steps:
 
 
 async def _from(
-    log: Log, wanted: Wanted, bounds: Searched, at_ms: int, records_max: int, steps: _Steps
-) -> Found:
+    log: LogReader,
+    wanted: WantedMessage,
+    bounds: Searched,
+    at_ms: int,
+    records_max: int,
+    steps: _Steps,
+) -> SearchResult:
     """Forwards from a publish. An ack may have overtaken it, by as long as one is waited for."""
     first = await log.first_since(bounds, at_ms - DEDUP_WINDOW_MS)
     stop = min(bounds.end, first + records_max)
-    found = Found(searched=[structs.replace(bounds, first=first, stop=stop)])
+    found = SearchResult(searched=[structs.replace(bounds, first=first, stop=stop)])
     async for run in log.read(bounds, first, stop):
         found.events += [event for record in run for event in wanted.events(record)]
         steps.add(len(run))
@@ -297,12 +302,16 @@ async def _from(
 
 
 async def _backwards(
-    log: Log, wanted: Wanted, bounds: Sequence[Searched], records_max: int, steps: _Steps
-) -> Found:
+    log: LogReader,
+    wanted: WantedMessage,
+    bounds: Sequence[Searched],
+    records_max: int,
+    steps: _Steps,
+) -> SearchResult:
     """A piece of each partition after the other, from its end, until the publish is found. Once anything is, the others
     are left alone.
     """
-    found, searched, steps.done = Found(), list(bounds), 0
+    found, searched, steps.done = SearchResult(), list(bounds), 0
     while steps.done < records_max:
         some = False
         for at, each in enumerate(searched):
@@ -321,7 +330,7 @@ async def _backwards(
             steps.add(each.first - first)
             searched[at] = structs.replace(each, first=first)
             if wanted.copy_of is not None or any(event.kind == "published" for event in chunk):
-                return Found(events=found.events, searched=searched)
+                return SearchResult(events=found.events, searched=searched)
         if not some:
             break
     found.searched = searched
@@ -329,7 +338,7 @@ async def _backwards(
 
 
 async def _dead_letters(
-    log: Log, wanted: Wanted, bounds: Searched, records_max: int, found: Found
+    log: LogReader, wanted: WantedMessage, bounds: Searched, records_max: int, found: SearchResult
 ) -> None:
     """The records about a message among the dead letters of its partition, after its publish."""
     first = bounds.start

@@ -11,7 +11,7 @@ from millpond.agents.delivery.dead_messages import DeadMessage
 from millpond.agents.delivery.dead_messages import unpack as unpack_dead
 from millpond.agents.ports import Applied
 from millpond.agents.pubsub.state import (
-    Log,
+    TopicLog,
     reader_key,
     subscriber_named,
     unpack_log,
@@ -26,9 +26,14 @@ from millpond.agents.topics.plans import make_plan
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.explain import log_search, message_states, sentences
 from millpond.pipeline.explain.agent_states import members_of, pages
-from millpond.pipeline.explain.log_search import Found, Progress, Wanted
+from millpond.pipeline.explain.log_search import Progress, SearchResult, WantedMessage
 from millpond.pipeline.explain.message_states import Known, Reading
-from millpond.pipeline.explain.results import MessageFacts, MessageState, Searched, Stored
+from millpond.pipeline.explain.results import (
+    MessageFacts,
+    MessageState,
+    Searched,
+    StoredMessageFacts,
+)
 from millpond.pipeline.operate.dead_letters import AGENTS as DELIVERING
 from millpond.pipeline.operate.dead_letters import stored_message
 from millpond.pipeline.settings import Settings
@@ -39,7 +44,7 @@ from millpond.pipeline.stores.redis.inspection import (
     ReadReceipt,
     ReadRules,
 )
-from millpond.pipeline.stores.redis.reader import Reader
+from millpond.pipeline.stores.redis.reader import StoreReader
 from millpond.pipeline.worker.control_channel import partition_of
 from millpond.schemas.codec import topic_name_error
 from millpond.schemas.errors import ConfigError, MillpondError
@@ -80,7 +85,7 @@ async def explain(
     where = topic or await _topic_in_stores(settings, rules, message_id)
     if where is None:
         notes.append("Redis does not have it, so its topic was looked for in the log")
-    async with log_search.Log(settings.kafka) as log:
+    async with log_search.LogReader(settings.kafka) as log:
         held = None if where is None else await _held(settings, rules, message_id, where)
         if held is not None and held.elsewhere is not None:
             raise MillpondError(
@@ -89,7 +94,7 @@ async def explain(
         numbers = range(settings.kafka.partitions)
         if where is not None:
             numbers = range((at := partition_of(where, settings.kafka.partitions)), at + 1)
-        wanted = Wanted(message_id, where, () if held is None else held.aliases)
+        wanted = WantedMessage(message_id, where, () if held is None else held.aliases)
         since = None if held is None or held.score is None else held.score // 1000
         found = await log_search.search(log, wanted, numbers, since, records_max, progress)
     if wanted.copy_of not in (None, message_id):
@@ -118,7 +123,7 @@ def _is_text(*texts: str | None) -> bool:
     return True
 
 
-def _unknown(message_id: str, topic: str | None, found: Found) -> MillpondError:
+def _unknown(message_id: str, topic: str | None, found: SearchResult) -> MillpondError:
     looked: dict[str, list[Searched]] = {}
     for each in found.searched:
         looked.setdefault(each.kafka_topic, []).append(each)
@@ -157,10 +162,10 @@ class _Held(Struct, frozen=True, kw_only=True):
     body: dict[str, bytes]
     body_lifetime: int | None
     receipts: dict[str, int]
-    retained: storage.Retained | None
+    retained: storage.RetainedState | None
     dead: DeadMessage | None
     window: QueueWindow | None
-    log: Log | None
+    log: TopicLog | None
 
     def blank(self) -> bool:
         """Whether it holds nothing of it."""
@@ -191,7 +196,7 @@ async def _topic_in_stores(settings: Settings, rules: Rules, message_id: str) ->
     asked: dict[Pool, None] = {}
     for agent in OWNERS:
         pool = rules.pool(agent)
-        async with Reader(pool) as reader:
+        async with StoreReader(pool) as reader:
             if pool not in asked:
                 asked[pool] = None
                 partition = Partition(settings.app, agent, 0)
@@ -226,7 +231,7 @@ async def _held(settings: Settings, rules: Rules, message_id: str, topic: str) -
         ReadStates((topic,), "windows"),
         ReadStates((topic,), "logs"),
     ]
-    async with Reader(rules.pool(agent)) as reader:
+    async with StoreReader(rules.pool(agent)) as reader:
         (
             applied, in_force, score, before, body, lifetime, receipts, kept, dead, windows, logs,
         ) = await reader.read(partition, reads)  # fmt: skip
@@ -256,7 +261,7 @@ async def _facts(
     settings: Settings,
     rules: Rules,
     held: _Held,
-    found: Found,
+    found: SearchResult,
     client: str | None,
     notes: list[str],
 ) -> MessageFacts:
@@ -297,7 +302,7 @@ async def _facts(
             structs.replace(state, words=sentences.in_words(state, now))
             async for state in _states(rules, held, known, client)
         ],
-        stored=Stored(
+        stored=StoredMessageFacts(
             message=message,
             body_expires_at=None if message is None or lifetime is None else now + lifetime,
             index_score=held.score,
@@ -324,7 +329,7 @@ async def _states(
     if held.agent == "messages":
         yield message_states.of_message(known)
         return
-    async with Reader(rules.pool(held.agent)) as reader:
+    async with StoreReader(rules.pool(held.agent)) as reader:
         online: dict[str, dict[str, str]] = {}  # subscriber → name → client of its members
         async for _, found in members_of(reader, held.partition, [held.topic]):
             for each in found.subscribers:
@@ -342,7 +347,7 @@ async def _states(
 
 
 async def _readings(
-    reader: Reader, held: _Held, online: dict[str, dict[str, str]], client: str | None
+    reader: StoreReader, held: _Held, online: dict[str, dict[str, str]], client: str | None
 ) -> AsyncIterator[Reading]:
     """The subscribers of the message's topic, and those that gave up on it."""
     told: dict[str, None] = {}
@@ -366,7 +371,7 @@ async def _readings(
 
 
 async def _subscribers(
-    reader: Reader, partition: Partition, client: str | None, dead: Sequence[str]
+    reader: StoreReader, partition: Partition, client: str | None, dead: Sequence[str]
 ) -> AsyncIterator[dict[str, bytes | None]]:
     if client is not None:
         read = ReadStates((subscriber_named(client),), "subscribers")

@@ -9,10 +9,10 @@ from msgspec import Struct, field, structs
 
 from millpond.agents.delivery.dead_messages import DeadMessage
 from millpond.agents.delivery.window import Lease, Waiting
-from millpond.agents.pubsub.state import GROUP, Log, Reader, Subscriber, shown
+from millpond.agents.pubsub.state import GROUP, Reader, Subscriber, TopicLog, shown
 from millpond.agents.queue.state import QueueWindow
-from millpond.agents.topics.plans import Plan
-from millpond.pipeline.explain.results import Event, MessageState
+from millpond.agents.topics.plans import TopicPlan
+from millpond.pipeline.explain.results import LogEvent, MessageState
 
 TICK: Final = "the next tick takes it away"
 DROPPED_SILENTLY: Final = "the topic was longer than max_length, or its rules changed"
@@ -24,22 +24,22 @@ class Known(Struct, frozen=True, kw_only=True):
     """
 
     message_id: str
-    plan: Plan
+    plan: TopicPlan
     score: int | None
     applied: int
     now_ms: int
-    events: Sequence[Event] = ()
+    events: Sequence[LogEvent] = ()
     dead: DeadMessage | None = None
     retained: bool = False
     before: int | None = None
 
     @property
-    def published(self) -> Event | None:
+    def published(self) -> LogEvent | None:
         """Its last publish, as far as the log was searched."""
         found = [each for each in self.events if each.kind == "published"]
         return found[-1] if found else None
 
-    def since_published(self, kind: str) -> list[Event]:
+    def since_published(self, kind: str) -> list[LogEvent]:
         """Events of a kind that the agent has read."""
         return [each for each in self.events if each.kind == kind and each.offset <= self.applied]
 
@@ -173,7 +173,7 @@ def of_queue(known: Known, window: QueueWindow, online: int) -> MessageState:
 # -- pubsub ------------------------------------------------------------------------------------------------------------
 
 
-def of_log(known: Known, log: Log) -> MessageState:
+def of_log(known: Known, log: TopicLog) -> MessageState:
     """A message of a pubsub topic, whoever reads it."""
     if known.score is not None and known.score > log.last:
         return MessageState(state="waiting", since=known.score // 1000)
@@ -199,7 +199,7 @@ class Reading(Struct, frozen=True, kw_only=True):
         return self.subscriber.startswith(GROUP)
 
 
-def start_of(reading: Reading, topic: str, log: Log, plan: Plan) -> int | None:
+def start_of(reading: Reading, topic: str, log: TopicLog, plan: TopicPlan) -> int | None:
     """Where a reader that is yet to be made will begin; None if nobody of that name reads the topic."""
     since = reading.known.since(topic)
     if since is None or plan.delivery is None:
@@ -207,18 +207,18 @@ def start_of(reading: Reading, topic: str, log: Log, plan: Plan) -> int | None:
     return log.cursor if plan.delivery.start == "earliest" else max(since, log.cursor)
 
 
-def still_in(log: Log, reader: Reader, message_id: str, score: int) -> bool:
+def still_in(log: TopicLog, reader: Reader, message_id: str, score: int) -> bool:
     """Whether what a reader has is still to be had: one that is looked at later than its log moves up only then."""
     return score > log.cursor or message_id in reader.requeued
 
 
-def of_pubsub(known: Known, topic: str, log: Log, reading: Reading) -> MessageState | None:
+def of_pubsub(known: Known, topic: str, log: TopicLog, reading: Reading) -> MessageState | None:
     """A message for one subscriber of its topic; None if it has never been for it."""
     state = _of_pubsub(known, topic, log, reading)
     return None if state is None else structs.replace(state, subscriber=shown(reading.subscriber))
 
 
-def _of_pubsub(known: Known, topic: str, log: Log, reading: Reading) -> MessageState | None:
+def _of_pubsub(known: Known, topic: str, log: TopicLog, reading: Reading) -> MessageState | None:
     message_id, reader = known.message_id, reading.reader
     lease = reader.leases.get(message_id)
     if lease is not None:

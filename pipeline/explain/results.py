@@ -25,17 +25,17 @@ State: TypeAlias = Literal[
     "not_stored",  # by the rules
     "gone",  # not stored any more, for another reason
 ]
-Kind: TypeAlias = Literal[
+EventKind: TypeAlias = Literal[
     "published", "retained", "delivered", "acked", "sent", "failed", "requeue", "drop", "rewind", "dead_letter",
 ]  # fmt: skip
 
 
-class Event(Struct, frozen=True, kw_only=True):
+class LogEvent(Struct, frozen=True, kw_only=True):
     """A record about a message: where it is, what it says happened, and to whose copy. `message_id` is the one it names:
     that of a copy may be the broker's own. `detail` is the reason of what failed, or of a dead letter.
     """
 
-    kind: Kind
+    kind: EventKind
     kafka_topic: str
     partition: int
     offset: int
@@ -91,7 +91,7 @@ class MessageState(Struct, frozen=True, kw_only=True):
     words: str = ""
 
 
-class Stored(Struct, frozen=True, kw_only=True):
+class StoredMessageFacts(Struct, frozen=True, kw_only=True):
     """What Redis has of a message. `index_score` is its place in the topic's index; bodies are also let go by index and
     retained entry, `body_expires_at` is only a safety net.
     """
@@ -114,7 +114,7 @@ class MessageFacts(Struct, frozen=True, kw_only=True):
     partition: int
     applied: int | None
     states: list[MessageState]
-    stored: Stored
-    events: list[Event]
+    stored: StoredMessageFacts
+    events: list[LogEvent]
     searched: list[Searched]
     notes: list[str] = field(default_factory=list)

@@ -12,7 +12,8 @@ from msgspec import Struct
 from millpond.agents.delivery.dead_messages import unpack as unpack_dead
 from millpond.agents.delivery.window import Window
 from millpond.agents.pubsub.state import (
-    Log,
+    Reader,
+    TopicLog,
     reader_key,
     shown,
     subscriber_named,
@@ -20,17 +21,16 @@ from millpond.agents.pubsub.state import (
     unpack_reader,
     unpack_subscriber,
 )
-from millpond.agents.pubsub.state import Reader as Reading
 from millpond.agents.queue.state import QueueWindow
 from millpond.agents.queue.state import unpack as unpack_queue
 from millpond.agents.reads import ReadIndex, ReadLast, ReadStates
 from millpond.agents.topics import storage
-from millpond.agents.topics.plans import Plan, Plans
+from millpond.agents.topics.plans import TopicPlan, TopicPlans
 from millpond.pipeline.explain import message_states
 from millpond.pipeline.explain.agent_states import MemberOf, members_of, pages
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.stores.redis.inspection import CountBetween, CountIndex, ReadFence, ReadRules
-from millpond.pipeline.stores.redis.reader import Reader
+from millpond.pipeline.stores.redis.reader import StoreReader
 from millpond.pipeline.worker.control_channel import partition_of
 from millpond.schemas.codec import topic_name_error
 from millpond.schemas.errors import ConfigError, MillpondError
@@ -134,7 +134,7 @@ async def explain(
     partition = Partition(
         settings.app, rules.owner(topic), partition_of(topic, settings.kafka.partitions)
     )
-    async with Reader(rules.pool(partition.agent)) as reader:
+    async with StoreReader(rules.pool(partition.agent)) as reader:
         found = await _Looking(reader, partition, topic, client).facts(rules)
     if client is not None and not (found.members or found.subscribers or found.leases):
         raise MillpondError(
@@ -157,7 +157,7 @@ class _Looking:
     """At one topic, through one reader."""
 
     def __init__(
-        self, reader: Reader, partition: Partition, topic: str, client: str | None
+        self, reader: StoreReader, partition: Partition, topic: str, client: str | None
     ) -> None:
         self._reader, self._partition = reader, partition
         self._topic, self._client = topic, client
@@ -173,7 +173,7 @@ class _Looking:
             self._partition, reads
         )
         rules = configured if text is None else Rules.from_canonical(text)
-        plans, rule = Plans(rules), rules.delivery_rule(topic)
+        plans, rule = TopicPlans(rules), rules.delivery_rule(topic)
         plan = plans.of(topic)
         members = await self._members(plan) if agent != "messages" else {}
         shown_members = [each for each in members.values() if self._is_asked(each)]
@@ -221,7 +221,7 @@ class _Looking:
 
     # -- members
 
-    async def _members(self, plan: Plan) -> dict[str, MemberFacts]:
+    async def _members(self, plan: TopicPlan) -> dict[str, MemberFacts]:
         found = {}
         async for _, member in members_of(self._reader, self._partition, [self._topic]):
             found[member.reach.name] = _member(member, plan)
@@ -247,7 +247,7 @@ class _Looking:
             )  # fmt: skip
 
     async def _subscribers(
-        self, plans: Plans, log: Log, members: dict[str, MemberFacts]
+        self, plans: TopicPlans, log: TopicLog, members: dict[str, MemberFacts]
     ) -> AsyncIterator[tuple[SubscriberFacts, list[LeaseFacts]]]:
         told: dict[str, None] = {}
         online = Counter(name for each in members.values() for name in each.subscribers)
@@ -281,7 +281,7 @@ class _Looking:
             yield dict(page)
 
 
-def _member(found: MemberOf, plan: Plan) -> MemberFacts:
+def _member(found: MemberOf, plan: TopicPlan) -> MemberFacts:
     member, reach, subscribers = found
     group, client_id = message_states.member_of(reach.name)
     return MemberFacts(
@@ -293,7 +293,7 @@ def _member(found: MemberOf, plan: Plan) -> MemberFacts:
     )  # fmt: skip
 
 
-def subscriber_facts(reading: message_states.Reading, log: Log, ready: int) -> SubscriberFacts:
+def subscriber_facts(reading: message_states.Reading, log: TopicLog, ready: int) -> SubscriberFacts:
     """How far one subscriber of a pubsub topic is; `ready` are those that are to be handed to it."""
     reader = reading.reader
     return SubscriberFacts(
@@ -311,7 +311,7 @@ def subscriber_facts(reading: message_states.Reading, log: Log, ready: int) -> S
     )
 
 
-def returned_to(reader: Reading, log: Log) -> int:
+def returned_to(reader: Reader, log: TopicLog) -> int:
     """How many messages have come back to a reader, and are still there."""
     return sum(
         message_states.still_in(log, reader, each.message_id, each.score)
@@ -320,11 +320,11 @@ def returned_to(reader: Reading, log: Log) -> int:
 
 
 async def ready_for(
-    reader: Reader,
+    reader: StoreReader,
     partition: Partition,
     readings: Sequence[tuple[str, message_states.Reading]],
-    logs: Mapping[str, Log],
-    plans: Plans,
+    logs: Mapping[str, TopicLog],
+    plans: TopicPlans,
 ) -> list[int]:
     """How many messages are to be handed to each of these subscribers of topics: what came back, and what lies ahead."""
     reads = []
@@ -341,7 +341,7 @@ async def ready_for(
     ]
 
 
-def _settings(rule: Any, plan: Plan) -> dict[str, Any]:
+def _settings(rule: Any, plan: TopicPlan) -> dict[str, Any]:
     """The delivery rule, with its settings as they come to."""
     delivery = {} if plan.delivery is None else msgspec.structs.asdict(plan.delivery)
     return {"hook": rule.hook, "topic": rule.topic, "action": rule.action, **delivery}
@@ -352,7 +352,7 @@ def _seconds(ms: int | None) -> int | None:
 
 
 def _ready(
-    queue: QueueWindow | None, log: Log | None, subscribers: list[SubscriberFacts]
+    queue: QueueWindow | None, log: TopicLog | None, subscribers: list[SubscriberFacts]
 ) -> int | None:
     if queue is not None:
         return queue.ready
@@ -360,7 +360,7 @@ def _ready(
 
 
 def _leased(
-    queue: QueueWindow | None, log: Log | None, subscribers: list[SubscriberFacts]
+    queue: QueueWindow | None, log: TopicLog | None, subscribers: list[SubscriberFacts]
 ) -> int | None:
     if queue is not None:
         return len(queue.leases)

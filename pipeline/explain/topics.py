@@ -15,13 +15,13 @@ from millpond.agents.pubsub.state import reader_key, unpack_log, unpack_reader, 
 from millpond.agents.queue.state import unpack as unpack_queue
 from millpond.agents.reads import ReadIndex, ReadNames, ReadStates
 from millpond.agents.topics.due_times import INDEX, due_member, split_due
-from millpond.agents.topics.plans import Plans
+from millpond.agents.topics.plans import TopicPlans
 from millpond.pipeline.explain.agent_states import members_of, pages
 from millpond.pipeline.explain.message_states import Reading
 from millpond.pipeline.explain.topic import ready_for
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.stores.redis.inspection import CountIndex, ScanDue
-from millpond.pipeline.stores.redis.reader import Reader
+from millpond.pipeline.stores.redis.reader import StoreReader
 from millpond.schemas.events import AgentName
 from millpond.schemas.keys import RETAINED_INDEX, Partition
 from millpond.schemas.rules import Rules
@@ -67,7 +67,7 @@ async def deepest(settings: Settings, rules: Rules, limit: int = LISTED_MAX) -> 
     """
     top, topics, messages = Top(limit), 0, 0
     for agent in AGENTS:
-        async with Reader(rules.pool(agent)) as reader:
+        async with StoreReader(rules.pool(agent)) as reader:
             for number in range(settings.kafka.partitions):
                 partition = Partition(settings.app, agent, number)
                 mine = Top(limit)
@@ -129,7 +129,7 @@ def _depth(row: TopicRow) -> tuple[int, int]:
 # -- all topics of a partition -----------------------------------------------------------------------------------------
 
 
-async def _rows(reader: Reader, partition: Partition, rules: Rules) -> AsyncIterator[TopicRow]:
+async def _rows(reader: StoreReader, partition: Partition, rules: Rules) -> AsyncIterator[TopicRow]:
     """Every topic that has messages, or dead or retained ones."""
     dead = await _dead(reader, partition)
     left = dict.fromkeys(dead)
@@ -148,7 +148,7 @@ def _row(partition: Partition, topic: str, messages: int = 0) -> TopicRow:
     )
 
 
-async def _dead(reader: Reader, partition: Partition) -> Counter[str]:
+async def _dead(reader: StoreReader, partition: Partition) -> Counter[str]:
     counted: Counter[str] = Counter()
     if partition.agent != "messages":
         async for page in pages(reader, partition, "dead"):
@@ -158,7 +158,9 @@ async def _dead(reader: Reader, partition: Partition) -> Counter[str]:
     return counted
 
 
-async def _queues(reader: Reader, partition: Partition, rules: Rules) -> AsyncIterator[TopicRow]:
+async def _queues(
+    reader: StoreReader, partition: Partition, rules: Rules
+) -> AsyncIterator[TopicRow]:
     async for page in pages(reader, partition, "windows"):
         for topic, packed in page.items():
             window = unpack_queue(packed)
@@ -169,7 +171,7 @@ async def _queues(reader: Reader, partition: Partition, rules: Rules) -> AsyncIt
                 )  # fmt: skip
 
 
-async def _logs(reader: Reader, partition: Partition, rules: Rules) -> AsyncIterator[TopicRow]:
+async def _logs(reader: StoreReader, partition: Partition, rules: Rules) -> AsyncIterator[TopicRow]:
     async for page in pages(reader, partition, "logs"):
         for topic, packed in page.items():
             log = unpack_log(packed)
@@ -177,7 +179,9 @@ async def _logs(reader: Reader, partition: Partition, rules: Rules) -> AsyncIter
                 yield _row(partition, topic, log.length)
 
 
-async def _stored(reader: Reader, partition: Partition, rules: Rules) -> AsyncIterator[TopicRow]:
+async def _stored(
+    reader: StoreReader, partition: Partition, rules: Rules
+) -> AsyncIterator[TopicRow]:
     """Topics that nobody delivers have their index among what falls due."""
     cursor = -1
     while cursor:
@@ -189,9 +193,11 @@ async def _stored(reader: Reader, partition: Partition, rules: Rules) -> AsyncIt
                 yield _row(partition, topic, messages)
 
 
-async def _retained(reader: Reader, partition: Partition, rules: Rules) -> AsyncIterator[TopicRow]:
+async def _retained(
+    reader: StoreReader, partition: Partition, rules: Rules
+) -> AsyncIterator[TopicRow]:
     """Topics that retain a message, and are found in no other way."""
-    after, plans = "", Plans(rules)
+    after, plans = "", TopicPlans(rules)
     while True:
         read = ReadNames(None, RETAINED_INDEX, "", after, NAMES_READ)
         (topics,) = await reader.read(partition, [read])
@@ -205,7 +211,7 @@ async def _retained(reader: Reader, partition: Partition, rules: Rules) -> Async
 
 
 async def _counted(
-    reader: Reader, partition: Partition, topics: list[str]
+    reader: StoreReader, partition: Partition, topics: list[str]
 ) -> list[tuple[str, int]]:
     counts = await reader.read(partition, [CountIndex(topic) for topic in topics])
     return list(zip(topics, counts, strict=True))
@@ -215,7 +221,7 @@ async def _counted(
 
 
 async def _details(
-    reader: Reader, partition: Partition, rules: Rules, rows: list[TopicRow]
+    reader: StoreReader, partition: Partition, rules: Rules, rows: list[TopicRow]
 ) -> list[TopicRow]:
     """The rows with all that costs more to know."""
     if not rows:
@@ -251,11 +257,11 @@ class _Readers(Struct):
 
 
 async def _read_by(
-    reader: Reader, partition: Partition, rules: Rules, read_by: dict[str, _Readers]
+    reader: StoreReader, partition: Partition, rules: Rules, read_by: dict[str, _Readers]
 ) -> None:
     """The subscribers of pubsub topics, whether they are online or not."""
     plans, (packed,) = (
-        Plans(rules),
+        TopicPlans(rules),
         await reader.read(partition, [ReadStates(tuple(read_by), "logs")]),
     )
     logs = {topic: unpack_log(packed[topic]) for topic in read_by}

@@ -12,7 +12,7 @@ from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import KafkaError
 
 from millpond.pipeline.kafka.log import persist
-from millpond.pipeline.kafka.offsets import Ledger
+from millpond.pipeline.kafka.offsets import OffsetTracker
 from millpond.pipeline.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -24,25 +24,25 @@ COMMIT_INTERVAL_S: Final = 0.1
 STOP_TIMEOUT_S: Final = 1.0  # for a last commit: what it misses is read again
 
 # Takes a record, and what to call when all that comes of it is in Kafka; raises nothing.
-Handle: TypeAlias = Callable[[Any, Callable[[], None]], Awaitable[None]]
+HandleRecord: TypeAlias = Callable[[Any, Callable[[], None]], Awaitable[None]]
 
 
-class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships no types
+class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships no types
     """One consumer of a group. What is not committed when it ends, or loses a partition, is read again."""
 
     def __init__(
-        self, settings: Settings, group_id: str, topics: Sequence[str], handle: Handle
+        self, settings: Settings, group_id: str, topics: Sequence[str], handle: HandleRecord
     ) -> None:
         """`run` connects."""
         self._settings, self._group_id, self._topics = settings, group_id, topics
         self._handle = handle
-        self._ledgers: dict[TopicPartition, Ledger] = {}
+        self._trackers: dict[TopicPartition, OffsetTracker] = {}
         self._commit_at = 0.0
 
     @property
     def unfinished(self) -> int:
         """Records that were read, and are not done with."""
-        return sum(ledger.unfinished for ledger in self._ledgers.values())
+        return sum(tracker.unfinished for tracker in self._trackers.values())
 
     async def run(self) -> NoReturn:
         """Until cancelled."""
@@ -68,9 +68,9 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         )
         # All are entered at once: a ledger must not be made of records that were read before a rebalance.
         entered = [self._enter(partition, records) for partition, records in fetched.items()]
-        for ledger, records in entered:
+        for tracker, records in entered:
             for record in records:
-                await self._handle(record, partial(ledger.finish, record.offset))
+                await self._handle(record, partial(tracker.finish, record.offset))
         self._hold_back()
         now_s = asyncio.get_running_loop().time()
         if now_s >= self._commit_at:
@@ -79,17 +79,17 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
 
     def _enter(
         self, partition: TopicPartition, records: Sequence[Any]
-    ) -> tuple[Ledger, Sequence[Any]]:
-        ledger = self._ledgers.setdefault(partition, Ledger(records[0].offset))
+    ) -> tuple[OffsetTracker, Sequence[Any]]:
+        tracker = self._trackers.setdefault(partition, OffsetTracker(records[0].offset))
         for record in records:
-            ledger.begin(record.offset, len(record.value or b""))
-        return ledger, records
+            tracker.begin(record.offset, len(record.value or b""))
+        return tracker, records
 
     def _hold_back(self) -> None:
         """Read no more of a partition while too much of it is unfinished."""
         for partition in self._consumer.assignment():
-            ledger = self._ledgers.get(partition)
-            if ledger is not None and ledger.full:
+            tracker = self._trackers.get(partition)
+            if tracker is not None and tracker.full:
                 self._consumer.pause(partition)
             else:
                 self._consumer.resume(partition)
@@ -99,19 +99,19 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         assigned = self._consumer.assignment()
         offsets = {
             partition: offset
-            for partition, ledger in self._ledgers.items()
-            if partition in assigned and (offset := ledger.due()) is not None
+            for partition, tracker in self._trackers.items()
+            if partition in assigned and (offset := tracker.due()) is not None
         }
         if not offsets:
             return
-        ledgers = {partition: self._ledgers[partition] for partition in offsets}
+        trackers = {partition: self._trackers[partition] for partition in offsets}
         try:
             await self._consumer.commit(offsets)
         except KafkaError as error:
             logger.warning("what is done is not committed yet: %r", error)
             return
         for partition, offset in offsets.items():
-            ledgers[partition].committed(offset)
+            trackers[partition].committed(offset)
 
     async def _stop(self) -> None:
         try:
@@ -123,7 +123,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
 
     def on_partitions_revoked(self, revoked: Any) -> None:
         """What is not committed is read again by whoever gets the partition."""
-        self._ledgers.clear()
+        self._trackers.clear()
 
     def on_partitions_assigned(self, assigned: Any) -> None:
         """Reading goes on from what was committed."""

@@ -12,7 +12,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
-from millpond.agents.ports import LogBounds, Outgoing, Record
+from millpond.agents.ports import LogBounds, OutgoingRecord, Record
 from millpond.pipeline.kafka.producer import Producer
 from millpond.schemas import codec, keys
 from millpond.schemas.commands import Deliver
@@ -119,18 +119,18 @@ class KafkaLog:
         if partition not in assigned:
             self._reader.assign([*assigned, partition])
 
-    def produce(self, records: Sequence[Outgoing]) -> Awaitable[None]:
+    def produce(self, records: Sequence[OutgoingRecord]) -> Awaitable[None]:
         """See `millpond.agents.ports.Log`."""
         return asyncio.ensure_future(self._produce(records))
 
-    async def _produce(self, records: Sequence[Outgoing]) -> None:
+    async def _produce(self, records: Sequence[OutgoingRecord]) -> None:
         async with (
             self._producing
         ):  # or what finds the buffer full would be overtaken by a later batch
             under_way = [await self._send(record) for record in records]
         await asyncio.gather(*under_way)
 
-    async def _send(self, record: Outgoing) -> asyncio.Future[Any]:
+    async def _send(self, record: OutgoingRecord) -> asyncio.Future[Any]:
         """On its way. One that is too large for Kafka would be so at every attempt: a dead letter says that it was."""
         topic, key, value, headers, partition = record
         try:
@@ -145,7 +145,7 @@ class KafkaLog:
             return await self._producer.send(keys.DEAD_LETTERS_TOPIC, key, b"", None, marks)
 
 
-def too_large(record: Outgoing) -> tuple[str, bytes, bytes, int] | None:
+def too_large(record: OutgoingRecord) -> tuple[str, bytes, bytes, int] | None:
     """If a record that Kafka does not take is a delivery with a lease, what tells the agent that gave it out."""
     if record.topic != keys.DELIVERIES_TOPIC:
         return None

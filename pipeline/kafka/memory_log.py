@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Seque
 
 from aiokafka.partitioner import murmur2
 
-from millpond.agents.ports import LogBounds, Outgoing, Record
+from millpond.agents.ports import LogBounds, OutgoingRecord, Record
 from millpond.schemas.keys import Partition
 
 
@@ -27,7 +27,7 @@ class MemoryLog:
         self.records: dict[tuple[str, int], list[Record]] = defaultdict(list)
         self.started_at: dict[tuple[str, int], int] = defaultdict(int)  # first offset still held
         self.committed: dict[Partition, int] = {}
-        self.produced: list[Outgoing] = []
+        self.produced: list[OutgoingRecord] = []
 
     def append(self, topic: str, number: int, key: bytes | None, value: bytes | None) -> Record:
         """Append one record and return it."""
@@ -61,7 +61,7 @@ class MemoryLog:
         for first in range(0, len(wanted), self.run_records_max):
             yield wanted[first : first + self.run_records_max]
 
-    def produce(self, records: Sequence[Outgoing]) -> Awaitable[None]:
+    def produce(self, records: Sequence[OutgoingRecord]) -> Awaitable[None]:
         """See `millpond.agents.ports.Log`."""
         for record in records:
             self.produced.append(record)

@@ -9,7 +9,7 @@ UNFINISHED_MAX: Final = 10_000  # records of one partition
 UNFINISHED_BYTES_MAX: Final = 64 * 1024 * 1024
 
 
-class Ledger:
+class OffsetTracker:
     """Of one partition, from its assignment on. Records begin in order, and finish in any."""
 
     def __init__(self, start: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from millpond.agents.reads import ReadAllStates, ReadStates
 from millpond.agents.sessions.state import ClientState, unpack
 from millpond.pipeline.settings import Settings
-from millpond.pipeline.stores.redis.reader import Reader
+from millpond.pipeline.stores.redis.reader import StoreReader
 from millpond.pipeline.worker.control_channel import partition_of
 from millpond.schemas.keys import Partition
 from millpond.schemas.rules import Rules
@@ -17,7 +17,7 @@ from millpond.schemas.rules import Rules
 async def client(settings: Settings, rules: Rules, client_id: str) -> dict[str, Any] | None:
     """Everything known of one client; None if it was never heard of."""
     number = partition_of(client_id, settings.kafka.partitions)
-    async with Reader(rules.pool("sessions")) as reader:
+    async with StoreReader(rules.pool("sessions")) as reader:
         partition = Partition(settings.app, "sessions", number)
         (found,) = await reader.read(partition, [ReadStates((client_id,))])
     packed = found[client_id]
@@ -26,7 +26,7 @@ async def client(settings: Settings, rules: Rules, client_id: str) -> dict[str, 
 
 async def clients(settings: Settings, rules: Rules) -> AsyncIterator[dict[str, Any]]:
     """All clients, a partition after the other; one that comes or goes meanwhile may be missed, or told twice."""
-    async with Reader(rules.pool("sessions")) as reader:
+    async with StoreReader(rules.pool("sessions")) as reader:
         for number in range(settings.kafka.partitions):
             partition = Partition(settings.app, "sessions", number)
             cursor = -1

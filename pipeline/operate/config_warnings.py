@@ -112,16 +112,16 @@ async def _redis(pool: Pool, rules: Rules) -> list[str]:
 
 async def _asked(pool: Pool) -> dict[str, str] | None:
     """The server's own settings; None if we may not read them."""
-    wire = await connector(pool)()
+    connection = await connector(pool)()
     answers: dict[str, str] = {}
     try:
         for name in ASKED_OF_REDIS:
-            (reply,) = await wire.call("CONFIG", "GET", name)
+            (reply,) = await connection.call("CONFIG", "GET", name)
             if isinstance(reply, ReplyError):
                 return None
             answers |= {key.decode(): value.decode() for key, value in zip(*[iter(reply)] * 2)}  # noqa: B905
     finally:
-        await wire.close()
+        await connection.close()
     return answers
 
 

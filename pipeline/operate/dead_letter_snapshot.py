@@ -27,7 +27,7 @@ _encode: Final = msgspec.json.Encoder().encode
 _decode: Final = msgspec.json.Decoder(DeadMessage).decode
 
 
-class Snapshot:
+class DeadLetterSnapshot:
     """A private file in the system's temporary directory, gone when it is closed; a context manager.
 
     Raises:

@@ -10,9 +10,9 @@ from msgspec import Struct
 
 from millpond.agents.delivery.dead_messages import DEAD_LETTER_RETENTION_MS, DeadMessage, unpack
 from millpond.agents.reads import ReadAllStates, ReadBody, ReadStates
-from millpond.pipeline.operate.dead_letter_snapshot import Snapshot
+from millpond.pipeline.operate.dead_letter_snapshot import DeadLetterSnapshot
 from millpond.pipeline.settings import Settings
-from millpond.pipeline.stores.redis.reader import Reader
+from millpond.pipeline.stores.redis.reader import StoreReader
 from millpond.schemas.codec import payload_text
 from millpond.schemas.errors import MillpondError
 from millpond.schemas.events import AgentName, PayloadEncoding, QoS, Text, TimeMs
@@ -40,7 +40,7 @@ class StoredMessage(Struct, frozen=True, kw_only=True):
     payload_encoding: PayloadEncoding
 
 
-class Found(NamedTuple):
+class FoundDeadLetter(NamedTuple):
     """A dead letter, and which agent keeps it."""
 
     agent: AgentName
@@ -52,12 +52,14 @@ class Found(NamedTuple):
         return {**msgspec.structs.asdict(self.dead), "agent": self.agent, "kept_until": kept_until}
 
 
-async def scan(settings: Settings, rules: Rules, topic_filter: str | None) -> AsyncIterator[Found]:
+async def scan(
+    settings: Settings, rules: Rules, topic_filter: str | None
+) -> AsyncIterator[FoundDeadLetter]:
     """All dead letters of topics that match, in no order; one that comes or goes meanwhile may be missed, or told
     twice.
     """
     for agent in AGENTS:
-        async with Reader(rules.pool(agent)) as reader:
+        async with StoreReader(rules.pool(agent)) as reader:
             for number in range(settings.kafka.partitions):
                 partition, cursor = Partition(settings.app, agent, number), -1
                 while cursor:
@@ -67,10 +69,12 @@ async def scan(settings: Settings, rules: Rules, topic_filter: str | None) -> As
                         if dead is None or dead.requeued:
                             continue
                         if topic_filter is None or matches(topic_filter, dead.topic):
-                            yield Found(agent, dead)
+                            yield FoundDeadLetter(agent, dead)
 
 
-async def find(settings: Settings, rules: Rules, message_ids: Iterable[str]) -> list[Found]:
+async def find(
+    settings: Settings, rules: Rules, message_ids: Iterable[str]
+) -> list[FoundDeadLetter]:
     """The dead letters among these ids, in their order.
 
     Raises:
@@ -79,9 +83,9 @@ async def find(settings: Settings, rules: Rules, message_ids: Iterable[str]) -> 
     asked = list(dict.fromkeys(message_ids))
     # What is no UTF-8 on the command line is nobody's id.
     possible = [each for each in asked if _is_text(each)]
-    found: dict[str, list[Found]] = {}
+    found: dict[str, list[FoundDeadLetter]] = {}
     for agent in AGENTS:
-        async with Reader(rules.pool(agent)) as reader:
+        async with StoreReader(rules.pool(agent)) as reader:
             for number in range(settings.kafka.partitions):
                 partition = Partition(settings.app, agent, number)
                 for first in range(0, len(possible), LOOKED_UP):
@@ -89,7 +93,7 @@ async def find(settings: Settings, rules: Rules, message_ids: Iterable[str]) -> 
                     (states,) = await reader.read(partition, [read])
                     for message_id, dead in zip(states, map(unpack, states.values()), strict=True):
                         if dead is not None and not dead.requeued:
-                            found.setdefault(message_id, []).append(Found(agent, dead))
+                            found.setdefault(message_id, []).append(FoundDeadLetter(agent, dead))
     missing = [each for each in asked if each not in found]
     if missing:
         raise no_such(missing)
@@ -106,14 +110,14 @@ def no_such(missing: Sequence[str]) -> MillpondError:
 
 async def show(
     settings: Settings, rules: Rules, message_id: str
-) -> tuple[Found, StoredMessage | None]:
+) -> tuple[FoundDeadLetter, StoredMessage | None]:
     """One dead letter with its message; without, if the store has lost that.
 
     Raises:
         MillpondError: it is no dead letter.
     """
     found = (await find(settings, rules, [message_id]))[0]
-    async with Reader(rules.pool(found.agent)) as reader:
+    async with StoreReader(rules.pool(found.agent)) as reader:
         partition = Partition(settings.app, found.agent, 0)  # any: bodies are the store's own
         (body,) = await reader.read(partition, [ReadBody(message_id)])
     return found, stored_message(message_id, body)
@@ -139,12 +143,14 @@ def stored_message(message_id: str, body: dict[str, bytes]) -> StoredMessage | N
         return None
 
 
-def carried_out(rules: Rules, found: Found) -> bool:
+def carried_out(rules: Rules, found: FoundDeadLetter) -> bool:
     """Whether an order about it reaches who keeps it: each agent reads only of topics that its rules are for."""
     return rules.owner(found.dead.topic) == found.agent
 
 
-async def pick(settings: Settings, rules: Rules, message_ids: Sequence[str]) -> list[Found]:
+async def pick(
+    settings: Settings, rules: Rules, message_ids: Sequence[str]
+) -> list[FoundDeadLetter]:
     """The dead letters of these ids, of which all can be ordered about.
 
     Raises:
@@ -162,7 +168,7 @@ async def pick(settings: Settings, rules: Rules, message_ids: Sequence[str]) -> 
 
 
 async def take(
-    settings: Settings, rules: Rules, topic_filter: str | None, snapshot: Snapshot
+    settings: Settings, rules: Rules, topic_filter: str | None, snapshot: DeadLetterSnapshot
 ) -> int:
     """Put what there is now, of topics that match, into a snapshot; how many were left out, of topics that have no
     delivery rule any more.

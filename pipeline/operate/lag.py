@@ -16,7 +16,7 @@ from millpond.agents.registry import AGENT_NAMES
 from millpond.pipeline.kafka.diagnosis import unreachable
 from millpond.pipeline.settings import KafkaSettings, Settings
 from millpond.pipeline.stores.redis.inspection import ReadFence
-from millpond.pipeline.stores.redis.reader import Reader
+from millpond.pipeline.stores.redis.reader import StoreReader
 from millpond.schemas import keys
 from millpond.schemas.errors import MillpondError
 from millpond.schemas.events import AgentName
@@ -79,7 +79,7 @@ class AgentLag(Struct, frozen=True, kw_only=True):
         return min((x.oldest_at for x in self.partitions if x.oldest_at is not None), default=None)
 
 
-class Offsets:
+class LagReader:
     """What Kafka says of the agents' groups; a context manager.
 
     Raises:
@@ -183,7 +183,7 @@ async def _persist(call: Callable[[], Awaitable[Answer]]) -> Answer:
 
 
 async def lags(
-    offsets: Offsets, settings: Settings, rules: Rules, agents: Sequence[AgentName] = AGENT_NAMES
+    offsets: LagReader, settings: Settings, rules: Rules, agents: Sequence[AgentName] = AGENT_NAMES
 ) -> list[AgentLag]:
     """How far each agent is, by Kafka and by Redis.
 
@@ -213,7 +213,7 @@ async def lags(
 
 async def _applied(settings: Settings, rules: Rules, agent: AgentName) -> dict[int, int]:
     found = {}
-    async with Reader(rules.pool(agent)) as reader:
+    async with StoreReader(rules.pool(agent)) as reader:
         for number in range(settings.kafka.partitions):
             partition = Partition(settings.app, agent, number)
             (fence,) = await reader.read(partition, [ReadFence()])

@@ -17,14 +17,14 @@ from millpond.schemas import codec, keys
 from millpond.schemas.errors import MillpondError
 from millpond.schemas.events import OperatorDrop, OperatorRequeue, OperatorRewind
 
-Order: TypeAlias = OperatorRequeue | OperatorDrop | OperatorRewind
+OperatorEvent: TypeAlias = OperatorRequeue | OperatorDrop | OperatorRewind
 
 WRITTEN_AT_ONCE: Final = 1_000  # orders that wait for Kafka's acknowledgement
 ACKNOWLEDGED_TIMEOUT_S: Final = 60.0  # Kafka elects a new leader in less
 STOP_TIMEOUT_S: Final = 5.0
 
 
-async def write(settings: KafkaSettings, orders: Iterable[Order]) -> int:
+async def write(settings: KafkaSettings, orders: Iterable[OperatorEvent]) -> int:
     """Write orders one after the other; how many. All are acknowledged by Kafka.
 
     Raises:
@@ -56,7 +56,7 @@ async def write(settings: KafkaSettings, orders: Iterable[Order]) -> int:
     return written
 
 
-async def _write_some(producer: Producer, some: Iterable[Order]) -> None:
+async def _write_some(producer: Producer, some: Iterable[OperatorEvent]) -> None:
     acknowledged = []
     for event in some:
         key, value = keys.record_key(event).encode(), codec.encode(event)

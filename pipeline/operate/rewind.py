@@ -9,7 +9,7 @@ from millpond.agents.pubsub.state import reader_key, subscriber_named, unpack_lo
 from millpond.agents.reads import ReadEntry, ReadIndex, ReadLast, ReadStates
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.settings import Settings
-from millpond.pipeline.stores.redis.reader import Reader
+from millpond.pipeline.stores.redis.reader import StoreReader
 from millpond.pipeline.worker.control_channel import partition_of
 from millpond.schemas import keys
 from millpond.schemas.errors import ConfigError, MillpondError
@@ -41,7 +41,7 @@ async def find_place(
         raise ConfigError(f"{topic!r} is no pubsub topic by the rules in force")
     number = partition_of(topic, settings.kafka.partitions)
     partition = Partition(settings.app, "pubsub", number)
-    async with Reader(rules.pool("pubsub")) as reader:
+    async with StoreReader(rules.pool("pubsub")) as reader:
         key = reader_key(subscriber_named(subscriber), topic)
         reads = [ReadStates((key,), "windows"), ReadStates((topic,), "logs")]
         windows, logs = await reader.read(partition, reads)
@@ -62,7 +62,7 @@ async def find_place(
     return order, Place(after, messages)
 
 
-async def _after(reader: Reader, partition: Partition, topic: str, to: str, last: int) -> int:
+async def _after(reader: StoreReader, partition: Partition, topic: str, to: str, last: int) -> int:
     if to == "earliest":
         return 0
     if to == "latest":
@@ -79,7 +79,7 @@ async def _after(reader: Reader, partition: Partition, topic: str, to: str, last
     return round(at_s * 1_000_000) - 1
 
 
-async def _count(reader: Reader, partition: Partition, topic: str, after: int) -> int:
+async def _count(reader: StoreReader, partition: Partition, topic: str, after: int) -> int:
     count = 0
     while True:
         (entries,) = await reader.read(partition, [ReadIndex(topic, COUNTED_AT_ONCE, after)])

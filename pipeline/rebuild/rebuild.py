@@ -21,14 +21,14 @@ from aiokafka.admin import AIOKafkaAdminClient
 
 from millpond.agents.driver.driver import PartitionDriver
 from millpond.agents.effects import Refusal, RunCommand
-from millpond.agents.ports import Applied, Log, Store, Stored, Transaction
+from millpond.agents.ports import Applied, LoadedState, Log, Store, Transaction
 from millpond.agents.reads import Read
 from millpond.agents.registry import MACHINES
 from millpond.pipeline.kafka.log import KafkaLog
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.rebuild.removal import Removal
 from millpond.pipeline.replay.folding import Folding
-from millpond.pipeline.replay.log_extent import Extent, horizon, shown_time, source
+from millpond.pipeline.replay.log_extent import LogExtent, horizon, shown_time, source
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.stores.redis.keyspace import Keyspace, keyspace
 from millpond.pipeline.stores.registry import open_store
@@ -50,7 +50,7 @@ class WithoutCommands:
         """`store` does the work."""
         self._store = store
 
-    async def load(self) -> Stored:
+    async def load(self) -> LoadedState:
         """See `millpond.agents.ports.Store`."""
         return await self._store.load()
 
@@ -76,7 +76,7 @@ class WithoutCommands:
         await self._store.close()
 
 
-class Plan(NamedTuple):
+class RebuildPlan(NamedTuple):
     """What a rebuild would do: records to fold, partitions to make anew, messages that are stored, what would be lost."""
 
     records: int
@@ -95,7 +95,7 @@ class Rebuild:
         self._settings, self._rules, self._space = settings, rules, space
         self._mark = keys.rebuild_marker(settings.app, agent)
         self._cluster_id = ""
-        self._extents: dict[int, Extent] = {}
+        self._extents: dict[int, LogExtent] = {}
         self._fences: dict[int, Applied] = {}
         self._folding: Folding | None = None
         self.total = 0
@@ -107,7 +107,7 @@ class Rebuild:
 
     # -- what is to be done ---------------------------------------------------------------------------------
 
-    async def plan(self) -> Plan:
+    async def plan(self) -> RebuildPlan:
         """What there is to do. Nothing is changed.
 
         Raises:
@@ -130,7 +130,7 @@ class Rebuild:
             for number, fence in self._fences.items()
         )
         notes = [] if lost is None else [lost]
-        return Plan(self.total, len(self._fences), messages, notes, losses)
+        return RebuildPlan(self.total, len(self._fences), messages, notes, losses)
 
     async def _check_stopped(self) -> None:
         group = keys.group_id(self._settings.app, self.agent)

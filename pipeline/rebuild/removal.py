@@ -21,7 +21,7 @@ from millpond.agents.delivery import dead_messages
 from millpond.agents.pubsub.state import shown, split_reader
 from millpond.agents.sessions import state as sessions
 from millpond.agents.topics import storage
-from millpond.pipeline.stores.redis.connection import Command
+from millpond.pipeline.stores.redis.connection import RedisCommand
 from millpond.pipeline.stores.redis.keyspace import Keyspace
 from millpond.pipeline.stores.redis.packing import BODY_FIELDS
 from millpond.pipeline.worker.control_channel import partition_of
@@ -117,7 +117,7 @@ class Removal:
             async for commands in self._named(number):
                 await self._space.ask(commands)
 
-    async def _named(self, number: int) -> AsyncIterator[list[Command]]:
+    async def _named(self, number: int) -> AsyncIterator[list[RedisCommand]]:
         """The commands that remove what a partition's tables name."""
         async for page in self.table(number, "states"):
             if self._agent == "sessions":
@@ -138,15 +138,15 @@ class Removal:
                     for subscriber, topic in readers
                 ]
 
-    async def _retained(self, page: Mapping[str, bytes]) -> list[Command]:
+    async def _retained(self, page: Mapping[str, bytes]) -> list[RedisCommand]:
         held = [(topic, storage.unpack(packed)) for topic, packed in page.items()]
         known = [(topic, state.message_id) for topic, state in held if state is not None]
-        entries: list[Command] = [
+        entries: list[RedisCommand] = [
             ("ZREM", keys.retained(topic), message_id) for topic, message_id in known
         ]
         return [*entries, *await self._bodies([(each, topic) for topic, each in known])]
 
-    async def _bodies(self, messages: Sequence[tuple[str, str]]) -> list[Command]:
+    async def _bodies(self, messages: Sequence[tuple[str, str]]) -> list[RedisCommand]:
         """The removal of bodies that say that they are these: (message id, topic)."""
         if not messages:
             return []
@@ -165,17 +165,17 @@ class Removal:
             await self._space.get("UNLINK", *found)
 
 
-def _names(message_id: bytes) -> Command:
+def _names(message_id: bytes) -> RedisCommand:
     """Which message a body is, and of which topic."""
     return ("HMGET", keys.MESSAGES_PREFIX.encode() + message_id, "id", "topic")
 
 
-def _drop(message_id: bytes) -> Command:
+def _drop(message_id: bytes) -> RedisCommand:
     return ("HDEL", keys.MESSAGES_PREFIX.encode() + message_id, *BODY_FIELDS)
 
 
-def _of_client(client_id: str, packed: bytes) -> list[Command]:
-    commands: list[Command] = [("HDEL", keys.presence(client_id), *PRESENCE_FIELDS)]
+def _of_client(client_id: str, packed: bytes) -> list[RedisCommand]:
+    commands: list[RedisCommand] = [("HDEL", keys.presence(client_id), *PRESENCE_FIELDS)]
     shown_now = sessions.unpack(packed).connections.presence()
     if shown_now is not None and shown_now.node is not None:
         commands.append(("HDEL", keys.node(shown_now.node), client_id))

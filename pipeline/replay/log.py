@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from millpond.agents.ports import LogBounds, Outgoing, Record
+from millpond.agents.ports import LogBounds, OutgoingRecord, Record
 from millpond.pipeline.kafka.log import persist
 from millpond.schemas.errors import BrokenInvariant
 from millpond.schemas.keys import Partition
@@ -84,7 +84,7 @@ class ReplayLog:
             self._reader = reader
         return self._reader
 
-    def produce(self, records: Sequence[Outgoing]) -> Awaitable[None]:
+    def produce(self, records: Sequence[OutgoingRecord]) -> Awaitable[None]:
         """See `millpond.agents.ports.Log`. A replay tells nobody anything."""
         raise BrokenInvariant(f"a replay was about to write into Kafka: {records[0].topic}")
 

@@ -21,7 +21,7 @@ from millpond.schemas.events import AgentName
 FIRST_RECORD_TIMEOUT_S: Final = 30.0
 
 
-class Extent(NamedTuple):
+class LogExtent(NamedTuple):
     """What a partition holds. `complete_from` is the time (ms) of its first record if there were others before; None if it
     holds everything, or nothing at all.
     """
@@ -31,7 +31,7 @@ class Extent(NamedTuple):
     complete_from: int | None
 
 
-class Source:
+class LogExtents:
     """The topics of one Kafka."""
 
     def __init__(self, reader: AIOKafkaConsumer, cluster_id: str, count: int) -> None:
@@ -41,7 +41,7 @@ class Source:
     def _partitions(self, topic: str) -> list[TopicPartition]:
         return [TopicPartition(topic, number) for number in range(self.count)]
 
-    async def extents(self, topic: str) -> dict[int, Extent]:
+    async def extents(self, topic: str) -> dict[int, LogExtent]:
         """What each partition of a topic holds now."""
         partitions = self._partitions(topic)
         starts = await self._reader.beginning_offsets(partitions)
@@ -49,7 +49,8 @@ class Source:
         cut = [each for each in partitions if 0 < starts[each] < ends[each]]
         times = await self._first_times(cut)
         return {
-            each.partition: Extent(starts[each], ends[each], times.get(each)) for each in partitions
+            each.partition: LogExtent(starts[each], ends[each], times.get(each))
+            for each in partitions
         }
 
     async def _first_times(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
@@ -81,7 +82,7 @@ class Source:
 
 
 @asynccontextmanager
-async def source(settings: KafkaSettings) -> AsyncIterator[Source]:
+async def source(settings: KafkaSettings) -> AsyncIterator[LogExtents]:
     """A Kafka, asked without joining a group.
 
     Raises:
@@ -99,7 +100,7 @@ async def source(settings: KafkaSettings) -> AsyncIterator[Source]:
         except KafkaError as error:
             raise await unreachable(settings) from error
         _check_topics(described, settings)
-        yield Source(reader, str(cluster["cluster_id"]), settings.partitions)
+        yield LogExtents(reader, str(cluster["cluster_id"]), settings.partitions)
     finally:
         await reader.stop()
         await admin.close()
@@ -116,7 +117,7 @@ def _check_topics(described: list[dict[str, Any]], settings: KafkaSettings) -> N
             )
 
 
-def horizon(agent: AgentName, extents: Mapping[int, Extent]) -> str | None:
+def horizon(agent: AgentName, extents: Mapping[int, LogExtent]) -> str | None:
     """In words, what of an agent's log is gone; None if nothing is."""
     cut = {number: extent for number, extent in extents.items() if extent.start}
     if not cut:

@@ -13,11 +13,11 @@ from msgspec import structs
 
 from millpond.pipeline.compare import differences
 from millpond.pipeline.compare.differences import Comparing, Comparison
-from millpond.pipeline.compare.owned_keys import Owned
+from millpond.pipeline.compare.owned_keys import OwnedKeys
 from millpond.pipeline.process.event_loop import use_uvloop
 from millpond.pipeline.process.signals import on_signal
 from millpond.pipeline.replay.folding import Folding
-from millpond.pipeline.replay.log_extent import Extent, Source, horizon, source
+from millpond.pipeline.replay.log_extent import LogExtent, LogExtents, horizon, source
 from millpond.pipeline.replay.target import Marker, check_not_live, claim, write_marker
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.stores.redis.keyspace import Keyspace, keyspace
@@ -35,7 +35,7 @@ LATEST: Final = "latest"
 Result = TypeVar("Result")
 
 
-class Wish(NamedTuple):
+class ReplayRequest(NamedTuple):
     """What is asked for: times are ISO, or `earliest` and `latest`; `live` is what to compare with, if anything."""
 
     agents: Sequence[AgentName]
@@ -45,7 +45,7 @@ class Wish(NamedTuple):
     live: Pool | None = None
 
 
-class Outcome(NamedTuple):
+class ReplayResult(NamedTuple):
     """What came of it: offsets gone by, notes on what is missing, and what differs, if that was asked."""
 
     records: int
@@ -56,7 +56,7 @@ class Outcome(NamedTuple):
 class Replay:
     """One run. `total` and `folded` are offsets, for who watches; `notes` are complete when folding begins."""
 
-    def __init__(self, settings: Settings, rules: Rules, wish: Wish) -> None:
+    def __init__(self, settings: Settings, rules: Rules, wish: ReplayRequest) -> None:
         """Nothing is opened before `run`.
 
         Raises:
@@ -81,7 +81,7 @@ class Replay:
         """Whose log is being folded."""
         return next(reversed(self._foldings), "")
 
-    async def run(self) -> Outcome:
+    async def run(self) -> ReplayResult:
         """Fold and compare.
 
         Raises:
@@ -105,7 +105,7 @@ class Replay:
                 ends = {**marker.ends, **self._foldings[agent].positions}
                 done = structs.replace(marker, ends=ends, complete=True)
                 await write_marker(target, self.settings.app, agent, done)
-        return Outcome(self.folded, self.notes, compared)
+        return ReplayResult(self.folded, self.notes, compared)
 
     async def _stop(self) -> None:
         for folding in self._foldings.values():
@@ -117,7 +117,7 @@ class Replay:
         await check_not_live(target, self.wish.into, live)
 
     async def _claim(
-        self, kafka: Source, target: Keyspace, live: Keyspace | None
+        self, kafka: LogExtents, target: Keyspace, live: Keyspace | None
     ) -> dict[AgentName, Marker]:
         """What of each agent's log is to be folded; the target is marked as being in the middle of it."""
         app, wish = self.settings.app, self.wish
@@ -150,7 +150,7 @@ class Replay:
         return markers
 
     async def _bounds(
-        self, kafka: Source, topic: str, extents: Mapping[int, Extent]
+        self, kafka: LogExtents, topic: str, extents: Mapping[int, LogExtent]
     ) -> tuple[dict[int, int], dict[int, int]]:
         starts = {number: extent.start for number, extent in extents.items()}
         ends = {number: extent.end for number, extent in extents.items()}
@@ -161,7 +161,7 @@ class Replay:
         return starts, ends
 
     def _note(
-        self, agent: AgentName, extents: Mapping[int, Extent], starts: Mapping[int, int]
+        self, agent: AgentName, extents: Mapping[int, LogExtent], starts: Mapping[int, int]
     ) -> None:
         lost = horizon(agent, extents)
         if lost is not None:
@@ -207,14 +207,14 @@ class Replay:
                 ends = {each.number: end for each, end in offsets.items() if each.agent == agent}
                 await self._fold(agent, markers[agent], ends)
 
-        owned = Owned(self.settings.app, self.wish.agents, self.rules)
+        owned = OwnedKeys(self.settings.app, self.wish.agents, self.rules)
         cluster_id = next(iter(markers.values())).cluster_id
         comparing = Comparing(live, target, self._partitions(), cluster_id, go_on)
         return await comparing.run(owned)
 
 
 def _check_ends(
-    live: Keyspace, agent: AgentName, ends: Mapping[int, int], extents: Mapping[int, Extent]
+    live: Keyspace, agent: AgentName, ends: Mapping[int, int], extents: Mapping[int, LogExtent]
 ) -> None:
     """What live has applied must be in the log, or it would be waited for without end."""
     for number, extent in extents.items():

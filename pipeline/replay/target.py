@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import Struct, structs
 
-from millpond.pipeline.compare.owned_keys import Owned
+from millpond.pipeline.compare.owned_keys import OwnedKeys
 from millpond.pipeline.stores.redis.keyspace import Keyspace, keyspace
 from millpond.schemas import keys
 from millpond.schemas.errors import MillpondError, StoreDown
@@ -100,7 +100,7 @@ async def _check_empty(space: Keyspace, app: str, agent: AgentName, rules: Rules
     prefix = keys.private_prefix(app, agent)
     async for page in space.scan(prefix):
         raise MillpondError(_not_empty(space, agent, page))
-    async for page in Owned(app, [agent], rules).scan(space):
+    async for page in OwnedKeys(app, [agent], rules).scan(space):
         raise MillpondError(_not_empty(space, agent, page))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from redis.exceptions import RedisError
 
 from millpond.agents.registry import AGENT_NAMES
 from millpond.pipeline.kafka import topics
+from millpond.pipeline.process.child import MILLPOND
 from millpond.pipeline.process.readiness import READY_FILE
 from millpond.pipeline.process.signals import asked_to_end
 from millpond.pipeline.settings import (
@@ -50,7 +50,7 @@ class Options(Struct, frozen=True, kw_only=True):
     websocket_port: int | None = None
     kafka_port: int | None = None
     redis_port: int | None = None
-    page_port: int | None = None
+    web_port: int | None = None
 
 
 class Stack:
@@ -94,7 +94,7 @@ class Stack:
         kafka, redis, bridge = settings.kafka, settings.redis, settings.bridge
         if bridge.kind == "embedded":
             mqtt_port = port(options.mqtt_port, stack.mqtt_port, "--mqtt-port")
-            websocket_port = port(options.websocket_port, stack.websocket_port, "--web-port")
+            websocket_port = port(options.websocket_port, stack.websocket_port, "--websocket-port")
             bridge = replace(bridge, host=HOST, mqtt_port=mqtt_port, websocket_port=websocket_port)
         elif bridge.spool_directory == BridgeSettings().spool_directory:
             bridge = replace(
@@ -110,7 +110,7 @@ class Stack:
             redis = f"redis://{HOST}:{redis_port}"
         elif options.redis is not None:
             redis = options.redis
-        page_port = port(options.page_port, stack.page_port, "--page-port")
+        web_port = port(options.web_port, stack.web_port, "--web-port")
         rules_file = settings.rules_file
         if options.config is not None:
             rules_file = str((Path(rules_file) if rules_file else options.config).absolute())
@@ -120,7 +120,7 @@ class Stack:
             redis=redis,
             rules_file=rules_file,
             bridge=bridge,
-            web=replace(settings.web, host=HOST, port=page_port),
+            web=replace(settings.web, host=HOST, port=web_port),
         )
 
     @property
@@ -194,7 +194,7 @@ class Stack:
         """One of our own processes; it touches a file when it is ready, and those measured have metrics."""
         ready_file = self._directory.ready_file(name)
         command = [
-            str(Path(sys.executable).with_name("millpond")),
+            *MILLPOND,
             *name.split(),
             "--config",
             str(self._directory.configuration),

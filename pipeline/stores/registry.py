@@ -14,7 +14,7 @@ from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
 
 from millpond.agents.ports import Store
 from millpond.pipeline.stores.redis.cluster_store import ClusterStore
-from millpond.pipeline.stores.redis.connection import Access, Address, Wire
+from millpond.pipeline.stores.redis.connection import Access, Address, Connection
 from millpond.pipeline.stores.redis.store import RedisStore
 from millpond.schemas.errors import ConfigError, StoreDown, StoreRefused
 from millpond.schemas.keys import Partition
@@ -49,12 +49,12 @@ def access_of(pool: Pool) -> Access:
     return Access(pool.username, password and password.rstrip("\r"), pool.database, tls)
 
 
-def connector(pool: Pool) -> Callable[[], Awaitable[Wire]]:
+def connector(pool: Pool) -> Callable[[], Awaitable[Connection]]:
     """Opens connections to the one server of a pool that takes writes (of a cluster: to some node)."""
     access = access_of(pool)
 
-    async def connect() -> Wire:
-        return await Wire.open(await locate(pool, access), access)
+    async def connect() -> Connection:
+        return await Connection.open(await locate(pool, access), access)
 
     return connect
 

@@ -9,7 +9,7 @@ from operator import attrgetter
 from typing import Any, Final
 
 from millpond.agents.driver.batch import Batch
-from millpond.agents.effects import DeadLetter, GiveUp, HandOut, WriteSeen
+from millpond.agents.effects import DeadLetter, DeadLetterMessage, DeliverMessage, WriteSeen
 from millpond.agents.ports import Applied, Transaction
 from millpond.pipeline.telemetry.histogram import LONG_S, RECORDS, SHORT_S, Histogram
 from millpond.schemas.events import DeliveriesSent, DeliveryFailed, MessagePublished
@@ -100,11 +100,11 @@ class PartitionObserver:
         kinds: Counter[Any] = Counter(map(type, transaction.outputs))
         for kind, number in kinds.items():
             counts.outputs[str(kind.__struct_config__.tag)] += number
-        counts.dead_letters["given_up"] += kinds[GiveUp]
+        counts.dead_letters["given_up"] += kinds[DeadLetterMessage]
         unreadable = len(batch.unreadable)
         counts.dead_letters["unreadable"] += unreadable
         counts.dead_letters["failed"] += max(kinds[DeadLetter] - unreadable, 0)
-        if HandOut in kinds:
+        if DeliverMessage in kinds:
             self._count_hand_outs(batch, transaction)
 
     def _count_hand_outs(self, batch: Batch, transaction: Transaction) -> None:
@@ -116,7 +116,7 @@ class PartitionObserver:
             if type(event) is MessagePublished
         }
         for output in transaction.outputs:
-            if type(output) is not HandOut:
+            if type(output) is not DeliverMessage:
                 continue
             counts.leases += output.lease > 0
             counts.redeliveries += output.attempt > 1

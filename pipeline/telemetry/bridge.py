@@ -38,7 +38,7 @@ class BridgeHealth:
         return [*([kafka] if kafka else []), *self._complaints()]
 
 
-class Hooks:
+class HookMetrics:
     """How long a broker waited for the answers to its calls."""
 
     def __init__(self, refused: Mapping[str, int]) -> None:
@@ -64,7 +64,7 @@ class Hooks:
         # fmt: on
 
 
-class Entered(Protocol):
+class EventCounts(Protocol):
     """What a bridge enters its events with, and counts."""
 
     @property
@@ -78,7 +78,7 @@ class Entered(Protocol):
         ...
 
 
-class Spooling(Entered, Protocol):
+class SpoolCounts(EventCounts, Protocol):
     """One that has a disk to fall back on."""
 
     @property
@@ -102,7 +102,7 @@ class Spooling(Entered, Protocol):
         ...
 
 
-def entered_metrics(entered: Entered) -> list[Metric]:
+def entered_metrics(entered: EventCounts) -> list[Metric]:
     """Of any bridge. Prometheus sees no increase in what was not there before: nothing lost is shown as that."""
     lost = {**dict.fromkeys(entered.entered, 0), **entered.lost}
     # fmt: off
@@ -113,65 +113,65 @@ def entered_metrics(entered: Entered) -> list[Metric]:
     # fmt: on
 
 
-class Spool:
+class SpoolMetrics:
     """The spool of a bridge, and the way into it."""
 
-    def __init__(self, inlet: Spooling) -> None:
+    def __init__(self, durable_producer: SpoolCounts) -> None:
         """Reads what `inlet` counts, when somebody asks."""
-        self._inlet = inlet
+        self._durable_producer = durable_producer
 
     def metrics(self) -> Sequence[Metric]:
         """See `Part`."""
-        inlet = self._inlet
-        records, size = inlet.depth
+        durable_producer = self._durable_producer
+        records, size = durable_producer.depth
         # fmt: off
         return [
-            *entered_metrics(inlet),
-            counter("millpond_bridge_events_spooled_total", "Events written to the spool.", ("type",), inlet.spooled),
+            *entered_metrics(durable_producer),
+            counter("millpond_bridge_events_spooled_total", "Events written to the spool.", ("type",), durable_producer.spooled),
             gauge("millpond_bridge_spool_records", "Events in the spool.", (), {(): records}),
             gauge("millpond_bridge_spool_bytes", "Size of the spool.", (), {(): size}),
-            gauge("millpond_bridge_spooling", "1 while events go to the spool.", (), {(): float(inlet.spooling)}),
-            gauge("millpond_bridge_refusing", "1 while events are refused.", (), {(): float(inlet.complaint is not None)}),
+            gauge("millpond_bridge_spooling", "1 while events go to the spool.", (), {(): float(durable_producer.spooling)}),
+            gauge("millpond_bridge_refusing", "1 while events are refused.", (), {(): float(durable_producer.complaint is not None)}),
         ]
         # fmt: on
 
 
-class Kept:
+class ProducerMetrics:
     """What a bridge without a spool has entered."""
 
-    def __init__(self, recorder: Any) -> None:
+    def __init__(self, event_producer: Any) -> None:
         """Reads what an embedded broker's `Recorder` counts, when somebody asks."""
-        self._recorder = recorder
+        self._event_producer = event_producer
 
     def metrics(self) -> Sequence[Metric]:
         """See `Part`."""
-        recorder = self._recorder
+        event_producer = self._event_producer
         # fmt: off
         return [
-            *entered_metrics(recorder),
-            gauge("millpond_bridge_events_unacknowledged", "Events that Kafka has not acknowledged.", (), {(): len(recorder.unacknowledged)}),
-            histogram("millpond_bridge_event_duration_seconds", "Until Kafka has an event, and a publisher its acknowledgement.", (), {(): recorder.kept_s}),
+            *entered_metrics(event_producer),
+            gauge("millpond_bridge_events_unacknowledged", "Events that Kafka has not acknowledged.", (), {(): len(event_producer.unacknowledged)}),
+            histogram("millpond_bridge_event_duration_seconds", "Until Kafka has an event, and a publisher its acknowledgement.", (), {(): event_producer.kept_s}),
         ]
         # fmt: on
 
 
-class Commands:
+class CommandMetrics:
     """What became of the agents' commands."""
 
-    def __init__(self, commander: Any, deliveries: Any) -> None:
+    def __init__(self, command_consumer: Any, deliveries: Any) -> None:
         """Reads what a bridge's `Commander` and `Deliveries` count, when somebody asks."""
-        self._commander, self._deliveries = commander, deliveries
+        self._command_consumer, self._deliveries = command_consumer, deliveries
 
     def metrics(self) -> Sequence[Metric]:
         """See `Part`."""
-        commander, deliveries = self._commander, self._deliveries
+        command_consumer, deliveries = self._command_consumer, self._deliveries
         latency = {(name,): each for name, each in deliveries.delivery_s.items()}
         # fmt: off
         return [
-            counter("millpond_bridge_commands_total", "Commands of the agents, by type.", ("type",), commander.taken),
-            gauge("millpond_bridge_commands_unfinished", "Commands of which Kafka does not know what became of them.", (), {(): commander.unfinished}),
-            histogram("millpond_bridge_command_duration_seconds", "From a command in Kafka until Kafka knows what became of it.", (), {(): commander.seconds}),
+            counter("millpond_bridge_commands_total", "Commands of the agents, by type.", ("type",), command_consumer.taken),
+            gauge("millpond_bridge_commands_unfinished", "Commands of which Kafka does not know what became of them.", (), {(): command_consumer.unfinished}),
+            histogram("millpond_bridge_command_to_report_seconds", "From a command in Kafka until Kafka knows what became of it.", (), {(): command_consumer.seconds}),
             counter("millpond_bridge_deliveries_total", "Copies handed to clients, or why not.", ("agent", "outcome"), deliveries.outcomes),
-            histogram("millpond_delivery_latency_seconds", "From a publish until a copy is handed to a client, waiting included.", ("agent",), latency),
+            histogram("millpond_publish_to_client_seconds", "From a publish until a copy is handed to a client, waiting included.", ("agent",), latency),
         ]
         # fmt: on

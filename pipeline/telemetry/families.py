@@ -21,10 +21,10 @@ Labels: TypeAlias = Sequence[str]
 # By label values: a tuple of texts, or the text of the only label.
 Values: TypeAlias = Mapping[Any, float]
 
-__all__ = ["Collector", "Metric", "Part", "counter", "gauge", "histogram"]
+__all__ = ["Collector", "Metric", "MetricsSource", "counter", "gauge", "histogram"]
 
 
-class Part(Protocol):
+class MetricsSource(Protocol):
     """What a process shows of one of its parts."""
 
     def metrics(self) -> Sequence[Metric]:

@@ -12,7 +12,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 
-from millpond.pipeline.telemetry.families import Collector, Metric, Part, gauge
+from millpond.pipeline.telemetry.families import Collector, Metric, MetricsSource, gauge
 from millpond.schemas.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -34,10 +34,10 @@ class Health(Protocol):
         ...
 
 
-class _Parts(Collector):
+class _PartsCollector(Collector):
     """Metrics of all parts, when somebody asks for them."""
 
-    def __init__(self, process: str, parts: Sequence[Part]) -> None:
+    def __init__(self, process: str, parts: Sequence[MetricsSource]) -> None:
         self._process, self._parts = process, parts
 
     def collect(self) -> Iterator[Metric]:
@@ -47,10 +47,10 @@ class _Parts(Collector):
             yield from part.metrics()
 
 
-def registry_of(process: str, parts: Sequence[Part]) -> CollectorRegistry:
+def registry_of(process: str, parts: Sequence[MetricsSource]) -> CollectorRegistry:
     """Everything that a process shows."""
     registry = CollectorRegistry()
-    registry.register(_Parts(process, parts))
+    registry.register(_PartsCollector(process, parts))
     ProcessCollector(registry=registry)
     GCCollector(registry=registry)
     return registry
@@ -59,7 +59,7 @@ def registry_of(process: str, parts: Sequence[Part]) -> CollectorRegistry:
 class Listener:
     """Answers for one process."""
 
-    def __init__(self, process: str, parts: Sequence[Part], health: Health) -> None:
+    def __init__(self, process: str, parts: Sequence[MetricsSource], health: Health) -> None:
         """`parts` have metrics; `health` has answers."""
         self._process, self._health = process, health
         self._registry = registry_of(process, parts)
@@ -90,7 +90,7 @@ class Listener:
 
 @asynccontextmanager
 async def serving(
-    listen: str | None, process: str, parts: Sequence[Part], health: Health
+    listen: str | None, process: str, parts: Sequence[MetricsSource], health: Health
 ) -> AsyncIterator[None]:
     """Listen at `[HOST:]PORT`, if anywhere, for as long as this lasts.
 

@@ -24,7 +24,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from millpond.agents.driver.batch import Batch
 from millpond.agents.driver.observer import Observer
 from millpond.agents.effects import DeadLetter
-from millpond.agents.ports import Log, LogBounds, Outgoing, Record, Transaction
+from millpond.agents.ports import Log, LogBounds, OutgoingRecord, Record, Transaction
 from millpond.pipeline.settings import TelemetrySettings
 from millpond.pipeline.telemetry.tracing import Headers
 from millpond.schemas import keys
@@ -93,7 +93,7 @@ def _message(event: MessagePublished | Deliver) -> dict[str, str]:
     }
 
 
-class Spanned:
+class OtelSpan:
     """A span that goes on. See `tracing.Publish`."""
 
     def __init__(self, span: Span) -> None:
@@ -112,7 +112,7 @@ class Spanned:
         self.end(failed=kept.cancelled() or kept.exception() is not None)
 
 
-class Bridge:
+class OtelBridgeTracing:
     """See `tracing.BridgeTracing`."""
 
     def __init__(self, settings: TelemetrySettings, kind: str) -> None:
@@ -121,7 +121,7 @@ class Bridge:
         self._tracer = self._provider.get_tracer(__name__)
         self._ratio = settings.trace_ratio
 
-    def publish(self, event: MessagePublished) -> Spanned | None:
+    def publish(self, event: MessagePublished) -> OtelSpan | None:
         """See `tracing.BridgeTracing`. A publisher that traces already (MQTT 5) has decided."""
         parent = _context(event.user_properties) if event.user_properties else None
         if parent is None and random.random() >= self._ratio:  # noqa: S311  chance, not a secret
@@ -129,22 +129,22 @@ class Bridge:
         span = self._tracer.start_span(
             "publish", parent or Context(), SpanKind.PRODUCER, _message(event)
         )
-        return Spanned(span)
+        return OtelSpan(span)
 
-    def deliver(self, headers: Sequence[tuple[str, bytes]], command: Command) -> Spanned | None:
+    def deliver(self, headers: Sequence[tuple[str, bytes]], command: Command) -> OtelSpan | None:
         """See `tracing.BridgeTracing`."""
         parent = _context_of(headers) if headers else None
         if parent is None or not isinstance(command, Deliver):
             return None
         attributes: dict[str, Any] = {**_message(command), "millpond.attempt": command.attempt}
-        return Spanned(self._tracer.start_span("deliver", parent, SpanKind.CONSUMER, attributes))
+        return OtelSpan(self._tracer.start_span("deliver", parent, SpanKind.CONSUMER, attributes))
 
     def close(self) -> None:
         """See `tracing.BridgeTracing`."""
         self._provider.shutdown()
 
 
-class Worker:
+class OtelWorkerTracing:
     """See `tracing.WorkerTracing`."""
 
     def __init__(self, settings: TelemetrySettings, agent: AgentName) -> None:
@@ -184,7 +184,7 @@ def _put(contexts: OrderedDict[Any, Any], name: Any, context: Any) -> None:
 class TracedBatches:
     """A span for each batch with a traced publish in it, and one for each such publish, which is of its own trace."""
 
-    def __init__(self, inside: Observer, number: int, worker: Worker) -> None:
+    def __init__(self, inside: Observer, number: int, worker: OtelWorkerTracing) -> None:
         """`number` is the partition's."""
         self._inside, self._number, self._worker = inside, number, worker
         self._began_ns = 0
@@ -254,13 +254,13 @@ class TracedLog:
         """See `Log`."""
         return self._inside.read(partition, start, stop)
 
-    def produce(self, records: Sequence[Outgoing]) -> Awaitable[None]:
+    def produce(self, records: Sequence[OutgoingRecord]) -> Awaitable[None]:
         """See `Log`."""
         if self._contexts:
             records = [self._with_context(record) for record in records]
         return self._inside.produce(records)
 
-    def _with_context(self, record: Outgoing) -> Outgoing:
+    def _with_context(self, record: OutgoingRecord) -> OutgoingRecord:
         if record.topic != keys.DELIVERIES_TOPIC or record.value is None:
             return record
         headers = self._contexts.get(_name_of(record.value).message_id, ())

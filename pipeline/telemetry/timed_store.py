@@ -9,13 +9,13 @@ from functools import partial
 from typing import Any, Generic
 
 from millpond.agents.effects import Refusal
-from millpond.agents.ports import Applied, Packed, Store, Stored, Transaction
+from millpond.agents.ports import Applied, LoadedState, Packed, Store, Transaction
 from millpond.agents.reads import Read
 from millpond.pipeline.telemetry.agent import AgentCounts
 from millpond.pipeline.telemetry.histogram import histogram_of
 
 
-class WatchedStore(Generic[Packed]):
+class TimedStore(Generic[Packed]):
     """See `millpond.agents.ports.Store`; it does what the one inside does."""
 
     def __init__(self, store: Store[Packed], counts: AgentCounts) -> None:
@@ -29,9 +29,9 @@ class WatchedStore(Generic[Packed]):
         """How long the oldest question has been without an answer."""
         return time.perf_counter() - min(self._waiting.values()) if self._waiting else 0.0
 
-    async def load(self) -> Stored:
+    async def load(self) -> LoadedState:
         """See `Store`."""
-        stored: Stored = await self._timed("load", self._store.load())
+        stored: LoadedState = await self._timed("load", self._store.load())
         self.loaded = stored.applied
         return stored
 

@@ -13,15 +13,15 @@ from typing import Any, Protocol, TypeAlias
 
 from millpond.agents.driver.observer import Observer
 from millpond.agents.ports import Log
+from millpond.pipeline.process.extras import extra
 from millpond.pipeline.settings import TelemetrySettings
 from millpond.schemas.commands import Command
-from millpond.schemas.errors import ConfigError
 from millpond.schemas.events import AgentName, MessagePublished
 
 Headers: TypeAlias = tuple[tuple[str, bytes], ...]
 
 
-class Publish(Protocol):
+class TraceSpan(Protocol):
     """A publish that is traced, until it is kept."""
 
     headers: Headers
@@ -38,11 +38,11 @@ class Publish(Protocol):
 class BridgeTracing(Protocol):
     """The spans of a bridge."""
 
-    def publish(self, event: MessagePublished) -> Publish | None:
+    def publish(self, event: MessagePublished) -> TraceSpan | None:
         """A publish begins; None if it is not traced."""
         ...
 
-    def deliver(self, headers: Sequence[tuple[str, bytes]], command: Command) -> Publish | None:
+    def deliver(self, headers: Sequence[tuple[str, bytes]], command: Command) -> TraceSpan | None:
         """A command begins; None if what it comes from is not traced. It ends when Kafka knows what became of it."""
         ...
 
@@ -79,10 +79,10 @@ def bridge_tracing(settings: TelemetrySettings, kind: str) -> BridgeTracing | No
     """
     if settings.otlp_endpoint is None:
         return None
-    _require()
-    from millpond.pipeline.telemetry import otel  # noqa: PLC0415  needs the extra [otel]
+    with extra("otel", "[telemetry] otlp_endpoint"):
+        from millpond.pipeline.telemetry import otel  # noqa: PLC0415
 
-    return otel.Bridge(settings, kind)
+    return otel.OtelBridgeTracing(settings, kind)
 
 
 def worker_tracing(settings: TelemetrySettings, agent: AgentName) -> WorkerTracing | None:
@@ -93,16 +93,7 @@ def worker_tracing(settings: TelemetrySettings, agent: AgentName) -> WorkerTraci
     """
     if settings.otlp_endpoint is None:
         return None
-    _require()
-    from millpond.pipeline.telemetry import otel  # noqa: PLC0415  needs the extra [otel]
+    with extra("otel", "[telemetry] otlp_endpoint"):
+        from millpond.pipeline.telemetry import otel  # noqa: PLC0415
 
-    return otel.Worker(settings, agent)
-
-
-def _require() -> None:
-    try:
-        import opentelemetry.sdk.trace  # noqa: F401, PLC0415
-    except ImportError as error:
-        raise ConfigError(
-            "[telemetry] otlp_endpoint needs OpenTelemetry: pip install 'millpond[otel]'"
-        ) from error
+    return otel.OtelWorkerTracing(settings, agent)

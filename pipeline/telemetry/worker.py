@@ -11,7 +11,7 @@ from millpond.agents.driver.driver import PartitionDriver
 from millpond.agents.ports import Applied, Store
 from millpond.pipeline.telemetry.agent import AgentCounts, PartitionObserver
 from millpond.pipeline.telemetry.families import Metric, counter, gauge, histogram
-from millpond.pipeline.telemetry.timed_store import WatchedStore
+from millpond.pipeline.telemetry.timed_store import TimedStore
 from millpond.schemas.events import AgentName
 
 SAMPLE_INTERVAL_S: Final = 5.0  # between questions to Kafka about the ends of the partitions
@@ -21,7 +21,7 @@ STORE_PATIENCE_S: Final = 3.0
 Ends = Callable[[Sequence[int]], Awaitable[Mapping[int, int]]]
 
 
-class Owned(Protocol):
+class OwnedPartitions(Protocol):
     """The partitions of a worker."""
 
     def drivers(self) -> Mapping[int, PartitionDriver[Any]]:
@@ -44,7 +44,7 @@ class _Watched:
 
     def __init__(self, counts: AgentCounts, store: Store[Any]) -> None:
         self.observer = PartitionObserver(counts)
-        self.store = WatchedStore(store, counts)
+        self.store = TimedStore(store, counts)
         self.end: int | None = None  # of the log, when it was last asked for
         self._end_asked_at = 0.0
         self._caught_up_at = 0.0  # all that was in the log by then is in the store
@@ -87,13 +87,13 @@ def _done(driver: PartitionDriver[Any]) -> int:
 class WorkerTelemetry:
     """One per worker process."""
 
-    def __init__(self, agent: AgentName, owned: Callable[[], Owned], ends: Ends) -> None:
+    def __init__(self, agent: AgentName, owned: Callable[[], OwnedPartitions], ends: Ends) -> None:
         """`ends` asks Kafka for the end of each of these partitions."""
         self.agent, self.counts = agent, AgentCounts()
         self._owned, self._ends = owned, ends
         self._watched: dict[int, _Watched] = {}
 
-    def watch(self, number: int, store: Store[Any]) -> tuple[WatchedStore[Any], PartitionObserver]:
+    def watch(self, number: int, store: Store[Any]) -> tuple[TimedStore[Any], PartitionObserver]:
         """A partition begins: its store, watched, and who looks on."""
         watched = self._watched[number] = _Watched(self.counts, store)
         return watched.store, watched.observer
@@ -166,7 +166,7 @@ class WorkerTelemetry:
             *self._counted(),
             *self._gauges(),
             gauge("millpond_lag_records", "Records in Kafka not known to be in the store.", of_partition, lags),
-            gauge("millpond_oldest_unapplied_age_seconds",
+            gauge("millpond_lag_seconds",
                   "Age, at most, of the oldest record not known to be in the store.", of_partition, ages),
         ]  # fmt: skip
 
@@ -196,7 +196,7 @@ class WorkerTelemetry:
             histogram("millpond_batch_records", "Events of this agent in one transaction.", one, {(agent,): counts.batch_records}),
             histogram("millpond_batch_duration_seconds", "From the first step of a batch until it is in the store.", one, {(agent,): counts.batch_s}),
             histogram("millpond_store_duration_seconds", "Round trips to the store.", ("agent", "operation"), stores),
-            histogram("millpond_command_latency_seconds", "From a publish to its first command, if somebody had room.", one, {(agent,): counts.delivery_s}),
+            histogram("millpond_publish_to_command_seconds", "From a publish to its first command, if somebody had room.", one, {(agent,): counts.delivery_s}),
         ]
         # fmt: on
 

@@ -29,8 +29,8 @@ from millpond.pipeline.clock import now_ms
 from millpond.pipeline.operate import dead_letters as letters
 from millpond.pipeline.operate import operator_events
 from millpond.pipeline.settings import Settings
-from millpond.pipeline.web.lookups import LISTED_MAX, Looks
-from millpond.pipeline.web.operator_token import Operator
+from millpond.pipeline.web.lookups import LISTED_MAX, Lookups
+from millpond.pipeline.web.operator_token import OperatorToken
 from millpond.schemas import keys
 from millpond.schemas.errors import ConfigError, MillpondError, StoreError
 from millpond.schemas.events import OperatorDrop, OperatorRequeue
@@ -50,10 +50,10 @@ class _Chosen(Struct, forbid_unknown_fields=True):
 class Api:
     """Answers requests."""
 
-    def __init__(self, settings: Settings, rules: Rules, operator: Operator) -> None:
+    def __init__(self, settings: Settings, rules: Rules, operator: OperatorToken) -> None:
         """Nothing is read before somebody asks."""
         self._settings, self._rules, self._operator = settings, rules, operator
-        self.looks = Looks(settings, rules)
+        self.lookups = Lookups(settings, rules)
 
     @property
     def mqtt_url(self) -> str | None:
@@ -87,14 +87,14 @@ class Api:
         )
 
     async def _agents(self, request: web.Request) -> web.Response:
-        return _json(await self.looks.agents.get())
+        return _json(await self.lookups.agents.get())
 
     async def _topics(self, request: web.Request) -> web.Response:
-        return _json(await self.looks.topics.get())
+        return _json(await self.lookups.topics.get())
 
     async def _topic(self, request: web.Request) -> web.Response:
         try:
-            return _json(await self.looks.topic.get(_text(request, "name")))
+            return _json(await self.lookups.topic.get(_text(request, "name")))
         except StoreError:
             raise
         except ConfigError as error:
@@ -103,10 +103,10 @@ class Api:
             return failure(404, str(error))
 
     async def _clients(self, request: web.Request) -> web.Response:
-        return _json(await self.looks.clients.get(_text(request, "contains")))
+        return _json(await self.lookups.clients.get(_text(request, "contains")))
 
     async def _dead_letters(self, request: web.Request) -> web.Response:
-        return _json(await self.looks.dead_letters.get())
+        return _json(await self.lookups.dead_letters.get())
 
     # -- what an operator does
 

@@ -17,9 +17,9 @@ from millpond.pipeline.explain.topic import explain
 from millpond.pipeline.explain.topics import deepest
 from millpond.pipeline.operate import dead_letters as letters
 from millpond.pipeline.operate.clients import clients
-from millpond.pipeline.operate.dead_letter_snapshot import Snapshot
-from millpond.pipeline.operate.dead_letters import Found
-from millpond.pipeline.operate.lag import AgentLag, Offsets, lags
+from millpond.pipeline.operate.dead_letter_snapshot import DeadLetterSnapshot
+from millpond.pipeline.operate.dead_letters import FoundDeadLetter
+from millpond.pipeline.operate.lag import AgentLag, LagReader, lags
 from millpond.pipeline.settings import Settings
 from millpond.schemas.errors import MillpondError, StoreError
 from millpond.schemas.events import AgentName
@@ -38,7 +38,7 @@ RATE_STALE_S: Final = 60.0  # what was applied before nobody looked for so long 
 Answer = TypeVar("Answer")
 
 
-class Shared(Generic[Answer]):
+class SharedLookup(Generic[Answer]):
     """One look at a time, however many ask: its answer, or its error, is everybody's for a while."""
 
     def __init__(self, look: Callable[[], Awaitable[Answer]]) -> None:
@@ -69,22 +69,22 @@ class Shared(Generic[Answer]):
             self._fresh_until = clock() + rest_s
 
 
-class SharedByName(Generic[Answer]):
+class SharedLookups(Generic[Answer]):
     """Looks with a name, the latest so many."""
 
     def __init__(self, look: Callable[[str], Awaitable[Answer]]) -> None:
         """None yet."""
         self._look = look
-        self._looks: OrderedDict[str, Shared[Answer]] = OrderedDict()
+        self._lookups: OrderedDict[str, SharedLookup[Answer]] = OrderedDict()
 
     async def get(self, name: str) -> Answer:
         """The answer of the look with this name."""
-        if name not in self._looks:
-            self._looks[name] = Shared(lambda: self._look(name))
-        self._looks.move_to_end(name)
-        if len(self._looks) > REMEMBERED_MAX:
-            self._looks.popitem(last=False)
-        return await self._looks[name].get()
+        if name not in self._lookups:
+            self._lookups[name] = SharedLookup(lambda: self._look(name))
+        self._lookups.move_to_end(name)
+        if len(self._lookups) > REMEMBERED_MAX:
+            self._lookups.popitem(last=False)
+        return await self._lookups[name].get()
 
 
 class Rates:
@@ -92,7 +92,7 @@ class Rates:
 
     def __init__(self) -> None:
         """Nothing is known before the second look."""
-        self._looks: deque[tuple[float, dict[tuple[AgentName, int], int]]] = deque()
+        self._lookups: deque[tuple[float, dict[tuple[AgentName, int], int]]] = deque()
 
     def note(self, at_s: float, found: Sequence[AgentLag]) -> None:
         """What is applied at that time, by a clock that never goes back."""
@@ -102,15 +102,17 @@ class Rates:
             for each in agent.partitions
             if each.applied is not None
         }
-        self._looks.append((at_s, applied))
-        while at_s - self._looks[0][0] > (RATE_WINDOW_S if len(self._looks) > 2 else RATE_STALE_S):
-            self._looks.popleft()
+        self._lookups.append((at_s, applied))
+        while at_s - self._lookups[0][0] > (
+            RATE_WINDOW_S if len(self._lookups) > 2 else RATE_STALE_S
+        ):
+            self._lookups.popleft()
 
     def of(self, agent: AgentName) -> float | None:
         """Records a second; None until it is known."""
-        if len(self._looks) < 2:
+        if len(self._lookups) < 2:
             return None
-        (since, before), (at, after) = self._looks[0], self._looks[-1]
+        (since, before), (at, after) = self._lookups[0], self._lookups[-1]
         gone = sum(
             # An agent that is rebuilt begins anew.
             max(after[each] - offset, 0)
@@ -127,7 +129,7 @@ class Lags:
         """Not connected yet."""
         self._settings, self._rules = settings, rules
         self._rates = Rates()
-        self._offsets: Offsets | None = None
+        self._offsets: LagReader | None = None
 
     async def look(self) -> dict[str, Any]:
         """Each agent, with its partitions.
@@ -151,7 +153,7 @@ class Lags:
 
     async def _lags(self) -> list[AgentLag]:
         if self._offsets is None:
-            self._offsets = Offsets(self._settings.kafka, self._settings.app)
+            self._offsets = LagReader(self._settings.kafka, self._settings.app)
             await self._offsets.__aenter__()
         return await lags(self._offsets, self._settings, self._rules)
 
@@ -176,18 +178,18 @@ class Lags:
                     await offsets.__aexit__(None, None, None)
 
 
-class Looks:
+class Lookups:
     """All that the page shows."""
 
     def __init__(self, settings: Settings, rules: Rules) -> None:
         """Nothing is read before somebody looks."""
         self._settings, self._rules = settings, rules
         self._lags = Lags(settings, rules)
-        self.agents = Shared(self._lags.look)
-        self.topics = Shared(self._topics)
-        self.topic = SharedByName(self._topic)
-        self.clients = SharedByName(self._clients)
-        self.dead_letters = Shared(self._dead_letters)
+        self.agents = SharedLookup(self._lags.look)
+        self.topics = SharedLookup(self._topics)
+        self.topic = SharedLookups(self._topic)
+        self.clients = SharedLookups(self._clients)
+        self.dead_letters = SharedLookup(self._dead_letters)
 
     async def close(self) -> None:
         """Let go of Kafka."""
@@ -220,7 +222,7 @@ class Looks:
 
     async def _dead_letters(self) -> dict[str, Any]:
         """The newest first."""
-        with Snapshot() as snapshot:
+        with DeadLetterSnapshot() as snapshot:
             async for found in letters.scan(self._settings, self._rules, None):
                 snapshot.add(*found)
             total, newest = len(snapshot), snapshot.newest(LISTED_MAX)[::-1]
@@ -230,7 +232,7 @@ class Looks:
                 **found.describe(),
                 "subscribers": [*map(shown, found.dead.subscribers[:SUBSCRIPTIONS_MAX])],
             }
-            for found in (Found(*each) for each in newest)
+            for found in (FoundDeadLetter(*each) for each in newest)
         ]
         return {"at": now_ms(), "dead_letters": listed, "total": total}
 

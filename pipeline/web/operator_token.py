@@ -12,7 +12,7 @@ LENGTH_MIN: Final = 16  # nobody guesses it
 SCHEME: Final = "Bearer "
 
 
-class Operator:
+class OperatorToken:
     """Whoever sends the token in the header Authorization. The file is read each time: a new token needs no restart."""
 
     def __init__(self, token_file: str | None) -> None:

@@ -19,7 +19,7 @@ from millpond.pipeline.process.readiness import say_ready
 from millpond.pipeline.process.signals import asked_to_end
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.web.api import Api, failure
-from millpond.pipeline.web.operator_token import Operator
+from millpond.pipeline.web.operator_token import OperatorToken
 from millpond.schemas.errors import ConfigError, MillpondError, StoreError
 from millpond.schemas.rules import Rules
 
@@ -77,7 +77,7 @@ def application(settings: Settings, rules: Rules) -> web.Application:
     Raises:
         ConfigError: the token cannot be read.
     """
-    operator = Operator(settings.web.token_file)
+    operator = OperatorToken(settings.web.token_file)
     api = Api(settings, rules, operator)
     app = web.Application(middlewares=[_known_host(settings), _errors])
     app.on_response_prepare.append(_headers(api.mqtt_url))
@@ -86,7 +86,7 @@ def application(settings: Settings, rules: Rules) -> web.Application:
     app.add_routes(api.routes())
 
     async def close(_: web.Application) -> None:
-        await api.looks.close()
+        await api.lookups.close()
 
     app.on_cleanup.append(close)
     return app

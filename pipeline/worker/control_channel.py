@@ -36,7 +36,7 @@ ORDER_BYTES_MAX: Final = (
 )  # more of what is no order is not carried along: two texts of 65,535 bytes fit
 
 
-class Order(Struct, frozen=True):
+class ControlMessage(Struct, frozen=True):
     """What applications publish; `qos` may be text, as the broker backends' users wrote it."""
 
     type: Literal["subscribe", "unsubscribe"]
@@ -45,7 +45,7 @@ class Order(Struct, frozen=True):
     qos: int | Literal["0", "1", "2"] = 0
 
 
-_decode: Final = msgspec.json.Decoder(Order).decode
+_decode: Final = msgspec.json.Decoder(ControlMessage).decode
 
 
 def order_event(data: bytes, now_ms: int) -> ControlSubscribe | ControlUnsubscribe:

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 # Runs that wait for a partition: one being folded and one ready to overlap with its flush is enough; more only
 # delays the moment a worker notices that it fell behind.
 INBOX_RUNS_MAX = 4
-TEND_INTERVAL_S = 1.0
+MAINTAIN_INTERVAL_S = 1.0
 
 NewDriver = Callable[[int], PartitionDriver[Any]]
 
@@ -59,14 +59,14 @@ class PartitionTask:
         try:
             await self.driver.start()
             self._on_started()
-            tended = time.monotonic()
+            maintained_at = time.monotonic()
             while not self._closing.is_set():
-                run = await self._next_run(tended + TEND_INTERVAL_S - time.monotonic())
+                run = await self._next_run(maintained_at + MAINTAIN_INTERVAL_S - time.monotonic())
                 if run is not None:
                     await self.driver.process(run)
-                if time.monotonic() - tended >= TEND_INTERVAL_S:
-                    await self.driver.tend()
-                    tended = time.monotonic()
+                if time.monotonic() - maintained_at >= MAINTAIN_INTERVAL_S:
+                    await self.driver.maintain()
+                    maintained_at = time.monotonic()
                 elif self._inbox.empty():
                     await self.driver.settle()  # nothing to overlap with the flush
                 await self._tick()

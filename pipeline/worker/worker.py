@@ -17,7 +17,7 @@ from faust.types.tuples import Message
 from yarl import URL
 
 from millpond.agents.driver.driver import PartitionDriver
-from millpond.agents.driver.observer import Nobody, Observer
+from millpond.agents.driver.observer import NullObserver, Observer
 from millpond.agents.ports import Log, Store
 from millpond.agents.registry import MACHINES
 from millpond.pipeline.kafka.log import KafkaLog
@@ -251,7 +251,7 @@ class Worker:
     def _new_driver(self, number: int) -> PartitionDriver[Any]:
         partition = Partition(self.settings.app, self.agent, number)
         store: Store[Any] = open_store(self.rules.pool(self.agent), partition)
-        observer: Observer = Nobody()
+        observer: Observer = NullObserver()
         if self._measured:
             store, observer = self._telemetry.watch(number, store)
         machine = MACHINES[self.agent]()

@@ -42,7 +42,7 @@ _POOL_TYPES: Final = {
 _ADDRESS: Final = re.compile(r"(?:\[([^\]\s]+)\]|([^\s:/@\[\]]+))(?::([0-9]{1,5}))?")
 
 
-class Draft(NamedTuple):
+class DraftTable(NamedTuple):
     """One table as the user wrote it, and the line of each of its keys (of the table itself: None).
 
     Where `strict` is false every value is text, and numbers are read from it.
@@ -74,7 +74,7 @@ class Draft(NamedTuple):
             raise self.fault(f"{key}: {str(error).replace('Expected', 'expected')}", key) from error
 
 
-def build_rules(pools: Mapping[str, Draft], rules: Sequence[Draft]) -> Rules:
+def build_rules(pools: Mapping[str, DraftTable], rules: Sequence[DraftTable]) -> Rules:
     """The rules and pools, each alone and all together in order.
 
     Raises:
@@ -86,7 +86,7 @@ def build_rules(pools: Mapping[str, Draft], rules: Sequence[Draft]) -> Rules:
     return built
 
 
-def build_rule(draft: Draft, pools: Sequence[str]) -> Rule:
+def build_rule(draft: DraftTable, pools: Sequence[str]) -> Rule:
     """One rule. The pool may be left out if there is only one."""
     values = draft.typed(_RULE_TYPES)
     if "hook" not in values:
@@ -117,7 +117,7 @@ def _uses(rule: Rule, key: str) -> bool:
     return key not in SETTING_ACTIONS or rule.action in SETTING_ACTIONS[key]
 
 
-def build_pool(name: str, draft: Draft) -> Pool:
+def build_pool(name: str, draft: DraftTable) -> Pool:
     """One pool; without `type` a single server."""
     values = draft.typed(_POOL_TYPES)
     kind = values.get("type", "single")
@@ -144,7 +144,7 @@ def build_pool(name: str, draft: Draft) -> Pool:
     return pool
 
 
-def _address(draft: Draft, text: str, default_port: int) -> tuple[str, int]:
+def _address(draft: DraftTable, text: str, default_port: int) -> tuple[str, int]:
     found = _ADDRESS.fullmatch(text)
     port = default_port if found is None or found[3] is None else int(found[3])
     if found is None or not 1 <= port <= PORT_MAX:

@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from millpond.schemas.errors import ConfigError
-from millpond.schemas.rules.build import Draft, build_rules
+from millpond.schemas.rules.build import DraftTable, build_rules
 from millpond.schemas.rules.rule import EXPIRED_TIME_S_MAX, HOOKS
 from millpond.schemas.rules.ruleset import Rules
 
@@ -106,7 +106,7 @@ class _Conf:
 
     def rules(self) -> Rules:
         pools = {
-            name: Draft(settings, self._pool_line(name), self._file, strict=False)
+            name: DraftTable(settings, self._pool_line(name), self._file, strict=False)
             for name, settings in self._pools.items()
         }
         return build_rules(pools, [self._rule(*self._hooks[key]) for key in sorted(self._hooks)])
@@ -116,7 +116,7 @@ class _Conf:
         first = min(line for key, line in self._first.items() if key.startswith(prefix))
         return lambda key: first if key is None else self._first[prefix + key]
 
-    def _rule(self, line: int, values: dict[str, Any]) -> Draft:
+    def _rule(self, line: int, values: dict[str, Any]) -> DraftTable:
         if values["hook"] == "message.publish" and self._expired_after is not None:
             values.setdefault("expired_time", self._expired_after)
-        return Draft(values, lambda _: line, self._file)
+        return DraftTable(values, lambda _: line, self._file)

@@ -7,7 +7,7 @@ import tomllib
 from typing import Any, Final
 
 from millpond.schemas.errors import ConfigError
-from millpond.schemas.rules.build import Draft, build_rules
+from millpond.schemas.rules.build import DraftTable, build_rules
 from millpond.schemas.rules.ruleset import Rules, default_rules, documented_rules
 from millpond.schemas.rules.toml_lines import Path, TomlLines
 
@@ -50,22 +50,22 @@ class _TomlFile:
             raise ConfigError(reason, file=self._file)
         return Rules(documented_rules(built[0].name), built)
 
-    def _pools(self) -> dict[str, Draft]:
+    def _pools(self) -> dict[str, DraftTable]:
         pools = self._document.get("pool", {})
         if not isinstance(pools, dict):
             raise self._fault("a pool is written as a table, [pool.pool1]", "pool")
         return {name: self._draft(pools[name], "pool", name) for name in pools}
 
-    def _drafts(self) -> list[Draft]:
+    def _drafts(self) -> list[DraftTable]:
         rules = self._document["rule"]
         if not isinstance(rules, list):
             raise self._fault("a rule is written as [[rule]], with two brackets", "rule")
         return [self._draft(rule, "rule", number) for number, rule in enumerate(rules)]
 
-    def _draft(self, table: Any, *path: str | int) -> Draft:
+    def _draft(self, table: Any, *path: str | int) -> DraftTable:
         if not isinstance(table, dict):
             raise self._fault(f"{path[0]} is not a table of keys", *path)
-        return Draft(table, lambda key: self._lines.of(*_keyed(path, key)), self._file)
+        return DraftTable(table, lambda key: self._lines.of(*_keyed(path, key)), self._file)
 
     def _fault(self, reason: str, *path: str | int) -> ConfigError:
         return ConfigError(reason, file=self._file, line=self._lines.of(*path))

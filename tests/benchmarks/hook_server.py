@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import Returning
+from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic
 from millpond.pipeline.brokers.emqx.exhook.calls import Calls
 from millpond.pipeline.brokers.emqx.exhook.server import HookServer
 from millpond.pipeline.brokers.spool.directory import Spool
-from millpond.pipeline.brokers.spool.durable_producer import Inlet
+from millpond.pipeline.brokers.spool.durable_producer import DurableProducer
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.process.event_loop import use_uvloop
 from millpond.pipeline.settings import BridgeSettings
-from millpond.pipeline.telemetry.bridge import Hooks
+from millpond.pipeline.telemetry.bridge import HookMetrics
 from millpond.schemas.rules import default_rules
 from tests.support.emqx.trace import Heard
 
@@ -36,12 +36,14 @@ async def main(bootstrap: str, partitions: int, listen: str) -> NoReturn:
     producer = Producer({"bootstrap_servers": [bootstrap]}, 4 * 1024 * 1024)
     spool = Spool(Path(os.environ["BENCH_DIRECTORY"]) / "spool", SPOOL_BYTES_MAX)
     spool.open()
-    inlet = Inlet(producer, spool)
-    calls = Calls(default_rules(), None, Returning("secret"), inlet, Deaf(), partitions)
-    server = HookServer(BridgeSettings(exhook_listen=listen), calls, inlet, Hooks({}).observe)
+    durable_producer = DurableProducer(producer, spool)
+    calls = Calls(default_rules(), None, CopyTopic("secret"), durable_producer, Deaf(), partitions)
+    server = HookServer(
+        BridgeSettings(exhook_listen=listen), calls, durable_producer, HookMetrics({}).observe
+    )
     await server.start()
-    running = asyncio.gather(inlet.run(), server.run())
-    await inlet.connected.wait()
+    running = asyncio.gather(durable_producer.run(), server.run())
+    await durable_producer.connected.wait()
     Path(os.environ["MILLPOND_READY_FILE"]).touch()
     await running
     raise AssertionError("neither ever returns")

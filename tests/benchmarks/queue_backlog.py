@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 import psutil
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
-from millpond.pipeline.operate.lag import Offsets
+from millpond.pipeline.operate.lag import LagReader
 from millpond.pipeline.settings import KafkaSettings
 from millpond.schemas import codec, keys
 from millpond.schemas.events import Event
@@ -59,7 +59,7 @@ def run(stored: int) -> Backlog:
 
 
 async def _uncommitted(settings: KafkaSettings) -> int:
-    async with Offsets(settings, APP) as offsets:
+    async with LagReader(settings, APP) as offsets:
         (found,) = await offsets.of(["queue"])
     return found.uncommitted
 

@@ -20,7 +20,7 @@ import psutil
 import uvloop
 
 from millpond.pipeline.brokers.spool.directory import Spool
-from millpond.pipeline.brokers.spool.durable_producer import Inlet
+from millpond.pipeline.brokers.spool.durable_producer import DurableProducer
 from millpond.pipeline.kafka import topics
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.settings import KafkaSettings
@@ -97,41 +97,41 @@ async def _bridge(bootstrap: str, directory: Path, events: int) -> None:
     producer = Producer({"bootstrap_servers": [bootstrap]}, 4 * 1024 * 1024)
     spool = Spool(directory / "spool", SPOOL_BYTES_MAX)
     spool.open()
-    inlet = Inlet(producer, spool)
-    running = asyncio.create_task(inlet.run())
-    await inlet.connected.wait()
+    durable_producer = DurableProducer(producer, spool)
+    running = asyncio.create_task(durable_producer.run())
+    await durable_producer.connected.wait()
     await _told()
-    _tell(rate=await _enter(inlet, DIRECT))
+    _tell(rate=await _enter(durable_producer, DIRECT))
     await _told()
-    while not inlet.spooling:  # the first ones wait for the patience
-        await _enter(inlet, AT_ONCE)
+    while not durable_producer.spooling:  # the first ones wait for the patience
+        await _enter(durable_producer, AT_ONCE)
     first = events // 10
     begun = time.monotonic()
-    await _enter(inlet, first)
+    await _enter(durable_producer, first)
     rss_first = _rss()
     most = asyncio.create_task(_most())
-    await _enter(inlet, events - first)
+    await _enter(durable_producer, events - first)
     rate = events / (time.monotonic() - begun)
-    _tell(rate=rate, rss_first=rss_first, rss_most=_stopped(most), bytes=inlet.depth[1],
+    _tell(rate=rate, rss_first=rss_first, rss_most=_stopped(most), bytes=durable_producer.depth[1],
           file=spool.own.path.stat().st_size)  # fmt: skip
     await _told()
-    begun, depth = time.monotonic(), inlet.depth[0]
+    begun, depth = time.monotonic(), durable_producer.depth[0]
     most = asyncio.create_task(_most())
-    while inlet.depth[0]:
+    while durable_producer.depth[0]:
         await asyncio.sleep(0.05)
     _tell(rate=depth / (time.monotonic() - begun), rss_most=_stopped(most))
-    assert not inlet.lost, inlet.lost
+    assert not durable_producer.lost, durable_producer.lost
     running.cancel()
-    await inlet.close()
+    await durable_producer.close()
     await producer.stop()
 
 
-async def _enter(inlet: Inlet, events: int) -> float:
+async def _enter(durable_producer: DurableProducer, events: int) -> float:
     """Events per second."""
     begun, free = time.monotonic(), asyncio.Semaphore(AT_ONCE)
     for number in range(events):
         await free.acquire()
-        kept = inlet.enter(keys.MESSAGES_TOPIC, event(number), hook="message.publish")
+        kept = durable_producer.enter(keys.MESSAGES_TOPIC, event(number), hook="message.publish")
         kept.add_done_callback(lambda _: free.release())
     for _ in range(AT_ONCE):
         await free.acquire()

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Final, NamedTuple
 
-from millpond.agents.driver.batch import Batch, Folded
-from millpond.agents.effects import DeadLetter, HandOut
+from millpond.agents.driver.batch import Batch, FoldedEvent
+from millpond.agents.effects import DeadLetter, DeliverMessage
 from millpond.agents.ports import Applied, Transaction
 from millpond.pipeline.telemetry.agent import AgentCounts, PartitionObserver
 from millpond.schemas.events import Event
@@ -40,12 +40,13 @@ class Measured(NamedTuple):
 def batch_of(events: Sequence[Event]) -> Batch:
     """A batch as the driver makes it."""
     folded = [
-        Folded(given.record(each, offset, 1_000), each, 1_000) for offset, each in enumerate(events)
+        FoldedEvent(given.record(each, offset, 1_000), each, 1_000)
+        for offset, each in enumerate(events)
     ]
     return Batch([record for record, _, _ in folded], folded)
 
 
-def transaction_of(outputs: Sequence[HandOut]) -> Transaction:
+def transaction_of(outputs: Sequence[DeliverMessage]) -> Transaction:
     """One with these outputs."""
     applied = Applied(
         offset=RECORDS, timestamp=1_000, cluster_id="c", partition_count=4, sequence=1, produced=0,
@@ -54,9 +55,9 @@ def transaction_of(outputs: Sequence[HandOut]) -> Transaction:
     return Transaction(None, applied, (), outputs, ())
 
 
-def hand_out(offset: int, topic: str, message_id: str) -> HandOut:
+def delivery(offset: int, topic: str, message_id: str) -> DeliverMessage:
     """The first delivery of a message in its own batch."""
-    return HandOut(offset, offset + 1, "client", 0, message_id, topic, 1, 1, None)
+    return DeliverMessage(offset, offset + 1, "client", 0, message_id, topic, 1, 1, None)
 
 
 def cost_us(batch: Batch, transaction: Transaction) -> float:
@@ -78,7 +79,7 @@ def measure() -> list[Measured]:
     events = [event(number) for number in range(RECORDS)]
     batch = batch_of(events)
     given_out = [
-        hand_out(at, each.topic, each.message_id) for at, each in enumerate(events)
+        delivery(at, each.topic, each.message_id) for at, each in enumerate(events)
     ]  # fmt: skip
     stored = cost_us(batch, transaction_of(()))
     handed = cost_us(batch, transaction_of(given_out))

@@ -9,10 +9,10 @@ import redis
 
 from millpond.agents.effects import Effect, Output, Refusal, StoreMessage
 from millpond.agents.ports import Applied, Store, Transaction
-from millpond.pipeline.stores.memory.server import Entry, MemoryServer
+from millpond.pipeline.stores.memory.server import MemoryServer, StoredValue
 from millpond.pipeline.stores.memory.store import MemoryStore
 from millpond.pipeline.stores.redis.cluster_store import ClusterStore
-from millpond.pipeline.stores.redis.connection import Access, Address, Wire
+from millpond.pipeline.stores.redis.connection import Access, Address, Connection
 from millpond.pipeline.stores.redis.store import RedisStore
 from millpond.schemas.keys import Partition
 from tests.support.given import published
@@ -37,7 +37,7 @@ class World(Protocol):
         """Empty it, as an operator would."""
         ...
 
-    def dump(self) -> dict[str, Entry]:
+    def dump(self) -> dict[str, StoredValue]:
         """Everything it holds."""
         ...
 
@@ -58,7 +58,7 @@ class MemoryWorld:
         self.server.values.clear()
         self.server.expires_at.clear()
 
-    def dump(self) -> dict[str, Entry]:
+    def dump(self) -> dict[str, StoredValue]:
         return self.server.dump()
 
 
@@ -70,7 +70,7 @@ class RedisWorld:
         self.clients = [process.client]
 
     def store(self, partition: Partition = PARTITION) -> Store[Any]:
-        return RedisStore(partition, lambda: Wire.open(self.address, self.access))
+        return RedisStore(partition, lambda: Connection.open(self.address, self.access))
 
     def put(self, key: str, value: bytes) -> None:
         self.clients[0].set(key, value)
@@ -79,7 +79,7 @@ class RedisWorld:
         for client in self.clients:
             client.flushall()
 
-    def dump(self) -> dict[str, Entry]:
+    def dump(self) -> dict[str, StoredValue]:
         found = {
             key.decode(): entry_of(client, key)
             for client in self.clients
@@ -109,7 +109,7 @@ class ClusterWorld(RedisWorld):
         raise AssertionError("no node took it")
 
 
-def entry_of(client: Any, key: bytes) -> Entry:
+def entry_of(client: Any, key: bytes) -> StoredValue:
     """One key of a Redis server."""
     kind = client.type(key)
     expires_at = client.pexpiretime(key)
@@ -123,7 +123,7 @@ def entry_of(client: Any, key: bytes) -> Entry:
             value = [(member.decode(), int(score)) for member, score in pairs]
         case _:
             value = client.get(key)
-    return Entry(value, None if expires_at < 0 else expires_at)
+    return StoredValue(value, None if expires_at < 0 else expires_at)
 
 
 def applied(sequence: int, **fields: Any) -> Applied:

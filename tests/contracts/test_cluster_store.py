@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from redis.crc import key_slot
 
-from millpond.agents.effects import ClearRetained, DropBody, RunCommand, SetState, Unindex
+from millpond.agents.effects import ClearRetained, DeleteBody, RunCommand, SetState, Unindex
 from millpond.agents.reads import ReadIndex, ReadStates
 from millpond.pipeline.stores.redis.cluster_store import ClusterStore
 from millpond.schemas import keys
@@ -125,7 +125,7 @@ class CrashingStore(ClusterStore):
     """An owner that dies right after its fence was written."""
 
     async def _spread(self, commands: Any) -> Any:
-        if any(isinstance(source, Unindex | DropBody) for source in commands.sources):
+        if any(isinstance(source, Unindex | DeleteBody) for source in commands.sources):
             raise StoreDown("killed")
         return await super()._spread(commands)
 
@@ -140,7 +140,7 @@ async def test_what_an_owner_could_not_remove_the_next_one_removes_once(
     await commit(crashing, transaction(1, kept(1, "m1", "t")))
     removals = (
         Unindex(2, "t", ("m1",)),
-        DropBody("m1"),
+        DeleteBody("m1"),
         ClearRetained(2, "t"),
         RunCommand(2, (b"INCR", b"seen:\xff")),
     )

@@ -12,7 +12,7 @@ import pytest
 from millpond.agents.delivery.dead_messages import DeadMessage
 from millpond.agents.effects import SetState, StoreMessage
 from millpond.pipeline.operate import dead_letters
-from millpond.pipeline.operate.dead_letter_snapshot import Snapshot
+from millpond.pipeline.operate.dead_letter_snapshot import DeadLetterSnapshot
 from millpond.pipeline.settings import KafkaSettings, Settings
 from millpond.pipeline.stack.ports import free_port
 from millpond.pipeline.stores.registry import open_store
@@ -93,11 +93,11 @@ async def test_those_of_every_partition_of_every_agent_are_found(pool: Pool) -> 
         await keep(pool, Partition("app", "queue", number), *many)
     await keep(pool, Partition("app", "pubsub", 2), given_up("pubsub/a", 7))
 
-    with Snapshot() as snapshot:
+    with DeadLetterSnapshot() as snapshot:
         assert await dead_letters.take(SETTINGS, rules(pool), None, snapshot) == 0
         assert len(snapshot) == 3 * PER_PARTITION + 1
         assert [dead.at for _, dead in snapshot.newest(3)] == [PER_PARTITION - 1] * 3
-    with Snapshot() as snapshot:
+    with DeadLetterSnapshot() as snapshot:
         await dead_letters.take(SETTINGS, rules(pool), "+/a", snapshot)
         assert list(snapshot) == [("pubsub", given_up("pubsub/a", 7))]
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from millpond.agents.ports import LogBounds, Outgoing, Record
+from millpond.agents.ports import LogBounds, OutgoingRecord, Record
 from millpond.schemas import keys
 from millpond.schemas.keys import Partition
 from tests.contracts.log_worlds import (
@@ -129,7 +129,7 @@ async def test_the_time_of_a_record_is_when_the_log_took_it(world: World, first:
     begin_ms = int(time.time() * 1_000)
     for value in TWELVE[:3]:
         await world.append(first, [value])
-    await world.log.produce([Outgoing(first.topic, b"k", b"v", partition=0)])
+    await world.log.produce([OutgoingRecord(first.topic, b"k", b"v", partition=0)])
     times = [record.timestamp for record in await read(world, first, 0, 4)]
     assert times == sorted(times)
     assert begin_ms <= times[0]
@@ -141,9 +141,9 @@ async def test_what_is_produced_is_kept_whole_where_it_was_sent(
 ) -> None:
     headers = (("reason", b"\xff\x00"), ("reason", b"twice"), ("empty", b""))
     await world.log.produce([
-        Outgoing(first.topic, b"k", b"v", headers, 2),
-        Outgoing(first.topic, None, b"no key", (), 2),
-        Outgoing(first.topic, b"no value", None, (), 2),
+        OutgoingRecord(first.topic, b"k", b"v", headers, 2),
+        OutgoingRecord(first.topic, None, b"no key", (), 2),
+        OutgoingRecord(first.topic, b"no value", None, (), 2),
     ])  # fmt: skip
     assert await world.kept(first.topic) == [
         [], [],
@@ -155,7 +155,7 @@ async def test_a_record_with_neither_key_nor_value_can_be_produced(
     world: World, first: Partition
 ) -> None:
     # The dead letter of a record that is gone, or was empty to begin with, has only headers.
-    await world.log.produce([Outgoing(first.topic, None, None, (("reason", b"r"),), 1)])
+    await world.log.produce([OutgoingRecord(first.topic, None, None, (("reason", b"r"),), 1)])
     (letter,) = (await world.kept(first.topic))[1]
     assert not letter.key
     assert not letter.value
@@ -165,7 +165,7 @@ async def test_a_record_with_neither_key_nor_value_can_be_produced(
 async def test_the_key_decides_where_no_partition_is_named(world: World, first: Partition) -> None:
     names = [b"key %d" % number for number in range(30)]
     await world.log.produce([
-        Outgoing(first.topic, name, b"%s, %d" % (name, turn)) for turn in range(3) for name in names
+        OutgoingRecord(first.topic, name, b"%s, %d" % (name, turn)) for turn in range(3) for name in names
     ])  # fmt: skip
     partitions = await world.kept(first.topic)
     assert all(partitions)
@@ -188,7 +188,7 @@ async def test_batches_are_produced_in_the_order_in_which_they_were_begun(
         for batch, size in enumerate(sizes)
     ]
     under_way = [
-        world.log.produce([Outgoing(first.topic, b"k", value, (), 0) for value in batch])
+        world.log.produce([OutgoingRecord(first.topic, b"k", value, (), 0) for value in batch])
         for batch in batches
     ]
     for acknowledged in under_way:

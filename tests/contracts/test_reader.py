@@ -6,21 +6,28 @@ from pathlib import Path
 
 import pytest
 
-from millpond.agents.effects import DropBody, KeepReceipt, SetDue, SetRules, SetState, StoreMessage
+from millpond.agents.effects import (
+    DeleteBody,
+    KeepReceipt,
+    SetDue,
+    SetRules,
+    SetState,
+    StoreMessage,
+)
 from millpond.agents.reads import ReadAllStates, ReadStates
 from millpond.pipeline.stack.ports import free_port
 from millpond.pipeline.stores.redis.inspection import (
     CountBefore,
     CountBetween,
     CountIndex,
-    Outside,
+    InspectionRead,
     ReadFence,
     ReadLifetime,
     ReadReceipt,
     ReadRules,
     ScanDue,
 )
-from millpond.pipeline.stores.redis.reader import Reader
+from millpond.pipeline.stores.redis.reader import StoreReader
 from millpond.schemas.errors import StoreDown
 from millpond.schemas.rules.pool import Pool
 from tests.contracts.store_worlds import PARTITION, ClusterWorld, RedisWorld, commit, transaction
@@ -39,9 +46,9 @@ def pool_of(world: RedisWorld) -> Pool:
 async def test_states_are_read_and_left_as_they_are(world: RedisWorld) -> None:
     store = world.store()
     await store.load()
-    await commit(store, transaction(1, SetState("a", b"1"), SetState("b", b"2"), DropBody("m")))
+    await commit(store, transaction(1, SetState("a", b"1"), SetState("b", b"2"), DeleteBody("m")))
     before = world.dump()
-    async with Reader(pool_of(world)) as reader:
+    async with StoreReader(pool_of(world)) as reader:
         assert await reader.read(
             PARTITION, [ReadStates(("a", "c")), ReadAllStates(0), ReadStates(())]
         ) == [{"a": b"1", "c": None}, (0, {"a": b"1", "b": b"2"}), {}]
@@ -53,7 +60,7 @@ async def test_states_are_read_and_left_as_they_are(world: RedisWorld) -> None:
 async def test_a_server_that_is_away_is_told_at_once(tmp_path: Path) -> None:
     away = Pool(name="p", servers=(("127.0.0.1", free_port()),))
     with pytest.raises(StoreDown):
-        async with Reader(away):
+        async with StoreReader(away):
             pass
 
 
@@ -68,8 +75,8 @@ async def test_counts_places_and_the_fence_are_told_as_they_are(world: RedisWorl
     dues = [SetDue(name, 1_000) for name in ("index\0a*", "index\0b", "window\0index\0c")]
     last = transaction(1, *messages, receipt, SetRules("[]"), *dues)
     await commit(store, last)
-    async with Reader(pool_of(world)) as reader:
-        reads: list[Outside] = [
+    async with StoreReader(pool_of(world)) as reader:
+        reads: list[InspectionRead] = [
             ReadFence(), ReadRules(), CountIndex("t[*]"), CountIndex("none"),
             CountBefore("t[*]", "m2"), CountBefore("t[*]", "none"), CountBetween("t[*]", 10, 30),
             CountBetween("t[*]", 10, 29), ReadReceipt("m1"), ReadReceipt("none"),
@@ -85,7 +92,7 @@ async def test_counts_places_and_the_fence_are_told_as_they_are(world: RedisWorl
         # What is of another type is nobody's message, and what was never written is nothing.
         world.put("mqtt:msg:text", b"x")
         world.put("mqtt:receipt:text", b"x")
-        public: list[Outside] = [
+        public: list[InspectionRead] = [
             CountIndex("text"),
             CountBefore("text", "m"),
             CountBetween("text", 0, 9),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from millpond.agents.effects import Reindex, SetIndex, SetState, SpareBody, Table, Unindex
+from millpond.agents.effects import ClearBodyExpiry, Reindex, SetIndex, SetState, Table, Unindex
 from millpond.agents.reads import (
     ReadAllStates,
     ReadBelow,
@@ -20,7 +20,7 @@ async def test_a_message_is_placed_in_its_index_once_more(world: World) -> None:
     store = world.store()
     await store.load()
     await commit(store, transaction(1, kept(1, "m1", "t", expires_at=FAR_MS), kept(2, "m2", "t")))
-    await commit(store, transaction(2, Unindex(3, "t", ("m1",)), SpareBody("m1")))
+    await commit(store, transaction(2, Unindex(3, "t", ("m1",)), ClearBodyExpiry("m1")))
     assert world.dump()[keys.message_body("m1")].expires_at is None
     again = Reindex(4, "t", "m1", 1_000_009, FAR_MS + 5)
     forever = Reindex(4, "t", "m3", 1_000_010, None)

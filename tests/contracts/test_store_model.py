@@ -7,9 +7,10 @@ from random import Random
 import pytest
 
 from millpond.agents.effects import (
+    ClearBodyExpiry,
     ClearRetained,
     DeadLetter,
-    DropBody,
+    DeleteBody,
     Effect,
     KeepReceipt,
     Retain,
@@ -19,7 +20,6 @@ from millpond.agents.effects import (
     SetPresence,
     SetRules,
     SetState,
-    SpareBody,
     Unindex,
     WriteSeen,
 )
@@ -64,8 +64,8 @@ def some_effect(random: Random, offset: int) -> Effect:
             SetDue(topic, random.choice((None, 10 + offset % 7))),
             Unindex(offset, other_topic, (message_id, random.choice(IDS))),
             ClearRetained(offset, other_topic),
-            DropBody(random.choice(IDS[1:])),
-            SpareBody(message_id),
+            DeleteBody(random.choice(IDS[1:])),
+            ClearBodyExpiry(message_id),
             RunCommand(offset, (b"INCR", b"counter:%d" % random.randrange(2))),
             RunCommand(offset, (b"HSET", b"hash", topic.encode(), b"%d" % offset)),
         )

@@ -6,9 +6,10 @@ import pytest
 
 from millpond.agents.effects import (
     NO_SOURCE,
+    ClearBodyExpiry,
     ClearRetained,
     DeadLetter,
-    DropBody,
+    DeleteBody,
     KeepReceipt,
     Retain,
     RunCommand,
@@ -17,11 +18,10 @@ from millpond.agents.effects import (
     SetPresence,
     SetRules,
     SetState,
-    SpareBody,
     Unindex,
     WriteSeen,
 )
-from millpond.agents.ports import Stored
+from millpond.agents.ports import LoadedState
 from millpond.agents.reads import (
     ReadAllStates,
     ReadBelow,
@@ -33,7 +33,7 @@ from millpond.agents.reads import (
     ReadStates,
     ReadSubscriptions,
 )
-from millpond.pipeline.stores.memory.server import Entry
+from millpond.pipeline.stores.memory.server import StoredValue
 from millpond.pipeline.stores.redis.packing import BODY_GRACE_MS
 from millpond.schemas import keys
 from tests.contracts.store_worlds import (
@@ -49,7 +49,7 @@ from tests.contracts.store_worlds import (
 
 async def test_an_empty_partition_holds_nothing(world: World) -> None:
     store = world.store()
-    assert await store.load() == Stored(None, {}, None, ((), ()))
+    assert await store.load() == LoadedState(None, {}, None, ((), ()))
     assert await store.read([ReadDue(5), ReadIndex("t", 5), ReadStates(("t",))]) == [
         [], [], {"t": None},
     ]  # fmt: skip
@@ -64,10 +64,10 @@ async def test_a_message_is_kept_as_a_hash_and_an_index_entry_in_log_order(world
     ]
     assert await commit(store, transaction(1, *messages)) == []
     dump = world.dump()
-    assert dump[keys.message_index("queue/a")] == Entry(
+    assert dump[keys.message_index("queue/a")] == StoredValue(
         [("m9", 1_000_000), ("m8", 1_000_001), ("m7", 1_000_002)], None
     )
-    assert dump[keys.message_body("m9")] == Entry(
+    assert dump[keys.message_body("m9")] == StoredValue(
         {
             "id": b"m9", "from": b"pub", "qos": b"1", "topic": b"queue/a", "payload": b"p0",
             "ts": b"1", "retain": b"false",
@@ -158,7 +158,7 @@ async def test_a_topic_shaped_like_a_message_id_refuses_the_index_and_keeps_the_
     await store.load()
     refused = await commit(store, transaction(1, kept(1, "m1", "m2"), kept(2, "m2", "t")))
     assert [(each.offset, each.part) for each in refused] == [(1, "index")]
-    assert await commit(store, transaction(2, DropBody("m1"))) == []
+    assert await commit(store, transaction(2, DeleteBody("m1"))) == []
     assert await store.read([ReadIndex("m2", 5), ReadIndex("t", 5)]) == [[], [("m2", 1_000_002)]]
     await store.close()
 
@@ -167,7 +167,7 @@ async def test_dropping_a_body_spares_another_key_of_that_name(world: World) -> 
     store = world.store()
     await store.load()
     await commit(store, transaction(1, kept(1, "m1", "m2")))
-    refused = await commit(store, transaction(2, DropBody("m2")))
+    refused = await commit(store, transaction(2, DeleteBody("m2")))
     assert [(each.offset, each.part) for each in refused] == [(NO_SOURCE, "removal")]
     assert await store.read([ReadIndex("m2", 5)]) == [[("m1", 1_000_001)]]
     await store.close()
@@ -178,8 +178,8 @@ async def test_a_spared_foreign_key_has_no_lifetime(world: World) -> None:
     store = world.store()
     await store.load()
     await commit(store, transaction(1, kept(1, "m1", "t", expires_at=FAR_MS)))
-    await commit(store, transaction(2, Unindex(NO_SOURCE, "t", ("m1",)), SpareBody("m1")))
-    assert world.dump()[keys.message_body("m1")] == Entry(b"foreign", None)
+    await commit(store, transaction(2, Unindex(NO_SOURCE, "t", ("m1",)), ClearBodyExpiry("m1")))
+    assert world.dump()[keys.message_body("m1")] == StoredValue(b"foreign", None)
     assert keys.message_index("t") not in world.dump()
     await store.close()
 
@@ -193,7 +193,7 @@ async def test_what_is_removed_leaves_no_key_behind(world: World) -> None:
             1, kept(1, "m1", "t"), Retain(1, "t", "m1", 1), SetState("t", b"s"), SetDue("d", 5)
         ),
     )
-    removals = (Unindex(2, "t", ("m1",)), ClearRetained(2, "t"), DropBody("m1"))
+    removals = (Unindex(2, "t", ("m1",)), ClearRetained(2, "t"), DeleteBody("m1"))
     assert (
         await commit(store, transaction(2, *removals, SetState("t", None), SetDue("d", None))) == []
     )

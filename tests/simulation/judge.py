@@ -9,9 +9,9 @@ import msgspec
 from millpond.agents.driver.driver import PartitionDriver
 from millpond.agents.ports import Applied, Record
 from millpond.agents.registry import MACHINES
-from millpond.agents.topics.storage import Retained, unpack
+from millpond.agents.topics.storage import RetainedState, unpack
 from millpond.pipeline.kafka.memory_log import MemoryLog
-from millpond.pipeline.stores.memory.server import Entry, Hash, MemoryServer, Zset
+from millpond.pipeline.stores.memory.server import Hash, MemoryServer, StoredValue, Zset
 from millpond.pipeline.stores.memory.store import MemoryStore
 from millpond.schemas import keys
 from millpond.schemas.keys import Partition
@@ -51,7 +51,7 @@ def check_states(server: MemoryServer) -> None:
     }
     assert states.keys() == seen.keys()
     for topic, state in states.items():
-        assert isinstance(state, Retained)
+        assert isinstance(state, RetainedState)
         assert seen[topic] == {state.message_id: state.score}
         index = server.of(keys.message_index(topic), Zset)
         assert state.indexed == (state.message_id in index)
@@ -71,9 +71,9 @@ def check_counters(server: MemoryServer) -> None:
 
 def comparable(
     server: MemoryServer, partition: Partition = PARTITION
-) -> Mapping[str, Entry | Applied]:
+) -> Mapping[str, StoredValue | Applied]:
     """A content without what depends on how the log was cut into transactions."""
-    content: dict[str, Entry | Applied] = dict(server.dump())
+    content: dict[str, StoredValue | Applied] = dict(server.dump())
     content.pop(keys.journal(partition), None)
     name = keys.applied(partition)
     if name in content:
@@ -130,7 +130,7 @@ def fold_with_restarts(
             run(driver.close())
             driver = new_driver(partition, server, log, rules)
             run(driver.start())
-    run(driver.tend())
+    run(driver.maintain())
     return server
 
 

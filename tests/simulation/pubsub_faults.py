@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from random import Random
 
-from millpond.agents.ports import Outgoing, Record
+from millpond.agents.ports import OutgoingRecord, Record
 from millpond.agents.pubsub.state import split_reader
 from millpond.pipeline.stores.memory.server import Moment
 from millpond.schemas.errors import StoreDown
@@ -75,7 +75,7 @@ class Troubled(Pubsub):
                 continue
             return driver
 
-    def trouble(self, happens: Sequence[Step]) -> None:
+    def backoff(self, happens: Sequence[Step]) -> None:
         """All of this happens, and faults with it."""
         for step in happens:
             self.faults = self._chosen
@@ -115,7 +115,7 @@ class Troubled(Pubsub):
         assert after == before, "somebody was served again"
 
 
-def is_command(sent: Outgoing) -> bool:
+def is_command(sent: OutgoingRecord) -> bool:
     """Whether it is for a bridge."""
     return sent.topic == "mqtt.deliveries"
 
@@ -123,10 +123,10 @@ def is_command(sent: Outgoing) -> bool:
 def judge_seed(seed: int) -> Counter[str]:
     """One run of one seed: safety while there are faults, then everything comes right."""
     world = Troubled(seed)
-    world.trouble(steps(world.random, STEPS))
+    world.backoff(steps(world.random, STEPS))
     world.settle()
     held = list(world.log.records[PUBSUB.topic, 0])
-    run(world.driver.tend())
+    run(world.driver.maintain())
     expected, _ = fold(held, world.rules, [7])
     judge.check_equal(world.server, expected)
     _liveness(world)

@@ -16,9 +16,9 @@ from millpond.agents.ports import Applied
 from millpond.agents.pubsub.readers import READERS, TOPICS
 from millpond.agents.pubsub.state import (
     GROUP,
-    Log,
     Reader,
     Subscriber,
+    TopicLog,
     reader_key,
     shown,
     split_reader,
@@ -28,7 +28,7 @@ from millpond.agents.pubsub.state import (
     unpack_subscriber,
 )
 from millpond.agents.topics.due_times import WINDOW, due_member
-from millpond.pipeline.stores.memory.server import Entry, Hash, MemoryServer, Zset
+from millpond.pipeline.stores.memory.server import Hash, MemoryServer, StoredValue, Zset
 from millpond.schemas import keys
 from millpond.schemas.commands import Deliver
 from millpond.schemas.events import (
@@ -62,7 +62,7 @@ def readers(server: MemoryServer) -> dict[str, Reader]:
     return {key: unpack_reader(packed) for key, packed in table(server, "windows").items()}
 
 
-def logs(server: MemoryServer) -> dict[str, Log]:
+def logs(server: MemoryServer) -> dict[str, TopicLog]:
     return {key: unpack_log(packed) for key, packed in table(server, "logs").items()}
 
 
@@ -228,9 +228,9 @@ def check_nothing_overdue(server: MemoryServer, now_ms: int) -> None:
     assert all(at > now_ms for at in due.values()), f"overdue at {now_ms}: {due}"
 
 
-def comparable(server: MemoryServer) -> Mapping[str, Entry | Applied]:
+def comparable(server: MemoryServer) -> Mapping[str, StoredValue | Applied]:
     """A content without what depends on how the log was cut into transactions."""
-    content: dict[str, Entry | Applied] = dict(server.dump())
+    content: dict[str, StoredValue | Applied] = dict(server.dump())
     content.pop(keys.journal(PUBSUB), None)
     content[keys.applied(PUBSUB)] = msgspec.structs.replace(applied(server), sequence=0, produced=0)
     return content

@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 from millpond.agents.delivery.members import member_name
 from millpond.agents.driver.driver import PartitionDriver
-from millpond.agents.effects import HandOut, Output
-from millpond.agents.ports import Outgoing, Record, Transaction
+from millpond.agents.effects import DeliverMessage, Output
+from millpond.agents.ports import OutgoingRecord, Record, Transaction
 from millpond.agents.pubsub.machine import PubsubMachine
 from millpond.agents.pubsub.state import subscriber_of
 from millpond.pipeline.kafka.memory_log import MemoryLog
@@ -280,7 +280,7 @@ def subscriber(client_id: str, topic_filter: str) -> str:
 class QuietLog(MemoryLog):
     """What is produced is heard of by nobody: the log has it already."""
 
-    def produce(self, records: Sequence[Outgoing]) -> Any:
+    def produce(self, records: Sequence[OutgoingRecord]) -> Any:
         return super().produce(())
 
 
@@ -292,7 +292,7 @@ class ListeningStore(MemoryStore):
         self._outputs = outputs
 
     def commit(self, packed: Transaction) -> Any:
-        self._outputs.extend(each for each in packed.outputs if isinstance(each, HandOut))
+        self._outputs.extend(each for each in packed.outputs if isinstance(each, DeliverMessage))
         return super().commit(packed)
 
 
@@ -319,5 +319,5 @@ def fold(
         if owners:
             run(driver.close())
             driver = owner()
-    run(driver.tend())
+    run(driver.maintain())
     return server, outputs

@@ -12,7 +12,7 @@ from millpond.agents.delivery.leasing import WAITING, WORK, Counters
 from millpond.agents.delivery.members import Members
 from millpond.agents.delivery.window import Waiting
 from millpond.agents.queue.state import QueueWindow, unpack
-from millpond.agents.topics.plans import Plans
+from millpond.agents.topics.plans import TopicPlans
 from millpond.agents.topics.storage import unpack as unpack_retained
 from millpond.pipeline.stores.memory.server import Hash, MemoryServer, Zset
 from millpond.schemas import keys
@@ -140,7 +140,7 @@ def check_bounds(state: State, rules: Rules) -> None:
     largest = max((rule.max_inflight for rule in rules.run_by_delivery("queue")), default=0)
     for name, member in state.members.awake().items():
         assert len(member.leases) <= largest, f"{name}: {member.leases}"
-        plans = Plans(rules)
+        plans = TopicPlans(rules)
         deliveries = {topic: plans.of(topic).delivery for topic in member.leases.values()}
         counted = Counter(member.leases.values())
         for topic, delivery in deliveries.items():
@@ -153,7 +153,7 @@ def check_nothing_idle(state: State, rules: Rules, now_ms: int) -> None:
     assert not state.work
     if state.counters.paused:
         return
-    plans = Plans(rules)
+    plans = TopicPlans(rules)
     for topic in state.waiting:
         delivery, window = plans.of(topic).delivery, state.windows[topic]
         if delivery is None:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 from millpond.agents.effects import Refusal
-from millpond.agents.ports import Applied, Stored, Transaction
+from millpond.agents.ports import Applied, LoadedState, Transaction
 from millpond.agents.reads import Read
 from millpond.pipeline.stores.memory.server import MemoryServer
 from millpond.pipeline.stores.memory.store import MemoryStore
@@ -68,7 +68,7 @@ class Store:
         self.version = 0  # of the fence: a WATCH notices any write of it, even of the same value
 
     @property
-    def stored(self) -> Stored:
+    def stored(self) -> LoadedState:
         return run(MemoryStore(PARTITION, self.content.server).load())
 
     @property
@@ -135,14 +135,14 @@ class Connection:
         self,
         store: Store,
         writer: int,
-        loaded: Callable[[Stored], None],
+        loaded: Callable[[LoadedState], None],
         missing: Callable[[int, int], frozenset[int]],
     ) -> None:
         """`loaded` hears what was loaded; `missing` tells which offsets of a range were never read."""
         self._store, self._writer, self._loaded, self._missing = store, writer, loaded, missing
         self._session = Session(-1)
 
-    async def load(self) -> Stored:
+    async def load(self) -> LoadedState:
         await Pause()
         while self._store.down:
             await Pause()

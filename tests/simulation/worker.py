@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol, cast
 
 from millpond.agents.driver.driver import PartitionDriver
 from millpond.agents.messages.machine import MessagesMachine
-from millpond.agents.ports import LogBounds, Outgoing, Record, Stored
+from millpond.agents.ports import LoadedState, LogBounds, OutgoingRecord, Record
 from millpond.pipeline.kafka.memory_log import MemoryLog
 from millpond.schemas import keys
 from millpond.schemas.keys import Partition
@@ -22,7 +22,7 @@ class ToProduce(NamedTuple):
     """Records on their way to Kafka."""
 
     worker: Worker
-    records: Sequence[Outgoing]
+    records: Sequence[OutgoingRecord]
     reply: Reply
 
 
@@ -54,7 +54,7 @@ class Worker:
         self._sent: set[int] = set()  # offsets whose dead letters it has produced
         self._handed: set[int] = set()  # offsets it could fold since it loaded
         self._run: Sequence[Record] = ()
-        self._stored: Stored | None = None
+        self._stored: LoadedState | None = None
         self._life = self._live()
 
     # -- its life ---------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ class Worker:
             elif random.random() < 0.5:
                 await driver.settle()
             if random.random() < 0.3:
-                await driver.tend()
+                await driver.maintain()
             tick = driver.tick(self.world.now_ms)
             if tick is not None:
                 await self.produce([tick])
@@ -107,7 +107,7 @@ class Worker:
     def _hand(self, records: Iterable[Record]) -> None:
         self._handed.update(record.offset for record in records)
 
-    def _loaded(self, stored: Stored) -> None:
+    def _loaded(self, stored: LoadedState) -> None:
         self._handed = {record.offset for record in self._run}
         self._stored = stored
         if self._failovers != self.world.store.failovers:
@@ -135,7 +135,7 @@ class Worker:
             self._stored = None
         return bounds
 
-    def _may_owe(self, stored: Stored, bounds: LogBounds) -> None:
+    def _may_owe(self, stored: LoadedState, bounds: LogBounds) -> None:
         """What is in the journal, and what is neither in the store nor committed."""
         journaled = {output.offset for outputs in stored.journal.values() for output in outputs}
         applied = -1 if stored.applied is None else stored.applied.offset
@@ -151,7 +151,7 @@ class Worker:
             yield run
             await Pause()
 
-    def produce(self, records: Sequence[Outgoing]) -> Awaitable[None]:
+    def produce(self, records: Sequence[OutgoingRecord]) -> Awaitable[None]:
         for record in records:
             if record.topic == keys.DEAD_LETTERS_TOPIC:
                 offset = letter_offset(record)
@@ -163,7 +163,7 @@ class Worker:
         return cast(Awaitable[None], sent.reply)
 
 
-def letter_offset(letter: Outgoing) -> int:
+def letter_offset(letter: OutgoingRecord) -> int:
     """The offset of the record that a dead letter is about."""
     return int(dict(letter.headers)["source-offset"])
 

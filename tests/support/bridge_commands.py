@@ -14,7 +14,7 @@ from aiokafka.partitioner import murmur2
 from millpond.schemas import codec, keys
 from millpond.schemas.commands import Command, Deliver, Subscribe
 from millpond.schemas.events import DeliveriesSent, DeliveryFailed, MessageAcked, Sent
-from millpond.schemas.leases import Lease
+from millpond.schemas.leases import LeaseName
 from tests.support.embedded_bridge import Bridge, Log
 from tests.support.mqtt import PUBACK, PUBLISH, Client, Packet, delivered
 from tests.support.workers import PARTITIONS, until
@@ -31,7 +31,7 @@ def a_deliver(client_id: str, number: int, **fields: Any) -> Deliver:
     """Lease `number` of a message of `queue/{client_id}`, whose payload is the number."""
     topic = fields.pop("topic", f"queue/{client_id}")
     values: dict[str, Any] = {
-        "lease": str(Lease("queue", partition_of(topic), number)), "epoch": 1,
+        "lease": str(LeaseName("queue", partition_of(topic), number)), "epoch": 1,
         "valid_for_s": VALID_FOR_S, "attempt": 1, "message_id": f"m{number}", "qos": 1,
         "retain": False, "payload": str(number), **fields,
     }  # fmt: skip

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from millpond.pipeline.brokers.spool.directory import Spool
-from millpond.pipeline.brokers.spool.durable_producer import Inlet
+from millpond.pipeline.brokers.spool.durable_producer import DurableProducer
 from millpond.pipeline.kafka.producer import Producer
 from millpond.schemas import codec, keys
 from millpond.schemas.events import MessagePublished
@@ -36,8 +36,10 @@ def an_event(topic: str, number: int, size: int = 0) -> MessagePublished:
     )  # fmt: skip
 
 
-def enter(inlet: Inlet, topic: str, number: int, size: int = 0) -> asyncio.Future[None]:
-    return inlet.enter(keys.MESSAGES_TOPIC, an_event(topic, number, size), hook=HOOK)
+def enter(
+    durable_producer: DurableProducer, topic: str, number: int, size: int = 0
+) -> asyncio.Future[None]:
+    return durable_producer.enter(keys.MESSAGES_TOPIC, an_event(topic, number, size), hook=HOOK)
 
 
 class Running:
@@ -47,14 +49,14 @@ class Running:
         self.producer = Producer({"bootstrap_servers": [bootstrap]}, MESSAGE_BYTES_MAX)
         self.spool = Spool(directory, bytes_max)
         self.spool.open()
-        self.inlet = Inlet(self.producer, self.spool, patience_s)
-        self.task = asyncio.create_task(self.inlet.run())
+        self.durable_producer = DurableProducer(self.producer, self.spool, patience_s)
+        self.task = asyncio.create_task(self.durable_producer.run())
 
     async def end(self, grace_s: float | None = None) -> None:
         self.task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self.task
-        await self.inlet.close(grace_s)
+        await self.durable_producer.close(grace_s)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STOP_S):
                 await self.producer.stop()
@@ -115,7 +117,7 @@ class Process:
 
 
 async def flood(bootstrap: str, directory: Path, client: str, first: int) -> None:
-    async with running(bootstrap, directory) as inlet:
+    async with running(bootstrap, directory) as durable_producer:
         free = asyncio.Semaphore(AT_ONCE)
 
         def answered(number: int, future: asyncio.Future[None]) -> None:
@@ -126,7 +128,7 @@ async def flood(bootstrap: str, directory: Path, client: str, first: int) -> Non
         number = first
         while True:
             await free.acquire()
-            future = enter(inlet.inlet, topic_of(client, number), number)
+            future = enter(durable_producer.durable_producer, topic_of(client, number), number)
             future.add_done_callback(partial(answered, number))
             number += 1
 

@@ -14,7 +14,7 @@ import grpc
 import msgspec
 from google.protobuf.message import Message
 
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import Returning
+from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic
 from millpond.pipeline.brokers.emqx.exhook import exhook_pb2 as pb
 from millpond.pipeline.brokers.emqx.exhook.calls import Calls
 from millpond.pipeline.brokers.emqx.exhook.hooks import Version
@@ -24,7 +24,7 @@ from millpond.pipeline.brokers.emqx.ports import Keeping
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.settings import BridgeSettings
 from millpond.pipeline.stack.ports import HOST
-from millpond.pipeline.telemetry.bridge import Hooks
+from millpond.pipeline.telemetry.bridge import HookMetrics
 from millpond.schemas import codec, keys
 from millpond.schemas.events import Event
 from millpond.schemas.rules import Rules
@@ -87,7 +87,7 @@ class Provider:
     """A server, and a connection to it as EMQX's."""
 
     def __init__(
-        self, server: HookServer, calls: Calls, heard: Heard, port: int, hooks: Hooks
+        self, server: HookServer, calls: Calls, heard: Heard, port: int, hooks: HookMetrics
     ) -> None:
         self.hooks = hooks
         self.server, self.calls, self.heard, self.port = server, calls, heard, port
@@ -109,17 +109,17 @@ class Provider:
 
 @contextlib.asynccontextmanager
 async def answering(
-    inlet: Keeping,
+    durable_producer: Keeping,
     rules: Rules,
     mountpoint: Mountpoint | None = None,
     settings: Mapping[str, str] = MappingProxyType({}),
 ) -> AsyncIterator[Provider]:
     """A server of this process, on a free port unless the settings say otherwise."""
     heard = Heard()
-    calls = Calls(rules, mountpoint, Returning(SECRET), inlet, heard, PARTITIONS)
+    calls = Calls(rules, mountpoint, CopyTopic(SECRET), durable_producer, heard, PARTITIONS)
     listen = msgspec.convert({"exhook_listen": f"{HOST}:0", **settings}, BridgeSettings)
-    hooks = Hooks(calls.refusals.counts)
-    server = HookServer(listen, calls, inlet, hooks.observe)
+    hooks = HookMetrics(calls.refusals.counts)
+    server = HookServer(listen, calls, durable_producer, hooks.observe)
     port = await server.start()
     running = asyncio.create_task(server.run())
     provider = Provider(server, calls, heard, port, hooks)
@@ -139,10 +139,10 @@ async def serving(
     """The same, and what it enters comes into Kafka, whose topics are there."""
     producer = Producer({"bootstrap_servers": [bootstrap]}, MESSAGE_BYTES_MAX)
     await producer.start()
-    inlet = KafkaInlet(producer)
-    running = asyncio.create_task(inlet.run())
+    durable_producer = KafkaInlet(producer)
+    running = asyncio.create_task(durable_producer.run())
     try:
-        async with answering(inlet, rules, mountpoint) as provider:
+        async with answering(durable_producer, rules, mountpoint) as provider:
             yield provider
     finally:
         running.cancel()

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from typing import Any, TypeVar
 
 from millpond.agents.driver.driver import PartitionDriver
-from millpond.agents.ports import Applied, Outgoing, Record, Transaction
+from millpond.agents.ports import Applied, OutgoingRecord, Record, Transaction
 from millpond.agents.registry import MACHINES
 from millpond.pipeline.kafka.memory_log import MemoryLog
 from millpond.pipeline.stores.memory.server import MemoryServer, Moment, Zset
@@ -49,7 +49,7 @@ class Log(MemoryLog):
 
     acknowledges = True
 
-    def produce(self, records: Sequence[Outgoing]) -> Awaitable[None]:
+    def produce(self, records: Sequence[OutgoingRecord]) -> Awaitable[None]:
         super().produce(records)
         return _Acknowledged(self)
 
@@ -148,7 +148,7 @@ class World:
         return Counter(int(dict(letter.headers)["source-offset"]) for letter in self.dead_letters)
 
     @property
-    def dead_letters(self) -> list[Outgoing]:
+    def dead_letters(self) -> list[OutgoingRecord]:
         return [sent for sent in self.log.produced if sent.topic == keys.DEAD_LETTERS_TOPIC]
 
     @property

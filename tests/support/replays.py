@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 
 from millpond.agents.registry import AGENT_NAMES
 from millpond.pipeline.cli.replay_commands import described
-from millpond.pipeline.replay.run import Replay, Wish
+from millpond.pipeline.replay.run import Replay, ReplayRequest
 from millpond.pipeline.settings import load, pool_at
 from millpond.schemas.events import AgentName
 
@@ -51,7 +51,7 @@ async def check_replay(
     started = time.monotonic()
     async with Redis.from_url(into) as target:
         await target.flushdb()
-        wish = Wish(agents, pool_at(pool, into), live=pool_at(pool, redis_url))
+        wish = ReplayRequest(agents, pool_at(pool, into), live=pool_at(pool, redis_url))
         outcome = await Replay(settings, rules, wish).run()
         await target.flushdb()
     compared = outcome.compared

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from millpond.pipeline.brokers.emqx.rest.client import Rest
+from millpond.pipeline.brokers.emqx.rest.client import RestClient
 from tests.support.embedded_bridge import Bridge, Log, reading
 from tests.support.emqx.broker import Emqx
 from tests.support.emqx.rest import EmqxRest, serving
@@ -38,7 +38,7 @@ async def server() -> AsyncIterator[EmqxRest]:
 
 
 @pytest.fixture
-async def rest(server: EmqxRest, tmp_path: Path) -> AsyncIterator[Rest]:
+async def rest(server: EmqxRest, tmp_path: Path) -> AsyncIterator[RestClient]:
     """Who asks it, as a bridge does."""
     async with asking(server, tmp_path) as rest:
         yield rest

@@ -20,7 +20,7 @@ MARK = "== done"
 REDIS = "127.0.0.1:6379"
 # Examples show the default ports; two test runs beside each other need others.
 FREE_PORTS = {
-    f"MILLPOND_STACK_{name}_PORT": "0" for name in ("MQTT", "WEBSOCKET", "KAFKA", "REDIS", "PAGE")
+    f"MILLPOND_STACK_{name}_PORT": "0" for name in ("MQTT", "WEBSOCKET", "KAFKA", "REDIS", "WEB")
 }
 
 

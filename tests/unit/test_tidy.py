@@ -16,7 +16,7 @@ PACKAGES = ("millpond", "schemas", "agents", "pipeline", "examples", "tests")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 SHIPPED = [path for path in SOURCES if ROOT / "tests" not in path.parents]
 
-FILE_LINES_MAX = 400
+FILE_LINES_MAX = 600
 FUNCTION_LINES_MAX = 70
 FUNCTION_LINES_MEDIAN_MAX = 10
 SUPERVISOR_LINES_MAX = 200

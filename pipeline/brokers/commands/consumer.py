@@ -9,9 +9,9 @@ from typing import Any, NoReturn, Protocol
 
 from millpond.agents.driver.dead_letters import headers_of
 from millpond.pipeline.brokers.commands.deliveries import Deliveries
-from millpond.pipeline.brokers.commands.pending import Ticket
+from millpond.pipeline.brokers.commands.pending import PendingCommand
 from millpond.pipeline.clock import now_ms
-from millpond.pipeline.kafka.consumer import Source
+from millpond.pipeline.kafka.consumer import GroupConsumer
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.telemetry.histogram import SHORT_S, Histogram
@@ -19,17 +19,17 @@ from millpond.pipeline.telemetry.tracing import BridgeTracing
 from millpond.schemas import codec, keys
 from millpond.schemas.commands import Command, Deliver
 from millpond.schemas.errors import DecodeError
-from millpond.schemas.leases import Lease, parse_lease
+from millpond.schemas.leases import LeaseName, parse_lease
 
 
 class Broker(Protocol):
     """What carries commands out."""
 
-    async def take(self, ticket: Ticket, command: Command) -> None:
+    async def take(self, pending: PendingCommand, command: Command) -> None:
         """A command takes its place among those of its client; a report, or `ticket.done`, follows when it is done."""
 
 
-class Commander:
+class CommandConsumer:
     """One per bridge. A command is committed when Kafka knows what came of it; commands finish in any order."""
 
     def __init__(
@@ -45,7 +45,7 @@ class Commander:
         self._broker, self._deliveries, self._producer = broker, deliveries, producer
         self._settings = settings
         group_id = keys.bridge_group_id(settings.app)
-        self._source = Source(settings, group_id, [keys.DELIVERIES_TOPIC], self._carry_out)
+        self._source = GroupConsumer(settings, group_id, [keys.DELIVERIES_TOPIC], self._carry_out)
         self.taken: Counter[str] = Counter()  # by type
         self.seconds = Histogram(SHORT_S)  # from a command's log time until it is finished
 
@@ -65,18 +65,18 @@ class Commander:
         try:
             command = codec.decode_command(record.value)
             done = self._traced(record, command, done)
-            ticket = self._ticket(command, record.timestamp, done)
+            pending = self._pending(command, record.timestamp, done)
         except DecodeError as error:
             await self._bury(record, str(error), done)
             self.taken["unreadable"] += 1
             return
         self.taken[str(command.__struct_config__.tag)] += 1
-        if not self._deliveries.good(ticket):
+        if self._deliveries.fail_if_stale(pending):
             return
         if isinstance(command, Deliver) and codec.topic_name_error(command.topic) is not None:
-            self._deliveries.fail(ticket, "bridge")
+            self._deliveries.fail(pending, "bridge")
         else:
-            await self._broker.take(ticket, command)
+            await self._broker.take(pending, command)
 
     def _traced(
         self, record: Any, command: Command, done: Callable[[], None]
@@ -98,7 +98,7 @@ class Commander:
         self.seconds.add(max(now_ms() - log_ms, 0) / 1000)
         finished()
 
-    def _ticket(self, command: Command, log_ms: int, done: Callable[[], None]) -> Ticket:
+    def _pending(self, command: Command, log_ms: int, done: Callable[[], None]) -> PendingCommand:
         """The paper of a command.
 
         Raises:
@@ -106,15 +106,15 @@ class Commander:
         """
         valid_until_ms = log_ms + command.valid_for_s * 1000
         if not isinstance(command, Deliver):
-            return Ticket(command.client_id, None, 0, "", valid_until_ms, done)
+            return PendingCommand(command.client_id, None, 0, "", valid_until_ms, done)
         if command.expires_at is not None:
             valid_until_ms = min(valid_until_ms, command.expires_at)
-        return Ticket(
+        return PendingCommand(
             command.client_id, self._lease(command.lease), command.epoch, command.message_id,
             valid_until_ms, done,
         )  # fmt: skip
 
-    def _lease(self, name: str) -> Lease | None:
+    def _lease(self, name: str) -> LeaseName | None:
         if not name:
             return None
         lease = parse_lease(name)

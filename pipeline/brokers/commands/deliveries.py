@@ -7,12 +7,12 @@ import time
 from collections import Counter, OrderedDict
 from typing import Final, Literal, TypeAlias
 
-from millpond.pipeline.brokers.commands.pending import Ticket
-from millpond.pipeline.brokers.commands.reports import Entry, Reports
+from millpond.pipeline.brokers.commands.pending import PendingCommand
+from millpond.pipeline.brokers.commands.reports import ReportEntry, Reports
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.telemetry.histogram import LONG_S, Histogram, histogram_of
 from millpond.schemas.events import DeliveryFailed, Sent
-from millpond.schemas.leases import Lease
+from millpond.schemas.leases import LeaseName
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class FailedEpochs:
         self._epochs: OrderedDict[tuple[str, str, int, int], None] = OrderedDict()
         self._size_max = size_max
 
-    def add(self, client_id: str, lease: Lease, epoch: int) -> None:
+    def add(self, client_id: str, lease: LeaseName, epoch: int) -> None:
         """A command failed."""
         key = client_id, lease.agent, lease.partition, epoch
         self._epochs[key] = None
@@ -54,7 +54,7 @@ class FailedEpochs:
         if len(self._epochs) > self._size_max:
             self._epochs.popitem(last=False)
 
-    def holds(self, client_id: str, lease: Lease, epoch: int) -> bool:
+    def holds(self, client_id: str, lease: LeaseName, epoch: int) -> bool:
         """Whether a command of this epoch failed before."""
         key = client_id, lease.agent, lease.partition, epoch
         if key not in self._epochs:
@@ -76,41 +76,41 @@ class Deliveries:
         )  # by agent, if it wants to know, and outcome
         self.delivery_s: dict[str, Histogram] = {}  # by agent: from publish to client
 
-    def good(self, ticket: Ticket) -> bool:
-        """Whether a command may still be carried out. One that may not has failed with this."""
-        lease = ticket.lease
-        if now_ms() > ticket.valid_until_ms or (
-            lease is not None and self._failed.holds(ticket.client_id, lease, ticket.epoch)
+    def fail_if_stale(self, pending: PendingCommand) -> bool:
+        """True if the command is stale, or follows a failed one of its epoch; it is then reported as failed."""
+        lease = pending.lease
+        if now_ms() > pending.valid_until_ms or (
+            lease is not None and self._failed.holds(pending.client_id, lease, pending.epoch)
         ):
-            self.fail(ticket, "stale")
-            return False
-        return True
+            self.fail(pending, "stale")
+            return True
+        return False
 
-    def fail(self, ticket: Ticket, reason: Failure) -> None:
+    def fail(self, pending: PendingCommand, reason: Failure) -> None:
         """It is not carried out."""
-        lease = ticket.lease
+        lease = pending.lease
         self.outcomes[NOBODY if lease is None else lease.agent, reason] += 1
         if lease is None:
-            logger.info("%s: a command is not carried out: %s", ticket.client_id, reason)
-            ticket.done()
+            logger.info("%s: a command is not carried out: %s", pending.client_id, reason)
+            pending.done()
             return
-        self._failed.add(ticket.client_id, lease, ticket.epoch)
+        self._failed.add(pending.client_id, lease, pending.epoch)
         event = DeliveryFailed(
             at=now_ms(), node=self._node, agent=lease.agent, lease=str(lease),
-            client_id=ticket.client_id, message_id=ticket.message_id, reason=reason,
+            client_id=pending.client_id, message_id=pending.message_id, reason=reason,
         )  # fmt: skip
-        self.reports.add(Entry(event, lease, on_kept=ticket.done))
+        self.reports.add(ReportEntry(event, lease, on_kept=pending.done))
 
-    def sent(self, ticket: Ticket, qos: int) -> None:
+    def sent(self, pending: PendingCommand, qos: int) -> None:
         """A copy was handed to its client's connection."""
-        agent = NOBODY if ticket.lease is None else ticket.lease.agent
+        agent = NOBODY if pending.lease is None else pending.lease.agent
         self.outcomes[agent, "sent"] += 1
-        if ticket.lease is None:
-            ticket.done()
+        if pending.lease is None:
+            pending.done()
             return
-        published_s = published_at_s(ticket.message_id)
+        published_s = published_at_s(pending.message_id)
         if published_s is not None:
             latency = histogram_of(self.delivery_s, agent, LONG_S)
             latency.add(max(time.time() - published_s, 0.0))
-        sent = Sent(str(ticket.lease), ticket.client_id, ticket.message_id, qos=qos)
-        self.reports.add(Entry(sent, ticket.lease, on_kept=ticket.done))
+        sent = Sent(str(pending.lease), pending.client_id, pending.message_id, qos=qos)
+        self.reports.add(ReportEntry(sent, pending.lease, on_kept=pending.done))

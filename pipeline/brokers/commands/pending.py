@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from millpond.schemas.leases import Lease
+from millpond.schemas.leases import LeaseName
 
 
-class Ticket(NamedTuple):
+class PendingCommand(NamedTuple):
     """One command: whose it is, how long it is good for, and what to call when Kafka knows what came of it.
 
     Nobody wants a report of a command without a lease.
     """
 
     client_id: str
-    lease: Lease | None
+    lease: LeaseName | None
     epoch: int
     message_id: str
     valid_until_ms: int

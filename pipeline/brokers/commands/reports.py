@@ -13,7 +13,7 @@ from aiokafka.errors import KafkaError
 
 from millpond.pipeline.clock import now_ms
 from millpond.schemas.events import DeliveriesSent, DeliveryFailed, MessageAcked, Sent
-from millpond.schemas.leases import Lease
+from millpond.schemas.leases import LeaseName
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ SENT_BYTES_MAX: Final = 64 * 1024
 Call = Callable[[], None]
 
 
-class Recording(Protocol):
+class EventSink(Protocol):
     """What a bridge enters its events with."""
 
     node: str
@@ -43,11 +43,11 @@ class Recording(Protocol):
         """
 
 
-class Entry(NamedTuple):
+class ReportEntry(NamedTuple):
     """One thing to tell, and what to call when it is entered, or when Kafka has it."""
 
     what: Sent | DeliveryFailed | MessageAcked
-    lease: Lease | None
+    lease: LeaseName | None
     on_entered: Call | None = None
     on_kept: Call | None = None
 
@@ -64,15 +64,15 @@ class Report(NamedTuple):
 class Reports:
     """One per bridge. Whoever adds to it bounds it: there is one entry per unfinished command and un-acked copy."""
 
-    def __init__(self, recorder: Recording) -> None:
+    def __init__(self, event_producer: EventSink) -> None:
         """`run` enters what was added."""
-        self._recorder = recorder
-        self._entries: list[Entry] = []
+        self._event_producer = event_producer
+        self._entries: list[ReportEntry] = []
         self._reports: deque[Report] = deque()
         self._added = asyncio.Event()
         self._flushing = asyncio.Lock()
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: ReportEntry) -> None:
         """Tell it soon."""
         self._entries.append(entry)
         self._added.set()
@@ -89,14 +89,14 @@ class Reports:
         async with self._flushing:
             self._added.clear()
             entries, self._entries = self._entries, []
-            self._reports.extend(collected(entries, self._recorder.node, now_ms()))
+            self._reports.extend(collected(entries, self._event_producer.node, now_ms()))
             while self._reports:
                 await self._enter(self._reports[0])
                 self._reports.popleft()
 
     async def _enter(self, report: Report) -> None:
         try:
-            acknowledged = await self._recorder.enter(report.event, report.partition)
+            acknowledged = await self._event_producer.enter(report.event, report.partition)
         except KafkaError as error:
             # It is too large, and would be again: the agent takes its leases back when it has waited long enough.
             logger.error("a report cannot be written: %r", error)  # noqa: TRY400  no traceback
@@ -125,7 +125,7 @@ def _call(calls: Iterable[Call]) -> None:
         call()
 
 
-def collected(entries: Iterable[Entry], node: str, at_ms: int) -> list[Report]:
+def collected(entries: Iterable[ReportEntry], node: str, at_ms: int) -> list[Report]:
     """The records of these entries. Within a partition `sent` and `failed` keep their order; the acknowledgements come
     last, in theirs.
     """
@@ -133,7 +133,7 @@ def collected(entries: Iterable[Entry], node: str, at_ms: int) -> list[Report]:
     reports: list[Report] = []
     acknowledgements: list[Report] = []
 
-    def close(lease: Lease) -> None:
+    def close(lease: LeaseName) -> None:
         batch = batches.pop((lease.agent, lease.partition), None)
         if batch is not None:
             reports.append(batch.report(node, at_ms))
@@ -156,7 +156,9 @@ def collected(entries: Iterable[Entry], node: str, at_ms: int) -> list[Report]:
     return reports + acknowledgements
 
 
-def _alone(event: DeliveryFailed | MessageAcked, partition: int | None, entry: Entry) -> Report:
+def _alone(
+    event: DeliveryFailed | MessageAcked, partition: int | None, entry: ReportEntry
+) -> Report:
     on_entered = () if entry.on_entered is None else (entry.on_entered,)
     on_kept = () if entry.on_kept is None else (entry.on_kept,)
     return Report(event, partition, on_entered, on_kept)
@@ -165,13 +167,13 @@ def _alone(event: DeliveryFailed | MessageAcked, partition: int | None, entry: E
 class _Batch:
     """The copies of one record to be."""
 
-    def __init__(self, lease: Lease) -> None:
+    def __init__(self, lease: LeaseName) -> None:
         self._lease = lease
         self._sent: list[Sent] = []
         self._on_kept: list[Call] = []
         self._bytes = 0
 
-    def add(self, entry: Entry) -> bool:
+    def add(self, entry: ReportEntry) -> bool:
         """Whether that was the last one."""
         assert isinstance(entry.what, Sent), "the caller looked"
         self._sent.append(entry.what)

@@ -9,18 +9,18 @@ from typing import Final, NamedTuple, NoReturn
 
 from aiokafka.errors import KafkaError
 
-from millpond.pipeline.brokers.commands.consumer import Commander
+from millpond.pipeline.brokers.commands.consumer import CommandConsumer
 from millpond.pipeline.brokers.commands.deliveries import Deliveries
 from millpond.pipeline.brokers.commands.reports import Reports
 from millpond.pipeline.brokers.embedded.broker import EmbeddedBroker
-from millpond.pipeline.brokers.embedded.event_producer import Recorder
+from millpond.pipeline.brokers.embedded.event_producer import EventProducer
 from millpond.pipeline.kafka.diagnosis import unreachable
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.process.event_loop import use_uvloop
 from millpond.pipeline.process.readiness import say_ready
 from millpond.pipeline.process.signals import asked_to_end, until_asked
 from millpond.pipeline.settings import Settings
-from millpond.pipeline.telemetry.bridge import BridgeHealth, Commands, Kept
+from millpond.pipeline.telemetry.bridge import BridgeHealth, CommandMetrics, ProducerMetrics
 from millpond.pipeline.telemetry.http import serving as telemetry
 from millpond.pipeline.telemetry.tracing import bridge_tracing
 from millpond.schemas.rules import Rules
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 # How long a bridge that is asked to stop waits for Kafka to take what is left: less than `millpond down` gives it.
 STOP_TIMEOUT_S: Final = 10.0
-SIFT_INTERVAL_S: Final = 1.0  # how late it may be noticed that a command waits in vain
+STALE_CHECK_INTERVAL_S: Final = 1.0  # how late it may be noticed that a command waits in vain
 
 
 def run_embedded(settings: Settings, rules: Rules) -> None:
@@ -46,14 +46,16 @@ async def _run_embedded(settings: Settings, rules: Rules) -> None:
     stop = asked_to_end()
     producer = Producer(settings.kafka.client_options(), settings.kafka.message_bytes_max)
     tracing = bridge_tracing(settings.telemetry, "embedded")
-    recorder = Recorder(producer, rules, settings.bridge.node, settings.kafka.partitions, tracing)
-    reports = Reports(recorder)
+    event_producer = EventProducer(
+        producer, rules, settings.bridge.node, settings.kafka.partitions, tracing
+    )
+    reports = Reports(event_producer)
     deliveries = Deliveries(settings.bridge.node, reports)
-    broker = EmbeddedBroker(settings.bridge, recorder, deliveries)
-    commander = Commander(settings, broker, deliveries, producer, tracing)
+    broker = EmbeddedBroker(settings.bridge, event_producer, deliveries)
+    command_consumer = CommandConsumer(settings, broker, deliveries, producer, tracing)
     # Any of its steps may wait for Kafka as long as Kafka is away, and a signal must not.
-    parts = _Parts(producer, recorder, reports, broker, commander)
-    shown = (Kept(recorder), Commands(commander, deliveries))
+    parts = _Parts(producer, event_producer, reports, broker, command_consumer)
+    shown = (ProducerMetrics(event_producer), CommandMetrics(command_consumer, deliveries))
     health = BridgeHealth(stop.is_set, producer, partial(_complaints, broker))
     async with telemetry(settings.telemetry.listen, "bridge embedded", shown, health):
         serving = asyncio.create_task(_serve(settings, parts))
@@ -68,10 +70,10 @@ async def _run_embedded(settings: Settings, rules: Rules) -> None:
 
 class _Parts(NamedTuple):
     producer: Producer
-    recorder: Recorder
+    event_producer: EventProducer
     reports: Reports
     broker: EmbeddedBroker
-    commander: Commander
+    command_consumer: CommandConsumer
 
 
 def _complaints(broker: EmbeddedBroker) -> list[str]:
@@ -84,20 +86,20 @@ async def _serve(settings: Settings, parts: _Parts) -> NoReturn:
     except KafkaError as error:
         raise await unreachable(settings.kafka) from error
     await parts.broker.start()
-    await parts.recorder.drain()
+    await parts.event_producer.drain()
     say_ready("bridge embedded")
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(parts.reports.run())
-        tasks.create_task(parts.commander.run())
-        tasks.create_task(_sift(parts.broker))
+        tasks.create_task(parts.command_consumer.run())
+        tasks.create_task(_drop_stale(parts.broker))
         tasks.create_task(_tell_snapshots(settings, parts.broker))
     raise AssertionError("none of them ever returns")
 
 
-async def _sift(broker: EmbeddedBroker) -> NoReturn:
+async def _drop_stale(broker: EmbeddedBroker) -> NoReturn:
     while True:
-        await asyncio.sleep(SIFT_INTERVAL_S)
-        broker.sift()
+        await asyncio.sleep(STALE_CHECK_INTERVAL_S)
+        broker.drop_stale()
 
 
 async def _tell_snapshots(settings: Settings, broker: EmbeddedBroker) -> NoReturn:
@@ -115,7 +117,7 @@ async def _end(parts: _Parts) -> None:
             await parts.reports.flush()
             await parts.producer.stop()
     except TimeoutError:
-        lost = len(parts.recorder.unacknowledged)
+        lost = len(parts.event_producer.unacknowledged)
         logger.warning("Kafka has not acknowledged %d events in time; not waiting longer", lost)
         for library in ("amqtt", "asyncio"):  # which would show a traceback for all that is cut off
             logging.getLogger(library).setLevel(logging.CRITICAL)

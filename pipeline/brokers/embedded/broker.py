@@ -15,19 +15,19 @@ from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
 from amqtt.session import Session
 
 from millpond.pipeline.brokers.commands.deliveries import Deliveries
-from millpond.pipeline.brokers.commands.pending import Ticket
-from millpond.pipeline.brokers.embedded.event_producer import NEVER_EXPIRES_S, Recorder
+from millpond.pipeline.brokers.commands.pending import PendingCommand
+from millpond.pipeline.brokers.embedded.event_producer import NEVER_EXPIRES_S, EventProducer
 from millpond.pipeline.brokers.embedded.handler import (
-    Handler,
+    ConnectionHandler,
     Payload,
     outgoing_of,
     refused_topic,
     routed_copy,
 )
 from millpond.pipeline.brokers.embedded.listening import ListeningBroker
-from millpond.pipeline.brokers.embedded.outgoing import Change, ordered
-from millpond.pipeline.brokers.embedded.sender import Sender
-from millpond.pipeline.brokers.embedded.wire import Writer
+from millpond.pipeline.brokers.embedded.outgoing import OutgoingChange, ordered
+from millpond.pipeline.brokers.embedded.sender import ConnectionSender
+from millpond.pipeline.brokers.embedded.wire import ConnectionWriter
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.settings import BridgeSettings
 from millpond.schemas.commands import Command, Subscribe, Unsubscribe
@@ -66,13 +66,13 @@ class EmbeddedBroker(ListeningBroker):
     """Overrides amqtt where clients come, subscribe and go, and where messages are routed."""
 
     def __init__(
-        self, settings: BridgeSettings, recorder: Recorder, deliveries: Deliveries
+        self, settings: BridgeSettings, event_producer: EventProducer, deliveries: Deliveries
     ) -> None:
         """`start` opens the listeners."""
-        super().__init__(settings, recorder.packet_bytes_max)
+        super().__init__(settings, event_producer.packet_bytes_max)
         self._broadcast_queue = asyncio.Queue(ROUTED_MAX)
-        self._recorder, self._deliveries = recorder, deliveries
-        self._opening: set[Writer] = set()  # connections without a CONNECT so far
+        self._event_producer, self._deliveries = event_producer, deliveries
+        self._opening: set[ConnectionWriter] = set()  # connections without a CONNECT so far
 
     async def start(self) -> None:
         """Accept connections; the snapshot tells that there are none yet.
@@ -80,7 +80,7 @@ class EmbeddedBroker(ListeningBroker):
         Raises:
             MillpondError: a port is in use.
         """
-        await self._recorder.node_event(NodeStarted)
+        await self._event_producer.node_event(NodeStarted)
         await self.snapshot()
         level = self.logger.level
         self.logger.setLevel(logging.CRITICAL)  # it would show a traceback beside our one line
@@ -103,12 +103,12 @@ class EmbeddedBroker(ListeningBroker):
         for handler in handlers:
             await handler.ended.wait()
         await super().shutdown()
-        await self._recorder.node_event(NodeStopped)
+        await self._event_producer.node_event(NodeStopped)
 
     async def snapshot(self) -> None:
         """Everything connected and subscribed, between `node.sync.started` and `.completed`."""
         sync_id = uuid4().hex
-        await self._recorder.node_event(NodeSyncStarted, sync_id=sync_id)
+        await self._event_producer.node_event(NodeSyncStarted, sync_id=sync_id)
         for handler in self._handlers():
             if handler.connected and handler.session is not None:
                 await self._tell_connected(handler.session, handler, told_again=True)
@@ -116,13 +116,17 @@ class EmbeddedBroker(ListeningBroker):
             for session, qos in list(subscriptions):
                 if (session, qos) in self._holders(topic_filter):  # still
                     await self._tell_subscribed(session, topic_filter, qos, told_again=True)
-        await self._recorder.node_event(NodeSyncCompleted, sync_id=sync_id)
+        await self._event_producer.node_event(NodeSyncCompleted, sync_id=sync_id)
 
     # -- clients come and go
 
-    def _handlers(self) -> list[Handler]:
+    def _handlers(self) -> list[ConnectionHandler]:
         """The connections there are, and the last one of each session that goes on without."""
-        return [handler for _, handler in self._sessions.values() if isinstance(handler, Handler)]
+        return [
+            handler
+            for _, handler in self._sessions.values()
+            if isinstance(handler, ConnectionHandler)
+        ]
 
     async def _initialize_client_session(
         self,
@@ -132,7 +136,7 @@ class EmbeddedBroker(ListeningBroker):
         remote_port: int,
     ) -> tuple[BrokerProtocolHandler, Session]:
         """See amqtt, which lets a new connection change the session under an old one."""
-        opening = Writer(writer)
+        opening = ConnectionWriter(writer)
         self._opening.add(opening)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
@@ -150,7 +154,9 @@ class EmbeddedBroker(ListeningBroker):
             raise AMQTTError("no valid CONNECT") from error
         finally:
             self._opening.discard(opening)
-        handler = Handler(self.plugins_manager, self._recorder, self._deliveries, self._route)
+        handler = ConnectionHandler(
+            self.plugins_manager, self._event_producer, self._deliveries, self._route
+        )
         try:
             return handler, await self._session_for(incoming, handler)
         except TimeoutError as error:
@@ -159,14 +165,14 @@ class EmbeddedBroker(ListeningBroker):
             await opening.close()
             raise AMQTTError("the connection before has not ended") from error
 
-    async def _session_for(self, incoming: Session, handler: Handler) -> Session:
+    async def _session_for(self, incoming: Session, handler: ConnectionHandler) -> Session:
         """The session of a CONNECT, once no other connection has it ([MQTT-3.1.4-2], [MQTT-3.1.2-4 to 6])."""
         client_id = incoming.client_id
         assert client_id, "amqtt makes one up"
         async with asyncio.timeout(END_TIMEOUT_S):
             while True:
                 session, before = self._sessions.get(client_id, (None, None))
-                if not isinstance(before, Handler) or before.ended.is_set():
+                if not isinstance(before, ConnectionHandler) or before.ended.is_set():
                     break
                 await before.drop("discarded" if incoming.clean_session else "takenover")
                 await before.ended.wait()
@@ -183,7 +189,7 @@ class EmbeddedBroker(ListeningBroker):
         handler.outgoing = outgoing_of(incoming)
         self._sessions[client_id] = incoming, handler
         if session is not None:
-            await self._recorder.client(SessionDiscarded, client_id)
+            await self._event_producer.client(SessionDiscarded, client_id)
         return incoming
 
     async def _handle_client_session(
@@ -195,7 +201,7 @@ class EmbeddedBroker(ListeningBroker):
         server: Server,
         listener_name: str,
     ) -> None:
-        assert isinstance(handler, Handler), "_initialize_client_session makes no other"
+        assert isinstance(handler, ConnectionHandler), "_initialize_client_session makes no other"
         try:
             await super()._handle_client_session(
                 reader, writer, client_session, handler, server, listener_name
@@ -207,10 +213,10 @@ class EmbeddedBroker(ListeningBroker):
     async def _client_message_loop(
         self, client_session: Session, handler: BrokerProtocolHandler
     ) -> None:
-        assert isinstance(handler, Handler), "_initialize_client_session makes no other"
+        assert isinstance(handler, ConnectionHandler), "_initialize_client_session makes no other"
         handler.connected_at_ms, handler.connected = now_ms(), True
         kind = SessionResumed if client_session.parent else SessionCreated
-        await self._recorder.client(kind, handler.client_id)
+        await self._event_producer.client(kind, handler.client_id)
         await self._tell_connected(client_session, handler)
         handler.start_sending(self._sender(client_session, handler))
         try:
@@ -218,7 +224,7 @@ class EmbeddedBroker(ListeningBroker):
         finally:
             await self._connection_ended(client_session, handler)
 
-    async def _connection_ended(self, session: Session, handler: Handler) -> None:
+    async def _connection_ended(self, session: Session, handler: ConnectionHandler) -> None:
         """What becomes of the session is told after the disconnect."""
         client_id, reason = handler.client_id, handler.reason
         await handler.stop_sending()
@@ -227,26 +233,32 @@ class EmbeddedBroker(ListeningBroker):
         discarded = reason == "discarded"
         if session.clean_session or discarded:
             await super()._delete_session(client_id)
-        await self._recorder.client(
+        await self._event_producer.client(
             ClientDisconnected, client_id, connection_id=handler.connection_id, reason=reason
         )
         if discarded:
-            await self._recorder.client(SessionDiscarded, client_id)
+            await self._event_producer.client(SessionDiscarded, client_id)
         elif session.clean_session:
-            await self._recorder.client(SessionTerminated, client_id, reason=reason)
+            await self._event_producer.client(SessionTerminated, client_id, reason=reason)
         elif reason == "takenover":
-            await self._recorder.client(SessionTakenOver, client_id)
+            await self._event_producer.client(SessionTakenOver, client_id)
         for change in withdrawn:
             await self.change(change)
 
-    def _sender(self, session: Session, handler: Handler) -> Sender:
-        return Sender(
-            handler.client_id, outgoing_of(session), self._deliveries, self._recorder, self.change
+    def _sender(self, session: Session, handler: ConnectionHandler) -> ConnectionSender:
+        return ConnectionSender(
+            handler.client_id,
+            outgoing_of(session),
+            self._deliveries,
+            self._event_producer,
+            self.change,
         )
 
-    async def _tell_connected(self, session: Session, handler: Handler, **marks: bool) -> None:
+    async def _tell_connected(
+        self, session: Session, handler: ConnectionHandler, **marks: bool
+    ) -> None:
         clean = bool(session.clean_session)
-        await self._recorder.client(
+        await self._event_producer.client(
             ClientConnected,
             handler.client_id,
             username=session.username,
@@ -283,7 +295,7 @@ class EmbeddedBroker(ListeningBroker):
         self, session: Session, topic_filter: str, qos: int, **marks: bool
     ) -> None:
         client_id = session.client_id or ""
-        await self._recorder.client(
+        await self._event_producer.client(
             SessionSubscribed, client_id, topic_filter=topic_filter, qos=qos, **marks
         )
 
@@ -305,7 +317,7 @@ class EmbeddedBroker(ListeningBroker):
     async def _tell_unsubscribed(self, session: Session, topic_filter: str) -> None:
         if not self._holders(topic_filter):
             self._subscriptions.pop(topic_filter, None)  # amqtt keeps them for ever
-        await self._recorder.client(
+        await self._event_producer.client(
             SessionUnsubscribed, session.client_id or "", topic_filter=topic_filter
         )
 
@@ -320,28 +332,28 @@ class EmbeddedBroker(ListeningBroker):
         Where a rule looks them up in the store, they come from there.
         """
         handler = self._get_handler(session)
-        if self._recorder.answers.looks_up_retained(subscription[0]):
+        if self._event_producer.answers.looks_up_retained(subscription[0]):
             return
-        if isinstance(handler, Handler) and handler.connected_at_ms:
+        if isinstance(handler, ConnectionHandler) and handler.connected_at_ms:
             await super()._publish_retained_messages_for_subscription(subscription, session)
 
     # -- commands
 
-    async def take(self, ticket: Ticket, command: Command) -> None:
+    async def take(self, pending: PendingCommand, command: Command) -> None:
         """A command takes its place among those of its client, or its client is not there."""
-        item = ordered(command, ticket)
-        _, handler = self._sessions.get(ticket.client_id, (None, None))
-        if isinstance(handler, Handler) and handler.connected:
+        item = ordered(command, pending)
+        _, handler = self._sessions.get(pending.client_id, (None, None))
+        if isinstance(handler, ConnectionHandler) and handler.connected:
             handler.outgoing.put(item)
-        elif isinstance(item, Change):
+        elif isinstance(item, OutgoingChange):
             await self.change(item)
         else:
-            self._deliveries.fail(ticket, "no_client")
+            self._deliveries.fail(pending, "no_client")
 
-    async def change(self, change: Change) -> None:
+    async def change(self, change: OutgoingChange) -> None:
         """Carry out what concerns a client's subscriptions; with its session they are gone."""
-        ticket, command = change
-        session, _ = self._sessions.get(ticket.client_id, (None, None))
+        pending, command = change
+        session, _ = self._sessions.get(pending.client_id, (None, None))
         if session is not None and isinstance(command, Subscribe):
             for subscription in command.topic_filters:
                 await self.subscribe(subscription, session, proxied=True)
@@ -349,12 +361,12 @@ class EmbeddedBroker(ListeningBroker):
             for topic_filter in command.topic_filters:
                 if self._del_subscription(topic_filter, session):
                     await self._tell_unsubscribed(session, topic_filter)
-        self._recorder.when_kept(ticket.done)
+        self._event_producer.when_kept(pending.done)
 
-    def sift(self) -> None:
+    def drop_stale(self) -> None:
         """Commands that wait for a slow client do not wait for ever."""
         for handler in self._handlers():
-            handler.outgoing.sift(self._deliveries.good)
+            handler.outgoing.drop_stale(self._deliveries.fail_if_stale)
 
     # -- messages
 
@@ -385,11 +397,11 @@ class EmbeddedBroker(ListeningBroker):
                 session.will_retain = False
                 return
             payload = bytes(data or b"")
-            event, _ = await self._recorder.publish(
+            event, _ = await self._event_producer.publish(
                 topic, payload, force_qos or 0, bool(session.will_retain),
                 session.client_id or "", session.username,
             )  # fmt: skip
             data = session.will_message = Payload.of(payload, event)  # which amqtt may retain
             force_qos = None  # the subscribers' own, at most the will's
-        if topic is None or not self._recorder.answers.has_delivery_agent(topic):
+        if topic is None or not self._event_producer.answers.has_delivery_agent(topic):
             await super()._broadcast_message(session, topic, data, force_qos)

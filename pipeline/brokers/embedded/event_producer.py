@@ -11,9 +11,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from millpond.pipeline.brokers.bridge_rules import RuleAnswers
+from millpond.pipeline.brokers.bridge_rules import BridgeRules
 from millpond.pipeline.brokers.embedded.message_id import MessageIds
-from millpond.pipeline.brokers.embedded.outgoing import Message
+from millpond.pipeline.brokers.embedded.outgoing import OutgoingMessage
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.telemetry.histogram import SHORT_S, Histogram
@@ -56,7 +56,7 @@ MessageEvent = MessageDelivered | MessageAcked | DeliveriesSent | DeliveryFailed
 NodeEvent = type[NodeStarted] | type[NodeStopped] | type[NodeSyncStarted] | type[NodeSyncCompleted]
 
 
-class Recorder:
+class EventProducer:
     """Produces events; one at a time enters the producer, so that none overtakes another."""
 
     def __init__(
@@ -70,7 +70,7 @@ class Recorder:
         """`partitions` is how many each topic has: node events go to every one."""
         self._tracing = tracing
         self.node = node
-        self.answers = RuleAnswers(rules)
+        self.answers = BridgeRules(rules)
         self._producer, self._partitions = producer, partitions
         self._ids = MessageIds(node, os.getpid())
         self._entering = asyncio.Lock()
@@ -112,7 +112,7 @@ class Recorder:
             acknowledged.add_done_callback(span.answered)
         return event, acknowledged
 
-    async def delivered(self, message: Message, client_id: str, qos: int) -> None:
+    async def delivered(self, message: OutgoingMessage, client_id: str, qos: int) -> None:
         """The broker is about to hand a message to a client."""
         if self.answers.wants("message.delivered", message.topic):
             event = MessageDelivered(
@@ -122,7 +122,7 @@ class Recorder:
             await self.enter(event)
 
     def acknowledgement(
-        self, message: Message, client_id: str, qos: int, *, leased: bool
+        self, message: OutgoingMessage, client_id: str, qos: int, *, leased: bool
     ) -> MessageAcked | None:
         """A client acknowledged a message: the event, to be entered, if anybody wants it."""
         if not leased and not self.answers.wants("message.acked", message.topic):

@@ -24,11 +24,16 @@ from amqtt.mqtt.unsubscribe import UnsubscribePacket
 from amqtt.session import OutgoingApplicationMessage, Session
 
 from millpond.pipeline.brokers.commands.deliveries import Deliveries
-from millpond.pipeline.brokers.commands.reports import Entry
-from millpond.pipeline.brokers.embedded.event_producer import Recorder
-from millpond.pipeline.brokers.embedded.outgoing import Change, Copy, Message, Outgoing
-from millpond.pipeline.brokers.embedded.sender import Sender
-from millpond.pipeline.brokers.embedded.wire import Publish, Writer, read_packet
+from millpond.pipeline.brokers.commands.reports import ReportEntry
+from millpond.pipeline.brokers.embedded.event_producer import EventProducer
+from millpond.pipeline.brokers.embedded.outgoing import (
+    Outgoing,
+    OutgoingChange,
+    OutgoingCopy,
+    OutgoingMessage,
+)
+from millpond.pipeline.brokers.embedded.sender import ConnectionSender
+from millpond.pipeline.brokers.embedded.wire import ConnectionWriter, PublishPacket, read_packet
 from millpond.schemas.codec import topic_name_error
 from millpond.schemas.events import MessagePublished
 
@@ -57,11 +62,11 @@ class Payload(bytes):
         return payload
 
 
-def routed_copy(payload: Payload, qos: int, *, retain: bool) -> Copy:
+def routed_copy(payload: Payload, qos: int, *, retain: bool) -> OutgoingCopy:
     """A message for a subscriber, at the lower QoS ([MQTT-3.8.4-6])."""
     event = payload.event
-    message = Message(event.message_id, event.topic, event.client_id)
-    return Copy(message, payload, min(qos, event.qos), retain)
+    message = OutgoingMessage(event.message_id, event.topic, event.client_id)
+    return OutgoingCopy(message, payload, min(qos, event.qos), retain)
 
 
 def outgoing_of(session: Session) -> Outgoing:
@@ -99,17 +104,21 @@ class Gate:
             self.open.clear()
 
 
-class Handler(BrokerProtocolHandler):
+class ConnectionHandler(BrokerProtocolHandler):
     """One client's connection: its packets are taken in order; a publish goes on in a task of ours, since Kafka may
     have it already when the client goes.
     """
 
     def __init__(
-        self, plugins_manager: Any, recorder: Recorder, deliveries: Deliveries, route: Route
+        self,
+        plugins_manager: Any,
+        event_producer: EventProducer,
+        deliveries: Deliveries,
+        route: Route,
     ) -> None:
         """`attach` follows. `route` hands a message to the subscribers."""
         super().__init__(plugins_manager)
-        self._recorder, self._deliveries, self._route = recorder, deliveries, route
+        self._event_producer, self._deliveries, self._route = event_producer, deliveries, route
         self.outgoing = Outgoing()  # the session's, once there is one
         self._sending: asyncio.Task[None] | None = None
         self._gate = Gate()
@@ -126,10 +135,10 @@ class Handler(BrokerProtocolHandler):
 
     def attach(self, session: Session, reader: ReaderAdapter, writer: WriterAdapter) -> None:
         """See amqtt."""
-        super().attach(session, reader, Writer(writer))
+        super().attach(session, reader, ConnectionWriter(writer))
         self.client_id = session.client_id or ""
         peer = f"{session.remote_address}:{session.remote_port}"
-        self.connection_id = f"{self._recorder.node}/{peer}"
+        self.connection_id = f"{self._event_producer.node}/{peer}"
 
     async def start(self) -> None:
         """See amqtt, which would wait for ever for a client that was gone before this is done."""
@@ -165,11 +174,11 @@ class Handler(BrokerProtocolHandler):
         assert self.session is not None, "attach() comes first"
         await self._gate.open.wait()
         async with asyncio.timeout(self.session.keep_alive * 1.5 or None):
-            packet = await read_packet(self.reader, self._recorder.packet_bytes_max)
+            packet = await read_packet(self.reader, self._event_producer.packet_bytes_max)
         match packet:
             case None:
                 return False
-            case Publish():
+            case PublishPacket():
                 self._take_publish(packet)
             case PubackPacket():
                 await self.handle_puback(packet)
@@ -191,7 +200,7 @@ class Handler(BrokerProtocolHandler):
                 raise MQTTError(f"a client sends no {type(packet).__name__} here")
         return True
 
-    def _take_publish(self, publish: Publish) -> None:
+    def _take_publish(self, publish: PublishPacket) -> None:
         """Kafka first; then routing and PUBACK or PUBREC, in the order in which the publishes came.
 
         Raises:
@@ -217,13 +226,16 @@ class Handler(BrokerProtocolHandler):
         started.add_done_callback(self._publishing.discard)
 
     async def _publish(
-        self, publish: Publish, before: asyncio.Future[None] | None, turn: asyncio.Future[None]
+        self,
+        publish: PublishPacket,
+        before: asyncio.Future[None] | None,
+        turn: asyncio.Future[None],
     ) -> None:
         session = self.session
         assert session is not None, "a publish comes over an attached connection"
         topic, payload, qos, retain, packet_id = publish
         try:
-            event, acknowledged = await self._recorder.publish(
+            event, acknowledged = await self._event_producer.publish(
                 topic, payload, qos, retain, self.client_id, session.username
             )
             await acknowledged
@@ -245,7 +257,7 @@ class Handler(BrokerProtocolHandler):
         elif qos == QOS_2:
             await self._send(PubrecPacket.build(packet_id))
 
-    async def _answer_again(self, publish: Publish, received: asyncio.Future[None]) -> None:
+    async def _answer_again(self, publish: PublishPacket, received: asyncio.Future[None]) -> None:
         """A QoS 2 publish that came before, perhaps over another connection: Kafka first here, too."""
         await received
         if publish.packet_id in self._receiving:
@@ -295,11 +307,11 @@ class Handler(BrokerProtocolHandler):
     async def _retry_deliveries(self) -> None:
         """Nothing is in amqtt's own flow: see `start_sending`."""
 
-    def start_sending(self, sender: Sender) -> None:
+    def start_sending(self, sender: ConnectionSender) -> None:
         """From here on the session's copies go over this connection."""
         self._sending = asyncio.create_task(self._send_copies(sender))
 
-    async def _send_copies(self, sender: Sender) -> None:
+    async def _send_copies(self, sender: ConnectionSender) -> None:
         assert self.writer is not None, "attach() comes first"
         try:
             await sender.run(self.writer, self._write_lock, lambda: self.reason == OPEN)
@@ -316,17 +328,17 @@ class Handler(BrokerProtocolHandler):
             self._sending.cancel()
             await asyncio.wait((self._sending,))
 
-    async def withdraw(self) -> list[Change]:
+    async def withdraw(self) -> list[OutgoingChange]:
         """The connection ended: its copies whose turn has not come have failed. The changes that waited among them.
 
         What became of its copies is told before the end of the connection is: else their leases would end untold.
         """
         changes = []
         for item in self.outgoing.withdraw():
-            if isinstance(item, Change):
+            if isinstance(item, OutgoingChange):
                 changes.append(item)
-            elif item.ticket is not None:
-                self._deliveries.fail(item.ticket, "no_client")
+            elif item.pending is not None:
+                self._deliveries.fail(item.pending, "no_client")
         await self._deliveries.reports.flush()
         return changes
 
@@ -338,20 +350,20 @@ class Handler(BrokerProtocolHandler):
         """The same at QoS 2; it is answered in its turn."""
         self._acknowledged(self.outgoing.pubrec(pubrec.packet_id), pubrec.packet_id)
 
-    def _acknowledged(self, copy: Copy | None, packet_id: int) -> None:
+    def _acknowledged(self, copy: OutgoingCopy | None, packet_id: int) -> None:
         """Its room is free when Kafka is told."""
         if copy is None:
             logger.debug("%s acknowledges packet %d, which is not open", self.client_id, packet_id)
             return
-        leased = copy.ticket is not None and copy.ticket.lease is not None
-        event = self._recorder.acknowledgement(
+        leased = copy.pending is not None and copy.pending.lease is not None
+        event = self._event_producer.acknowledgement(
             copy.message, self.client_id, copy.qos, leased=leased
         )
         if event is None:
             self.outgoing.entered(copy)
         else:
             entered = partial(self.outgoing.entered, copy)
-            self._deliveries.reports.add(Entry(event, None, on_entered=entered))
+            self._deliveries.reports.add(ReportEntry(event, None, on_entered=entered))
 
     async def handle_pubcomp(self, pubcomp: PubcompPacket) -> None:
         """The end of a packet id at QoS 2."""

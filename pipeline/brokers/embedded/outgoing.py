@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeAlias
 
-from millpond.pipeline.brokers.commands.pending import Ticket
+from millpond.pipeline.brokers.commands.pending import PendingCommand
 from millpond.pipeline.brokers.embedded.wire import publish_packet
 from millpond.schemas.codec import payload_bytes
 from millpond.schemas.commands import Command, Deliver, Subscribe, Unsubscribe
@@ -30,7 +30,7 @@ PACKET_ID_MAX: Final = 0xFFFF
 BURNT_IDS_MAX: Final = 1_000  # see `Outgoing._drop`
 
 
-class Message(NamedTuple):
+class OutgoingMessage(NamedTuple):
     """What events say of a message that goes to a client."""
 
     message_id: str
@@ -39,14 +39,14 @@ class Message(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class Copy:
+class OutgoingCopy:
     """One message for one client. A routed one has no ticket."""
 
-    message: Message
+    message: OutgoingMessage
     payload: bytes
     qos: int
     retain: bool
-    ticket: Ticket | None = None
+    pending: PendingCommand | None = None
     repeated: bool = False  # DUP
     packet_id: int = 0
     holds: int = 0  # what must still come before its room is free
@@ -64,20 +64,20 @@ class Copy:
         )  # fmt: skip
 
 
-class Change(NamedTuple):
+class OutgoingChange(NamedTuple):
     """A command that changes a client's subscriptions, in its turn."""
 
-    ticket: Ticket
+    pending: PendingCommand
     command: Subscribe | Unsubscribe
 
 
-def ordered(command: Command, ticket: Ticket) -> Ordered:
+def ordered(command: Command, pending: PendingCommand) -> Ordered:
     """A command as it waits for its turn."""
     if not isinstance(command, Deliver):
-        return Change(ticket, command)
-    message = Message(command.message_id, command.topic, None)
-    return Copy(
-        message, payload_bytes(command), command.qos, command.retain, ticket,
+        return OutgoingChange(pending, command)
+    message = OutgoingMessage(command.message_id, command.topic, None)
+    return OutgoingCopy(
+        message, payload_bytes(command), command.qos, command.retain, pending,
         repeated=command.attempt > 1,
     )  # fmt: skip
 
@@ -88,8 +88,8 @@ class Release(NamedTuple):
     packet_id: int
 
 
-Ordered: TypeAlias = Copy | Change
-Step: TypeAlias = Copy | Change | Release
+Ordered: TypeAlias = OutgoingCopy | OutgoingChange
+Step: TypeAlias = OutgoingCopy | OutgoingChange | Release
 
 
 class Lane:
@@ -114,7 +114,7 @@ class Lane:
         if not self.waiting:
             return False
         head = self.waiting[0]
-        return isinstance(head, Change) or not head.qos or self._has_room()
+        return isinstance(head, OutgoingChange) or not head.qos or self._has_room()
 
     def _has_room(self) -> bool:
         return not self._in_flight or (
@@ -127,12 +127,12 @@ class Lane:
         self.waiting_bytes -= _size(item)
         return item
 
-    def occupy(self, copy: Copy) -> None:
+    def occupy(self, copy: OutgoingCopy) -> None:
         """A copy needs room."""
         self._in_flight += 1
         self._in_flight_bytes += copy.size
 
-    def free(self, copy: Copy) -> None:
+    def free(self, copy: OutgoingCopy) -> None:
         """It needs it no more."""
         self._in_flight -= 1
         self._in_flight_bytes -= copy.size
@@ -144,9 +144,9 @@ class Outgoing:
     def __init__(self) -> None:
         """Of a new session."""
         self.ordered, self.routed = Lane(), Lane()
-        self._sent: dict[int, Copy] = {}  # launched, not acknowledged; in order
-        self._released: dict[int, Copy] = {}  # QoS 2: between PUBREC and PUBCOMP; in order
-        self._again: deque[Copy] = deque()
+        self._sent: dict[int, OutgoingCopy] = {}  # launched, not acknowledged; in order
+        self._released: dict[int, OutgoingCopy] = {}  # QoS 2: between PUBREC and PUBCOMP; in order
+        self._again: deque[OutgoingCopy] = deque()
         self._releases: dict[int, None] = {}  # PUBRELs to be sent
         self._burnt: dict[int, None] = {}
         self._last_id = 0
@@ -163,7 +163,7 @@ class Outgoing:
         self._lane(item).put(item, first=True)
 
     def _lane(self, item: Ordered) -> Lane:
-        return self.routed if item.ticket is None else self.ordered
+        return self.routed if item.pending is None else self.ordered
 
     # -- out
 
@@ -187,7 +187,7 @@ class Outgoing:
                 return lane.take()
         return None
 
-    def launch(self, copy: Copy) -> None:
+    def launch(self, copy: OutgoingCopy) -> None:
         """It is about to be written for the first time: from here on it has its packet id."""
         if not copy.qos:
             return
@@ -195,14 +195,14 @@ class Outgoing:
         self._sent[copy.packet_id] = copy
         self._lane(copy).occupy(copy)
 
-    def recall(self, copy: Copy) -> None:
+    def recall(self, copy: OutgoingCopy) -> None:
         """It was launched, but could not be written."""
         if copy.qos:
             del self._sent[copy.packet_id]
             self._lane(copy).free(copy)
             copy.packet_id = 0
 
-    def is_open(self, copy: Copy) -> bool:
+    def is_open(self, copy: OutgoingCopy) -> bool:
         """Whether a launched copy is not acknowledged."""
         return self._sent.get(copy.packet_id) is copy
 
@@ -217,12 +217,12 @@ class Outgoing:
 
     # -- acknowledgements
 
-    def puback(self, packet_id: int) -> Copy | None:
+    def puback(self, packet_id: int) -> OutgoingCopy | None:
         """The copy that this acknowledges; its room is free when it is `entered`."""
         copy = self._sent.get(packet_id)
         return self._sent.pop(packet_id) if copy is not None and copy.qos == 1 else None
 
-    def pubrec(self, packet_id: int) -> Copy | None:
+    def pubrec(self, packet_id: int) -> OutgoingCopy | None:
         """The same at QoS 2; PUBREL answers in any case, or the client would hold on to the id ([MQTT-4.3.3-1])."""
         copy = self._sent.get(packet_id)
         if copy is not None and copy.qos == 1:
@@ -240,11 +240,11 @@ class Outgoing:
         if copy is not None:
             self._let_go(copy)
 
-    def entered(self, copy: Copy) -> None:
+    def entered(self, copy: OutgoingCopy) -> None:
         """The acknowledgement is on its way to Kafka: only as many as there is room for are not."""
         self._let_go(copy)
 
-    def _let_go(self, copy: Copy) -> None:
+    def _let_go(self, copy: OutgoingCopy) -> None:
         copy.holds -= 1
         if not copy.holds:
             self._lane(copy).free(copy)
@@ -267,7 +267,7 @@ class Outgoing:
         self._trim()
         return withdrawn
 
-    def keep(self, copy: Copy) -> None:
+    def keep(self, copy: OutgoingCopy) -> None:
         """Let a routed message wait for the next connection."""
         self.routed.put(copy)
         self._trim()
@@ -278,16 +278,16 @@ class Outgoing:
         while len(routed.waiting) > AWAY_MAX or routed.waiting_bytes > AWAY_BYTES_MAX:
             routed.take()
 
-    def sift(self, good: Callable[[Ticket], bool]) -> None:
+    def drop_stale(self, stale: Callable[[PendingCommand], bool]) -> None:
         """Ask of each command that waits, in order, whether it still is to; those that are not are gone."""
         waiting = self.ordered.waiting
         for _ in range(len(waiting)):
             item = self.ordered.take()
-            if item.ticket is None or good(item.ticket):
+            if item.pending is None or not stale(item.pending):
                 self.ordered.put(item)
         self.wake()  # what needs no room may be the first now
 
-    def _drop(self, copy: Copy) -> None:
+    def _drop(self, copy: OutgoingCopy) -> None:
         """Forget a copy that the client may have got. At QoS 2 it may hold on to the packet id, and would take the
         id's next message for this one ([MQTT-4.3.3-2]).
         """
@@ -299,9 +299,9 @@ class Outgoing:
             self._burnt[copy.packet_id] = None
 
 
-def expired(copy: Copy, now_ms: int) -> bool:
-    """Whether its command is no longer good."""
-    return copy.ticket is not None and now_ms > copy.ticket.valid_until_ms
+def expired(copy: OutgoingCopy, now_ms: int) -> bool:
+    """True if the validity of its command has ended."""
+    return copy.pending is not None and now_ms > copy.pending.valid_until_ms
 
 
 def _nobody() -> None:
@@ -309,4 +309,4 @@ def _nobody() -> None:
 
 
 def _size(item: Ordered) -> int:
-    return item.size if isinstance(item, Copy) else COPY_OVERHEAD_BYTES
+    return item.size if isinstance(item, OutgoingCopy) else COPY_OVERHEAD_BYTES

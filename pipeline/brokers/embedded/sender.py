@@ -9,12 +9,12 @@ from functools import partial
 from amqtt.adapters import WriterAdapter
 
 from millpond.pipeline.brokers.commands.deliveries import Deliveries
-from millpond.pipeline.brokers.embedded.event_producer import Recorder
+from millpond.pipeline.brokers.embedded.event_producer import EventProducer
 from millpond.pipeline.brokers.embedded.outgoing import (
-    Change,
-    Copy,
     Ordered,
     Outgoing,
+    OutgoingChange,
+    OutgoingCopy,
     Release,
     Step,
 )
@@ -22,7 +22,7 @@ from millpond.pipeline.brokers.embedded.wire import pubrel_packet
 from millpond.pipeline.clock import now_ms
 
 
-class Sender:
+class ConnectionSender:
     """One per connection. No more than the socket takes, and one copy, is ever written ahead."""
 
     def __init__(
@@ -30,12 +30,12 @@ class Sender:
         client_id: str,
         outgoing: Outgoing,
         deliveries: Deliveries,
-        recorder: Recorder,
-        change: Callable[[Change], Awaitable[None]],
+        event_producer: EventProducer,
+        change: Callable[[OutgoingChange], Awaitable[None]],
     ) -> None:
         """`change` carries out what concerns subscriptions."""
         self._client_id, self._outgoing = client_id, outgoing
-        self._deliveries, self._recorder, self._change = deliveries, recorder, change
+        self._deliveries, self._event_producer, self._change = deliveries, event_producer, change
         self._in_hand: Ordered | None = None  # what had its turn, and is not written
 
     async def run(
@@ -66,17 +66,17 @@ class Sender:
         match step:
             case Release(packet_id):
                 await self._write(lambda: self._writer.write(pubrel_packet(packet_id)))
-            case Change():
+            case OutgoingChange():
                 self._in_hand = step
-                if self._deliveries.good(step.ticket):
+                if not self._deliveries.fail_if_stale(step.pending):
                     await self._change(step)
                 self._in_hand = None
-            case Copy() if step.packet_id:
+            case OutgoingCopy() if step.packet_id:
                 await self._write(partial(self._write_again, step))
-            case Copy():
+            case OutgoingCopy():
                 self._in_hand = step
                 if self._still_good(step):
-                    await self._recorder.delivered(step.message, self._client_id, step.qos)
+                    await self._event_producer.delivered(step.message, self._client_id, step.qos)
                     await self._write(partial(self._write_first, step))
 
     async def _write(self, write: Callable[[], None]) -> None:
@@ -86,11 +86,11 @@ class Sender:
                 write()
                 await self._writer.drain()
 
-    def _write_again(self, copy: Copy) -> None:
+    def _write_again(self, copy: OutgoingCopy) -> None:
         if self._outgoing.is_open(copy):
             self._writer.write(copy.packet())
 
-    def _write_first(self, copy: Copy) -> None:
+    def _write_first(self, copy: OutgoingCopy) -> None:
         """Once written it counts as sent: its acknowledgement may come before `drain` returns."""
         if not self._still_good(copy):
             return
@@ -101,11 +101,11 @@ class Sender:
             self._outgoing.recall(copy)
             raise
         self._in_hand = None
-        if copy.ticket is not None:
-            self._deliveries.sent(copy.ticket, copy.qos)
+        if copy.pending is not None:
+            self._deliveries.sent(copy.pending, copy.qos)
 
-    def _still_good(self, copy: Copy) -> bool:
-        good = copy.ticket is None or self._deliveries.good(copy.ticket)
-        if not good:
+    def _still_good(self, copy: OutgoingCopy) -> bool:
+        valid = copy.pending is None or not self._deliveries.fail_if_stale(copy.pending)
+        if not valid:
             self._in_hand = None
-        return good
+        return valid

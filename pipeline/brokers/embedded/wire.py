@@ -23,7 +23,7 @@ from websockets.exceptions import ConnectionClosed
 FLUSH_TIMEOUT_S: Final = 1.0  # for a peer to take what was written, once its connection is to close
 
 
-class Publish(NamedTuple):
+class PublishPacket(NamedTuple):
     """What a PUBLISH says. `packet_id` is 0 at QoS 0 ([MQTT-2.3.1-5]: it has none)."""
 
     topic: str
@@ -33,7 +33,7 @@ class Publish(NamedTuple):
     packet_id: int
 
 
-Packet = Publish | MQTTPacket  # type: ignore[type-arg]  # amqtt's, of any kind
+Packet = PublishPacket | MQTTPacket  # type: ignore[type-arg]  # amqtt's, of any kind
 
 
 async def read_packet(reader: ReaderAdapter, bytes_max: int) -> Packet | None:
@@ -59,7 +59,7 @@ async def read_packet(reader: ReaderAdapter, bytes_max: int) -> Packet | None:
         raise MQTTError(f"a malformed packet of type {header.packet_type}: {error}") from error
 
 
-def _publish(flags: int, body: bytes) -> Publish:
+def _publish(flags: int, body: bytes) -> PublishPacket:
     qos, end = flags >> 1 & 3, 2 + int.from_bytes(body[:2], "big")
     if qos > 2:
         raise MQTTError("a PUBLISH at QoS 3")  # [MQTT-3.3.1-4]
@@ -75,7 +75,7 @@ def _publish(flags: int, body: bytes) -> Publish:
             raise MQTTError("a PUBLISH without its packet id")  # [MQTT-2.3.1-1]
     if len(body) < end:
         raise MQTTError("a PUBLISH that is shorter than its topic")
-    return Publish(topic, body[end:], qos, bool(flags & 1), packet_id)
+    return PublishPacket(topic, body[end:], qos, bool(flags & 1), packet_id)
 
 
 def publish_packet(
@@ -110,7 +110,7 @@ class WebSocketReader(WebSocketsReader):
         self._stream = io.BytesIO(buffer)
 
 
-class Writer(WriterAdapter):
+class ConnectionWriter(WriterAdapter):
     """A writer whose `close` ends: amqtt's waits for ever for a peer that does not read."""
 
     def __init__(self, writer: WriterAdapter) -> None:

@@ -9,28 +9,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from millpond.pipeline.brokers.commands.consumer import Commander
+from millpond.pipeline.brokers.commands.consumer import CommandConsumer
 from millpond.pipeline.brokers.commands.deliveries import Deliveries
 from millpond.pipeline.brokers.commands.reports import Reports
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import Returning
-from millpond.pipeline.brokers.emqx.delivery.peers import Siblings
-from millpond.pipeline.brokers.emqx.delivery.sender import Sender
+from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic
+from millpond.pipeline.brokers.emqx.delivery.peers import PeerProcesses
+from millpond.pipeline.brokers.emqx.delivery.sender import BulkSender
 from millpond.pipeline.brokers.emqx.exhook.calls import Calls
 from millpond.pipeline.brokers.emqx.exhook.server import HookServer
 from millpond.pipeline.brokers.emqx.exhook.translation import Translator
 from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint
-from millpond.pipeline.brokers.emqx.rest.client import Rest
-from millpond.pipeline.brokers.emqx.rest.retained import RetainedLooks
+from millpond.pipeline.brokers.emqx.rest.client import RestClient
+from millpond.pipeline.brokers.emqx.rest.retained import RetainedLookup
 from millpond.pipeline.brokers.emqx.rest.snapshot import Snapshots
 from millpond.pipeline.brokers.spool.directory import Spool
-from millpond.pipeline.brokers.spool.durable_producer import Inlet
+from millpond.pipeline.brokers.spool.durable_producer import DurableProducer
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.process.event_loop import use_uvloop
 from millpond.pipeline.process.readiness import say_ready
 from millpond.pipeline.process.signals import asked_to_end, until_asked
 from millpond.pipeline.settings import Settings
-from millpond.pipeline.telemetry.bridge import BridgeHealth, Commands, Hooks
-from millpond.pipeline.telemetry.bridge import Spool as SpoolMetrics
+from millpond.pipeline.telemetry.bridge import (
+    BridgeHealth,
+    CommandMetrics,
+    HookMetrics,
+    SpoolMetrics,
+)
 from millpond.pipeline.telemetry.http import serving as telemetry
 from millpond.pipeline.telemetry.tracing import bridge_tracing
 from millpond.schemas import keys
@@ -75,23 +79,23 @@ async def _run_emqx(settings: Settings, rules: Rules) -> None:
 class _Reporting:
     """Reports go the way of all events: while Kafka is away, to the spool."""
 
-    def __init__(self, inlet: Inlet, node: str) -> None:
-        self._inlet, self.node = inlet, node
+    def __init__(self, durable_producer: DurableProducer, node: str) -> None:
+        self._durable_producer, self.node = durable_producer, node
 
     async def enter(
         self, event: DeliveriesSent | DeliveryFailed | MessageAcked, partition: int | None = None
     ) -> asyncio.Future[Any]:
-        return self._inlet.enter(keys.MESSAGES_TOPIC, event, partition, hook="reports")
+        return self._durable_producer.enter(keys.MESSAGES_TOPIC, event, partition, hook="reports")
 
 
 class _Listener:
     """What the hooks hear, to whom it concerns."""
 
-    def __init__(self, siblings: Siblings, looks: RetainedLooks) -> None:
-        self.acked = siblings.acked
-        self.session_ended = siblings.session_ended
-        self.provider_loaded = siblings.gap
-        self.retainable: Callable[[str, MessagePublished], None] = looks.ask
+    def __init__(self, peers: PeerProcesses, lookups: RetainedLookup) -> None:
+        self.acked = peers.acked
+        self.session_ended = peers.session_ended
+        self.provider_loaded = peers.gap
+        self.retainable: Callable[[str, MessagePublished], None] = lookups.ask
 
 
 class EmqxBridge:
@@ -110,40 +114,46 @@ class EmqxBridge:
                 "a pubsub rule needs [bridge] mountpoint: without it EMQX can deliver to one client"
                 " alone only what it has routed itself, and never what was stored"
             )
-        self._rest = Rest(bridge)
-        returning = Returning(self._rest.secret())
+        self._rest = RestClient(bridge)
+        copy_topic = CopyTopic(self._rest.secret())
         self._producer = Producer(settings.kafka.client_options(), settings.kafka.message_bytes_max)
         self._spool = Spool(Path(bridge.spool_directory), bridge.spool_bytes_max)
         self._spool.open()
-        self._inlet = Inlet(self._producer, self._spool)
-        self._reports = Reports(_Reporting(self._inlet, keys.AGENT_NODE))
+        self._durable_producer = DurableProducer(self._producer, self._spool)
+        self._reports = Reports(_Reporting(self._durable_producer, keys.AGENT_NODE))
         deliveries = Deliveries(keys.AGENT_NODE, self._reports)
-        self._sender = Sender(self._rest, deliveries, returning, mountpoint)
+        self._sender = BulkSender(self._rest, deliveries, copy_topic, mountpoint)
         self._snapshots = Snapshots(
-            self._rest, self._inlet, Translator(mountpoint), settings.kafka.partitions,
+            self._rest, self._durable_producer, Translator(mountpoint), settings.kafka.partitions,
             bridge.sync_interval_s,
         ) if self._spool.number == 0 else None  # fmt: skip
-        self._siblings = Siblings(
+        self._peers = PeerProcesses(
             self._spool.directory, self._spool.number, self._sender,
             None if self._snapshots is None else self._snapshots.want,
         )  # fmt: skip
-        self._looks = RetainedLooks(self._rest, self._inlet)
-        listener = _Listener(self._siblings, self._looks)
+        self._lookups = RetainedLookup(self._rest, self._durable_producer)
+        listener = _Listener(self._peers, self._lookups)
         self._tracing = bridge_tracing(settings.telemetry, "emqx")
         calls = Calls(
-            rules, mountpoint, returning, self._inlet, listener, settings.kafka.partitions,
+            rules, mountpoint, copy_topic, self._durable_producer, listener, settings.kafka.partitions,
             self._tracing,
         )  # fmt: skip
-        hooks = Hooks(calls.refusals.counts)
-        self._server = HookServer(bridge, calls, self._inlet, hooks.observe)
-        self._commander = Commander(
+        hooks = HookMetrics(calls.refusals.counts)
+        self._server = HookServer(bridge, calls, self._durable_producer, hooks.observe)
+        self._command_consumer = CommandConsumer(
             settings, self._sender, deliveries, self._producer, self._tracing
         )
-        self.shown = (hooks, SpoolMetrics(self._inlet), Commands(self._commander, deliveries))
+        self.shown = (
+            hooks,
+            SpoolMetrics(self._durable_producer),
+            CommandMetrics(self._command_consumer, deliveries),
+        )
 
     def complaints(self) -> list[str]:
         """Why publishes are refused."""
-        return [] if self._inlet.complaint is None else [self._inlet.complaint]
+        return (
+            [] if self._durable_producer.complaint is None else [self._durable_producer.complaint]
+        )
 
     async def start(self) -> int:
         """Listen for hooks; the port. Kafka may be away.
@@ -158,13 +168,13 @@ class EmqxBridge:
         """Until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             for part in (
-                self._inlet, self._server, self._reports, self._sender, self._siblings, self._looks,
+                self._durable_producer, self._server, self._reports, self._sender, self._peers, self._lookups,
             ):  # fmt: skip
                 tasks.create_task(part.run())
             if self._snapshots is not None:
                 tasks.create_task(self._snapshots.run())
-            await self._inlet.connected.wait()
-            tasks.create_task(self._commander.run())
+            await self._durable_producer.connected.wait()
+            tasks.create_task(self._command_consumer.run())
         raise AssertionError("none of them ever returns")
 
     async def finish(self) -> None:
@@ -179,7 +189,7 @@ class EmqxBridge:
             async with asyncio.timeout(timeout_s):
                 await self._server.stop(STOP_GRACE_S)
                 await self._reports.flush()
-                await self._inlet.close()
+                await self._durable_producer.close()
                 await self._producer.stop()
         await self._rest.stop()
         if self._tracing is not None:

@@ -26,14 +26,20 @@ from typing import Final, NoReturn
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from millpond.pipeline.brokers.spool.directory import Spool
-from millpond.pipeline.brokers.spool.file import Record, SpoolDamaged, SpoolDown
-from millpond.pipeline.brokers.spool.sender import AGAIN_S, Entry, NotKept, Sender, Source
+from millpond.pipeline.brokers.spool.file import SpoolDamaged, SpoolDown, SpoolRecord
+from millpond.pipeline.brokers.spool.sender import (
+    AGAIN_S,
+    NotStored,
+    PendingEvent,
+    SpoolSender,
+    SpoolSource,
+)
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.telemetry.tracing import Headers
 from millpond.schemas import codec, keys
 from millpond.schemas.events import Event
 
-__all__ = ["Inlet", "NotKept"]
+__all__ = ["DurableProducer", "NotStored"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +53,7 @@ UNKEPT_BYTES_MAX: Final = 8 * 1024 * 1024
 COMMIT_BYTES_MAX: Final = 4 * 1024 * 1024  # written to the spool at once: about 50 ms
 
 
-class Inlet:
+class DurableProducer:
     """One per bridge process. Its order of events is that of the calls of `enter`."""
 
     def __init__(self, producer: Producer, spool: Spool, patience_s: float = PATIENCE_S) -> None:
@@ -57,10 +63,12 @@ class Inlet:
         self.entered: Counter[str] = Counter()
         self.spooled: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()
-        self._sender = Sender(producer, spool, self.lost, self._keep)
+        self._sender = SpoolSender(producer, spool, self.lost, self._keep)
         self.connected = self._sender.connected  # the producer is started
         self.spooling = any(source.untaken for source in self._sender.sources)
-        self._unkept: OrderedDict[Entry, None] = OrderedDict()  # neither in Kafka nor in the spool
+        self._unkept: OrderedDict[PendingEvent, None] = (
+            OrderedDict()
+        )  # neither in Kafka nor in the spool
         self._unkept_bytes = 0
         self._writing: asyncio.Future[int] | None = None
         self._write_timer: asyncio.TimerHandle | None = None
@@ -87,8 +95,8 @@ class Inlet:
         """
         loop = asyncio.get_running_loop()
         key = keys.record_key(event).encode()
-        record = Record(topic, key, codec.encode(event), partition, hook)
-        entry = Entry(record, loop.time(), loop.create_future())
+        record = SpoolRecord(topic, key, codec.encode(event), partition, hook)
+        entry = PendingEvent(record, loop.time(), loop.create_future())
         entry.headers = headers
         assert entry.kept is not None
         self.entered[hook] += 1
@@ -107,23 +115,23 @@ class Inlet:
             self._write_soon()
         return entry.kept
 
-    def _why_not(self, entry: Entry) -> NotKept | None:
+    def _why_not(self, entry: PendingEvent) -> NotStored | None:
         """Why an event cannot be kept, as far as that is known without trying."""
         key, value = entry.record.key, entry.record.value
         size = DefaultRecordBatchBuilder.estimate_size_in_bytes(key, value, list(entry.headers))
         if size > self._producer.message_bytes_max:
-            return NotKept("too_large", f"a record of {size} bytes is larger than Kafka takes")
+            return NotStored("too_large", f"a record of {size} bytes is larger than Kafka takes")
         if self._closed:
-            return NotKept("unwritable", "the bridge has ended")
+            return NotStored("unwritable", "the bridge has ended")
         if not self.spooling:
             return None
         if self._broken is not None and entry.entered_at < self._broken_until:
-            return NotKept("unwritable", self._broken)
+            return NotStored("unwritable", self._broken)
         if self._unkept_bytes + entry.size > 2 * UNKEPT_BYTES_MAX:
-            return NotKept("unwritable", f"{self._unkept_bytes} bytes wait for the disk")
+            return NotStored("unwritable", f"{self._unkept_bytes} bytes wait for the disk")
         if self._spool.own.bytes + self._unkept_bytes + entry.size > self._spool.bytes_max:
             self._full_at = self._spool.own.bytes
-            return NotKept("full", self._fullness())
+            return NotStored("full", self._fullness())
         return None
 
     # -- how it is
@@ -203,7 +211,7 @@ class Inlet:
 
     # -- keeping
 
-    def _keep(self, entry: Entry) -> None:
+    def _keep(self, entry: PendingEvent) -> None:
         """Nothing can happen to it any more."""
         if entry in self._unkept:
             del self._unkept[entry]
@@ -249,22 +257,22 @@ class Inlet:
             self._writing = self._spool.submit(own.keep, records, discard)
             self._writing.add_done_callback(partial(self._written, batch))
 
-    def _batch(self) -> list[Entry]:
+    def _batch(self) -> list[PendingEvent]:
         """The first of those not kept, as many as one commit takes. What the spool has no room for is refused."""
-        batch: list[Entry] = []
+        batch: list[PendingEvent] = []
         size = 0
         for entry in self._unkept:
             if batch and size + entry.size > COMMIT_BYTES_MAX:
                 break
             if self._spool.own.bytes + size + entry.size > self._spool.bytes_max:
                 self._full_at = self._spool.own.bytes
-                self._refuse(NotKept("full", self._fullness()), besides=len(batch))
+                self._refuse(NotStored("full", self._fullness()), besides=len(batch))
                 break
             batch.append(entry)
             size += entry.size
         return batch
 
-    def _written(self, batch: list[Entry], job: asyncio.Future[int]) -> None:
+    def _written(self, batch: list[PendingEvent], job: asyncio.Future[int]) -> None:
         self._writing = None
         self._sender.wake()
         try:
@@ -295,9 +303,9 @@ class Inlet:
         self._broken = why
         self._broken_until = asyncio.get_running_loop().time() + AGAIN_S
         if self.spooling:
-            self._refuse(NotKept("unwritable", why))
+            self._refuse(NotStored("unwritable", why))
 
-    def _refuse(self, error: NotKept, besides: int = 0) -> None:
+    def _refuse(self, error: NotStored, besides: int = 0) -> None:
         """All that is not kept but for the first ones. What the producer has already may still come into Kafka."""
         for entry in list(self._unkept)[besides:]:
             entry.answer(error)
@@ -314,7 +322,7 @@ class Inlet:
             for source in self._sender.sources[:-1]:
                 await self._tidy_left(source)
 
-    async def _tidy_left(self, source: Source) -> None:
+    async def _tidy_left(self, source: SpoolSource) -> None:
         through = self._sender.acknowledged(source)
         try:
             if through >= source.last:

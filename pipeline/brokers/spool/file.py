@@ -11,7 +11,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -45,7 +45,7 @@ CREATE TABLE IF NOT EXISTS block (
 )"""
 
 
-class Record(NamedTuple):
+class SpoolRecord(NamedTuple):
     """One record for Kafka, and the hook that it came from."""
 
     topic: str
@@ -64,10 +64,10 @@ class SpoolDamaged(MillpondError):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder: msgspec.msgpack.Decoder[list[Record]] = msgspec.msgpack.Decoder(list[Record])
+_decoder: msgspec.msgpack.Decoder[list[SpoolRecord]] = msgspec.msgpack.Decoder(list[SpoolRecord])
 
 
-def unpacked(packed: bytes) -> list[Record]:
+def unpacked(packed: bytes) -> list[SpoolRecord]:
     """The records of a block.
 
     Raises:
@@ -76,7 +76,7 @@ def unpacked(packed: bytes) -> list[Record]:
     return _decoder.decode(packed)
 
 
-def size_of(record: Record) -> int:
+def size_of(record: SpoolRecord) -> int:
     """What a record counts against the spool's bound, in bytes."""
     return len(record.key) + len(record.value) + RECORD_OVERHEAD_BYTES
 
@@ -109,7 +109,7 @@ class SpoolFile:
         with suppress(SpoolDamaged), self._opened():
             pass
 
-    def keep(self, records: Sequence[Record], discard_through: int = 0) -> int:
+    def keep(self, records: Sequence[SpoolRecord], discard_through: int = 0) -> int:
         """Append these, and let go of what is numbered up to `discard_through`, in one commit.
 
         Returns:
@@ -137,32 +137,32 @@ class SpoolFile:
             self.last, self.discarded, self.bytes = last, discarded, left
             return first
 
-    def read(self, after: int, through: int, bytes_max: int) -> list[tuple[int, Record]]:
+    def read(self, after: int, through: int, bytes_max: int) -> list[tuple[int, SpoolRecord]]:
         """Records with their numbers, from `after` on and up to `through`; at least one block of them.
 
         Raises:
             SpoolDown, SpoolDamaged: they cannot be read.
         """
-        found: list[tuple[int, Record]] = []
+        found: list[tuple[int, SpoolRecord]] = []
         with self._opened() as database:
-            rows = database.execute(
-                "SELECT last, records, bytes, packed FROM block WHERE last > ? ORDER BY last",
-                (after,),
-            )
-            for last, count, size, packed in rows:
-                numbers = range(last - count + 1, last + 1)
-                try:
-                    block = unpacked(packed)
-                except msgspec.DecodeError as error:
-                    raise _NotOurs(f"block {last}: {error}") from error
-                if len(block) != count:
-                    raise _NotOurs(f"block {last} holds {len(block)} records, not {count}")
-                both = zip(numbers, block, strict=True)
-                found += [(number, record) for number, record in both if after < number <= through]
-                bytes_max -= size
-                if bytes_max <= 0 or last >= through:
-                    break
-            rows.close()
+            query = "SELECT last, records, bytes, packed FROM block WHERE last > ? ORDER BY last"
+            # A cursor that stays open keeps the file locked, even after its connection is closed.
+            with closing(database.execute(query, (after,))) as rows:
+                for last, count, size, packed in rows:
+                    numbers = range(last - count + 1, last + 1)
+                    try:
+                        block = unpacked(packed)
+                    except msgspec.DecodeError as error:
+                        raise _NotOurs(f"block {last}: {error}") from error
+                    if len(block) != count:
+                        raise _NotOurs(f"block {last} holds {len(block)} records, not {count}")
+                    both = zip(numbers, block, strict=True)
+                    found += [
+                        (number, record) for number, record in both if after < number <= through
+                    ]
+                    bytes_max -= size
+                    if bytes_max <= 0 or last >= through:
+                        break
         return found
 
     def close(self) -> None:
@@ -227,10 +227,10 @@ class SpoolFile:
                 self._database = self._connect()
             yield self._database
         except sqlite3.Error as error:
-            full = _code(error) == sqlite3.SQLITE_FULL
+            full = error_code(error) == sqlite3.SQLITE_FULL
             if not full:  # which a database gets over; after anything else it is opened anew
                 self.close()
-            if _code(error) in _DAMAGED or isinstance(error, _NotOurs):
+            if error_code(error) in _DAMAGED or isinstance(error, _NotOurs):
                 raise self._set_aside(error) from error
             raise SpoolDown(f"{self.path}: {error}") from error
         except OSError as error:
@@ -310,7 +310,7 @@ class _NotOurs(sqlite3.DatabaseError):
     """A database that we cannot read."""
 
 
-def _blocks(records: Sequence[Record]) -> Iterator[Sequence[Record]]:
+def _blocks(records: Sequence[SpoolRecord]) -> Iterator[Sequence[SpoolRecord]]:
     """Runs of records, none larger than it may be."""
     begin = size = 0
     for end, record in enumerate(records):
@@ -322,7 +322,7 @@ def _blocks(records: Sequence[Record]) -> Iterator[Sequence[Record]]:
         yield records[begin:]
 
 
-def _code(error: sqlite3.Error) -> int:
+def error_code(error: sqlite3.Error) -> int:
     """SQLite's primary result code; 0 if the error is not SQLite's own."""
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 

@@ -7,17 +7,26 @@ from __future__ import annotations
 import sqlite3
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import msgspec
 
 from millpond.pipeline.brokers.spool.directory import NUMBERS_MAX
-from millpond.pipeline.brokers.spool.file import Record, SpoolFile, unpacked
+from millpond.pipeline.brokers.spool.file import (
+    LOCKED_S,
+    SpoolDown,
+    SpoolFile,
+    SpoolRecord,
+    error_code,
+    unpacked,
+)
 
 # Where a page cannot be read, the records in it are passed over one by one so often, then in ever longer steps.
 SINGLE_STEPS_MAX: Final = 10_000
 NUMBER_MAX: Final = 1 << 62
+_IN_USE: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 class Rescued(NamedTuple):
@@ -32,7 +41,7 @@ def rescue(damaged: Path) -> Rescued:
     """Copy what can be read. `damaged` stays as it is.
 
     Raises:
-        SpoolDown: it cannot be written.
+        SpoolDown: it is in use, or the copy cannot be written.
     """
     numbers = range(NUMBERS_MAX - 1, -1, -1)
     paths = (damaged.with_name(f"spool-{number}.db") for number in numbers)
@@ -47,25 +56,28 @@ def rescue(damaged: Path) -> Rescued:
     return Rescued(file.path, records, missing)
 
 
-def _blocks(damaged: Path) -> Iterator[tuple[int, list[Record]]]:
+def _blocks(damaged: Path) -> Iterator[tuple[int, list[SpoolRecord]]]:
     """Blocks, each with the number of its last record."""
-    database = sqlite3.connect(damaged)
     after, failures = 0, 0
-    while after < NUMBER_MAX:
-        try:
-            row = database.execute(
-                "SELECT last, packed FROM block WHERE last > ? ORDER BY last LIMIT 1", (after,)
-            ).fetchone()
-            if row is None:
-                break
-            block = unpacked(row[1])
-        except (sqlite3.DatabaseError, msgspec.DecodeError):
-            failures += 1
-            after += 1 << max(0, failures - SINGLE_STEPS_MAX)
-        else:
-            after, failures = row[0], 0
-            yield row[0], block
-    database.close()
+    with closing(sqlite3.connect(damaged, timeout=LOCKED_S)) as database:
+        while after < NUMBER_MAX:
+            try:
+                row = database.execute(
+                    "SELECT last, packed FROM block WHERE last > ? ORDER BY last LIMIT 1", (after,)
+                ).fetchone()
+                if row is None:
+                    return
+                block = unpacked(row[1])
+            except (sqlite3.DatabaseError, msgspec.DecodeError) as error:
+                if isinstance(error, sqlite3.Error) and error_code(error) in _IN_USE:
+                    raise SpoolDown(
+                        f"{damaged} is in use: stop the process that uses it"
+                    ) from error
+                failures += 1
+                after += 1 << max(0, failures - SINGLE_STEPS_MAX)
+            else:
+                after, failures = row[0], 0
+                yield row[0], block
 
 
 if __name__ == "__main__":

@@ -24,7 +24,13 @@ from aiokafka.errors import (
 )
 
 from millpond.pipeline.brokers.spool.directory import Spool
-from millpond.pipeline.brokers.spool.file import Record, SpoolDamaged, SpoolDown, SpoolFile, size_of
+from millpond.pipeline.brokers.spool.file import (
+    SpoolDamaged,
+    SpoolDown,
+    SpoolFile,
+    SpoolRecord,
+    size_of,
+)
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.telemetry.tracing import Headers
 from millpond.schemas.errors import MillpondError
@@ -50,7 +56,7 @@ UNKNOWN_ERROR_TRIES_MAX: Final = 30
 Reason: TypeAlias = Literal["full", "unwritable", "too_large", "refused"]
 
 
-class NotKept(MillpondError):
+class NotStored(MillpondError):
     """An event is neither in Kafka nor on the disk: whoever told of it must hear so."""
 
     def __init__(self, reason: Reason, what: str) -> None:
@@ -59,7 +65,7 @@ class NotKept(MillpondError):
         super().__init__(what)
 
 
-class Source:
+class SpoolSource:
     """A spool file, and how far it was read. Numbers are those of its records."""
 
     def __init__(self, file: SpoolFile) -> None:
@@ -73,7 +79,7 @@ class Source:
         return self.taken < self.last
 
 
-class Entry:
+class PendingEvent:
     """An event on its way."""
 
     __slots__ = (
@@ -81,18 +87,18 @@ class Entry:
     )  # fmt: skip
 
     def __init__(
-        self, record: Record, entered_at: float, kept: asyncio.Future[None] | None
+        self, record: SpoolRecord, entered_at: float, kept: asyncio.Future[None] | None
     ) -> None:
         """`kept` is told what becomes of it, if anybody waits."""
         self.record, self.entered_at, self.kept = record, entered_at, kept
         self.size = size_of(record)
-        self.source: Source | None = None  # if the spool has it: where, and as what
+        self.source: SpoolSource | None = None  # if the spool has it: where, and as what
         self.number = 0
         self.taken_at = 0.0  # by the sender; 0: not yet
         self.tries = 0  # alone
         self.headers: Headers = ()  # of a trace; the spool does not keep them
 
-    def answer(self, error: NotKept | None) -> None:
+    def answer(self, error: NotStored | None) -> None:
         """Tell whoever waits for it."""
         if self.kept is None or self.kept.done():
             return
@@ -103,7 +109,7 @@ class Entry:
             self.kept.exception()  # or asyncio complains that nobody asked
 
 
-class Sender:
+class SpoolSender:
     """Takes events and hands them to the producer; it takes from memory only when no file has anything left to take."""
 
     def __init__(
@@ -111,18 +117,20 @@ class Sender:
         producer: Producer,
         spool: Spool,
         lost: Counter[str],
-        settled: Callable[[Entry], None],
+        settled: Callable[[PendingEvent], None],
     ) -> None:
         """`settled` is called with what Kafka has, or never will; `lost` counts the latter by hook."""
         self._producer, self._spool, self._lost, self._settled = producer, spool, lost, settled
-        self.own = Source(spool.own)
-        self.sources = [*(Source(file) for file in spool.left), self.own]
-        self.queue: deque[Entry] = deque()  # what waits in memory, not taken yet
+        self.own = SpoolSource(spool.own)
+        self.sources = [*(SpoolSource(file) for file in spool.left), self.own]
+        self.queue: deque[PendingEvent] = deque()  # what waits in memory, not taken yet
         self.connected = asyncio.Event()  # the producer is started
-        self._in_flight: OrderedDict[Entry, None] = OrderedDict()  # in the order they were taken
+        self._in_flight: OrderedDict[PendingEvent, None] = (
+            OrderedDict()
+        )  # in the order they were taken
         self._in_flight_bytes = 0
         self._unanswered = 0  # futures of the producer
-        self._refused: deque[Entry] = deque()  # by Kafka, to be sent again
+        self._refused: deque[PendingEvent] = deque()  # by Kafka, to be sent again
         self._sending = asyncio.Lock()
         self._woken = asyncio.Event()
 
@@ -137,7 +145,7 @@ class Sender:
         first = next(iter(self._in_flight), None)
         return first is None or now - first.taken_at < patience_s
 
-    def acknowledged(self, source: Source) -> int:
+    def acknowledged(self, source: SpoolSource) -> int:
         """The number up to which Kafka has all records of a file."""
         if source.taken <= source.file.discarded:
             return source.file.discarded
@@ -190,7 +198,7 @@ class Sender:
                 self._woken.clear()
                 await self._woken.wait()
 
-    async def _send_window(self, source: Source) -> None:
+    async def _send_window(self, source: SpoolSource) -> None:
         try:
             found = await self._spool.submit(
                 source.file.read, source.taken, source.last, WINDOW_BYTES_MAX
@@ -205,22 +213,22 @@ class Sender:
         now = asyncio.get_running_loop().time()
         for sent, (number, record) in enumerate(found, 1):
             await self._room()
-            entry = Entry(record, now, None)
+            entry = PendingEvent(record, now, None)
             entry.source, entry.number = source, number
             await self._send(entry)
             if sent % SENT_IN_A_ROW_MAX == 0:
                 await asyncio.sleep(0)
 
-    def give_up_file(self, source: Source) -> None:
+    def give_up_file(self, source: SpoolSource) -> None:
         """What it held is no longer there."""
         self._lose_through(source, source.last)
 
-    def _lose_through(self, source: Source, number: int) -> None:
+    def _lose_through(self, source: SpoolSource, number: int) -> None:
         if number > source.taken:
             self._lost[LOST_IN_THE_SPOOL] += number - source.taken
             source.taken = number
 
-    async def _send(self, entry: Entry) -> None:
+    async def _send(self, entry: PendingEvent) -> None:
         """Take one, and give it to the producer."""
         entry.taken_at = asyncio.get_running_loop().time()
         if entry.source is not None:
@@ -233,7 +241,7 @@ class Sender:
             self._put_back(entry)
             raise
 
-    def _put_back(self, entry: Entry) -> None:
+    def _put_back(self, entry: PendingEvent) -> None:
         """The producer does not have it."""
         del self._in_flight[entry]
         self._in_flight_bytes -= entry.size
@@ -243,7 +251,7 @@ class Sender:
         else:
             self.queue.appendleft(entry)
 
-    async def _produce(self, entry: Entry) -> None:
+    async def _produce(self, entry: PendingEvent) -> None:
         topic, key, value, partition, _ = entry.record
         while True:
             try:
@@ -260,7 +268,7 @@ class Sender:
                 acknowledged.add_done_callback(partial(self._answered, entry))
                 return
 
-    def _answered(self, entry: Entry, acknowledged: asyncio.Future[Any]) -> None:
+    def _answered(self, entry: PendingEvent, acknowledged: asyncio.Future[Any]) -> None:
         self._unanswered -= 1
         self._woken.set()
         if acknowledged.cancelled() or acknowledged.exception() is not None:
@@ -277,7 +285,7 @@ class Sender:
             await self._send_alone(self._refused[0])
             self._refused.popleft()
 
-    async def _send_alone(self, entry: Entry) -> None:
+    async def _send_alone(self, entry: PendingEvent) -> None:
         topic, key, value, partition, _ = entry.record
         while True:
             entry.tries += 1
@@ -292,23 +300,23 @@ class Sender:
                 self._settle(entry)
                 return
 
-    def _settle(self, entry: Entry) -> None:
+    def _settle(self, entry: PendingEvent) -> None:
         """The producer has done with it."""
         del self._in_flight[entry]
         self._in_flight_bytes -= entry.size
         self._settled(entry)
 
-    def _give_up(self, entry: Entry, error: Exception) -> None:
+    def _give_up(self, entry: PendingEvent, error: Exception) -> None:
         topic, key, value, _, hook = entry.record
         sentence = f"Kafka will never take a record for {topic} of {len(value)} bytes, key {key!r}: {error!r}"
         logger.error("lost: %s", sentence)
         self._lost[hook] += 1
         too_large = isinstance(error, MessageSizeTooLargeError | RecordListTooLargeError)
-        entry.answer(NotKept("too_large" if too_large else "refused", sentence))
+        entry.answer(NotStored("too_large" if too_large else "refused", sentence))
         self._settle(entry)
 
 
-def _hopeless(error: Exception, entry: Entry) -> bool:
+def _hopeless(error: Exception, entry: PendingEvent) -> bool:
     """Whether Kafka would refuse the record for ever.
 
     Raises:

@@ -29,7 +29,7 @@ Kind = TypeVar("Kind", Hash, Zset)
 Moment: TypeAlias = Literal["load", "read", "before", "after"]
 
 
-class Entry(NamedTuple):
+class StoredValue(NamedTuple):
     """What a key holds, comparable: a hash as a dict, a sorted set as an ordered list; expiry in ms."""
 
     value: bytes | dict[str, bytes] | list[tuple[str, int]]
@@ -84,16 +84,16 @@ class MemoryServer(Struct):
         if key in self.values:
             self.expires_at[key] = at
 
-    def dump(self) -> dict[str, Entry]:
+    def dump(self) -> dict[str, StoredValue]:
         """Everything, to compare with another store's content."""
         return {
-            key: Entry(comparable(value), self.expires_at.get(key))
+            key: StoredValue(comparable(value), self.expires_at.get(key))
             for key, value in sorted(self.values.items())
         }
 
 
 def comparable(value: Value) -> bytes | dict[str, bytes] | list[tuple[str, int]]:
-    """A value as `Entry` shows it."""
+    """A value as `StoredValue` shows it."""
     match value:
         case Zset():
             return value.ordered()

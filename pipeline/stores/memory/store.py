@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from millpond.agents.effects import Output, Refusal
-from millpond.agents.ports import Applied, Stored, Transaction
+from millpond.agents.ports import Applied, LoadedState, Transaction
 from millpond.agents.reads import (
     Read,
     ReadAllStates,
@@ -24,7 +24,7 @@ from millpond.agents.reads import (
     ReadSubscriptions,
 )
 from millpond.pipeline.stores.memory.server import Hash, Kind, MemoryServer, Zset
-from millpond.pipeline.stores.memory.writer import Writer
+from millpond.pipeline.stores.memory.writer import EffectWriter
 from millpond.schemas import keys
 from millpond.schemas.errors import Fenced, StoreError
 from millpond.schemas.keys import Partition
@@ -52,7 +52,7 @@ class MemoryStore:
         self._loaded = False
         self._held: Applied | None = None  # the fence as last loaded or written
 
-    async def load(self) -> Stored:
+    async def load(self) -> LoadedState:
         """See `millpond.agents.ports.Store`. A fault is raised: nothing here could wait."""
         self._server.fault("load", self._partition)
         self._loaded, self._held = True, self._applied()
@@ -61,7 +61,7 @@ class MemoryStore:
             for sequence, outputs in self._server.of(keys.journal(self._partition), Hash).items()
         }
         rules = self._server.text(keys.rules(self._partition))
-        return Stored(
+        return LoadedState(
             applied=self._held,
             journal=dict(sorted(journal.items())),
             rules=None if rules is None else rules.decode(),
@@ -154,7 +154,7 @@ class MemoryStore:
         return Fenced(f"{self._partition}: somebody else wrote its state")
 
     def _apply(self, transaction: Transaction) -> list[Refusal]:
-        writer = Writer(self._server, self._partition)
+        writer = EffectWriter(self._server, self._partition)
         writer.write(transaction.effects)
         journal = self._server.of(keys.journal(self._partition), Hash)
         for sequence in transaction.produced:

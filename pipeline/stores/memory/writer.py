@@ -9,8 +9,9 @@ import msgspec
 
 from millpond.agents.effects import (
     NO_SOURCE,
+    ClearBodyExpiry,
     ClearRetained,
-    DropBody,
+    DeleteBody,
     Effect,
     KeepReceipt,
     Refusal,
@@ -24,7 +25,6 @@ from millpond.agents.effects import (
     SetRules,
     SetState,
     ShowOffset,
-    SpareBody,
     Stage,
     StoreMessage,
     Unindex,
@@ -37,7 +37,7 @@ from millpond.schemas.codec import payload_bytes
 from millpond.schemas.keys import Partition
 
 
-class Writer:
+class EffectWriter:
     """Writes the effects of one batch of one partition."""
 
     def __init__(self, server: MemoryServer, partition: Partition) -> None:
@@ -122,10 +122,10 @@ class Writer:
                 self._part(offset, "removal", lambda: self._unindex(effect))
             case ClearRetained(offset, topic):
                 self._part(offset, "removal", lambda: self._clear(keys.retained(topic), Zset))
-            case DropBody(message_id):
+            case DeleteBody(message_id):
                 name = keys.message_body(message_id)
                 self._part(NO_SOURCE, "removal", lambda: self._clear(name, Hash))
-            case SpareBody(message_id):
+            case ClearBodyExpiry(message_id):
                 self._server.expires_at.pop(keys.message_body(message_id), None)
             case SetPresence():
                 self._presence(effect)

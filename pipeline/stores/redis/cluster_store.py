@@ -17,22 +17,22 @@ from typing import Any, Final, NamedTuple
 import msgspec
 from hiredis import ReplyError
 
-from millpond.agents.effects import DropBody, Refusal, RunCommand
-from millpond.agents.ports import Applied, Stored, Transaction
+from millpond.agents.effects import DeleteBody, Refusal, RunCommand
+from millpond.agents.ports import Applied, LoadedState, Transaction
 from millpond.agents.reads import Read
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.stores.redis.commands import CommandList, refusals
 from millpond.pipeline.stores.redis.connection import (
     Access,
     Address,
-    Command,
+    RedisCommand,
     checked,
     code,
     store_error,
 )
 from millpond.pipeline.stores.redis.fence import POISON, Fence, Packed
 from millpond.pipeline.stores.redis.nodes import Nodes
-from millpond.pipeline.stores.redis.packing import Commands
+from millpond.pipeline.stores.redis.packing import BatchCommands
 from millpond.pipeline.stores.redis.reads import answer, read_command
 from millpond.pipeline.stores.redis.store import until_up
 from millpond.schemas import keys
@@ -66,16 +66,16 @@ class ClusterStore:
         # None before `load`, while a commit is on its way, and after one that failed.
         self._fence: Fence | None = None
 
-    async def load(self) -> Stored:
+    async def load(self) -> LoadedState:
         """See `millpond.agents.ports.Store`. Runs what the last transaction still had to remove."""
         return await until_up(self._load, self._partition)
 
-    async def _load(self) -> Stored:
+    async def _load(self) -> LoadedState:
         await self.close()
         self._nodes = Nodes(self._seeds, self._access)
         await self._nodes.discover()
         home = self._nodes.address_of(keys.applied(self._partition))
-        fence = Fence(await self._nodes.wire(home), self._partition)
+        fence = Fence(await self._nodes.connection(home), self._partition)
         stored, journal = await fence.load()
         if stored.applied is not None:
             await self._finish(stored.applied, journal)
@@ -93,10 +93,10 @@ class ClusterStore:
     async def _forget(self, applied: Applied) -> None:
         """All removals of a transaction were answered. No fence: this is true whoever says it."""
         field = keys.removal_field(applied.sequence)
-        forget: list[Command] = [("HDEL", keys.journal(self._partition), field)]
+        forget: list[RedisCommand] = [("HDEL", keys.journal(self._partition), field)]
         checked(await self._nodes.run(forget), "the cluster")
 
-    async def _run_left(self, commands: Sequence[Command]) -> None:
+    async def _run_left(self, commands: Sequence[RedisCommand]) -> None:
         for command, reply in zip(commands, await self._nodes.run(commands), strict=True):
             if isinstance(reply, ReplyError):
                 if (error := store_error(reply, "the cluster")) and code(reply) not in POISON:
@@ -116,8 +116,8 @@ class ClusterStore:
 
     def pack(self, transaction: Transaction) -> ClusterPacked:
         """See `millpond.agents.ports.Store`."""
-        commands = Commands(self._partition, transaction, now_ms())
-        unindexed, dropped = commands.removals.split(DropBody)
+        commands = BatchCommands(self._partition, transaction, now_ms())
+        unindexed, dropped = commands.removals.split(DeleteBody)
         state = CommandList()
         if commands.removals.commands:
             left = _encode((unindexed.commands, dropped.commands))

@@ -34,12 +34,12 @@ async def check_commands(pool: Pool, rules: Rules) -> None:
     ]
     if not asked:
         return
-    wire = await connector(pool)()
+    connection = await connector(pool)()
     try:
         command = ("COMMAND", "INFO", *(fields[0] for _, fields in asked))
-        (known,) = checked(await wire.send(pack(command), 1), wire.address)
+        (known,) = checked(await connection.send(pack(command), 1), connection.address)
     finally:
-        await wire.close()
+        await connection.close()
     for (rule, fields), info in zip(asked, known, strict=True):
         check(rule, fields, info)
 

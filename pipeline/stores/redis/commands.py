@@ -20,10 +20,10 @@ from millpond.agents.effects import (
     ShowOffset,
     StoreMessage,
 )
-from millpond.pipeline.stores.redis.connection import Argument, Command, pack
+from millpond.pipeline.stores.redis.connection import Argument, RedisCommand, pack
 
 # What a command stands for: an effect, the messages of one ZADD, or None for the partition's own state.
-Source: TypeAlias = Effect | tuple[StoreMessage | Reindex, ...] | None
+RecordSource: TypeAlias = Effect | tuple[StoreMessage | Reindex, ...] | None
 
 _PART: Final[dict[type[Any], RefusedPart]] = {
     StoreMessage: "body",
@@ -43,10 +43,10 @@ class CommandList:
 
     def __init__(self) -> None:
         """Nothing yet."""
-        self.commands: list[Command] = []
-        self.sources: list[Source] = []
+        self.commands: list[RedisCommand] = []
+        self.sources: list[RecordSource] = []
 
-    def add(self, source: Source, *command: Argument) -> None:
+    def add(self, source: RecordSource, *command: Argument) -> None:
         """One more."""
         self.commands.append(command)
         self.sources.append(source)
@@ -76,7 +76,7 @@ class CommandList:
         return b"".join(map(pack, self.commands))
 
 
-def stands_for(source: Source) -> list[tuple[int, RefusedPart]]:
+def stands_for(source: RecordSource) -> list[tuple[int, RefusedPart]]:
     """The records that a refused command concerns, and which part of what they asked for."""
     assert source is not None, "the partition's own state is no record's part"
     if isinstance(source, tuple):
@@ -84,7 +84,7 @@ def stands_for(source: Source) -> list[tuple[int, RefusedPart]]:
     return [(getattr(source, "offset", NO_SOURCE), _PART.get(type(source), "removal"))]
 
 
-def refusals(sources: Sequence[Source], replies: Sequence[Any]) -> list[Refusal]:
+def refusals(sources: Sequence[RecordSource], replies: Sequence[Any]) -> list[Refusal]:
     """What the server refused, by the error replies; each part of a record once."""
     found: dict[tuple[int, RefusedPart], str] = {}
     for source, reply in zip(sources, replies, strict=True):

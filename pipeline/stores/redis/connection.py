@@ -13,10 +13,10 @@ from hiredis import Reader, ReplyError, pack_command
 from millpond.schemas.errors import StoreDown, StoreError, StoreRefused
 
 Argument: TypeAlias = str | bytes | int
-Command: TypeAlias = tuple[Argument, ...]
+RedisCommand: TypeAlias = tuple[Argument, ...]
 
 # One command as it goes over the wire. The library's own annotation allows one argument only.
-pack: Final = cast(Callable[[Command], bytes], pack_command)
+pack: Final = cast(Callable[[RedisCommand], bytes], pack_command)
 
 # Error codes that say "not now": the same transaction may succeed later, on this server or on another one.
 # fmt: off
@@ -88,7 +88,7 @@ class _Exchange:
         self.replies: list[Any] = []
 
 
-class Wire(asyncio.Protocol):
+class Connection(asyncio.Protocol):
     """A connection. Whatever happens to it is a `StoreDown` of everything that was still due."""
 
     def __init__(self, address: Address, reply_timeout_s: float) -> None:
@@ -104,7 +104,7 @@ class Wire(asyncio.Protocol):
         self._reason: str | None = None  # why it was lost
 
     @classmethod
-    async def open(cls, address: Address, access: Access) -> Wire:
+    async def open(cls, address: Address, access: Access) -> Connection:
         """Connect, authenticate, select the database.
 
         Raises:
@@ -112,25 +112,25 @@ class Wire(asyncio.Protocol):
             StoreRefused: wrong credentials, a certificate that does not verify, no such database.
         """
         loop = asyncio.get_running_loop()
-        wire = cls(address, access.reply_timeout_s)
+        connection = cls(address, access.reply_timeout_s)
         try:
             async with asyncio.timeout(access.connect_timeout_s):
-                await loop.create_connection(lambda: wire, *address, ssl=access.tls)
-                await wire._greet(access)
+                await loop.create_connection(lambda: connection, *address, ssl=access.tls)
+                await connection._greet(access)
         except ssl.SSLCertVerificationError as error:
             raise StoreRefused(f"the certificate of {address} does not verify: {error}") from error
         except TimeoutError as error:
-            await wire.close()
+            await connection.close()
             raise StoreDown(f"{address} does not answer") from error
         except OSError as error:
             raise StoreDown(f"cannot connect to {address}: {error}") from error
         except BaseException:
-            await wire.close()
+            await connection.close()
             raise
-        return wire
+        return connection
 
     async def _greet(self, access: Access) -> None:
-        commands: list[Command] = []
+        commands: list[RedisCommand] = []
         if access.password is not None:
             user = () if access.username is None else (access.username,)
             commands.append(("AUTH", *user, access.password))

@@ -14,9 +14,9 @@ import msgspec
 from hiredis import ReplyError
 
 from millpond.agents.effects import Output, Refusal, RunCommand
-from millpond.agents.ports import Applied, Stored
+from millpond.agents.ports import Applied, LoadedState
 from millpond.pipeline.stores.redis.commands import CommandList, refusals
-from millpond.pipeline.stores.redis.connection import Wire, checked, code, pack, store_error
+from millpond.pipeline.stores.redis.connection import Connection, checked, code, pack, store_error
 from millpond.pipeline.stores.redis.packing import decode_applied, decode_outputs, decode_seen
 from millpond.schemas import keys
 from millpond.schemas.errors import Fenced, StoreDown, StoreRefused
@@ -38,14 +38,14 @@ class Packed(NamedTuple):
 class Fence:
     """A connection and the fence that was last seen through it."""
 
-    def __init__(self, wire: Wire, partition: Partition) -> None:
+    def __init__(self, connection: Connection, partition: Partition) -> None:
         """`load` follows."""
-        self._wire, self._partition = wire, partition
+        self._connection, self._partition = connection, partition
         self._seen: Applied | None = None
         name = keys.applied(partition)
         self._watch = pack(("WATCH", name)) + pack(("GET", name))
 
-    async def load(self) -> tuple[Stored, Mapping[bytes, bytes]]:
+    async def load(self) -> tuple[LoadedState, Mapping[bytes, bytes]]:
         """What is held, and the journal as it is, both of one moment; from here on the fence is watched.
 
         Raises:
@@ -65,13 +65,13 @@ class Fence:
             )
         )
         while True:
-            replies = checked(await self._wire.send(data, 7), self._wire.address)
+            replies = checked(await self._connection.send(data, 7), self._connection.address)
             _, before, pairs, rules, seen_even, seen_odd, after = replies
             if before == after:
                 break
         journal = dict(zip(pairs[::2], pairs[1::2], strict=True))
         try:
-            stored = Stored(
+            stored = LoadedState(
                 applied=None if after is None else decode_applied(after),
                 journal=_outputs(journal),
                 rules=None if rules is None else rules.decode(),
@@ -85,24 +85,24 @@ class Fence:
     async def _check_server(self) -> None:
         """Transactions are allowed, and this is no replica (where every one of them would fail)."""
         probe = pack(("MULTI",)) + pack(("DISCARD",)) + pack(("ROLE",))
-        *transaction, role = await self._wire.send(probe, 3)
-        checked(transaction, self._wire.address)
+        *transaction, role = await self._connection.send(probe, 3)
+        checked(transaction, self._connection.address)
         if isinstance(role, list) and role[0] != b"master":
-            raise StoreDown(f"{self._wire.address} is a replica")
+            raise StoreDown(f"{self._connection.address} is a replica")
         if isinstance(role, ReplyError) and code(role) not in POISON:
-            checked([role], self._wire.address)
+            checked([role], self._connection.address)
 
     def _not_ours(self, reason: str) -> StoreRefused:
         prefix = keys.applied(self._partition).rpartition(":")[0]
         return StoreRefused(
-            f"{self._wire.address} holds keys {prefix}:* that Millpond did not write: {reason}; "
+            f"{self._connection.address} holds keys {prefix}:* that Millpond did not write: {reason}; "
             "remove them, or choose another application name"
         )
 
     async def verify(self) -> None:
         """Ask whether the fence is the one that was last seen; if not, that is `Fenced`."""
-        (reply,) = await self._wire.call("GET", keys.applied(self._partition))
-        (fence,) = checked((reply,), self._wire.address)
+        (reply,) = await self._connection.call("GET", keys.applied(self._partition))
+        (fence,) = checked((reply,), self._connection.address)
         if self._decoded(fence) != self._seen:
             raise self._fenced()
 
@@ -121,13 +121,13 @@ class Fence:
             return fenced
         count = len(packed.commands.commands)
         data = b"".join((_MULTI, packed.data, _EXEC, self._watch))
-        return self._wire.send(data, count + 4)
+        return self._connection.send(data, count + 4)
 
     async def result(self, packed: Packed, sent: asyncio.Future[list[Any]]) -> list[Refusal]:
         """What the server refused in a transaction. See `millpond.agents.ports.Store.commit` for what is raised."""
         _, *queued, executed, watching, fence = await sent
         sources = packed.commands.sources
-        checked((watching, fence), self._wire.address)
+        checked((watching, fence), self._connection.address)
         self._seen = self._decoded(fence)
         if executed is None:
             raise self._fenced()
@@ -144,7 +144,7 @@ class Fence:
         self, packed: Packed, queued: Sequence[Any], executed: ReplyError
     ) -> list[Refusal]:
         """The server took nothing of it. If only users' commands were to blame, the rest goes without them."""
-        sources, where = packed.commands.sources, self._wire.address
+        sources, where = packed.commands.sources, self._connection.address
         bad = [at for at, reply in enumerate(queued) if isinstance(reply, ReplyError)]
         for at in bad:
             if not isinstance(sources[at], RunCommand) or code(queued[at]) not in POISON:

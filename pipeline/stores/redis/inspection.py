@@ -6,7 +6,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from hiredis import ReplyError
 
-from millpond.pipeline.stores.redis.connection import Command, checked, code
+from millpond.pipeline.stores.redis.connection import RedisCommand, checked, code
 from millpond.pipeline.stores.redis.packing import decode_applied
 from millpond.schemas import keys
 from millpond.schemas.keys import Partition
@@ -63,7 +63,7 @@ class ScanDue(NamedTuple):
     prefix: str
 
 
-Outside: TypeAlias = (
+InspectionRead: TypeAlias = (
     ReadFence
     | ReadRules
     | CountIndex
@@ -78,7 +78,7 @@ Outside: TypeAlias = (
 PUBLIC: Final = (CountIndex, CountBefore, CountBetween, ReadReceipt)
 
 
-def outside_command(partition: Partition, read: Outside) -> Command:
+def outside_command(partition: Partition, read: InspectionRead) -> RedisCommand:
     """The one command that answers; its second word is the key."""
     match read:
         case ReadFence():
@@ -100,7 +100,7 @@ def outside_command(partition: Partition, read: Outside) -> Command:
             return ("ZSCAN", keys.due(partition), cursor, "MATCH", f"{pattern}*", "COUNT", SCANNED)
 
 
-def outside_answer(read: Outside, reply: Any, where: object) -> Any:
+def outside_answer(read: InspectionRead, reply: Any, where: object) -> Any:
     """What the reply says.
 
     Raises:

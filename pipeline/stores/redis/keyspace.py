@@ -8,7 +8,13 @@ from typing import Any, Final, cast
 
 from hiredis import ReplyError
 
-from millpond.pipeline.stores.redis.connection import Command, Wire, checked, pack, store_error
+from millpond.pipeline.stores.redis.connection import (
+    Connection,
+    RedisCommand,
+    checked,
+    pack,
+    store_error,
+)
 from millpond.pipeline.stores.registry import connector
 from millpond.schemas.errors import StoreRefused
 from millpond.schemas.rules.pool import Pool
@@ -24,18 +30,18 @@ def glob(text: str) -> str:
 class Keyspace:
     """One connection to one server and database."""
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, connection: Connection) -> None:
         """See `keyspace`."""
-        self._wire = wire
-        self.where = wire.address
+        self._connection = connection
+        self.where = connection.address
 
-    async def ask(self, commands: Sequence[Command]) -> list[Any]:
+    async def ask(self, commands: Sequence[RedisCommand]) -> list[Any]:
         """The replies, in order; one that only concerns its key is an error among them.
 
         Raises:
             StoreDown, StoreRefused: the server is away, or will not serve us.
         """
-        replies = await self._wire.send(b"".join(map(pack, commands)), len(commands))
+        replies = await self._connection.send(b"".join(map(pack, commands)), len(commands))
         for reply in replies:
             if isinstance(reply, ReplyError):
                 error = store_error(reply, self.where)
@@ -43,16 +49,16 @@ class Keyspace:
                     raise error
         return replies
 
-    async def at_once(self, commands: Sequence[Command]) -> list[Any]:
+    async def at_once(self, commands: Sequence[RedisCommand]) -> list[Any]:
         """The same, all of one moment."""
         data = [pack(("MULTI",)), *map(pack, commands), pack(("EXEC",))]
-        *_, executed = await self._wire.send(b"".join(data), len(commands) + 2)
+        *_, executed = await self._connection.send(b"".join(data), len(commands) + 2)
         checked((executed,), self.where)
         return cast(list[Any], executed)
 
     async def get(self, *command: Any) -> Any:
         """The reply to one command, which is no error."""
-        return checked(await self._wire.call(*command), self.where)[0]
+        return checked(await self._connection.call(*command), self.where)[0]
 
     async def scan(self, prefix: str) -> AsyncIterator[list[bytes]]:
         """All keys that begin so, page by page; one that comes or goes meanwhile may be missed, or told twice."""
@@ -96,8 +102,8 @@ async def keyspace(pool: Pool) -> AsyncIterator[Keyspace]:
     Raises:
         StoreDown, StoreRefused: it is away, or will not let us in.
     """
-    wire = await connector(pool)()
+    connection = await connector(pool)()
     try:
-        yield Keyspace(wire)
+        yield Keyspace(connection)
     finally:
-        await wire.close()
+        await connection.close()

@@ -12,8 +12,8 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from millpond.pipeline.stores.redis.connection import (
     Access,
     Address,
-    Command,
-    Wire,
+    Connection,
+    RedisCommand,
     checked,
     code,
     pack,
@@ -31,7 +31,7 @@ class Nodes:
         """`seeds` are nodes to ask for the others."""
         self._seeds, self._access = seeds, access
         self._slots: list[Address | None] = []
-        self._wires: dict[Address, Wire] = {}
+        self._wires: dict[Address, Connection] = {}
         self._opening = asyncio.Lock()
         self._moved = False
 
@@ -49,8 +49,8 @@ class Nodes:
         raise StoreDown("; ".join(str(error) for error in failures))
 
     async def _slots_known_to(self, seed: Address) -> list[Address | None]:
-        wire = await self.wire(seed)
-        (ranges,) = checked(await wire.call("CLUSTER", "SLOTS"), seed)
+        connection = await self.connection(seed)
+        (ranges,) = checked(await connection.call("CLUSTER", "SLOTS"), seed)
         slots: list[Address | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
         for first, last, (host, port, *_), *_ in ranges:
             # A node that does not know its own name leaves the host empty: it is the one that we asked.
@@ -58,11 +58,11 @@ class Nodes:
             slots[first : last + 1] = [address] * (last + 1 - first)
         return slots
 
-    async def wire(self, address: Address) -> Wire:
+    async def connection(self, address: Address) -> Connection:
         """The connection to a node."""
         async with self._opening:
             if address not in self._wires:
-                self._wires[address] = await Wire.open(address, self._access)
+                self._wires[address] = await Connection.open(address, self._access)
             return self._wires[address]
 
     def address_of(self, key: str | bytes | int) -> Address:
@@ -73,7 +73,7 @@ class Nodes:
             raise StoreDown(f"no node of the cluster serves slot {slot}")
         return address
 
-    async def run(self, commands: Sequence[Command]) -> list[Any]:
+    async def run(self, commands: Sequence[RedisCommand]) -> list[Any]:
         """Run commands, pipelined per node, each in order; the replies in order, errors among them.
 
         A command's second word is taken for its key; where that is wrong, the node says who holds it.
@@ -87,9 +87,11 @@ class Nodes:
         replies: list[Any] = [None] * len(commands)
 
         async def run_on(address: Address, positions: Sequence[int]) -> None:
-            wire = await self.wire(address)
+            connection = await self.connection(address)
             data = b"".join(pack(commands[at]) for at in positions)
-            for at, reply in zip(positions, await wire.send(data, len(positions)), strict=True):
+            for at, reply in zip(
+                positions, await connection.send(data, len(positions)), strict=True
+            ):
                 replies[at] = reply
 
         await asyncio.gather(*(run_on(address, at) for address, at in by_node.items()))
@@ -98,23 +100,23 @@ class Nodes:
                 replies[at] = await self._redirected(commands[at], reply)
         return replies
 
-    async def _redirected(self, command: Command, reply: Any) -> Any:
+    async def _redirected(self, command: RedisCommand, reply: Any) -> Any:
         """Follow a command to where its key is; any other reply stays as it is."""
         for _ in range(REDIRECTIONS_MAX):
             if not isinstance(reply, ReplyError) or code(reply) not in ("MOVED", "ASK"):
                 break
             kind, _slot, where = str(reply).split(" ")[:3]
             host, _, port = where.rpartition(":")
-            wire = await self.wire(Address(host or self._seeds[0].host, int(port)))
+            connection = await self.connection(Address(host or self._seeds[0].host, int(port)))
             if kind == "MOVED":
                 self._moved = True
-                (reply,) = await wire.call(*command)
+                (reply,) = await connection.call(*command)
             else:
-                _, reply = await wire.send(_ASKING + pack(command), 2)
+                _, reply = await connection.send(_ASKING + pack(command), 2)
         return reply
 
     async def close(self) -> None:
         """Close every connection."""
         wires, self._wires = self._wires, {}
-        for wire in wires.values():
-            await wire.close()
+        for connection in wires.values():
+            await connection.close()

@@ -12,8 +12,9 @@ from typing import Any, Final
 import msgspec
 
 from millpond.agents.effects import (
+    ClearBodyExpiry,
     ClearRetained,
-    DropBody,
+    DeleteBody,
     KeepReceipt,
     Output,
     Reindex,
@@ -25,7 +26,6 @@ from millpond.agents.effects import (
     SetRules,
     SetState,
     ShowOffset,
-    SpareBody,
     StoreMessage,
     Unindex,
     WriteSeen,
@@ -56,7 +56,7 @@ def decode_seen(lines: bytes | None) -> tuple[str, ...]:
     return tuple(_decode_lines(lines or b""))
 
 
-class Commands:
+class BatchCommands:
     """The commands of one batch: `bodies` before `entries`, both before `state`, `removals` last."""
 
     def __init__(self, partition: Partition, transaction: Transaction, wall_ms: int = 0) -> None:
@@ -69,7 +69,7 @@ class Commands:
         self.indexed: dict[str, list[tuple[StoreMessage | Reindex, str]]] = {}
         self.states: dict[str, dict[str, bytes | None]] = {}  # by table
         self.indexes: dict[str, dict[str, int | None]] = {}  # key → member → score, None: gone
-        self.due = Due()
+        self.due = DueCommands()
         for effect in transaction.effects:
             _FOLD[type(effect)](self, effect)
         self._entries()
@@ -128,7 +128,7 @@ class Commands:
         return every
 
 
-class Due:
+class DueCommands:
     """What a batch's `SetDue` come to, per member: gone, exactly then, or then unless it was earlier already."""
 
     def __init__(self) -> None:
@@ -155,7 +155,7 @@ def _scored(times: dict[str, int]) -> Iterable[str | int]:
     return (part for member, at in times.items() for part in (at, member))
 
 
-def _store_message(commands: Commands, effect: StoreMessage) -> None:
+def _store_message(commands: BatchCommands, effect: StoreMessage) -> None:
     event = effect.event
     body = keys.message_body(event.message_id)
     payload = event.payload if event.payload_encoding == "utf-8" else payload_bytes(event)
@@ -174,73 +174,73 @@ def _store_message(commands: Commands, effect: StoreMessage) -> None:
         commands.indexed.setdefault(event.topic, []).append((effect, event.message_id))
 
 
-def _reindex(commands: Commands, effect: Reindex) -> None:
+def _reindex(commands: BatchCommands, effect: Reindex) -> None:
     commands.indexed.setdefault(effect.topic, []).append((effect, effect.message_id))
     if effect.expires_at is not None:
         body = keys.message_body(effect.message_id)
         commands.bodies.add(effect, "PEXPIREAT", body, commands.end_of_body(effect.expires_at))
 
 
-def _retain(commands: Commands, effect: Retain) -> None:
+def _retain(commands: BatchCommands, effect: Retain) -> None:
     name = keys.retained(effect.topic)
     commands.entries.add(effect, "ZREMRANGEBYRANK", name, 0, -1)
     commands.entries.add(effect, "ZADD", name, effect.score, effect.message_id)
     _place(commands, keys.index(commands.partition, keys.RETAINED_INDEX), effect.topic, 0)
 
 
-def _keep_receipt(commands: Commands, effect: KeepReceipt) -> None:
+def _keep_receipt(commands: BatchCommands, effect: KeepReceipt) -> None:
     name = keys.receipt(effect.message_id)
     commands.bodies.add(effect, "HSET", name, f"{effect.kind}:{effect.client_id}", effect.at_s)
     commands.bodies.add(effect, "PEXPIREAT", name, effect.expires_at)
 
 
-def _set_state(commands: Commands, effect: SetState) -> None:
+def _set_state(commands: BatchCommands, effect: SetState) -> None:
     name = keys.table(commands.partition, effect.table)
     commands.states.setdefault(name, {})[effect.key] = effect.state
 
 
-def _set_index(commands: Commands, effect: SetIndex) -> None:
+def _set_index(commands: BatchCommands, effect: SetIndex) -> None:
     _place(commands, keys.index(commands.partition, effect.index), effect.key, effect.score)
 
 
-def _place(commands: Commands, index: str, member: str, score: int | None) -> None:
+def _place(commands: BatchCommands, index: str, member: str, score: int | None) -> None:
     commands.indexes.setdefault(index, {})[member] = score
 
 
-def _set_rules(commands: Commands, effect: SetRules) -> None:
+def _set_rules(commands: BatchCommands, effect: SetRules) -> None:
     commands.state.add(None, "SET", keys.rules(commands.partition), effect.canonical)
 
 
-def _write_seen(commands: Commands, effect: WriteSeen) -> None:
+def _write_seen(commands: BatchCommands, effect: WriteSeen) -> None:
     name = keys.seen(commands.partition, effect.generation)
     verb = "SET" if effect.fresh else "APPEND"
     commands.state.add(None, verb, name, _encode_lines(effect.message_ids))
 
 
-def _set_due(commands: Commands, effect: SetDue) -> None:
+def _set_due(commands: BatchCommands, effect: SetDue) -> None:
     commands.due.fold(effect.member, effect.at)
 
 
-def _unindex(commands: Commands, effect: Unindex) -> None:
+def _unindex(commands: BatchCommands, effect: Unindex) -> None:
     if effect.message_ids:
         name = keys.message_index(effect.topic)
         commands.removals.add(effect, "ZREM", name, *effect.message_ids)
 
 
-def _clear_retained(commands: Commands, effect: ClearRetained) -> None:
+def _clear_retained(commands: BatchCommands, effect: ClearRetained) -> None:
     commands.removals.add(effect, "ZREMRANGEBYRANK", keys.retained(effect.topic), 0, -1)
     _place(commands, keys.index(commands.partition, keys.RETAINED_INDEX), effect.topic, None)
 
 
-def _drop_body(commands: Commands, effect: DropBody) -> None:
+def _drop_body(commands: BatchCommands, effect: DeleteBody) -> None:
     commands.removals.add(effect, "HDEL", keys.message_body(effect.message_id), *BODY_FIELDS)
 
 
-def _spare_body(commands: Commands, effect: SpareBody) -> None:
+def _spare_body(commands: BatchCommands, effect: ClearBodyExpiry) -> None:
     commands.removals.add(effect, "PERSIST", keys.message_body(effect.message_id))
 
 
-def _set_presence(commands: Commands, effect: SetPresence) -> None:
+def _set_presence(commands: BatchCommands, effect: SetPresence) -> None:
     online_at = effect.online_at // 1000
     commands.removals.add(
         effect, "HSET", keys.presence(effect.client_id), "state", int(effect.online),
@@ -257,7 +257,7 @@ def offline_at(effect: SetPresence) -> str:
     return "undefined" if effect.offline_at is None else str(effect.offline_at // 1000)
 
 
-def _show_offset(commands: Commands, effect: ShowOffset) -> None:
+def _show_offset(commands: BatchCommands, effect: ShowOffset) -> None:
     name = keys.read_offset(effect.subscriber, effect.topic)
     if effect.message_id is None:
         # A string of ours, or nothing: whatever else is there stays.
@@ -266,11 +266,11 @@ def _show_offset(commands: Commands, effect: ShowOffset) -> None:
         commands.removals.add(effect, "SET", name, effect.message_id)
 
 
-def _run_command(commands: Commands, effect: RunCommand) -> None:
+def _run_command(commands: BatchCommands, effect: RunCommand) -> None:
     commands.removals.add(effect, *effect.arguments)
 
 
-_FOLD: Final[dict[type[Any], Callable[[Commands, Any], None]]] = {
+_FOLD: Final[dict[type[Any], Callable[[BatchCommands, Any], None]]] = {
     StoreMessage: _store_message,
     Reindex: _reindex,
     Retain: _retain,
@@ -284,7 +284,7 @@ _FOLD: Final[dict[type[Any], Callable[[Commands, Any], None]]] = {
     SetDue: _set_due,
     Unindex: _unindex,
     ClearRetained: _clear_retained,
-    DropBody: _drop_body,
-    SpareBody: _spare_body,
+    DeleteBody: _drop_body,
+    ClearBodyExpiry: _spare_body,
     RunCommand: _run_command,
 }

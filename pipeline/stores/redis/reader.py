@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 from millpond.agents.reads import Read
-from millpond.pipeline.stores.redis.connection import Address, Command, pack
-from millpond.pipeline.stores.redis.inspection import Outside, outside_answer, outside_command
+from millpond.pipeline.stores.redis.connection import Address, RedisCommand, pack
+from millpond.pipeline.stores.redis.inspection import (
+    InspectionRead,
+    outside_answer,
+    outside_command,
+)
 from millpond.pipeline.stores.redis.nodes import Nodes
 from millpond.pipeline.stores.redis.reads import answer, read_command
 from millpond.pipeline.stores.registry import access_of, addresses, locate
@@ -15,7 +19,7 @@ from millpond.schemas.keys import Partition
 from millpond.schemas.rules.pool import Pool
 
 
-class Reader:
+class StoreReader:
     """Answers reads of any partition of one pool; a context manager.
 
     Raises:
@@ -33,31 +37,31 @@ class Reader:
             await self._nodes.discover()
         else:
             self._server = await locate(self._pool, self._access)
-            await self._nodes.wire(self._server)
+            await self._nodes.connection(self._server)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._nodes.close()
 
-    async def read(self, partition: Partition, reads: Sequence[Read | Outside]) -> list[Any]:
+    async def read(self, partition: Partition, reads: Sequence[Read | InspectionRead]) -> list[Any]:
         """See `millpond.agents.ports.Store.read`; all are sent at once."""
         commands = [_command(partition, read) for read in reads]
         if self._server is None:
             replies = await self._nodes.run(commands)
         else:
-            wire = await self._nodes.wire(self._server)
-            replies = await wire.send(b"".join(map(pack, commands)), len(commands))
+            connection = await self._nodes.connection(self._server)
+            replies = await connection.send(b"".join(map(pack, commands)), len(commands))
         where = self._server or "the cluster"
         return [_answer(read, reply, where) for read, reply in zip(reads, replies, strict=True)]
 
 
-def _command(partition: Partition, read: Read | Outside) -> Command:
-    if isinstance(read, Outside):
+def _command(partition: Partition, read: Read | InspectionRead) -> RedisCommand:
+    if isinstance(read, InspectionRead):
         return outside_command(partition, read)
     return read_command(partition, read)
 
 
-def _answer(read: Read | Outside, reply: Any, where: object) -> Any:
-    if isinstance(read, Outside):
+def _answer(read: Read | InspectionRead, reply: Any, where: object) -> Any:
+    if isinstance(read, InspectionRead):
         return outside_answer(read, reply, where)
     return answer(read, reply, where)

@@ -20,7 +20,7 @@ from millpond.agents.reads import (
     ReadStates,
     ReadSubscriptions,
 )
-from millpond.pipeline.stores.redis.connection import Command, checked, code
+from millpond.pipeline.stores.redis.connection import RedisCommand, checked, code
 from millpond.schemas import keys
 from millpond.schemas.keys import Partition
 
@@ -29,7 +29,7 @@ SCANNED: Final = 500  # states of one answer, about
 PUBLIC: Final = (ReadIndex, ReadEntry, ReadLast, ReadSubscriptions, ReadRetained, ReadBody)
 
 
-def read_command(partition: Partition, read: Read) -> Command:
+def read_command(partition: Partition, read: Read) -> RedisCommand:
     """The one command that answers a read; its second word is the key."""
     match read:
         case ReadStates(names, table):

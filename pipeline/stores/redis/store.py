@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 from redis.backoff import EqualJitterBackoff
 
 from millpond.agents.effects import Refusal
-from millpond.agents.ports import Stored, Transaction
+from millpond.agents.ports import LoadedState, Transaction
 from millpond.agents.reads import Read
 from millpond.pipeline.clock import now_ms
-from millpond.pipeline.stores.redis.connection import Wire, pack
+from millpond.pipeline.stores.redis.connection import Connection, pack
 from millpond.pipeline.stores.redis.fence import Fence, Packed
-from millpond.pipeline.stores.redis.packing import Commands
+from millpond.pipeline.stores.redis.packing import BatchCommands
 from millpond.pipeline.stores.redis.reads import answer, read_command
 from millpond.schemas.errors import StoreDown
 from millpond.schemas.keys import Partition
@@ -48,36 +48,36 @@ async def until_up(attempt: Callable[[], Awaitable[Result]], partition: Partitio
 class RedisStore:
     """See `millpond.agents.ports.Store`. One connection, one transaction on its way at a time."""
 
-    def __init__(self, partition: Partition, connect: Callable[[], Awaitable[Wire]]) -> None:
+    def __init__(self, partition: Partition, connect: Callable[[], Awaitable[Connection]]) -> None:
         """`connect` opens a connection to the server that is the primary now."""
         self._partition, self._connect = partition, connect
-        self._wire: Wire | None = None
+        self._connection: Connection | None = None
         # None before `load`, while a commit is on its way, and after one that failed.
         self._fence: Fence | None = None
 
-    async def load(self) -> Stored:
+    async def load(self) -> LoadedState:
         """See `millpond.agents.ports.Store`."""
         return await until_up(self._load, self._partition)
 
-    async def _load(self) -> Stored:
+    async def _load(self) -> LoadedState:
         await self.close()
-        self._wire = await self._connect()
-        fence = Fence(self._wire, self._partition)
+        self._connection = await self._connect()
+        fence = Fence(self._connection, self._partition)
         stored, _ = await fence.load()
         self._fence = fence
         return stored
 
     async def read(self, reads: Sequence[Read]) -> list[Any]:
         """See `millpond.agents.ports.Store`. Answered after what is on its way, on the same connection."""
-        assert self._wire is not None, "load() comes first"
+        assert self._connection is not None, "load() comes first"
         commands = [read_command(self._partition, read) for read in reads]
-        replies = await self._wire.send(b"".join(map(pack, commands)), len(commands))
-        where = self._wire.address
+        replies = await self._connection.send(b"".join(map(pack, commands)), len(commands))
+        where = self._connection.address
         return [answer(read, reply, where) for read, reply in zip(reads, replies, strict=True)]
 
     def pack(self, transaction: Transaction) -> Packed:
         """See `millpond.agents.ports.Store`."""
-        commands = Commands(self._partition, transaction, now_ms()).all()
+        commands = BatchCommands(self._partition, transaction, now_ms()).all()
         return Packed(transaction.expected, commands, commands.packed())
 
     def commit(self, packed: Packed) -> Awaitable[Sequence[Refusal]]:
@@ -107,6 +107,6 @@ class RedisStore:
     async def close(self) -> None:
         """See `millpond.agents.ports.Store`."""
         self._fence = None
-        wire, self._wire = self._wire, None
-        if wire is not None:
-            await wire.close()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()

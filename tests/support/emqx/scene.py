@@ -10,23 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from millpond.pipeline.brokers.commands.deliveries import Deliveries
-from millpond.pipeline.brokers.commands.pending import Ticket
+from millpond.pipeline.brokers.commands.pending import PendingCommand
 from millpond.pipeline.brokers.commands.reports import Reports
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import Returning
-from millpond.pipeline.brokers.emqx.delivery.sender import Sender
+from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic
+from millpond.pipeline.brokers.emqx.delivery.sender import BulkSender
 from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint
-from millpond.pipeline.brokers.emqx.rest.client import Rest
+from millpond.pipeline.brokers.emqx.rest.client import RestClient
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.settings import BridgeSettings
 from millpond.pipeline.telemetry.tracing import Headers
 from millpond.schemas.commands import Command, Deliver, Subscribe, Unsubscribe
 from millpond.schemas.events import DeliveriesSent, DeliveryFailed, Event, MessageAcked
-from millpond.schemas.leases import Lease
+from millpond.schemas.leases import LeaseName
 from tests.support.emqx.broker import MOUNTPOINT, NODE, Client, Emqx, Message, NoHooks
 from tests.support.emqx.rest import SECRET, EmqxRest
 from tests.support.workers import until
 
-RETURNING = Returning(SECRET)
+RETURNING = CopyTopic(SECRET)
 
 
 class Recorder:
@@ -77,15 +77,15 @@ class Inlet(Recorder):
 class Provider(NoHooks):
     """Knows copies on their way back, and tells the sender who acknowledged."""
 
-    def __init__(self, returning: Returning) -> None:
-        self.sender: Sender | None = None
+    def __init__(self, copy_topic: CopyTopic) -> None:
+        self.sender: BulkSender | None = None
         self.returned: list[str] = []  # message ids of copies, in the order in which they came
-        self._returning = returning
+        self._copy_topic = copy_topic
 
     async def publish(self, message: Message) -> Message | None:
         if not message.topic.startswith("$millpond/"):
             return message
-        returned = self._returning.parse(message.topic)
+        returned = self._copy_topic.parse(message.topic)
         if returned is None:
             return None
         self.returned.append(returned.message_id)
@@ -103,13 +103,13 @@ class Provider(NoHooks):
 class Scene:
     """All of it."""
 
-    def __init__(self, emqx: Emqx, server: EmqxRest, rest: Rest, mounted: bool) -> None:
+    def __init__(self, emqx: Emqx, server: EmqxRest, rest: RestClient, mounted: bool) -> None:
         self.emqx, self.server, self.rest = emqx, server, rest
-        self.recorder = Recorder()
-        self.reports = Reports(self.recorder)
+        self.event_producer = Recorder()
+        self.reports = Reports(self.event_producer)
         mountpoint = Mountpoint(MOUNTPOINT) if mounted else None
         deliveries = Deliveries(NODE, self.reports)
-        self.sender = Sender(rest, deliveries, RETURNING, mountpoint)
+        self.sender = BulkSender(rest, deliveries, RETURNING, mountpoint)
         self.done: list[int] = []  # numbers of the commands that are finished
 
     # -- commands
@@ -117,13 +117,13 @@ class Scene:
     async def take(self, command: Command, *, number: int = 0, valid_for_s: float = 60) -> None:
         lease = None
         if isinstance(command, Deliver) and command.lease:
-            lease = Lease("queue", 0, number)
-        ticket = Ticket(
+            lease = LeaseName("queue", 0, number)
+        pending = PendingCommand(
             command.client_id, lease, getattr(command, "epoch", 0),
             getattr(command, "message_id", ""), now_ms() + int(valid_for_s * 1000),
             lambda: self.done.append(number),
         )  # fmt: skip
-        await self.sender.take(ticket, command)
+        await self.sender.take(pending, command)
 
     async def deliver(
         self, client: str, *numbers: int, valid_for_s: float = 60, **fields: Any
@@ -131,7 +131,7 @@ class Scene:
         """Copies `numbers` for a client; each payload is its number."""
         for number in numbers:
             values: dict[str, Any] = {
-                "lease": str(Lease("queue", 0, number)), "epoch": 1, "valid_for_s": 60,
+                "lease": str(LeaseName("queue", 0, number)), "epoch": 1, "valid_for_s": 60,
                 "attempt": 1, "message_id": f"m{number}", "topic": "queue/a", "qos": 1,
                 "retain": False, "payload": str(number), **fields,
             }  # fmt: skip
@@ -161,7 +161,7 @@ class Scene:
         """The message ids of the copies that failed so."""
         return [
             event.message_id
-            for event in self.recorder.events
+            for event in self.event_producer.events
             if isinstance(event, DeliveryFailed) and event.reason == reason
         ]
 
@@ -170,7 +170,7 @@ class Scene:
         """The message ids of the copies that the sender itself reported."""
         return [
             one.message_id
-            for event in self.recorder.events
+            for event in self.event_producer.events
             if isinstance(event, DeliveriesSent)
             for one in event.sent
         ]
@@ -185,9 +185,9 @@ def settings_for(
 
 
 @contextlib.asynccontextmanager
-async def asking(server: EmqxRest, directory: Path, **fields: Any) -> AsyncIterator[Rest]:
+async def asking(server: EmqxRest, directory: Path, **fields: Any) -> AsyncIterator[RestClient]:
     """A client of a REST API."""
-    rest = Rest(settings_for(server, directory, **fields))
+    rest = RestClient(settings_for(server, directory, **fields))
     await rest.start()
     try:
         yield rest

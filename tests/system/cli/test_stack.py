@@ -28,7 +28,7 @@ from tests.support.servers import Server
 WORKERS = [f"worker {agent}" for agent in AGENT_NAMES]
 WAIT_S = 120.0  # for a condition that comes true; generous, since machines are shared
 MILLPOND = (sys.executable, "-m", "millpond")
-OPTIONS = ("--mqtt-port", "--web-port", "--kafka-port", "--redis-port", "--page-port")
+OPTIONS = ("--mqtt-port", "--websocket-port", "--kafka-port", "--redis-port", "--web-port")
 FREE_PORTS = tuple(argument for option in OPTIONS for argument in (option, "0"))
 TOPIC = "sensors/kitchen"
 

@@ -15,7 +15,7 @@ import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
-from millpond.pipeline.brokers.spool.durable_producer import Inlet, NotKept
+from millpond.pipeline.brokers.spool.durable_producer import DurableProducer, NotStored
 from millpond.pipeline.brokers.spool.sender import LOST_IN_THE_SPOOL
 from millpond.schemas import keys
 from millpond.schemas.events import NodeStarted
@@ -73,9 +73,9 @@ async def has_answered(process: Process, count: int) -> bool:
     return len(process.answered) >= count
 
 
-async def until_drained(inlet: Inlet) -> None:
+async def until_drained(durable_producer: DurableProducer) -> None:
     async def drained() -> bool:
-        return not inlet.spooling and inlet.depth == (0, 0)
+        return not durable_producer.spooling and durable_producer.depth == (0, 0)
 
     await until(drained, "the spool to be empty")
 
@@ -84,11 +84,13 @@ async def test_while_kafka_answers_nothing_touches_the_disk(
     hurt_kafka: Server, log: Log, tmp_path: Path
 ) -> None:
     async with running(hurt_kafka.address, tmp_path, patience_s=WAIT_S) as one:
-        await asyncio.gather(*(enter(one.inlet, "direct", number) for number in range(500)))
-        assert one.inlet.depth == (0, 0)
-        assert one.inlet.spooled.total() == 0
-        assert one.inlet.entered == {HOOK: 500}
-        assert one.inlet.complaint is None
+        await asyncio.gather(
+            *(enter(one.durable_producer, "direct", number) for number in range(500))
+        )
+        assert one.durable_producer.depth == (0, 0)
+        assert one.durable_producer.spooled.total() == 0
+        assert one.durable_producer.entered == {HOOK: 500}
+        assert one.durable_producer.complaint is None
     await log.until_published("direct", 500)
     assert numbers(log, "direct") == list(range(500))
 
@@ -99,7 +101,7 @@ async def test_what_is_for_one_partition_comes_there(
     async with running(hurt_kafka.address, tmp_path) as one:
         event = NodeStarted(at=1, node="n")
         for number in range(PARTITIONS):
-            await one.inlet.enter(keys.CLIENTS_TOPIC, event, number, hook="node")
+            await one.durable_producer.enter(keys.CLIENTS_TOPIC, event, number, hook="node")
 
     def started() -> list[int]:
         return [record.partition for record in log.records if record.event == event]
@@ -112,13 +114,13 @@ async def test_an_outage_in_the_middle_of_a_flood_is_answered_in_time_and_seen_b
     paused: Server, log: Log, tmp_path: Path
 ) -> None:
     async with running(paused.address, tmp_path) as one:
-        await enter(one.inlet, "flood/0", 0)
+        await enter(one.durable_producer, "flood/0", 0)
         waits: list[float] = []
         rest: list[asyncio.Future[None]] = []
 
         async def publish(number: int) -> None:
             begun = time.monotonic()
-            await enter(one.inlet, f"flood/{number % 3}", number)
+            await enter(one.durable_producer, f"flood/{number % 3}", number)
             waits.append(time.monotonic() - begun)
 
         async def publish_for(seconds: float, first: int) -> int:
@@ -134,17 +136,17 @@ async def test_an_outage_in_the_middle_of_a_flood_is_answered_in_time_and_seen_b
         number = await publish_for(0.3, 1)
         paused.pause()
         number = await publish_for(2 * PATIENCE_S + 1, number)
-        assert one.inlet.spooling
-        assert one.inlet.depth[0] > 500
+        assert one.durable_producer.spooling
+        assert one.durable_producer.depth[0] > 500
         paused.resume()
         number = await publish_for(1, number)
         # Then everything is answered in time
         await asyncio.gather(*rest)
         assert max(waits) < ANSWER_S
-        await until_drained(one.inlet)
+        await until_drained(one.durable_producer)
         number = await publish_for(0.3, number)
         await asyncio.gather(*rest)
-        assert one.inlet.lost.total() == 0
+        assert one.durable_producer.lost.total() == 0
     # And is there once, in order
     for each in range(3):
         expected = list(range(each, number, 3))
@@ -157,15 +159,17 @@ async def test_what_the_producer_cannot_take_waits_behind_nothing(
 ) -> None:
     # Given a Kafka that stops, and more for one partition than the producer takes
     async with running(paused.address, tmp_path) as one:
-        await enter(one.inlet, "large", 0)
+        await enter(one.durable_producer, "large", 0)
         paused.pause()
         begun = time.monotonic()
-        await asyncio.gather(*(enter(one.inlet, "large", n, 200_000) for n in range(1, 60)))
+        await asyncio.gather(
+            *(enter(one.durable_producer, "large", n, 200_000) for n in range(1, 60))
+        )
         # Then too many bytes are not waited for as long as few would be
         assert time.monotonic() - begun < ANSWER_S
-        await enter(one.inlet, "large", 60)
+        await enter(one.durable_producer, "large", 60)
         paused.resume()
-        await until_drained(one.inlet)
+        await until_drained(one.durable_producer)
     await log.until_published("large", 61)
     assert numbers(log, "large") == list(range(61))
 
@@ -174,21 +178,21 @@ async def test_a_bridge_that_ends_leaves_what_kafka_has_not_taken_to_the_next(
     paused: Server, log: Log, tmp_path: Path
 ) -> None:
     one = running(paused.address, tmp_path, patience_s=30)
-    inlet = await one.__aenter__()
-    await enter(inlet.inlet, "ends", 0)
+    durable_producer = await one.__aenter__()
+    await enter(durable_producer.durable_producer, "ends", 0)
     paused.pause()
-    futures = [enter(inlet.inlet, "ends", number) for number in range(1, 100)]
+    futures = [enter(durable_producer.durable_producer, "ends", number) for number in range(1, 100)]
     # When it is asked to end while Kafka does not answer
-    await inlet.end(grace_s=0.1)
+    await durable_producer.end(grace_s=0.1)
     # Then what it was told is kept, and the next one sends it first
     assert all(future.done() and future.exception() is None for future in futures)
-    with pytest.raises(NotKept, match="ended"):
-        await enter(inlet.inlet, "ends", 1_000)
+    with pytest.raises(NotStored, match="ended"):
+        await enter(durable_producer.durable_producer, "ends", 1_000)
     paused.resume()
     async with running(paused.address, tmp_path) as two:
         assert two.spool.number == 0
-        await enter(two.inlet, "ends", 100)
-        await until_drained(two.inlet)
+        await enter(two.durable_producer, "ends", 100)
+        await until_drained(two.durable_producer)
     await log.until(lambda: 100 in numbers(log, "ends"), "the last")
     assert first_times(numbers(log, "ends")) == list(range(101))
 
@@ -197,18 +201,20 @@ async def test_a_bridge_that_ends_with_more_than_the_spool_has_room_for_ends_nev
     paused: Server, log: Log, tmp_path: Path
 ) -> None:
     one = running(paused.address, tmp_path, bytes_max=100_000, patience_s=30)
-    inlet = await one.__aenter__()
-    await enter(inlet.inlet, "more", 0)
+    durable_producer = await one.__aenter__()
+    await enter(durable_producer.durable_producer, "more", 0)
     paused.pause()
-    futures = [enter(inlet.inlet, "more", number, 10_000) for number in range(1, 100)]
-    await inlet.end(grace_s=0.1)
+    futures = [
+        enter(durable_producer.durable_producer, "more", number, 10_000) for number in range(1, 100)
+    ]
+    await durable_producer.end(grace_s=0.1)
     # Then the first ones are kept, and of the others everyone hears that they are not
     kept = [number for number, future in enumerate(futures, 1) if future.exception() is None]
     assert kept == list(range(1, 10))
     paused.resume()
     async with running(paused.address, tmp_path) as two:
-        await until_drained(two.inlet)
-        await enter(two.inlet, "more", 100)
+        await until_drained(two.durable_producer)
+        await enter(two.durable_producer, "more", 100)
     await log.until(lambda: 100 in numbers(log, "more"), "the last")
     assert set(kept) <= set(numbers(log, "more"))
 
@@ -238,7 +244,7 @@ async def test_a_bridge_that_is_killed_in_an_outage_has_told_the_truth(
     told[0] += await later.kill()
     await asyncio.to_thread(hurt_kafka.start)
     async with running(hurt_kafka.address, spool) as one:
-        await until_drained(one.inlet)
+        await until_drained(one.durable_producer)
         assert one.spool.left == []
     # Then everything they answered is there, and nothing overtook what was before it
     for client, numbers_told in enumerate(told):
@@ -254,13 +260,15 @@ async def test_a_bridge_that_starts_without_kafka_serves_and_ends_as_others_do(
 ) -> None:
     async with running("127.0.0.1:1", tmp_path) as one:
         begun = time.monotonic()
-        await asyncio.gather(*(enter(one.inlet, "early", number) for number in range(10)))
+        await asyncio.gather(
+            *(enter(one.durable_producer, "early", number) for number in range(10))
+        )
         assert time.monotonic() - begun < ANSWER_S
-        await enter(one.inlet, "early", 10)
-        assert not one.inlet.connected.is_set()
+        await enter(one.durable_producer, "early", 10)
+        assert not one.durable_producer.connected.is_set()
     async with running(hurt_kafka.address, tmp_path) as two:
-        await enter(two.inlet, "early", 11)
-        await until_drained(two.inlet)
+        await enter(two.durable_producer, "early", 11)
+        await until_drained(two.durable_producer)
     await log.until_published("early", 12)
     assert numbers(log, "early") == list(range(12))
 
@@ -269,22 +277,24 @@ async def test_a_spool_that_is_damaged_in_an_outage_is_moved_aside_and_counted(
     paused: Server, log: Log, tmp_path: Path
 ) -> None:
     async with running(paused.address, tmp_path) as one:
-        await enter(one.inlet, "unreadable", 0)
+        await enter(one.durable_producer, "unreadable", 0)
         paused.pause()
-        await asyncio.gather(*(enter(one.inlet, "unreadable", n, 50_000) for n in range(1, 300)))
-        own = one.inlet._sender.own
+        await asyncio.gather(
+            *(enter(one.durable_producer, "unreadable", n, 50_000) for n in range(1, 300))
+        )
+        own = one.durable_producer._sender.own
         untaken, database = own.last - own.taken, own.file._database
         assert database is not None
         assert 100 < untaken < 299
         # When what is in the file cannot be read
         await one.spool.submit(database.execute, "UPDATE block SET packed = x'c1'")
         paused.resume()
-        await until_drained(one.inlet)
+        await until_drained(one.durable_producer)
         # Then it is kept for who can, and counted, and the bridge goes on
-        assert one.inlet.lost == {LOST_IN_THE_SPOOL: untaken}
+        assert one.durable_producer.lost == {LOST_IN_THE_SPOOL: untaken}
         (aside,) = own.file.damaged
         assert aside.exists()
-        await enter(one.inlet, "unreadable", 300)
+        await enter(one.durable_producer, "unreadable", 300)
     await log.until_published("unreadable", 301 - untaken)
     assert numbers(log, "unreadable") == [*range(300 - untaken), 300]
 
@@ -293,20 +303,22 @@ async def test_a_spool_that_is_deleted_in_an_outage_is_counted_and_goes_on(
     paused: Server, log: Log, tmp_path: Path
 ) -> None:
     async with running(paused.address, tmp_path) as one:
-        await enter(one.inlet, "damaged", 0)
+        await enter(one.durable_producer, "damaged", 0)
         paused.pause()
         # Given more than the producer takes, or it would have what the file loses
-        await asyncio.gather(*(enter(one.inlet, "damaged", n, 50_000) for n in range(1, 300)))
-        untaken = one.inlet._sender.own.last - one.inlet._sender.own.taken
+        await asyncio.gather(
+            *(enter(one.durable_producer, "damaged", n, 50_000) for n in range(1, 300))
+        )
+        untaken = one.durable_producer._sender.own.last - one.durable_producer._sender.own.taken
         assert 100 < untaken < 299
         # When the file is deleted, and more comes
         one.spool.own.path.unlink()
-        await asyncio.gather(*(enter(one.inlet, "damaged", n) for n in range(300, 320)))
+        await asyncio.gather(*(enter(one.durable_producer, "damaged", n) for n in range(300, 320)))
         paused.resume()
-        await until_drained(one.inlet)
+        await until_drained(one.durable_producer)
         # Then what is lost is counted, and the rest is there
-        assert one.inlet.lost == {LOST_IN_THE_SPOOL: untaken}
-        await enter(one.inlet, "damaged", 320)
+        assert one.durable_producer.lost == {LOST_IN_THE_SPOOL: untaken}
+        await enter(one.durable_producer, "damaged", 320)
     await log.until_published("damaged", 321 - untaken)
     first = 300 - untaken
     assert numbers(log, "damaged") == [*range(first), *range(300, 321)]
@@ -327,27 +339,32 @@ async def test_a_record_that_kafka_refuses_is_lost_alone_and_is_counted(
     # The first one has the patience to wait for Kafka's word
     async with running(paused.address, tmp_path, patience_s=WAIT_S) as one:
         # Given a record that is larger than Kafka would ever take
-        with pytest.raises(NotKept) as refused:
-            await enter(one.inlet, "sizes", -1, MESSAGE_BYTES_MAX)
+        with pytest.raises(NotStored) as refused:
+            await enter(one.durable_producer, "sizes", -1, MESSAGE_BYTES_MAX)
         assert refused.value.reason == "too_large"
-        assert one.inlet.lost == {HOOK: 1}
+        assert one.durable_producer.lost == {HOOK: 1}
         # And a Kafka whose limit is lower than the bridge believes
         await limit(300_000)
-        await enter(one.inlet, "sizes", 0)
-        futures = [enter(one.inlet, "sizes", n, 400_000 * (n % 10 == 5)) for n in range(1, 20)]
+        await enter(one.durable_producer, "sizes", 0)
+        futures = [
+            enter(one.durable_producer, "sizes", n, 400_000 * (n % 10 == 5)) for n in range(1, 20)
+        ]
         results = await asyncio.gather(*futures, return_exceptions=True)
         assert [n for n, result in enumerate(results, 1) if result is not None] == [5, 15]
-        assert one.inlet.lost == {HOOK: 3}
+        assert one.durable_producer.lost == {HOOK: 3}
     async with running(paused.address, tmp_path) as one:
         # When such records are in the spool
         paused.pause()
         await asyncio.gather(
-            *(enter(one.inlet, "sizes", n, 400_000 * (n % 10 == 5)) for n in range(20, 40))
+            *(
+                enter(one.durable_producer, "sizes", n, 400_000 * (n % 10 == 5))
+                for n in range(20, 40)
+            )
         )
         paused.resume()
-        await until_drained(one.inlet)
+        await until_drained(one.durable_producer)
         # Then they are lost, with a word in the log that has no payload, and the others are not
-        assert one.inlet.lost == {HOOK: 2}
+        assert one.durable_producer.lost == {HOOK: 2}
         lost = [record.getMessage() for record in caplog.records if "lost" in record.getMessage()]
         assert len(lost) == 4
         assert all("b'sizes'" in line and "..." not in line for line in lost)
@@ -360,26 +377,26 @@ async def test_a_full_spool_refuses_and_takes_again_when_kafka_is_back(
     paused: Server, log: Log, tmp_path: Path
 ) -> None:
     async with running(paused.address, tmp_path, bytes_max=500_000) as one:
-        await enter(one.inlet, "full", 0)
+        await enter(one.durable_producer, "full", 0)
         paused.pause()
         kept: list[int] = [0]
         number = 0
-        while one.inlet.complaint is None:
+        while one.durable_producer.complaint is None:
             number += 1
             try:
-                await enter(one.inlet, "full", number, 10_000)
-            except NotKept as refused:
+                await enter(one.durable_producer, "full", number, 10_000)
+            except NotStored as refused:
                 assert refused.reason == "full"
             else:
                 kept.append(number)
         assert 20 < len(kept) < 60
-        assert "is full" in one.inlet.complaint
-        assert one.inlet.lost == {HOOK: 1}
+        assert "is full" in one.durable_producer.complaint
+        assert one.durable_producer.lost == {HOOK: 1}
         paused.resume()
-        await until_drained(one.inlet)
-        assert one.inlet.complaint is None
+        await until_drained(one.durable_producer)
+        assert one.durable_producer.complaint is None
         number += 1
-        await enter(one.inlet, "full", number)
+        await enter(one.durable_producer, "full", number)
         kept.append(number)
     await log.until_published("full", len(kept))
     assert numbers(log, "full") == kept
@@ -390,26 +407,26 @@ async def test_a_spool_that_cannot_be_written_refuses_and_recovers_by_itself(
 ) -> None:
     directory, away = tmp_path / "spool", tmp_path / "away"
     async with running(paused.address, directory) as one:
-        await enter(one.inlet, "broken", 0)
+        await enter(one.durable_producer, "broken", 0)
         paused.pause()
         directory.rename(away)
         # Then one is refused when the patience is over, and the next at once
-        with pytest.raises(NotKept) as refused:
-            await enter(one.inlet, "broken", 1)
+        with pytest.raises(NotStored) as refused:
+            await enter(one.durable_producer, "broken", 1)
         assert refused.value.reason == "unwritable"
-        assert enter(one.inlet, "broken", 2).done()
-        assert "cannot be written" in (one.inlet.complaint or "")
+        assert enter(one.durable_producer, "broken", 2).done()
+        assert "cannot be written" in (one.durable_producer.complaint or "")
         # When it can be written again
         away.rename(directory)
 
         async def well() -> bool:
-            return one.inlet.complaint is None
+            return one.durable_producer.complaint is None
 
         await until(well, "no complaint")
-        await enter(one.inlet, "broken", 3)
+        await enter(one.durable_producer, "broken", 3)
         paused.resume()
-        await until_drained(one.inlet)
-        await enter(one.inlet, "broken", 4)
+        await until_drained(one.durable_producer)
+        await enter(one.durable_producer, "broken", 4)
     await log.until(lambda: 4 in numbers(log, "broken"), "the last")
     # What the producer had may be there though it was refused
     assert [n for n in numbers(log, "broken") if n not in {1, 2}] == [0, 3, 4]
@@ -431,7 +448,9 @@ async def test_whenever_kafka_stops_goes_on_or_is_killed_nothing_overtakes_at_th
                 for _ in range(chance.randrange(40)):
                     each = chance.randrange(TOPICS)
                     size = chance.choice((0, 0, 0, 100, 5_000))
-                    futures.append(enter(one.inlet, f"s{seed}/{each}", counts[each], size))
+                    futures.append(
+                        enter(one.durable_producer, f"s{seed}/{each}", counts[each], size)
+                    )
                     counts[each] += 1
                 await asyncio.sleep(chance.choice((0.001, 0.01, 0.03)))
 
@@ -449,9 +468,9 @@ async def test_whenever_kafka_stops_goes_on_or_is_killed_nothing_overtakes_at_th
         done.set()
         await publishing
         await asyncio.gather(*futures)
-        await until_drained(one.inlet)
-        assert one.inlet.spooled.total() > 0
-        assert one.inlet.lost.total() == 0
+        await until_drained(one.durable_producer)
+        assert one.durable_producer.spooled.total() > 0
+        assert one.durable_producer.lost.total() == 0
     for each, count in enumerate(counts):
         await log.until_published(f"s{seed}/{each}", count)
         assert numbers(log, f"s{seed}/{each}") == list(range(count))
@@ -474,7 +493,7 @@ async def test_whenever_the_bridge_is_killed_what_it_answered_is_there_in_order(
             await asyncio.sleep(chance.uniform(0, 0.3))
         told += await process.kill()
     async with running(paused.address, tmp_path / "spool") as one:
-        await until_drained(one.inlet)
+        await until_drained(one.durable_producer)
     # Then what was answered is there, and in order; a batch of the dead that is on its way still may come late
     topics = [topic_of(client, number) for number in range(TOPICS)]
     await log.until(

@@ -12,7 +12,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import Returning
+from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic
 from millpond.pipeline.brokers.emqx.exhook import exhook_pb2 as pb
 from millpond.pipeline.brokers.emqx.exhook.hooks import Version
 from millpond.pipeline.brokers.emqx.exhook.server import service_name
@@ -128,7 +128,7 @@ async def test_the_calls_of_a_client_are_in_kafka_in_their_order(bootstrap: str,
 async def test_a_copys_report_is_in_its_partition_before_its_acknowledgement(
     bootstrap: str, log: Log
 ) -> None:
-    way = Returning(SECRET).topic_for("queue/2/7", "c2", "m0", "mp/c2/queue/t")
+    way = CopyTopic(SECRET).topic_for("queue/2/7", "c2", "m0", "mp/c2/queue/t")
     async with serving(bootstrap, RULES, MOUNTPOINT) as provider:
         answer = await provider.publish(a_publish(way, "ALIAS", from_client_id="http_api"))
         assert answer.message.topic == "mp/c2/queue/t"
@@ -164,23 +164,23 @@ async def test_another_version_is_not_served() -> None:
 
 
 async def test_it_serves_without_ever_having_been_loaded() -> None:
-    inlet = MemoryInlet()
-    async with answering(inlet, RULES) as provider:
+    durable_producer = MemoryInlet()
+    async with answering(durable_producer, RULES) as provider:
         answer = await provider.publish(a_publish("t"))
         assert answer.type == pb.ValuedResponse.IGNORE
-        assert len(inlet.events) == 1
+        assert len(durable_producer.events) == 1
 
 
 async def test_properties_come_with_v3() -> None:
-    inlet = MemoryInlet()
+    durable_producer = MemoryInlet()
     request = pb.MessagePublishRequest(
         message=a_message("t"),
         props=[pb.Property(name="Message-Expiry-Interval", value="60")],
         user_props=[pb.Property(name="a", value="b")],
     )
-    async with answering(inlet, RULES) as provider:
+    async with answering(durable_producer, RULES) as provider:
         await provider.call("OnMessagePublish", request, "v3")
-    (event,) = inlet.events
+    (event,) = durable_producer.events
     assert isinstance(event, MessagePublished)
     assert event.user_properties == {"a": "b"}
     assert event.expires_at == event.published_at + 60_000
@@ -196,13 +196,13 @@ async def health(provider: Provider, service: str = "") -> int:
 
 
 async def test_it_is_healthy_as_long_as_events_are_kept() -> None:
-    inlet = MemoryInlet()
-    async with answering(inlet, RULES) as provider:
+    durable_producer = MemoryInlet()
+    async with answering(durable_producer, RULES) as provider:
         services = ["", *(service_name(version) for version in ("v1", "v2", "v3"))]
         for expected, complaint in (
             (Status.SERVING, None), (Status.NOT_SERVING, "the spool is full"), (Status.SERVING, None),
         ):  # fmt: skip
-            inlet.complaint = complaint
+            durable_producer.complaint = complaint
             for service in services:
 
                 async def told(service: str = service, expected: int = expected) -> bool:
@@ -212,9 +212,9 @@ async def test_it_is_healthy_as_long_as_events_are_kept() -> None:
 
 
 async def test_publishes_are_refused_while_events_are_not_kept() -> None:
-    inlet = MemoryInlet()
-    async with answering(inlet, RULES) as provider:
-        inlet.complaint = "the spool is full"
+    durable_producer = MemoryInlet()
+    async with answering(durable_producer, RULES) as provider:
+        durable_producer.complaint = "the spool is full"
         answer = await provider.publish(a_publish("queue/t"))
         assert answer.type == pb.ValuedResponse.STOP_AND_RETURN
         assert answer.message.headers["allow_publish"] == "false"
@@ -310,8 +310,8 @@ async def test_two_servers_share_a_port_and_a_connection_stays_with_one() -> Non
                     request = a_publish("t", f"{connection}-{number}")
                     await unary(channel, path("v2", "OnMessagePublish"))(request)
     told = [
-        {event.message_id.split("-")[0] for event in inlet.events if isinstance(event, MessagePublished)}
-        for inlet in inlets
+        {event.message_id.split("-")[0] for event in durable_producer.events if isinstance(event, MessagePublished)}
+        for durable_producer in inlets
     ]  # fmt: skip
     assert told[0]
     assert told[1]
@@ -320,13 +320,13 @@ async def test_two_servers_share_a_port_and_a_connection_stays_with_one() -> Non
 
 
 async def test_what_is_in_hand_is_finished_before_it_ends() -> None:
-    inlet = MemoryInlet()
-    inlet.held = True
-    async with answering(inlet, RULES) as provider:
+    durable_producer = MemoryInlet()
+    durable_producer.held = True
+    async with answering(durable_producer, RULES) as provider:
         publishing = asyncio.create_task(provider.publish(a_publish("t")))
 
         async def entered() -> bool:
-            return bool(inlet.futures)
+            return bool(durable_producer.futures)
 
         await until(entered, "the publish to be entered")
         stopping = asyncio.create_task(provider.server.stop(30))
@@ -336,15 +336,15 @@ async def test_what_is_in_hand_is_finished_before_it_ends() -> None:
 
         await until(refused, "new calls to be refused")
         assert not publishing.done()
-        inlet.futures[0].set_result(None)
+        durable_producer.futures[0].set_result(None)
         assert (await publishing).type == pb.ValuedResponse.IGNORE
         await stopping
 
 
 async def test_an_event_stays_when_emqx_does_not_wait_for_it() -> None:
-    inlet = MemoryInlet()
-    inlet.held = True
-    async with answering(inlet, RULES) as provider:
+    durable_producer = MemoryInlet()
+    durable_producer.held = True
+    async with answering(durable_producer, RULES) as provider:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await provider.method("OnMessagePublish")(a_publish("t"), timeout=0.2)
         assert raised.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
@@ -353,20 +353,20 @@ async def test_an_event_stays_when_emqx_does_not_wait_for_it() -> None:
             return (await health(provider)) == Status.SERVING
 
         await until(given_up, "an answer")
-        assert [future.cancelled() for future in inlet.futures] == [False]
+        assert [future.cancelled() for future in durable_producer.futures] == [False]
 
 
 async def test_a_crowd_of_calls_waits_while_the_bridge_is_busy() -> None:
     """gRPC would throw away what waits beyond 1,000, and EMQX would take that for an answer."""
-    inlet = MemoryInlet()
-    async with answering(inlet, RULES) as provider:
+    durable_producer = MemoryInlet()
+    async with answering(durable_producer, RULES) as provider:
         await provider.publish(a_publish("t", "first"))
         calls = [provider.publish(a_publish("t", f"m{number}")) for number in range(CROWD)]
         waiting = asyncio.gather(*calls)
         await asyncio.sleep(0)  # they are on their way
         time.sleep(1)
         assert {answer.type for answer in await waiting} == {pb.ValuedResponse.IGNORE}
-    assert len(inlet.events) == CROWD + 1
+    assert len(durable_producer.events) == CROWD + 1
 
 
 # -- bytes of any kind

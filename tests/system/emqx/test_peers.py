@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from millpond.pipeline.brokers.emqx.delivery import peers as siblings_module
-from millpond.pipeline.brokers.emqx.delivery.peers import NAME, PENDING_MAX, Siblings
+from millpond.pipeline.brokers.emqx.delivery.peers import NAME, PENDING_MAX, PeerProcesses
 from tests.support.workers import until
 
 
@@ -46,12 +46,12 @@ def directory() -> Iterator[Path]:
 @contextlib.asynccontextmanager
 async def process(
     directory: Path, number: int, own: Own, *, first: bool = False
-) -> AsyncIterator[Siblings]:
-    siblings = Siblings(directory, number, own, own.gap if first else None)
-    running = asyncio.create_task(siblings.run())
+) -> AsyncIterator[PeerProcesses]:
+    peers = PeerProcesses(directory, number, own, own.gap if first else None)
+    running = asyncio.create_task(peers.run())
     await asyncio.sleep(0)
     try:
-        yield siblings
+        yield peers
         assert not running.done()
     finally:
         running.cancel()
@@ -60,9 +60,9 @@ async def process(
 
 async def test_an_acknowledgement_finds_the_process_that_it_concerns(directory: Path) -> None:
     one, two = Own("a"), Own("b")
-    async with process(directory, 1, two), process(directory, 0, one, first=True) as siblings:
-        siblings.acked("a", "A1")
-        siblings.acked("b", "B1")
+    async with process(directory, 1, two), process(directory, 0, one, first=True) as peers:
+        peers.acked("a", "A1")
+        peers.acked("b", "B1")
 
         async def told() -> bool:
             return bool(two.acks)
@@ -73,8 +73,8 @@ async def test_an_acknowledgement_finds_the_process_that_it_concerns(directory: 
 
 async def test_all_hear_of_a_session_that_ended(directory: Path) -> None:
     one, two = Own(), Own()
-    async with process(directory, 1, two), process(directory, 0, one, first=True) as siblings:
-        siblings.session_ended("c")
+    async with process(directory, 1, two), process(directory, 0, one, first=True) as peers:
+        peers.session_ended("c")
 
         async def told() -> bool:
             return bool(two.ended)
@@ -87,8 +87,8 @@ async def test_a_gap_is_told_to_the_one_that_takes_snapshots(directory: Path) ->
     one, two = Own(), Own()
     async with process(directory, 0, one, first=True):
         assert one.gaps == 1
-        async with process(directory, 1, two) as siblings:
-            siblings.gap("node")
+        async with process(directory, 1, two) as peers:
+            peers.gap("node")
 
             async def told() -> bool:
                 return one.gaps == 3  # one for its start
@@ -102,10 +102,10 @@ async def test_a_process_that_comes_later_is_found(
 ) -> None:
     monkeypatch.setattr(siblings_module, "LOOK_INTERVAL_S", 0.01)
     one, two = Own(), Own("b")
-    async with process(directory, 0, one, first=True) as siblings, process(directory, 1, two):
+    async with process(directory, 0, one, first=True) as peers, process(directory, 1, two):
 
         async def told() -> bool:
-            siblings.acked("b", "B")
+            peers.acked("b", "B")
             return bool(two.acks)
 
         await until(told, "the later process to hear")
@@ -125,9 +125,9 @@ async def test_many_notes_are_several_datagrams_and_garbage_is_none(
     directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     two = Own("x" * 300)
-    async with process(directory, 1, two), process(directory, 0, Own(), first=True) as siblings:
+    async with process(directory, 1, two), process(directory, 0, Own(), first=True) as peers:
         for number in range(1_000):
-            siblings.acked("x" * 300, str(number))
+            peers.acked("x" * 300, str(number))
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:
             stranger.sendto(b"\xff[", str(directory / NAME.format(1)))
 
@@ -140,10 +140,10 @@ async def test_many_notes_are_several_datagrams_and_garbage_is_none(
 
 
 async def test_what_nobody_takes_is_bounded(directory: Path) -> None:
-    async with process(directory, 1, Own()), process(directory, 0, Own(), first=True) as siblings:
+    async with process(directory, 1, Own()), process(directory, 0, Own(), first=True) as peers:
         for number in range(PENDING_MAX + 10):
-            siblings.acked("b", str(number))
-        assert len(siblings._pending) <= PENDING_MAX
+            peers.acked("b", str(number))
+        assert len(peers._pending) <= PENDING_MAX
 
 
 async def test_a_path_that_is_too_long_is_said_and_done_without(
@@ -152,8 +152,8 @@ async def test_a_path_that_is_too_long_is_said_and_done_without(
     deep = tmp_path / ("x" * 120)
     deep.mkdir()
     own = Own("a")
-    async with process(deep, 0, own, first=True) as siblings:
-        siblings.acked("a", "A")
-        siblings.acked("b", "B")
+    async with process(deep, 0, own, first=True) as peers:
+        peers.acked("a", "A")
+        peers.acked("b", "B")
     assert own.acks == [("a", "A")]
     assert "processes cannot tell each other" in caplog.text

@@ -10,15 +10,15 @@ import pytest
 
 from millpond.pipeline.brokers.emqx.rest import client as rest_module
 from millpond.pipeline.brokers.emqx.rest.client import (
-    Message,
+    PublishRequest,
     Refused,
-    Rest,
+    RestClient,
     RestError,
     Unanswered,
     Unauthorized,
     Unreachable,
 )
-from millpond.pipeline.brokers.emqx.rest.responses import Published
+from millpond.pipeline.brokers.emqx.rest.responses import PublishResult
 from millpond.pipeline.settings import BridgeSettings
 from millpond.schemas.errors import ConfigError
 from tests.support.emqx.broker import MOUNTED, NODE, ORDINARY
@@ -27,11 +27,11 @@ from tests.support.emqx.scene import asking, settings_for
 from tests.support.tls import certificate, tls_front
 
 
-def a_message(topic: str = "t", payload: str = "aGk=", qos: int = 1) -> Message:
-    return Message(topic, payload, qos, {"message_expiry_interval": 60})
+def a_message(topic: str = "t", payload: str = "aGk=", qos: int = 1) -> PublishRequest:
+    return PublishRequest(topic, payload, qos, {"message_expiry_interval": 60})
 
 
-async def test_a_bulk_says_what_came_of_each(server: EmqxRest, rest: Rest) -> None:
+async def test_a_bulk_says_what_came_of_each(server: EmqxRest, rest: RestClient) -> None:
     client = await server.emqx.connect("c", listener=ORDINARY)
     await client.subscribe("t")
     server.undelivered.add(b"lost")
@@ -39,13 +39,13 @@ async def test_a_bulk_says_what_came_of_each(server: EmqxRest, rest: Rest) -> No
     (copy,) = await client.until_received(1)
     assert copy.payload == b"hi"
     assert results == [
-        Published(id=copy.id),
-        Published(reason_code=16, message="no_matching_subscribers"),
-        Published(reason_code=131, message="failed_to_dispatch"),
+        PublishResult(id=copy.id),
+        PublishResult(reason_code=16, message="no_matching_subscribers"),
+        PublishResult(reason_code=131, message="failed_to_dispatch"),
     ]
 
 
-async def test_one_that_is_refused_spoils_the_bulk(server: EmqxRest, rest: Rest) -> None:
+async def test_one_that_is_refused_spoils_the_bulk(server: EmqxRest, rest: RestClient) -> None:
     client = await server.emqx.connect("c", listener=ORDINARY)
     await client.subscribe("t")
     with pytest.raises(Refused, match="400: 144 topic_name_invalid") as caught:
@@ -55,7 +55,7 @@ async def test_one_that_is_refused_spoils_the_bulk(server: EmqxRest, rest: Rest)
 
 
 async def test_subscriptions_are_changed_in_the_clients_own_words(
-    server: EmqxRest, rest: Rest
+    server: EmqxRest, rest: RestClient
 ) -> None:
     client = await server.emqx.connect("c", listener=MOUNTED)
     assert await rest.subscribe("c", [("queue/a", 1), ("$share/g/b/#", 2)]) is not None
@@ -68,13 +68,13 @@ async def test_subscriptions_are_changed_in_the_clients_own_words(
     await client.settle()
 
 
-async def test_a_client_that_is_gone_has_no_subscriptions(rest: Rest) -> None:
+async def test_a_client_that_is_gone_has_no_subscriptions(rest: RestClient) -> None:
     assert await rest.subscribe("nobody", [("a", 1)]) is None
     assert not await rest.unsubscribe("nobody", ["a"])
 
 
 async def test_client_ids_are_one_level_of_a_path_whatever_they_hold(
-    server: EmqxRest, rest: Rest
+    server: EmqxRest, rest: RestClient
 ) -> None:
     name = "a/b+c%2F d?é#"
     await server.emqx.connect(name, listener=ORDINARY)
@@ -82,7 +82,7 @@ async def test_client_ids_are_one_level_of_a_path_whatever_they_hold(
     assert list(server.emqx.sessions[name].subscriptions) == ["a"]
 
 
-async def test_what_is_not_granted_of_a_bulk_is_told(server: EmqxRest, rest: Rest) -> None:
+async def test_what_is_not_granted_of_a_bulk_is_told(server: EmqxRest, rest: RestClient) -> None:
     server.fault("/clients", 200, body=b'{"succeed":[],"failed":[{"data":["c"],"reason":"x"}]}')
     granted = await rest.subscribe("c", [("a", 1)])
     assert granted is not None
@@ -90,7 +90,7 @@ async def test_what_is_not_granted_of_a_bulk_is_told(server: EmqxRest, rest: Res
 
 
 async def test_lists_come_page_by_page(
-    server: EmqxRest, rest: Rest, monkeypatch: pytest.MonkeyPatch
+    server: EmqxRest, rest: RestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rest_module, "PAGE_ROWS", 2)
     for number in range(5):
@@ -110,7 +110,9 @@ async def test_lists_come_page_by_page(
     ]
 
 
-async def test_a_row_that_nobody_can_read_is_passed_over(server: EmqxRest, rest: Rest) -> None:
+async def test_a_row_that_nobody_can_read_is_passed_over(
+    server: EmqxRest, rest: RestClient
+) -> None:
     good = b'{"clientid":"c","connected":false,"username":null}'
     body = (
         b'{"data":[{"clientid":"a\\u0000b","connected":true},%s],"meta":{"hasnext":false}}' % good
@@ -120,21 +122,21 @@ async def test_a_row_that_nobody_can_read_is_passed_over(server: EmqxRest, rest:
 
 
 async def test_a_page_of_which_nothing_can_be_read_is_no_answer(
-    server: EmqxRest, rest: Rest
+    server: EmqxRest, rest: RestClient
 ) -> None:
     server.fault("/clients", 200, body=b'{"data":[{"id":"c"}],"meta":{"hasnext":false}}')
     with pytest.raises(Unanswered, match="none of EMQX's /clients can be read"):
         [page async for page in rest.clients()]
 
 
-async def test_nodes_and_whether_they_run(server: EmqxRest, rest: Rest) -> None:
+async def test_nodes_and_whether_they_run(server: EmqxRest, rest: RestClient) -> None:
     server.emqx.nodes["emqx@10.0.0.2"] = "stopped"
     assert [(node.node, node.running) for node in await rest.nodes()] == [
         (NODE, True), ("emqx@10.0.0.2", False),
     ]  # fmt: skip
 
 
-async def test_what_is_retained(server: EmqxRest, rest: Rest) -> None:
+async def test_what_is_retained(server: EmqxRest, rest: RestClient) -> None:
     client = await server.emqx.connect("c", listener=ORDINARY, username="u")
     await client.publish("a/b c+é".replace("+", "-"), b"\xff\x00", retain=True)
     found = await rest.retained("a/b c-é")
@@ -143,7 +145,7 @@ async def test_what_is_retained(server: EmqxRest, rest: Rest) -> None:
     assert await rest.retained("other") is None
 
 
-def several(rest: Rest) -> list[tuple[str, Any]]:
+def several(rest: RestClient) -> list[tuple[str, Any]]:
     return [
         ("publish", lambda: rest.publish([a_message()])),
         ("subscribe", lambda: rest.subscribe("c", [("a", 1)])),
@@ -174,7 +176,7 @@ ODD: list[tuple[Any, bytes, type[RestError]]] = [
 
 @pytest.mark.parametrize("kind,body,error", ODD)
 async def test_whatever_else_is_answered_is_an_error_of_its_kind(
-    server: EmqxRest, rest: Rest, kind: Any, body: bytes, error: type[RestError],
+    server: EmqxRest, rest: RestClient, kind: Any, body: bytes, error: type[RestError],
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     caplog.set_level(logging.DEBUG)
@@ -192,7 +194,7 @@ async def test_whatever_else_is_answered_is_an_error_of_its_kind(
 
 
 async def test_an_answer_that_does_not_come_is_waited_for_no_longer_than_that(
-    server: EmqxRest, rest: Rest, monkeypatch: pytest.MonkeyPatch
+    server: EmqxRest, rest: RestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rest_module, "PUBLISH_TIMEOUT_S", 0.2)
     server.fault("/publish", "hang")
@@ -200,14 +202,14 @@ async def test_an_answer_that_does_not_come_is_waited_for_no_longer_than_that(
         await rest.publish([a_message()])
 
 
-async def test_nobody_there_is_said_with_the_setting(server: EmqxRest, rest: Rest) -> None:
+async def test_nobody_there_is_said_with_the_setting(server: EmqxRest, rest: RestClient) -> None:
     await server.stop()
     with pytest.raises(Unreachable, match=rf"\[bridge\] rest_url {server.url}: .*"):
         await rest.publish([a_message()])
 
 
 async def test_an_answer_has_an_end(
-    server: EmqxRest, rest: Rest, monkeypatch: pytest.MonkeyPatch
+    server: EmqxRest, rest: RestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rest_module, "ANSWER_BYTES_MAX", 1_000)
     server.fault("/nodes", 200, body=b"x" * 2_000)
@@ -215,14 +217,14 @@ async def test_an_answer_has_an_end(
         await rest.nodes()
 
 
-async def test_results_of_another_number_are_no_answer(server: EmqxRest, rest: Rest) -> None:
+async def test_results_of_another_number_are_no_answer(server: EmqxRest, rest: RestClient) -> None:
     server.fault("/publish", 200, body=b'[{"id":"A"}]')
     with pytest.raises(Unanswered, match="1 results of 2"):
         await rest.publish([a_message(), a_message()])
 
 
 async def test_a_key_that_changed_is_read_again(
-    server: EmqxRest, rest: Rest, tmp_path: Path
+    server: EmqxRest, rest: RestClient, tmp_path: Path
 ) -> None:
     server.key = "other:secret"
     with pytest.raises(Unauthorized, match="api_key_file"):
@@ -232,7 +234,7 @@ async def test_a_key_that_changed_is_read_again(
 
 
 async def test_a_key_file_that_vanished_is_named(
-    server: EmqxRest, rest: Rest, tmp_path: Path
+    server: EmqxRest, rest: RestClient, tmp_path: Path
 ) -> None:
     server.key = "other:secret"
     (tmp_path / "api-key").unlink()
@@ -241,7 +243,7 @@ async def test_a_key_file_that_vanished_is_named(
             await rest.nodes()
 
 
-async def test_a_read_that_fails_once_is_tried_again(server: EmqxRest, rest: Rest) -> None:
+async def test_a_read_that_fails_once_is_tried_again(server: EmqxRest, rest: RestClient) -> None:
     fault = server.fault("/nodes", 500, times=2)
     assert await rest.nodes()
     assert fault.seen == 2
@@ -249,19 +251,19 @@ async def test_a_read_that_fails_once_is_tried_again(server: EmqxRest, rest: Res
 
 async def test_settings_that_are_wrong_are_said_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="api_key_file is missing"):
-        Rest(BridgeSettings())
+        RestClient(BridgeSettings())
     with pytest.raises(ConfigError, match="api_key_file: cannot read"):
-        await Rest(BridgeSettings(api_key_file=str(tmp_path / "none"))).start()
+        await RestClient(BridgeSettings(api_key_file=str(tmp_path / "none"))).start()
     (tmp_path / "key").write_text("no colon\n")
     with pytest.raises(ConfigError, match="does not hold one line key:secret") as caught:
-        await Rest(BridgeSettings(api_key_file=str(tmp_path / "key"))).start()
+        await RestClient(BridgeSettings(api_key_file=str(tmp_path / "key"))).start()
     assert "no colon" not in str(caught.value)
     (tmp_path / "key").write_text("a:b\n")
     wrong = BridgeSettings(
         rest_url="https://127.0.0.1:1", api_key_file=str(tmp_path / "key"), rest_ca_file="/none"
     )
     with pytest.raises(ConfigError, match="rest_ca_file"):
-        await Rest(wrong).start()
+        await RestClient(wrong).start()
 
 
 async def test_nothing_that_is_shown_holds_the_key(server: EmqxRest, tmp_path: Path) -> None:
@@ -278,7 +280,9 @@ async def test_over_tls_the_authority_is_checked(server: EmqxRest, tmp_path: Pat
             assert await rest.nodes()
     async with tls_front(files, server.port) as port:
         key_file = settings_for(server, tmp_path).api_key_file
-        rest = Rest(BridgeSettings(rest_url=f"https://127.0.0.1:{port}", api_key_file=key_file))
+        rest = RestClient(
+            BridgeSettings(rest_url=f"https://127.0.0.1:{port}", api_key_file=key_file)
+        )
         await rest.start()
         with pytest.raises(Unreachable, match="certificate verify failed"):
             await rest.nodes()

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from millpond.pipeline.brokers.emqx.rest import retained as retained_module
-from millpond.pipeline.brokers.emqx.rest.client import Rest
-from millpond.pipeline.brokers.emqx.rest.retained import RetainedLooks
+from millpond.pipeline.brokers.emqx.rest.client import RestClient
+from millpond.pipeline.brokers.emqx.rest.retained import RetainedLookup
 from millpond.schemas import codec
 from millpond.schemas.errors import MillpondError
 from millpond.schemas.events import MessagePublished, MessageRetained
@@ -23,7 +23,7 @@ from tests.support.workers import until
 class Telling(NoHooks):
     """After each publish its topic is asked for, as by the bridge."""
 
-    looks: RetainedLooks
+    lookups: RetainedLookup
 
     async def publish(self, message: Message) -> Message | None:
         text, encoding = codec.payload_text(message.payload)
@@ -33,15 +33,15 @@ class Telling(NoHooks):
             retain=False, client_id=message.sender, payload=text, payload_encoding=encoding,
             published_at=message.timestamp, user_properties={"a": "b"},
         )  # fmt: skip
-        self.looks.ask(message.topic, event)
+        self.lookups.ask(message.topic, event)
         return message
 
 
 class Scene:
-    def __init__(self, server: EmqxRest, rest: Rest, client: Client) -> None:
+    def __init__(self, server: EmqxRest, rest: RestClient, client: Client) -> None:
         self.server, self.client = server, client
-        self.inlet = Inlet()
-        self.looks = RetainedLooks(rest, self.inlet)
+        self.durable_producer = Inlet()
+        self.lookups = RetainedLookup(rest, self.durable_producer)
 
     def asked(self) -> int:
         return sum("retainer" in path for path in self.server.asked)
@@ -54,11 +54,13 @@ class Scene:
 
     async def until_told(self, count: int) -> list[MessageRetained]:
         async def enough() -> bool:
-            return len(self.inlet.events) >= count
+            return len(self.durable_producer.events) >= count
 
         await until(enough, f"{count} events")
-        events = [event for event in self.inlet.events if isinstance(event, MessageRetained)]
-        assert len(events) == len(self.inlet.events) == count
+        events = [
+            event for event in self.durable_producer.events if isinstance(event, MessageRetained)
+        ]
+        assert len(events) == len(self.durable_producer.events) == count
         return events
 
 
@@ -69,8 +71,8 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
     async with serving(emqx) as server, asking(server, tmp_path) as rest:
         client = await emqx.connect("c", listener=MOUNTED, username="u")
         scene = Scene(server, rest, client)
-        hooks.looks = scene.looks
-        looking = asyncio.create_task(scene.looks.run())
+        hooks.lookups = scene.lookups
+        looking = asyncio.create_task(scene.lookups.run())
         yield scene
         assert not looking.done()
         looking.cancel()
@@ -163,10 +165,10 @@ async def test_what_is_not_answered_is_asked_again(
 
 
 async def test_what_cannot_be_kept_is_asked_for_again(scene: Scene) -> None:
-    scene.inlet.refusal = MillpondError("the spool is full")
+    scene.durable_producer.refusal = MillpondError("the spool is full")
     await scene.client.publish("t", "x", retain=True)
     await scene.until_asked(2)
-    scene.inlet.refusal = None
+    scene.durable_producer.refusal = None
     await scene.until_told(1)
 
 
@@ -187,5 +189,5 @@ async def test_what_waits_is_bounded_and_counted(
     await scene.server.stop()
     for number in range(5):
         await scene.client.publish(f"t{number}", "x", retain=True)
-    assert scene.looks.missed == 3
+    assert scene.lookups.missed == 3
     assert caplog.text.count("some are missed") == 1

@@ -76,7 +76,7 @@ async def test_nobody_asks_for_a_report_of_a_copy_without_a_lease(scene: Scene) 
     (copy,) = await client.until_received(1)
     assert not copy.retain
     assert scene.emqx.retained == {}
-    assert scene.recorder.events == []
+    assert scene.event_producer.events == []
 
 
 async def test_each_client_gets_its_copies_in_order(scene: Scene) -> None:

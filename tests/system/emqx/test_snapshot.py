@@ -9,7 +9,7 @@ import pytest
 from millpond.pipeline.brokers.emqx.exhook.translation import Translator
 from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint
 from millpond.pipeline.brokers.emqx.rest import client as rest_module
-from millpond.pipeline.brokers.emqx.rest.client import Rest, RestError, Unanswered
+from millpond.pipeline.brokers.emqx.rest.client import RestClient, RestError, Unanswered
 from millpond.pipeline.brokers.emqx.rest.snapshot import Snapshots
 from millpond.schemas.errors import MillpondError
 from millpond.schemas.events import (
@@ -27,97 +27,107 @@ PARTITIONS = 3
 
 
 def snapshots(
-    rest: Rest, inlet: Inlet, *, mounted: bool = True, interval_s: float = 300
+    rest: RestClient, durable_producer: Inlet, *, mounted: bool = True, interval_s: float = 300
 ) -> Snapshots:
     translator = Translator(Mountpoint(MOUNTPOINT) if mounted else None)
-    return Snapshots(rest, inlet, translator, PARTITIONS, interval_s)
+    return Snapshots(rest, durable_producer, translator, PARTITIONS, interval_s)
 
 
-def connected(inlet: Inlet) -> dict[str, ClientConnected]:
-    return {event.client_id: event for event in inlet.events if isinstance(event, ClientConnected)}
+def connected(durable_producer: Inlet) -> dict[str, ClientConnected]:
+    return {
+        event.client_id: event
+        for event in durable_producer.events
+        if isinstance(event, ClientConnected)
+    }
 
 
-def subscribed(inlet: Inlet) -> list[tuple[str, str, int, bool]]:
+def subscribed(durable_producer: Inlet) -> list[tuple[str, str, int, bool]]:
     return sorted(
         (event.client_id, event.topic_filter, event.qos, event.reachable)
-        for event in inlet.events
+        for event in durable_producer.events
         if isinstance(event, SessionSubscribed)
     )
 
 
-def completed(inlet: Inlet) -> int:
-    return sum(isinstance(event, NodeSyncCompleted) for event in inlet.events)
+def completed(durable_producer: Inlet) -> int:
+    return sum(isinstance(event, NodeSyncCompleted) for event in durable_producer.events)
 
 
 async def test_it_tells_what_is_there_between_started_and_completed(
-    server: EmqxRest, rest: Rest
+    server: EmqxRest, rest: RestClient
 ) -> None:
-    inlet = Inlet()
+    durable_producer = Inlet()
     client = await server.emqx.connect("c", clean_start=False, expiry_s=3600, username="u")
     await client.subscribe("queue/#", qos=2, rh=1)
     await client.subscribe("$share/g/pubsub/a")
-    await snapshots(rest, inlet).take()
-    first, last = inlet.events[:PARTITIONS], inlet.events[-PARTITIONS:]
-    assert inlet.partitions == [0, 1, 2, None, None, None, 0, 1, 2]
+    await snapshots(rest, durable_producer).take()
+    first, last = durable_producer.events[:PARTITIONS], durable_producer.events[-PARTITIONS:]
+    assert durable_producer.partitions == [0, 1, 2, None, None, None, 0, 1, 2]
     assert all(isinstance(event, NodeSyncStarted) and event.node == NODE for event in first)
     assert all(isinstance(event, NodeSyncCompleted) and event.node == NODE for event in last)
     assert len({getattr(event, "sync_id", None) for event in (*first, *last)}) == 1
-    told = connected(inlet)["c"]
+    told = connected(durable_producer)["c"]
     assert told == ClientConnected(
         at=told.at, node=NODE, client_id="c", username="u",
         connection_id=f"{NODE}/{client.peerhost}:{client.port}", connected_at=client.connected_at,
         clean_start=False, session_expiry_s=3600, told_again=True,
     )  # fmt: skip
-    assert subscribed(inlet) == [("c", "$share/g/pubsub/a", 1, True), ("c", "queue/#", 2, True)]
+    assert subscribed(durable_producer) == [
+        ("c", "$share/g/pubsub/a", 1, True),
+        ("c", "queue/#", 2, True),
+    ]
     (one,) = [
-        event for event in inlet.events
+        event for event in durable_producer.events
         if isinstance(event, SessionSubscribed) and event.topic_filter == "queue/#"
     ]  # fmt: skip
     assert (one.told_again, one.broker_delivers, one.retain_handling) == (True, False, 1)
 
 
 async def test_a_session_that_waits_for_its_client_shows_by_its_subscriptions(
-    server: EmqxRest, rest: Rest
+    server: EmqxRest, rest: RestClient
 ) -> None:
-    inlet = Inlet()
+    durable_producer = Inlet()
     client = await server.emqx.connect("away", expiry_s=60)
     await client.subscribe("queue/a")
     await client.disconnect()
-    await snapshots(rest, inlet).take()
-    assert connected(inlet) == {}
-    assert subscribed(inlet) == [("away", "queue/a", 1, True)]
+    await snapshots(rest, durable_producer).take()
+    assert connected(durable_producer) == {}
+    assert subscribed(durable_producer) == [("away", "queue/a", 1, True)]
 
 
-async def test_who_cannot_be_served_is_told_so(server: EmqxRest, rest: Rest) -> None:
-    inlet = Inlet()
+async def test_who_cannot_be_served_is_told_so(server: EmqxRest, rest: RestClient) -> None:
+    durable_producer = Inlet()
     for name, listener in (("plain", ORDINARY), ("a/b", "tcp:mounted")):
         client = await server.emqx.connect(name, listener=listener)
         await client.subscribe("queue/a")
-    await snapshots(rest, inlet).take()
-    assert subscribed(inlet) == [("a/b", "queue/a", 1, False), ("plain", "queue/a", 1, False)]
+    await snapshots(rest, durable_producer).take()
+    assert subscribed(durable_producer) == [
+        ("a/b", "queue/a", 1, False),
+        ("plain", "queue/a", 1, False),
+    ]
 
 
-async def test_where_the_broker_delivers_it_says_so(server: EmqxRest, rest: Rest) -> None:
-    inlet = Inlet()
+async def test_where_the_broker_delivers_it_says_so(server: EmqxRest, rest: RestClient) -> None:
+    durable_producer = Inlet()
     client = await server.emqx.connect("c", listener=ORDINARY)
     await client.subscribe("queue/a")
-    await snapshots(rest, inlet, mounted=False).take()
-    (one,) = [event for event in inlet.events if isinstance(event, SessionSubscribed)]
+    await snapshots(rest, durable_producer, mounted=False).take()
+    (one,) = [event for event in durable_producer.events if isinstance(event, SessionSubscribed)]
     assert (one.broker_delivers, one.reachable) == (True, True)
 
 
-async def test_every_node_that_runs_has_its_own(server: EmqxRest, rest: Rest) -> None:
-    inlet = Inlet()
+async def test_every_node_that_runs_has_its_own(server: EmqxRest, rest: RestClient) -> None:
+    durable_producer = Inlet()
     server.emqx.nodes |= {"emqx@b": "running", "emqx@c": "stopped"}
-    await snapshots(rest, inlet).take()
-    assert {event.node for event in inlet.events} == {NODE, "emqx@b"}
-    assert completed(inlet) == 2 * PARTITIONS
+    await snapshots(rest, durable_producer).take()
+    assert {event.node for event in durable_producer.events} == {NODE, "emqx@b"}
+    assert completed(durable_producer) == 2 * PARTITIONS
 
 
 async def test_a_durable_session_is_on_no_node_and_told_all_the_same(
-    server: EmqxRest, rest: Rest
+    server: EmqxRest, rest: RestClient
 ) -> None:
-    inlet = Inlet()
+    durable_producer = Inlet()
     server.fault(
         "/clients", 200,
         body=b'{"data":[{"clientid":"d","node":null,"connected":false,"mountpoint":"mp/d/",'
@@ -130,13 +140,13 @@ async def test_a_durable_session_is_on_no_node_and_told_all_the_same(
         b'{"clientid":"e","node":"all","topic":"x","qos":1},{"clientid":null,"topic":"y","qos":1}],'
         b'"meta":{"hasnext":false}}',
     )  # fmt: skip
-    await snapshots(rest, inlet).take()
-    assert subscribed(inlet) == [("d", "queue/a", 1, True)]
-    assert {event.node for event in inlet.events} == {NODE}
+    await snapshots(rest, durable_producer).take()
+    assert subscribed(durable_producer) == [("d", "queue/a", 1, True)]
+    assert {event.node for event in durable_producer.events} == {NODE}
 
 
 async def test_a_long_list_is_read_until_nothing_new_shows(
-    server: EmqxRest, rest: Rest, monkeypatch: pytest.MonkeyPatch
+    server: EmqxRest, rest: RestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between two pages somebody before them goes, and everyone after moves up: one is missed at first."""
     monkeypatch.setattr(rest_module, "PAGE_ROWS", 4)
@@ -151,36 +161,38 @@ async def test_a_long_list_is_read_until_nothing_new_shows(
         return answer
 
     monkeypatch.setattr(rest, "_ask", ask_and_one_goes)
-    inlet = Inlet()
-    await snapshots(rest, inlet).take()
-    told = [event.client_id for event in inlet.events if isinstance(event, ClientConnected)]
+    durable_producer = Inlet()
+    await snapshots(rest, durable_producer).take()
+    told = [
+        event.client_id for event in durable_producer.events if isinstance(event, ClientConnected)
+    ]
     assert sorted(told) == [f"c{number:02}" for number in range(12)]
 
 
 @pytest.mark.parametrize("path", ["/nodes", "/clients", "/subscriptions"])
 @pytest.mark.parametrize("kind", [401, 404, 429, 500, 503, "cut", 200])
 async def test_one_that_fails_is_never_completed(
-    server: EmqxRest, rest: Rest, path: str, kind: int | str
+    server: EmqxRest, rest: RestClient, path: str, kind: int | str
 ) -> None:
-    inlet = Inlet()
+    durable_producer = Inlet()
     await server.emqx.connect("c")
     server.fault(path, kind, body=b"[garbage")
     with pytest.raises(RestError):
-        await snapshots(rest, inlet).take()
-    assert completed(inlet) == 0
+        await snapshots(rest, durable_producer).take()
+    assert completed(durable_producer) == 0
 
 
 async def test_one_whose_events_cannot_be_kept_is_never_completed(
-    server: EmqxRest, rest: Rest
+    server: EmqxRest, rest: RestClient
 ) -> None:
-    inlet = Inlet()
-    inlet.refusal = MillpondError("the spool is full")
+    durable_producer = Inlet()
+    durable_producer.refusal = MillpondError("the spool is full")
     with pytest.raises(MillpondError, match="the spool is full"):
-        await snapshots(rest, inlet).take()
+        await snapshots(rest, durable_producer).take()
 
 
 async def test_a_cluster_without_a_node_that_runs_is_no_answer(
-    server: EmqxRest, rest: Rest
+    server: EmqxRest, rest: RestClient
 ) -> None:
     server.emqx.nodes = {NODE: "stopped"}
     with pytest.raises(Unanswered, match="no node that runs"):
@@ -188,34 +200,34 @@ async def test_a_cluster_without_a_node_that_runs_is_no_answer(
 
 
 async def test_they_are_taken_at_once_when_wanted_and_again_after_a_failure(
-    server: EmqxRest, rest: Rest, caplog: pytest.LogCaptureFixture
+    server: EmqxRest, rest: RestClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    inlet = Inlet()
+    durable_producer = Inlet()
     server.fault("/nodes", 401, times=1)
-    taking = snapshots(rest, inlet)
+    taking = snapshots(rest, durable_producer)
     running = asyncio.create_task(taking.run())
 
     async def first() -> bool:
-        return completed(inlet) == PARTITIONS
+        return completed(durable_producer) == PARTITIONS
 
     await until(first, "the first snapshot")
     assert "a snapshot is not complete" in caplog.text
     taking.want()
 
     async def second() -> bool:
-        return completed(inlet) == 2 * PARTITIONS
+        return completed(durable_producer) == 2 * PARTITIONS
 
     await until(second, "the second snapshot")
     running.cancel()
     await asyncio.wait((running,))
 
 
-async def test_they_are_taken_every_interval(server: EmqxRest, rest: Rest) -> None:
-    inlet = Inlet()
-    running = asyncio.create_task(snapshots(rest, inlet, interval_s=0.1).run())
+async def test_they_are_taken_every_interval(server: EmqxRest, rest: RestClient) -> None:
+    durable_producer = Inlet()
+    running = asyncio.create_task(snapshots(rest, durable_producer, interval_s=0.1).run())
 
     async def several() -> bool:
-        return completed(inlet) >= 2 * PARTITIONS
+        return completed(durable_producer) >= 2 * PARTITIONS
 
     await until(several, "two snapshots")
     running.cancel()

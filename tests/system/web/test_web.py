@@ -75,10 +75,10 @@ def page(browser: Browser, url: str) -> Iterator[Page]:
     context = browser.new_context()
     page = context.new_page()
     page.set_default_timeout(WAIT_S * 1_000)
-    asked, trouble = [], []
+    asked, backoff = [], []
     page.on("request", lambda request: asked.append(request.url))
-    page.on("pageerror", lambda error: trouble.append(str(error)))
-    page.on("console", lambda said: trouble.append(said.text) if said.type == "error" else None)
+    page.on("pageerror", lambda error: backoff.append(str(error)))
+    page.on("console", lambda said: backoff.append(said.text) if said.type == "error" else None)
     yield page
     if page.url == "about:blank":
         context.close()
@@ -92,7 +92,7 @@ def page(browser: Browser, url: str) -> Iterator[Page]:
     assert TOKEN not in kept + "".join(asked)
     assert {urlsplit(each).hostname for each in asked} == {HOST}
     assert len({urlsplit(each).port for each in asked}) == 1
-    assert [text for text in trouble if not text.startswith(NO_SUCCESS)] == []
+    assert [text for text in backoff if not text.startswith(NO_SUCCESS)] == []
 
 
 def row(page: Page, section: str, name: str) -> Locator:

@@ -6,13 +6,13 @@ import pytest
 
 from millpond.schemas.errors import DecodeError
 from millpond.schemas.keys import Partition
-from millpond.schemas.leases import Lease, lease_name, parse_lease
+from millpond.schemas.leases import LeaseName, lease_name, parse_lease
 
 
 def test_a_lease_is_named_after_who_gave_it_out() -> None:
     name = lease_name(Partition("app", "queue", 7), 18_823)
-    assert name == "queue/7/18823" == str(Lease("queue", 7, 18_823))
-    assert parse_lease(name) == Lease("queue", 7, 18_823)
+    assert name == "queue/7/18823" == str(LeaseName("queue", 7, 18_823))
+    assert parse_lease(name) == LeaseName("queue", 7, 18_823)
 
 
 @pytest.mark.parametrize(

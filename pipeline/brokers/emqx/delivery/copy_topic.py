@@ -18,7 +18,7 @@ PREFIX: Final = f"{RESERVED_TOPIC_PREFIX}d/"
 MAC_HEX_DIGITS: Final = 16
 
 
-class Returned(NamedTuple):
+class ReturnedCopy(NamedTuple):
     """A copy that came back. `lease` is empty if nobody wants a report of it."""
 
     lease: str
@@ -27,7 +27,7 @@ class Returned(NamedTuple):
     topic: str
 
 
-class Returning:
+class CopyTopic:
     """Makes such topics, and knows them again."""
 
     def __init__(self, secret: str) -> None:
@@ -40,7 +40,7 @@ class Returning:
         rest = "/".join((*levels, topic))
         return f"{PREFIX}{self._mac(rest)}/{rest}"
 
-    def parse(self, topic: str) -> Returned | None:
+    def parse(self, topic: str) -> ReturnedCopy | None:
         """What `topic_for` made it from; None of any other topic, and of a forged one."""
         if not topic.startswith(PREFIX):
             return None
@@ -49,7 +49,7 @@ class Returning:
         if len(levels) < 4 or not mac.isascii() or not hmac.compare_digest(mac, self._mac(rest)):
             return None
         lease, client_id, message_id = map(unquote, levels[:3])
-        return Returned(lease, client_id, message_id, levels[3])
+        return ReturnedCopy(lease, client_id, message_id, levels[3])
 
     def _mac(self, rest: str) -> str:
         signed = rest.encode("utf-8", "surrogatepass")

@@ -43,7 +43,7 @@ class Copies(Protocol):
         """Nothing is held for it any more."""
 
 
-class Siblings:
+class PeerProcesses:
     """One per process, between what its hooks hear and the senders of all."""
 
     def __init__(

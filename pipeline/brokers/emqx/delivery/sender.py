@@ -14,23 +14,23 @@ from collections.abc import Sequence
 from typing import Final, NoReturn
 
 from millpond.pipeline.brokers.commands.deliveries import Deliveries
-from millpond.pipeline.brokers.commands.pending import Ticket
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import Returning
+from millpond.pipeline.brokers.commands.pending import PendingCommand
+from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic
 from millpond.pipeline.brokers.emqx.delivery.windows import (
     AGAIN,
     Accepted,
     Bulk,
-    Change,
-    Copy,
-    Outcome,
-    Windows,
+    CopyOutcome,
+    DeliveryCopy,
+    DeliveryWindows,
+    SubscriptionChange,
 )
 from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint
-from millpond.pipeline.brokers.emqx.rest.backoff import Trouble
+from millpond.pipeline.brokers.emqx.rest.backoff import Backoff
 from millpond.pipeline.brokers.emqx.rest.client import (
-    Message,
+    PublishRequest,
     Refused,
-    Rest,
+    RestClient,
     RestError,
     Unanswered,
     Unauthorized,
@@ -38,7 +38,7 @@ from millpond.pipeline.brokers.emqx.rest.client import (
 from millpond.pipeline.brokers.emqx.rest.responses import (
     NO_MATCHING_SUBSCRIBERS,
     NOT_HANDED_OVER,
-    Published,
+    PublishResult,
 )
 from millpond.pipeline.clock import now_ms
 from millpond.schemas.codec import payload_bytes
@@ -48,25 +48,25 @@ logger = logging.getLogger(__name__)
 
 REQUESTS_MAX: Final = 8  # under way at once, of one process
 # How late it may be noticed that a command waits in vain: with 10,000 that wait, half a second. It takes 4 ms.
-SIFT_INTERVAL_S: Final = 0.05
-SIFT_ITEMS_MAX: Final = 1_000
+STALE_CHECK_INTERVAL_S: Final = 0.05
+STALE_CHECK_ITEMS_MAX: Final = 1_000
 ITS_OWN_FAULT: Final = (400, 413)  # statuses of a message that is refused, rather than of an EMQX
 
 
-class Sender:
+class BulkSender:
     """One per process."""
 
     def __init__(
         self,
-        rest: Rest,
+        rest: RestClient,
         deliveries: Deliveries,
-        returning: Returning,
+        copy_topic: CopyTopic,
         mountpoint: Mountpoint | None,
     ) -> None:
         """Without a `mountpoint` a copy reaches everyone who is subscribed to its topic."""
         self._rest, self._deliveries = rest, deliveries
-        self._returning, self._mountpoint = returning, mountpoint
-        self._windows, self._trouble = Windows(), Trouble()
+        self._copy_topic, self._mountpoint = copy_topic, mountpoint
+        self._windows, self._backoff = DeliveryWindows(), Backoff()
         self._wake = asyncio.Event()
         self._requests = 0
         self._idle = asyncio.Event()  # no request is under way
@@ -75,24 +75,24 @@ class Sender:
 
     # -- commands
 
-    async def take(self, ticket: Ticket, command: Command) -> None:
+    async def take(self, pending: PendingCommand, command: Command) -> None:
         """A command takes its place among those of its client."""
         if not isinstance(command, Deliver):
-            self._windows.put(Change(ticket, command))
-        elif not self._reaches_alone(ticket):
-            self._deliveries.fail(ticket, "bridge")
+            self._windows.put(SubscriptionChange(pending, command))
+        elif not self._reaches_alone(pending):
+            self._deliveries.fail(pending, "bridge")
             return
         else:
-            self._windows.put(Copy(ticket, command))
+            self._windows.put(DeliveryCopy(pending, command))
         self._wake.set()
 
-    def _reaches_alone(self, ticket: Ticket) -> bool:
+    def _reaches_alone(self, pending: PendingCommand) -> bool:
         """Where the broker delivers, a stored message goes to everyone of its topic; a retained one for one subscriber
         must not: the broker hands out its own.
         """
         if self._mountpoint is None:
-            return ticket.lease is not None
-        return self._mountpoint.can_serve(ticket.client_id)
+            return pending.lease is not None
+        return self._mountpoint.can_serve(pending.client_id)
 
     def acked(self, client_id: str, alias: str) -> bool:
         """A client acknowledged a copy: there is room for one more. Whether its commands are carried out here."""
@@ -103,21 +103,21 @@ class Sender:
     def session_ended(self, client_id: str) -> None:
         """EMQX holds nothing for this client any more."""
         for item in self._windows.session_ended(client_id):
-            if isinstance(item, Change):
-                item.ticket.done()  # its subscriptions are gone with it
+            if isinstance(item, SubscriptionChange):
+                item.pending.done()  # its subscriptions are gone with it
             else:
-                self._deliveries.fail(item.ticket, "no_client")
+                self._deliveries.fail(item.pending, "no_client")
 
     async def run(self) -> NoReturn:
         """Until cancelled."""
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._sift())
+            tasks.create_task(self._drop_stale())
             while True:
                 await self._wake.wait()
                 self._wake.clear()
-                if self._trouble.wait_s(loop.time()) > 0:
-                    continue  # sifting wakes it again
+                if self._backoff.wait_s(loop.time()) > 0:
+                    continue  # dropping stale commands wakes it again
                 while (slots := self._slots()) > 0:
                     step = self._windows.next(slots, now_ms())
                     if step is None:
@@ -135,18 +135,20 @@ class Sender:
     def _slots(self) -> int:
         if self._finishing:
             return 0
-        return (1 if self._trouble else REQUESTS_MAX) - self._requests
+        return (1 if self._backoff else REQUESTS_MAX) - self._requests
 
-    async def _sift(self) -> NoReturn:
+    async def _drop_stale(self) -> NoReturn:
         """Commands that wait for a slow client, or for EMQX, do not wait for ever."""
         while True:
-            await asyncio.sleep(SIFT_INTERVAL_S)
-            self._windows.sift(SIFT_ITEMS_MAX, now_ms(), self._deliveries.good)
+            await asyncio.sleep(STALE_CHECK_INTERVAL_S)
+            self._windows.drop_stale(
+                STALE_CHECK_ITEMS_MAX, now_ms(), self._deliveries.fail_if_stale
+            )
             self._wake.set()
 
-    async def _carry_out(self, step: Bulk | Change) -> None:
+    async def _carry_out(self, step: Bulk | SubscriptionChange) -> None:
         try:
-            if isinstance(step, Change):
+            if isinstance(step, SubscriptionChange):
                 await self._change(step)
             else:
                 await self._send(step)
@@ -160,38 +162,40 @@ class Sender:
 
     async def _send(self, bulk: Bulk) -> None:
         """What is no longer good by now fails in its turn, with what comes after it in its epoch."""
-        good = [
+        valid = [
             part._replace(
-                copies=[copy for copy in part.copies if self._deliveries.good(copy.ticket)]
+                copies=[
+                    copy for copy in part.copies if not self._deliveries.fail_if_stale(copy.pending)
+                ]
             )
             for part in bulk
         ]
-        outcomes = iter(await self._publish([copy for part in good for copy in part.copies]))
-        for part in good:
+        outcomes = iter(await self._publish([copy for part in valid for copy in part.copies]))
+        for part in valid:
             came = [self._once(copy, next(outcomes)) for copy in part.copies]
             self._windows.settle(part, came)
             for copy, outcome in zip(part.copies, came, strict=True):
                 self._tell(copy, outcome)
 
-    def _once(self, copy: Copy, outcome: Outcome) -> Outcome:
+    def _once(self, copy: DeliveryCopy, outcome: CopyOutcome) -> CopyOutcome:
         """A QoS 0 publish that is only passed on is not worth a second try: it might come twice."""
-        passed_on = copy.ticket.lease is None and not copy.command.qos
+        passed_on = copy.pending.lease is None and not copy.command.qos
         return "refused" if outcome == "unknown" and passed_on else outcome
 
-    def _tell(self, copy: Copy, outcome: Outcome) -> None:
-        ticket, command = copy
+    def _tell(self, copy: DeliveryCopy, outcome: CopyOutcome) -> None:
+        pending, command = copy
         if outcome == "nobody":
-            self._deliveries.fail(ticket, "no_client")
+            self._deliveries.fail(pending, "no_client")
         elif outcome == "refused":
-            self._deliveries.fail(ticket, "bridge")
+            self._deliveries.fail(pending, "bridge")
         elif outcome not in AGAIN:
             # With an acknowledgement to come, the hook has reported it sent, before EMQX answered.
             if command.qos:
-                ticket.done()
+                pending.done()
             else:
-                self._deliveries.sent(ticket, 0)
+                self._deliveries.sent(pending, 0)
 
-    async def _publish(self, copies: Sequence[Copy]) -> list[Outcome]:
+    async def _publish(self, copies: Sequence[DeliveryCopy]) -> list[CopyOutcome]:
         """What came of each. Of a bulk with one that EMQX refuses it takes none: the halves are tried by themselves."""
         if not copies:
             return []
@@ -204,10 +208,10 @@ class Sender:
             if len(copies) > 1:
                 middle = len(copies) // 2
                 first = await self._publish(copies[:middle])
-                if self._trouble:
+                if self._backoff:
                     return [*first, *["unsent"] * (len(copies) - middle)]  # type: ignore[list-item]
                 return [*first, *await self._publish(copies[middle:])]
-            logger.error("a copy for %s is refused: %s", copies[0].ticket.client_id, error)  # noqa: TRY400  no traceback
+            logger.error("a copy for %s is refused: %s", copies[0].pending.client_id, error)  # noqa: TRY400  no traceback
             return ["refused"]
         except Unanswered as error:
             self._failed(error)
@@ -222,10 +226,10 @@ class Sender:
             self._succeeded()
         return outcomes
 
-    def _message(self, copy: Copy) -> Message:
+    def _message(self, copy: DeliveryCopy) -> PublishRequest:
         """Never with the retain flag: EMQX would retain it, where nobody but this client looks."""
-        ticket, command = copy
-        client_id, topic = ticket.client_id, command.topic
+        pending, command = copy
+        client_id, topic = pending.client_id, command.topic
         if self._mountpoint is not None:
             topic = self._mountpoint.mount(client_id, topic)
         payload = (
@@ -233,17 +237,17 @@ class Sender:
             if command.payload_encoding == "base64"
             else b64encode(payload_bytes(command)).decode()
         )
-        left_s = (ticket.valid_until_ms - now_ms()) // 1000
-        return Message(
-            self._returning.topic_for(command.lease, client_id, command.message_id, topic),
+        left_s = (pending.valid_until_ms - now_ms()) // 1000
+        return PublishRequest(
+            self._copy_topic.topic_for(command.lease, client_id, command.message_id, topic),
             payload, command.qos, {"message_expiry_interval": max(1, left_s)},
         )  # fmt: skip
 
     # -- changes
 
-    async def _change(self, change: Change) -> None:
-        ticket = change.ticket
-        if not self._deliveries.good(ticket):
+    async def _change(self, change: SubscriptionChange) -> None:
+        pending = change.pending
+        if self._deliveries.fail_if_stale(pending):
             self._windows.changed(change, again=False)
             return
         try:
@@ -253,7 +257,7 @@ class Sender:
             if again:
                 self._failed(error)
             else:
-                logger.error("%s: not carried out: %s", ticket.client_id, error)  # noqa: TRY400  no traceback
+                logger.error("%s: not carried out: %s", pending.client_id, error)  # noqa: TRY400  no traceback
         except RestError as error:
             self._failed(error)
             again = True
@@ -262,10 +266,10 @@ class Sender:
             again = False
         self._windows.changed(change, again=again)
         if not again:
-            ticket.done()
+            pending.done()
 
-    async def _carry_out_change(self, change: Change) -> None:
-        client_id, command = change.ticket.client_id, change.command
+    async def _carry_out_change(self, change: SubscriptionChange) -> None:
+        client_id, command = change.pending.client_id, change.command
         if not isinstance(command, Subscribe):
             await self._rest.unsubscribe(client_id, command.topic_filters)
             return
@@ -280,16 +284,16 @@ class Sender:
 
     def _failed(self, error: RestError) -> None:
         now_s = asyncio.get_running_loop().time()
-        if self._trouble.failed(str(error), now_s, random.random()):  # noqa: S311  spreads attempts
+        if self._backoff.failed(str(error), now_s, random.random()):  # noqa: S311  spreads attempts
             level = logging.ERROR if isinstance(error, Unauthorized) else logging.WARNING
             logger.log(level, "commands wait: %s", error)
 
     def _succeeded(self) -> None:
-        if self._trouble.over():
+        if self._backoff.over():
             logger.warning("EMQX does what it is asked again: commands go on")
 
 
-def _outcome(result: Published) -> Outcome:
+def _outcome(result: PublishResult) -> CopyOutcome:
     if result.id is not None:
         return Accepted(result.id)
     if result.reason_code == NO_MATCHING_SUBSCRIBERS:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple, TypeAlias
 
-from millpond.pipeline.brokers.commands.pending import Ticket
+from millpond.pipeline.brokers.commands.pending import PendingCommand
 from millpond.schemas.commands import Deliver, Subscribe, Unsubscribe
 
 # Un-acked copies of one client. EMQX's session queue holds 1,000 and drops without a word what is more.
@@ -24,10 +24,10 @@ BULK_BYTES_MAX: Final = 1024 * 1024  # of payloads; one copy of any size always 
 EARLY_MAX: Final = 2 * WINDOW  # acknowledgements of one client that came before REST's answer
 
 
-class Copy(NamedTuple):
+class DeliveryCopy(NamedTuple):
     """One message for one client."""
 
-    ticket: Ticket
+    pending: PendingCommand
     command: Deliver
 
     @property
@@ -36,10 +36,10 @@ class Copy(NamedTuple):
         return len(self.command.payload)
 
 
-class Change(NamedTuple):
+class SubscriptionChange(NamedTuple):
     """A command that changes a client's subscriptions, in its turn."""
 
-    ticket: Ticket
+    pending: PendingCommand
     command: Subscribe | Unsubscribe
 
 
@@ -51,8 +51,8 @@ class Accepted(NamedTuple):
 
 # `nobody`: no subscriber matches. `refused`: it would be so again. `unsent`: EMQX has not taken it, this time.
 # `unknown`: it may have.
-Outcome: TypeAlias = Accepted | Literal["nobody", "refused", "unsent", "unknown"]
-Item: TypeAlias = Copy | Change
+CopyOutcome: TypeAlias = Accepted | Literal["nobody", "refused", "unsent", "unknown"]
+QueuedItem: TypeAlias = DeliveryCopy | SubscriptionChange
 AGAIN: Final = ("unsent", "unknown")
 
 
@@ -60,7 +60,7 @@ AGAIN: Final = ("unsent", "unknown")
 class _Queue:
     """One client's. `in_flight` are un-acked copies by alias, `unclear` those that may be in EMQX; with their end in ms."""
 
-    waiting: deque[Item] = field(default_factory=deque)
+    waiting: deque[QueuedItem] = field(default_factory=deque)
     busy: bool = False
     careful: bool = False  # one copy at a time: the last bulk has no answer
     in_flight: dict[str, int] = field(default_factory=dict)
@@ -92,16 +92,16 @@ class _Queue:
         if self.busy or not self.waiting:
             return False
         head = self.waiting[0]
-        return isinstance(head, Change) or not head.command.qos or self.room(now_ms) > 0
+        return isinstance(head, SubscriptionChange) or not head.command.qos or self.room(now_ms) > 0
 
-    def take(self, count_max: int, bytes_max: int, now_ms: int) -> list[Copy]:
+    def take(self, count_max: int, bytes_max: int, now_ms: int) -> list[DeliveryCopy]:
         """Copies from the front, at least one if the client is ready."""
-        copies: list[Copy] = []
+        copies: list[DeliveryCopy] = []
         room, size = self.room(now_ms), 0
         count_max = 1 if self.careful else count_max
         while self.waiting and len(copies) < count_max:
             head = self.waiting[0]
-            if isinstance(head, Change) or (head.command.qos and not room):
+            if isinstance(head, SubscriptionChange) or (head.command.qos and not room):
                 break
             if copies and size + head.size > bytes_max:
                 break
@@ -112,43 +112,43 @@ class _Queue:
         return copies
 
 
-class Part(NamedTuple):
+class BulkShare(NamedTuple):
     """One client's share of a bulk."""
 
     client_id: str
-    copies: list[Copy]
+    copies: list[DeliveryCopy]
 
 
-Bulk: TypeAlias = list[Part]
+Bulk: TypeAlias = list[BulkShare]
 
 
-class Windows:
+class DeliveryWindows:
     """One per process: the clients whose commands it reads."""
 
     def __init__(self) -> None:
         """Nothing waits."""
         self._queues: dict[str, _Queue] = {}
-        self._to_sift: list[str] = []
+        self._unchecked: list[str] = []
         self._ready: dict[str, None] = {}  # clients that may be ready, in the order of their turns
 
     def __len__(self) -> int:
         return len(self._queues)
 
-    def put(self, item: Item) -> None:
+    def put(self, item: QueuedItem) -> None:
         """Let a command wait for its turn."""
-        client_id = item.ticket.client_id
+        client_id = item.pending.client_id
         self._queues.setdefault(client_id, _Queue()).waiting.append(item)
         self._ready[client_id] = None
 
     # -- out
 
-    def next(self, slots: int, now_ms: int) -> Bulk | Change | None:
+    def next(self, slots: int, now_ms: int) -> Bulk | SubscriptionChange | None:
         """What to do next, if there is anything that can be done now, while `slots` more could be done beside it."""
         ready = self._first_ready(now_ms)
         if not ready:
             return None
         head = self._queues[ready[0]].waiting[0]
-        if isinstance(head, Change):
+        if isinstance(head, SubscriptionChange):
             self._begin(ready[0])
             self._queues[ready[0]].waiting.popleft()
             return head
@@ -179,13 +179,13 @@ class Windows:
             if room <= 0 or bytes_left <= 0:
                 break
             queue = self._queues[client_id]
-            if isinstance(queue.waiting[0], Change):
+            if isinstance(queue.waiting[0], SubscriptionChange):
                 continue  # its turn is the next step's
             if bulk and queue.waiting[0].size > bytes_left:
                 break
             copies = queue.take(room, bytes_left, now_ms)
             self._begin(client_id)
-            bulk.append(Part(client_id, copies))
+            bulk.append(BulkShare(client_id, copies))
             room -= len(copies)
             bytes_left -= sum(copy.size for copy in copies)
         return bulk
@@ -196,12 +196,12 @@ class Windows:
 
     # -- what came of it
 
-    def settle(self, part: Part, outcomes: Sequence[Outcome]) -> None:
+    def settle(self, part: BulkShare, outcomes: Sequence[CopyOutcome]) -> None:
         """REST has answered, or will not. What is to be tried again is the next in turn."""
         queue = self._queues[part.client_id]
-        again: list[Item] = []
+        again: list[QueuedItem] = []
         for copy, outcome in zip(part.copies, outcomes, strict=True):
-            end = copy.ticket.valid_until_ms
+            end = copy.pending.valid_until_ms
             if outcome in AGAIN:
                 again.append(copy)
             if not copy.command.qos:
@@ -221,9 +221,9 @@ class Windows:
         queue.waiting.extendleft(reversed(again))
         self._end(part.client_id, queue)
 
-    def changed(self, change: Change, *, again: bool) -> None:
+    def changed(self, change: SubscriptionChange, *, again: bool) -> None:
         """A change was carried out, or given up, or is to be tried `again`."""
-        client_id = change.ticket.client_id
+        client_id = change.pending.client_id
         queue = self._queues[client_id]
         if again:
             queue.waiting.appendleft(change)
@@ -259,7 +259,7 @@ class Windows:
 
     # -- ends
 
-    def session_ended(self, client_id: str) -> list[Item]:
+    def session_ended(self, client_id: str) -> list[QueuedItem]:
         """What EMQX held for a client is gone; so are the commands that wait: they are returned, to fail."""
         queue = self._queues.get(client_id)
         if queue is None:
@@ -271,22 +271,24 @@ class Windows:
         self._forget(client_id, queue)
         return ended
 
-    def sift(self, items_max: int, now_ms: int, good: Callable[[Ticket], bool]) -> None:
+    def drop_stale(
+        self, items_max: int, now_ms: int, stale: Callable[[PendingCommand], bool]
+    ) -> None:
         """Ask of each command that waits, in order, whether it still is to; those that are not are gone. What was valid
         until now is no longer in flight. Not of all at once: the next call goes on where this one ended.
         """
         left = items_max
         while left > 0:
-            if not self._to_sift:
-                self._to_sift = list(reversed(self._queues))
-                if not self._to_sift or left < items_max:
+            if not self._unchecked:
+                self._unchecked = list(reversed(self._queues))
+                if not self._unchecked or left < items_max:
                     return
-            client_id = self._to_sift.pop()
+            client_id = self._unchecked.pop()
             queue = self._queues.get(client_id)
             if queue is None:
                 continue
             left -= 1 + len(queue.waiting) + len(queue.in_flight)
-            queue.waiting = deque(item for item in queue.waiting if good(item.ticket))
+            queue.waiting = deque(item for item in queue.waiting if not stale(item.pending))
             queue.expire(now_ms)
             self._ready[client_id] = None
             self._forget(client_id, queue)

@@ -10,8 +10,8 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from google.protobuf.message import Message as ProtobufMessage
 
-from millpond.pipeline.brokers.bridge_rules import RuleAnswers
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import Returned, Returning
+from millpond.pipeline.brokers.bridge_rules import BridgeRules
+from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic, ReturnedCopy
 from millpond.pipeline.brokers.emqx.exhook import exhook_pb2 as pb
 from millpond.pipeline.brokers.emqx.exhook import translation
 from millpond.pipeline.brokers.emqx.exhook.hooks import Version, needed_hooks
@@ -41,7 +41,7 @@ EMPTY: Final = b""  # an EmptySuccess
 IGNORE: Final = pb.ValuedResponse(type="IGNORE").SerializeToString()
 
 
-class Listening(Protocol):
+class CallListener(Protocol):
     """What the rest of the bridge wants to know. None of these may wait or raise."""
 
     def provider_loaded(self, node: str) -> None:
@@ -81,7 +81,7 @@ class Refusals:
             logger.warning("%s (%s, %d since)", sentence, kind, count - before)
 
 
-class Told(NamedTuple):
+class Notification(NamedTuple):
     """A call that only tells something: its request, the topic of Kafka that hears of it, and how."""
 
     hook: str
@@ -97,17 +97,21 @@ class Calls:
         self,
         rules: Rules,
         mountpoint: Mountpoint | None,
-        returning: Returning,
-        inlet: Keeping,
-        listener: Listening,
+        copy_topic: CopyTopic,
+        durable_producer: Keeping,
+        listener: CallListener,
         partitions: int,
         tracing: BridgeTracing | None = None,
     ) -> None:
         """`partitions` is how many each Kafka topic has: node events go to every one."""
         self._tracing = tracing
-        self._rules, self._mountpoint, self._returning = rules, mountpoint, returning
-        self._inlet, self._listener, self._partitions = inlet, listener, partitions
-        self._answers = RuleAnswers(rules)
+        self._rules, self._mountpoint, self._copy_topic = rules, mountpoint, copy_topic
+        self._durable_producer, self._listener, self._partitions = (
+            durable_producer,
+            listener,
+            partitions,
+        )
+        self._answers = BridgeRules(rules)
         self._translator = Translator(mountpoint)
         self.refusals = Refusals()
 
@@ -124,7 +128,7 @@ class Calls:
             event = None
         if event is not None:
             for number in range(self._partitions):
-                self._inlet.enter(keys.CLIENTS_TOPIC, event, number, hook="node.started")
+                self._durable_producer.enter(keys.CLIENTS_TOPIC, event, number, hook="node.started")
         logger.info("%s (EMQX %s) calls", node, request.broker.version)
         self._listener.provider_loaded(node)
         hooks = needed_hooks(self._rules, self._mountpoint, version)
@@ -139,25 +143,25 @@ class Calls:
 
     # -- calls that are answered at once
 
-    def told(self) -> dict[str, Told]:
+    def told(self) -> dict[str, Notification]:
         """By name, those that become one event."""
         clients, messages, to = keys.CLIENTS_TOPIC, keys.MESSAGES_TOPIC, self._translator
         # fmt: off
         return {
-            "OnClientConnected": Told("client.connected", pb.ClientConnectedRequest, clients, to.connected),
-            "OnClientDisconnected": Told("client.disconnected", pb.ClientDisconnectedRequest, clients, to.disconnected),
-            "OnSessionCreated": Told("session.created", pb.SessionCreatedRequest, clients, to.created),
-            "OnSessionResumed": Told("session.resumed", pb.SessionResumedRequest, clients, to.resumed),
-            "OnSessionDiscarded": Told("session.discarded", pb.SessionDiscardedRequest, clients, to.discarded),
-            "OnSessionTakenover": Told("session.takenover", pb.SessionTakenoverRequest, clients, to.taken_over),
-            "OnSessionTerminated": Told("session.terminated", pb.SessionTerminatedRequest, clients, to.terminated),
-            "OnSessionSubscribed": Told("session.subscribed", pb.SessionSubscribedRequest, clients, to.subscribed),
-            "OnSessionUnsubscribed": Told("session.unsubscribed", pb.SessionUnsubscribedRequest, clients, to.unsubscribed),
-            "OnMessageDelivered": Told("message.delivered", pb.MessageDeliveredRequest, messages, self._delivered),
+            "OnClientConnected": Notification("client.connected", pb.ClientConnectedRequest, clients, to.connected),
+            "OnClientDisconnected": Notification("client.disconnected", pb.ClientDisconnectedRequest, clients, to.disconnected),
+            "OnSessionCreated": Notification("session.created", pb.SessionCreatedRequest, clients, to.created),
+            "OnSessionResumed": Notification("session.resumed", pb.SessionResumedRequest, clients, to.resumed),
+            "OnSessionDiscarded": Notification("session.discarded", pb.SessionDiscardedRequest, clients, to.discarded),
+            "OnSessionTakenover": Notification("session.takenover", pb.SessionTakenoverRequest, clients, to.taken_over),
+            "OnSessionTerminated": Notification("session.terminated", pb.SessionTerminatedRequest, clients, to.terminated),
+            "OnSessionSubscribed": Notification("session.subscribed", pb.SessionSubscribedRequest, clients, to.subscribed),
+            "OnSessionUnsubscribed": Notification("session.unsubscribed", pb.SessionUnsubscribedRequest, clients, to.unsubscribed),
+            "OnMessageDelivered": Notification("message.delivered", pb.MessageDeliveredRequest, messages, self._delivered),
         }
         # fmt: on
 
-    def tell(self, rpc: str, told: Told, data: bytes) -> bytes:
+    def tell(self, rpc: str, told: Notification, data: bytes) -> bytes:
         """Enter an event. What cannot be one is counted, and no concern of the broker's."""
         request = told.request.FromString(data)
         try:
@@ -167,7 +171,7 @@ class Calls:
             return EMPTY
         if event is None:
             return EMPTY  # no rule wants it
-        self._inlet.enter(told.topic, event, hook=told.hook)
+        self._durable_producer.enter(told.topic, event, hook=told.hook)
         if isinstance(event, SessionTerminated | SessionDiscarded):
             self._listener.session_ended(event.client_id)
         return EMPTY
@@ -187,7 +191,7 @@ class Calls:
             self.refusals.add("invalid", f"OnMessageAcked: {error}")
             return EMPTY
         if self._answers.wants("message.acked", event.topic):
-            self._inlet.enter(keys.MESSAGES_TOPIC, event, hook="message.acked")
+            self._durable_producer.enter(keys.MESSAGES_TOPIC, event, hook="message.acked")
         self._listener.acked(event.client_id, event.message_id)
         return EMPTY
 
@@ -201,7 +205,7 @@ class Calls:
         request = pb.MessagePublishRequest.FromString(data)
         message = request.message
         if message.topic.startswith(keys.RESERVED_TOPIC_PREFIX):
-            returned = self._returning.parse(message.topic)
+            returned = self._copy_topic.parse(message.topic)
             if returned is None:
                 return self._refuse(message, "reserved", "nobody may publish there")
             return await self._route_copy(message, returned)
@@ -229,7 +233,7 @@ class Calls:
         hook = "message.publish"
         span = None if self._tracing is None else self._tracing.publish(event)
         headers = () if span is None else span.headers
-        kept = self._inlet.enter(keys.MESSAGES_TOPIC, event, hook=hook, headers=headers)
+        kept = self._durable_producer.enter(keys.MESSAGES_TOPIC, event, hook=hook, headers=headers)
         if span is not None:
             kept.add_done_callback(span.answered)
         return kept
@@ -252,7 +256,7 @@ class Calls:
             return None
         return None if meant.startswith(keys.RESERVED_TOPIC_PREFIX) else meant
 
-    async def _route_copy(self, message: pb.Message, returned: Returned) -> bytes:
+    async def _route_copy(self, message: pb.Message, returned: ReturnedCopy) -> bytes:
         """A copy of ours: its report is in Kafka before any client can acknowledge it."""
         if message.qos > 0 and returned.lease:
             try:
@@ -260,13 +264,13 @@ class Calls:
             except DecodeError as error:
                 return self._refuse(message, "invalid", str(error))
             hook = "message.publish"
-            kept = self._inlet.enter(keys.MESSAGES_TOPIC, report, partition, hook=hook)
+            kept = self._durable_producer.enter(keys.MESSAGES_TOPIC, report, partition, hook=hook)
             unkept = await self._unless_kept(message, kept)
             if unkept is not None:
                 return unkept
         return _answer(message, returned.topic)
 
-    def _report(self, message: pb.Message, returned: Returned) -> tuple[DeliveriesSent, int]:
+    def _report(self, message: pb.Message, returned: ReturnedCopy) -> tuple[DeliveriesSent, int]:
         lease = parse_lease(returned.lease)
         sent = Sent(
             returned.lease, returned.client_id, returned.message_id,

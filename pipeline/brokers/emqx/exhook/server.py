@@ -32,10 +32,10 @@ PENDING_MAX: Final = 1_000_000
 HEALTH_INTERVAL_S: Final = 0.25  # how late it may be noticed that events are refused
 STOP_GRACE_S: Final = 5.0  # EMQX does not wait longer for an answer, by default
 
-Handle: TypeAlias = Callable[[bytes], bytes]
+HandleCall: TypeAlias = Callable[[bytes], bytes]
 # The name of a call, how long its answer took, and which it was.
 Observe: TypeAlias = Callable[[str, float, str], None]
-Handler: TypeAlias = Callable[[bytes, Any], Awaitable[bytes]]
+GrpcHandler: TypeAlias = Callable[[bytes, Any], Awaitable[bytes]]
 
 # Of EMQX 4, whose names for these differ.
 RENAMED: Final = {
@@ -53,11 +53,11 @@ class HookServer:
     """One per bridge process; several may share a port, and a client's calls stay with one of them."""
 
     def __init__(
-        self, settings: BridgeSettings, calls: Calls, inlet: Keeping, observe: Observe
+        self, settings: BridgeSettings, calls: Calls, durable_producer: Keeping, observe: Observe
     ) -> None:
         """Nothing is opened before `start`. `observe` hears of every call that was answered."""
         self._observe = observe
-        self._settings, self._calls, self._inlet = settings, calls, inlet
+        self._settings, self._calls, self._durable_producer = settings, calls, durable_producer
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
         self._serving: bool | None = None
@@ -112,7 +112,7 @@ class HookServer:
             await self._server.stop(grace_s)
 
     async def _tell_health(self) -> None:
-        complaint = self._inlet.complaint
+        complaint = self._durable_producer.complaint
         serving = complaint is None
         if serving == self._serving:
             return
@@ -129,7 +129,7 @@ class HookServer:
 
     def _handlers(self, version: Version) -> dict[str, Any]:
         calls = self._calls
-        handles: dict[str, Handle] = {
+        handles: dict[str, HandleCall] = {
             "OnProviderLoaded": partial(calls.provider_loaded, version=version),
             "OnProviderUnloaded": calls.provider_unloaded,
             "OnMessageAcked": calls.acked,
@@ -147,7 +147,7 @@ class HookServer:
         # Without (de)serializers: requests are parsed where what is wrong with them is counted.
         return {name: grpc.unary_unary_rpc_method_handler(each) for name, each in named.items()}
 
-    def _handler(self, name: str, handle: Handle) -> Handler:
+    def _handler(self, name: str, handle: HandleCall) -> GrpcHandler:
         async def call(data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
             began = time.perf_counter()
             try:

@@ -9,7 +9,7 @@ DELAY_S_MAX: Final = 5.0  # a command is valid for a minute: it is tried often e
 SAY_INTERVAL_S: Final = 30.0  # the same sentence again
 
 
-class Trouble:
+class Backoff:
     """One per thing that is asked again and again."""
 
     def __init__(self) -> None:

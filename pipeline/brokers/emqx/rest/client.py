@@ -21,14 +21,14 @@ from tenacity import (
 from yarl import URL
 
 from millpond.pipeline.brokers.emqx.rest.responses import (
-    Client,
-    Fault,
-    Node,
+    ClientRow,
+    ErrorBody,
+    NodeRow,
     Page,
-    Published,
-    Retained,
-    Subscribed,
-    Subscription,
+    PublishResult,
+    RetainedRow,
+    SubscribeResult,
+    SubscriptionRow,
 )
 from millpond.pipeline.settings import BridgeSettings, read_secret
 from millpond.schemas.errors import ConfigError, MillpondError
@@ -76,7 +76,7 @@ class Refused(RestError):
         self.status, self.code = status, code
 
 
-class Message(Struct, frozen=True):
+class PublishRequest(Struct, frozen=True):
     """One message to publish; the payload is base64."""
 
     topic: str
@@ -87,7 +87,7 @@ class Message(Struct, frozen=True):
     retain: bool = False
 
 
-class Rest:
+class RestClient:
     """One per process."""
 
     def __init__(self, settings: BridgeSettings) -> None:
@@ -139,7 +139,7 @@ class Rest:
 
     # -- what is asked
 
-    async def publish(self, messages: Sequence[Message]) -> list[Published]:
+    async def publish(self, messages: Sequence[PublishRequest]) -> list[PublishResult]:
         """Publish in this order; what came of each. EMQX publishes all of them or, refusing one, none.
 
         Raises:
@@ -150,7 +150,7 @@ class Rest:
         if status not in (200, 202, 503):
             raise _refusal(status, body)
         try:
-            results = msgspec.json.decode(body, type=list[Published])
+            results = msgspec.json.decode(body, type=list[PublishResult])
         except (msgspec.DecodeError, RecursionError):
             raise Unanswered(
                 f"EMQX answers {status} to a publish, in words unknown: {_shown(body)}"
@@ -161,7 +161,7 @@ class Rest:
 
     async def subscribe(
         self, client_id: str, topic_filters: Sequence[tuple[str, int]]
-    ) -> Subscribed | None:
+    ) -> SubscribeResult | None:
         """Subscribe a client's session, in its own words: EMQX puts its mountpoint in front. None: there is none.
 
         Raises:
@@ -171,8 +171,8 @@ class Rest:
         body = await self._of_client(client_id, "subscribe/bulk", wanted)
         if body is None:
             return None
-        granted = _decoded(body, list[msgspec.Raw] | Subscribed)
-        return granted if isinstance(granted, Subscribed) else Subscribed()
+        granted = _decoded(body, list[msgspec.Raw] | SubscribeResult)
+        return granted if isinstance(granted, SubscribeResult) else SubscribeResult()
 
     async def unsubscribe(self, client_id: str, topic_filters: Sequence[str]) -> bool:
         """End subscriptions of a client's session, in its own words; whether there is one.
@@ -189,23 +189,23 @@ class Rest:
         path = f"/clients/{_quoted(client_id)}/{what}"
         return await self._found("POST", path, "CLIENTID_NOT_FOUND", wanted)
 
-    async def nodes(self) -> list[Node]:
+    async def nodes(self) -> list[NodeRow]:
         """The cluster's.
 
         Raises:
             RestError: see its kinds.
         """
         body = await self._get("/nodes")
-        nodes: list[Node] = _decoded(body, list[Node])
+        nodes: list[NodeRow] = _decoded(body, list[NodeRow])
         return nodes
 
-    def clients(self, node: str | None = None) -> AsyncIterator[list[Client]]:
+    def clients(self, node: str | None = None) -> AsyncIterator[list[ClientRow]]:
         """Everyone with a session, page by page; see `_pages`."""
-        return self._pages("/clients", Client, node)
+        return self._pages("/clients", ClientRow, node)
 
-    def subscriptions(self, node: str | None = None) -> AsyncIterator[list[Subscription]]:
+    def subscriptions(self, node: str | None = None) -> AsyncIterator[list[SubscriptionRow]]:
         """Everyone's subscriptions, page by page; see `_pages`."""
-        return self._pages("/subscriptions", Subscription, node)
+        return self._pages("/subscriptions", SubscriptionRow, node)
 
     async def _pages(
         self, path: str, kind: type[Row], node: str | None
@@ -226,7 +226,7 @@ class Rest:
                 return
         raise Unanswered(f"EMQX's {path} has no end")
 
-    async def retained(self, topic: str) -> Retained | None:
+    async def retained(self, topic: str) -> RetainedRow | None:
         """What the broker retains of a topic.
 
         Raises:
@@ -234,7 +234,7 @@ class Rest:
         """
         path = f"/mqtt/retainer/message/{_quoted(topic)}"
         body = await self._found("GET", path, "NOT_FOUND", None)
-        return None if body is None else _decoded(body, Retained)
+        return None if body is None else _decoded(body, RetainedRow)
 
     async def _found(self, method: str, path: str, not_found: str, asked: Body) -> bytes | None:
         """The answer's body; None if EMQX says that there is no such thing (another 404 is a wrong `rest_url`)."""
@@ -358,11 +358,11 @@ def _rows(page: Page, path: str, kind: type[Row]) -> list[Row]:
     return rows
 
 
-def _fault(body: bytes) -> Fault:
+def _fault(body: bytes) -> ErrorBody:
     try:
-        return msgspec.json.decode(body, type=Fault)
+        return msgspec.json.decode(body, type=ErrorBody)
     except (msgspec.DecodeError, RecursionError):
-        return Fault()
+        return ErrorBody()
 
 
 def _refusal(status: int, body: bytes) -> RestError:

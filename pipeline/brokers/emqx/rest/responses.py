@@ -19,7 +19,7 @@ EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 Time: TypeAlias = str | int | None  # RFC 3339; whatever cannot be read as that is as good as none
 
 
-class Fault(Struct, frozen=True):
+class ErrorBody(Struct, frozen=True):
     """An error's body: `code` is EMQX's word for it, `reason_code` MQTT's number."""
 
     code: str | int | None = None
@@ -27,7 +27,7 @@ class Fault(Struct, frozen=True):
     message: str | None = None
 
 
-class Published(Struct, frozen=True):
+class PublishResult(Struct, frozen=True):
     """What came of one message: the broker's `id` of it, or why it was not routed."""
 
     id: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
@@ -48,7 +48,7 @@ class Page(Struct, frozen=True):
     meta: PageMeta
 
 
-class Client(Struct, frozen=True):
+class ClientRow(Struct, frozen=True):
     """A client with a session; not `connected` while that waits for it. Intervals are seconds."""
 
     clientid: ClientId
@@ -66,7 +66,7 @@ class Client(Struct, frozen=True):
     is_expired: bool = False
 
 
-class Subscription(Struct, frozen=True):
+class SubscriptionRow(Struct, frozen=True):
     """A filter that a session holds, with its mountpoint, and with `$share/{group}/` in front if it has one."""
 
     clientid: ClientId | None
@@ -76,7 +76,7 @@ class Subscription(Struct, frozen=True):
     rh: int = 0
 
 
-class Node(Struct, frozen=True):
+class NodeRow(Struct, frozen=True):
     """A node of the cluster; `uptime` is milliseconds, in words before 5.0."""
 
     node: Text
@@ -89,7 +89,7 @@ class Node(Struct, frozen=True):
         return self.node_status.lower() == "running"
 
 
-class Retained(Struct, frozen=True):
+class RetainedRow(Struct, frozen=True):
     """A retained message; `payload` is base64, and left out above 1 MiB."""
 
     msgid: MessageId
@@ -101,7 +101,7 @@ class Retained(Struct, frozen=True):
     payload: str | None = None
 
 
-class Subscribed(Struct, frozen=True):
+class SubscribeResult(Struct, frozen=True):
     """What of a bulk of subscriptions was not granted; EMQX answers with a list if all were."""
 
     failed: list[msgspec.Raw] = []

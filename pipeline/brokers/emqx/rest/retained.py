@@ -16,9 +16,9 @@ from collections import OrderedDict
 from typing import Final, NamedTuple, NoReturn
 
 from millpond.pipeline.brokers.emqx.ports import Keeping
-from millpond.pipeline.brokers.emqx.rest.backoff import Trouble
-from millpond.pipeline.brokers.emqx.rest.client import Rest
-from millpond.pipeline.brokers.emqx.rest.responses import Retained, milliseconds
+from millpond.pipeline.brokers.emqx.rest.backoff import Backoff
+from millpond.pipeline.brokers.emqx.rest.client import RestClient
+from millpond.pipeline.brokers.emqx.rest.responses import RetainedRow, milliseconds
 from millpond.pipeline.clock import now_ms
 from millpond.schemas import codec, keys
 from millpond.schemas.errors import MillpondError
@@ -40,16 +40,16 @@ class _Asked(NamedTuple):
     cleared: bool  # one of the publishes since the last look had an empty payload
 
 
-class RetainedLooks:
+class RetainedLookup:
     """One per process."""
 
-    def __init__(self, rest: Rest, inlet: Keeping) -> None:
+    def __init__(self, rest: RestClient, durable_producer: Keeping) -> None:
         """`run` looks."""
-        self._rest, self._inlet = rest, inlet
+        self._rest, self._durable_producer = rest, durable_producer
         self._waiting: dict[str, _Asked] = {}  # in order
         self._known: OrderedDict[str, str] = OrderedDict()  # topic → message id; "" for none
         self._added = asyncio.Event()
-        self._trouble = Trouble()
+        self._backoff = Backoff()
         self.missed = 0
 
     def ask(self, broker_topic: str, publish: MessagePublished) -> None:
@@ -76,7 +76,7 @@ class RetainedLooks:
     async def _look_on(self) -> NoReturn:
         while True:
             await self._added.wait()
-            await asyncio.sleep(max(LOOK_AFTER_S, self._trouble.wait_s(_time_s())))
+            await asyncio.sleep(max(LOOK_AFTER_S, self._backoff.wait_s(_time_s())))
             if not self._waiting:
                 self._added.clear()
                 continue
@@ -87,7 +87,7 @@ class RetainedLooks:
             except MillpondError as error:
                 self._again(broker_topic, asked, error)
                 continue
-            if self._trouble.over():
+            if self._backoff.over():
                 logger.warning("EMQX tells again what it retains")
 
     def _again(self, broker_topic: str, asked: _Asked, error: MillpondError) -> None:
@@ -97,10 +97,10 @@ class RetainedLooks:
         else:
             self._waiting[broker_topic] = newer._replace(cleared=newer.cleared or asked.cleared)
         self._added.set()
-        if self._trouble.failed(str(error), _time_s(), random.random()):  # noqa: S311  spreads attempts
+        if self._backoff.failed(str(error), _time_s(), random.random()):  # noqa: S311  spreads attempts
             logger.warning("retained messages are not known: %s", error)
 
-    async def _found(self, broker_topic: str, asked: _Asked, found: Retained | None) -> None:
+    async def _found(self, broker_topic: str, asked: _Asked, found: RetainedRow | None) -> None:
         message_id = "" if found is None else found.msgid
         known = self._known.get(broker_topic, UNKNOWN)
         if message_id == known or (found is None and not asked.cleared):
@@ -109,7 +109,7 @@ class RetainedLooks:
         if event is None:
             logger.error("a retained message of more than 1 MiB: EMQX does not tell its payload")
             return
-        await self._inlet.enter(keys.MESSAGES_TOPIC, event, hook="retained")
+        await self._durable_producer.enter(keys.MESSAGES_TOPIC, event, hook="retained")
         self._known[broker_topic] = message_id
         self._known.move_to_end(broker_topic)
         if len(self._known) > KNOWN_MAX:
@@ -124,7 +124,7 @@ def _cleared(publish: MessagePublished) -> MessageRetained:
     )  # fmt: skip
 
 
-def _retained(publish: MessagePublished, found: Retained) -> MessageRetained | None:
+def _retained(publish: MessagePublished, found: RetainedRow) -> MessageRetained | None:
     if found.payload is None:
         return None
     try:

@@ -11,9 +11,9 @@ from uuid import uuid4
 
 from millpond.pipeline.brokers.emqx.exhook.translation import Translator
 from millpond.pipeline.brokers.emqx.ports import Keeping
-from millpond.pipeline.brokers.emqx.rest.backoff import Trouble
-from millpond.pipeline.brokers.emqx.rest.client import Rest, Unanswered
-from millpond.pipeline.brokers.emqx.rest.responses import Client, Subscription, milliseconds
+from millpond.pipeline.brokers.emqx.rest.backoff import Backoff
+from millpond.pipeline.brokers.emqx.rest.client import RestClient, Unanswered
+from millpond.pipeline.brokers.emqx.rest.responses import ClientRow, SubscriptionRow, milliseconds
 from millpond.pipeline.clock import now_ms
 from millpond.schemas import keys
 from millpond.schemas.errors import DecodeError, MillpondError
@@ -33,7 +33,7 @@ READS_MAX: Final = 3
 EXPIRY_S_MAX: Final = 0xFFFF_FFFF
 REST_S: Final = 1.0  # between two snapshots, whoever asks for them
 
-Row = TypeVar("Row", Client, Subscription)
+Row = TypeVar("Row", ClientRow, SubscriptionRow)
 
 
 class Snapshots:
@@ -41,17 +41,17 @@ class Snapshots:
 
     def __init__(
         self,
-        rest: Rest,
-        inlet: Keeping,
+        rest: RestClient,
+        durable_producer: Keeping,
         translator: Translator,
         partitions: int,
         interval_s: float,
     ) -> None:
         """`partitions` is how many each topic has: node events go to every one."""
-        self._rest, self._inlet, self._translator = rest, inlet, translator
+        self._rest, self._durable_producer, self._translator = rest, durable_producer, translator
         self._partitions, self._interval_s = partitions, interval_s
         self._wanted = asyncio.Event()
-        self._trouble = Trouble()
+        self._backoff = Backoff()
 
     def want(self) -> None:
         """There was a gap in what the hooks told: take one soon."""
@@ -65,11 +65,11 @@ class Snapshots:
             try:
                 await self.take()
             except MillpondError as error:
-                if self._trouble.failed(str(error), loop.time(), random.random()):  # noqa: S311  spreads attempts
+                if self._backoff.failed(str(error), loop.time(), random.random()):  # noqa: S311  spreads attempts
                     logger.warning("a snapshot is not complete: %s", error)
-                await asyncio.sleep(max(REST_S, self._trouble.wait_s(loop.time())))
+                await asyncio.sleep(max(REST_S, self._backoff.wait_s(loop.time())))
                 continue
-            if self._trouble.over():
+            if self._backoff.over():
                 logger.warning("EMQX tells again who is there")
             await asyncio.sleep(REST_S)
             try:
@@ -105,7 +105,7 @@ class Snapshots:
         )
 
     def _of_clients(
-        self, rows: Sequence[Client], anywhere: str, mountpoints: dict[str, tuple[str, str]]
+        self, rows: Sequence[ClientRow], anywhere: str, mountpoints: dict[str, tuple[str, str]]
     ) -> list[Event]:
         """Those connected. A session that waits for its client shows by its subscriptions; one that is kept on no
         node, being durable, is told of as if it were on `anywhere`.
@@ -132,7 +132,7 @@ class Snapshots:
         return events
 
     def _of_subscriptions(
-        self, rows: Sequence[Subscription], mountpoints: dict[str, tuple[str, str]]
+        self, rows: Sequence[SubscriptionRow], mountpoints: dict[str, tuple[str, str]]
     ) -> list[Event]:
         """Of a client that was not there a moment ago its own events tell."""
         events: list[Event] = []
@@ -158,12 +158,14 @@ class Snapshots:
         return events
 
     async def _keep(self, events: Sequence[Event]) -> None:
-        kept = [self._inlet.enter(keys.CLIENTS_TOPIC, event, hook=HOOK) for event in events]
+        kept = [
+            self._durable_producer.enter(keys.CLIENTS_TOPIC, event, hook=HOOK) for event in events
+        ]
         await _all(kept)
 
     async def _to_all(self, events: Iterable[Event]) -> None:
         kept = [
-            self._inlet.enter(keys.CLIENTS_TOPIC, event, number, hook=HOOK)
+            self._durable_producer.enter(keys.CLIENTS_TOPIC, event, number, hook=HOOK)
             for event in events
             for number in range(self._partitions)
         ]

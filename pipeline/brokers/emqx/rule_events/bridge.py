@@ -12,10 +12,10 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
 from millpond.agents.driver.dead_letters import REASON_LENGTH_MAX, headers_of
-from millpond.pipeline.brokers.bridge_rules import RuleAnswers
+from millpond.pipeline.brokers.bridge_rules import BridgeRules
 from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint
 from millpond.pipeline.brokers.emqx.rule_events.translation import read
-from millpond.pipeline.kafka.consumer import Source
+from millpond.pipeline.kafka.consumer import GroupConsumer
 from millpond.pipeline.kafka.diagnosis import unreachable
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.process.event_loop import use_uvloop
@@ -35,7 +35,7 @@ REPORT_INTERVAL_S: Final = 10.0  # how often the log says how much went to the d
 STOP_TIMEOUT_S: Final = 10.0  # for Kafka to take what is left; what it does not take is read again
 
 
-class Letter(NamedTuple):
+class TranslatedRecord(NamedTuple):
     """One record to be, what it comes from, and what to call when Kafka has it."""
 
     topic: str
@@ -50,11 +50,13 @@ class KafkaBridge:
     """One per process. Nothing is reordered and nothing waits for anything: the agents need no order."""
 
     def __init__(
-        self, producer: Producer, answers: RuleAnswers, mountpoint: Mountpoint | None = None
+        self, producer: Producer, answers: BridgeRules, mountpoint: Mountpoint | None = None
     ) -> None:
         """The producer is started by who owns it."""
         self._producer, self._answers, self._mountpoint = producer, answers, mountpoint
-        self._refused: asyncio.Queue[Letter] = asyncio.Queue()  # bounded by what may be unfinished
+        self._refused: asyncio.Queue[TranslatedRecord] = (
+            asyncio.Queue()
+        )  # bounded by what may be unfinished
         self._buried = 0
 
     async def handle(self, record: Any, done: Callable[[], None]) -> None:
@@ -70,7 +72,9 @@ class KafkaBridge:
         on_kept = _after(len(told), done)
         for event in told:
             key = keys.record_key(event).encode()
-            await self._send(Letter(topic_of(event), key, codec.encode(event), (), record, on_kept))
+            await self._send(
+                TranslatedRecord(topic_of(event), key, codec.encode(event), (), record, on_kept)
+            )
 
     def _wants(self, event: Event) -> bool:
         """Whether an agent has a use for it: deliveries and acks are many, and few rules ask for them."""
@@ -87,12 +91,14 @@ class KafkaBridge:
             record.topic, record.partition, record.offset, NAME, reason[:REASON_LENGTH_MAX]
         )
         await self._send(
-            Letter(keys.DEAD_LETTERS_TOPIC, record.key, record.value, headers, record, on_kept)
+            TranslatedRecord(
+                keys.DEAD_LETTERS_TOPIC, record.key, record.value, headers, record, on_kept
+            )
         )
 
     # -- into Kafka
 
-    async def _send(self, letter: Letter) -> None:
+    async def _send(self, letter: TranslatedRecord) -> None:
         try:
             acknowledged = await self._producer.send(
                 letter.topic, letter.key, letter.value, None, letter.headers
@@ -102,7 +108,7 @@ class KafkaBridge:
         else:
             acknowledged.add_done_callback(partial(self._answered, letter))
 
-    def _answered(self, letter: Letter, acknowledged: asyncio.Future[Any]) -> None:
+    def _answered(self, letter: TranslatedRecord, acknowledged: asyncio.Future[Any]) -> None:
         if acknowledged.cancelled():
             return
         if acknowledged.exception() is None:
@@ -110,7 +116,7 @@ class KafkaBridge:
         else:
             self._refused.put_nowait(letter)
 
-    async def _give_up(self, letter: Letter, error: Exception) -> None:
+    async def _give_up(self, letter: TranslatedRecord, error: Exception) -> None:
         """It is too large, and would be so at every attempt. As a dead letter it may be small enough; else that is
         only told, and the source still has its bytes.
         """
@@ -224,8 +230,8 @@ async def _serve(
         raise await unreachable(settings.kafka) from error
     template = settings.bridge.mountpoint
     mountpoint = None if template is None else Mountpoint(template)
-    bridge = KafkaBridge(producer, RuleAnswers(rules), mountpoint)
-    source = Source(settings, keys.rule_events_group_id(settings.app), topics, bridge.handle)
+    bridge = KafkaBridge(producer, BridgeRules(rules), mountpoint)
+    source = GroupConsumer(settings, keys.rule_events_group_id(settings.app), topics, bridge.handle)
     say_ready(f"bridge {NAME}")
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(source.run())

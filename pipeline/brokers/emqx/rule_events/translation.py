@@ -63,13 +63,13 @@ def own_topic(mountpoint: Mountpoint | None, client_id: str, topic: str) -> str:
 # -- what the rule engine writes
 
 
-class Head(Struct, gc=False):
+class EventHead(Struct, gc=False):
     """What any rule event says."""
 
     event: str
 
 
-class Rule(Struct, kw_only=True, gc=False):
+class RuleEvent(Struct, kw_only=True, gc=False):
     """What each that is read says besides."""
 
     timestamp: TimeMs
@@ -89,7 +89,7 @@ class Properties(Struct, gc=False):
     user: dict[str, str] | Undefined = field(name="User-Property", default=None)
 
 
-class Publish(Rule, kw_only=True, gc=False):
+class PublishEvent(RuleEvent, kw_only=True, gc=False):
     """`message.publish`; `clientid` is the publisher."""
 
     id: MessageId
@@ -104,7 +104,7 @@ class Publish(Rule, kw_only=True, gc=False):
     publish_received_at: TimeMs | Undefined = None
 
 
-class Receipt(Rule, kw_only=True, gc=False):
+class ReceiptEvent(RuleEvent, kw_only=True, gc=False):
     """`message.delivered` and `message.acked`; `clientid` is the receiver."""
 
     id: MessageId
@@ -114,7 +114,7 @@ class Receipt(Rule, kw_only=True, gc=False):
     qos: QoS
 
 
-class Connected(Rule, kw_only=True, gc=False):
+class ConnectedEvent(RuleEvent, kw_only=True, gc=False):
     """`client.connected`."""
 
     clientid: ClientId
@@ -126,7 +126,7 @@ class Connected(Rule, kw_only=True, gc=False):
     connected_at: TimeMs
 
 
-class Disconnected(Rule, kw_only=True, gc=False):
+class DisconnectedEvent(RuleEvent, kw_only=True, gc=False):
     """`client.disconnected`; `connected_at` since EMQX 5.8.6."""
 
     clientid: ClientId
@@ -136,7 +136,7 @@ class Disconnected(Rule, kw_only=True, gc=False):
     disconnected_at: TimeMs | Undefined = None
 
 
-class Subscription(Rule, kw_only=True, gc=False):
+class SubscriptionEvent(RuleEvent, kw_only=True, gc=False):
     """`session.subscribed` and `session.unsubscribed`; `topic` is the filter, with `$share/{group}/`."""
 
     clientid: ClientId
@@ -188,7 +188,7 @@ def _published(value: bytes, mountpoint: Mountpoint | None) -> tuple[Event, ...]
     return (published,)
 
 
-def _payload(rule: Publish) -> tuple[str, PayloadEncoding]:
+def _payload(rule: PublishEvent) -> tuple[str, PayloadEncoding]:
     """From base64 if the rule's SQL gives that: bytes that are no UTF-8 do not survive as JSON text."""
     if rule.payload_b64 is not None:
         return codec.payload_text(b64decode(rule.payload_b64, validate=True))
@@ -222,7 +222,7 @@ def _receipt(
     return (told,)
 
 
-def _topic(rule: Publish | Receipt, mountpoint: Mountpoint | None) -> str | None:
+def _topic(rule: PublishEvent | ReceiptEvent, mountpoint: Mountpoint | None) -> str | None:
     """The topic without its mountpoint; None if it is a way of Millpond's own.
 
     EMQX runs rules before it calls ExHook: a copy that Millpond sends is seen on its way, below `$millpond/`.
@@ -262,7 +262,7 @@ def _disconnected(value: bytes, mountpoint: Mountpoint | None) -> tuple[Event, .
     return (disconnected,)
 
 
-def _connection_id(rule: Connected | Disconnected) -> str:
+def _connection_id(rule: ConnectedEvent | DisconnectedEvent) -> str:
     """What tells a connection from every other one of its client: node and peer address, else when it began."""
     peer = _present(rule.peername)
     if peer is not None:
@@ -298,7 +298,7 @@ def _unsubscribed(value: bytes, mountpoint: Mountpoint | None) -> tuple[Event, .
     return (unsubscribed,)
 
 
-def _filter(rule: Subscription, mountpoint: Mountpoint | None) -> str:
+def _filter(rule: SubscriptionEvent, mountpoint: Mountpoint | None) -> str:
     """The filter as its client gave it: the mountpoint stands behind `$share/{group}/`."""
     group, plain = split_share(rule.topic)
     topic_filter = shared(group, own_topic(mountpoint, rule.clientid, plain))
@@ -313,14 +313,14 @@ def _present(value: Any) -> Any:
     return None if value == UNDEFINED else value
 
 
-_head: Final = msgspec.json.Decoder(Head)
-_publish: Final = msgspec.json.Decoder(Publish)
-_receipts: Final = msgspec.json.Decoder(Receipt)
-_connects: Final = msgspec.json.Decoder(Connected)
-_disconnects: Final = msgspec.json.Decoder(Disconnected)
-_subscriptions: Final = msgspec.json.Decoder(Subscription)
+_head: Final = msgspec.json.Decoder(EventHead)
+_publish: Final = msgspec.json.Decoder(PublishEvent)
+_receipts: Final = msgspec.json.Decoder(ReceiptEvent)
+_connects: Final = msgspec.json.Decoder(ConnectedEvent)
+_disconnects: Final = msgspec.json.Decoder(DisconnectedEvent)
+_subscriptions: Final = msgspec.json.Decoder(SubscriptionEvent)
 
-Reader: TypeAlias = Callable[[bytes, Mountpoint | None], tuple[Event, ...]]
+EventReader: TypeAlias = Callable[[bytes, Mountpoint | None], tuple[Event, ...]]
 
 
 def _spellings(name: str) -> tuple[str, ...]:
@@ -329,7 +329,7 @@ def _spellings(name: str) -> tuple[str, ...]:
     return name, old, f"$events/{old}", f"$events/{new}"
 
 
-_READERS: Final[dict[str, Reader]] = {
+_READERS: Final[dict[str, EventReader]] = {
     spelling: reader
     for name, reader in (
         ("message.publish", _published),

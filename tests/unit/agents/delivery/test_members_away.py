@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from millpond.agents.delivery.members import Held, Member, Members
+from millpond.agents.delivery.members import HeldFilter, Member, Members
 from millpond.agents.delivery.membership import FORGET_MS
 from millpond.agents.reads import ReadStates
 from tests.support.delivery import Delivering
 from tests.unit.agents.queue.test_machine import a_queue
 from tests.unit.agents.queue.test_members import VALID_MS
 
-HELD = Held(1, 5, broker_delivers=False)
+HELD = HeldFilter(1, 5, broker_delivers=False)
 AWAY = b'["a",1,1]'
 
 

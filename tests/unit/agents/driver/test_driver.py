@@ -276,7 +276,7 @@ def test_a_batch_with_nothing_owned_is_written_only_when_tended() -> None:
     assert world.applied is not None
     assert world.applied.offset == skipped.offset - 1
     assert driver.committable == skipped.offset
-    run(driver.tend())
+    run(driver.maintain())
     assert world.applied.offset == skipped.offset
     assert driver.committable == skipped.offset + 1
 
@@ -285,9 +285,9 @@ def test_tending_writes_nothing_when_there_is_nothing_to_say() -> None:
     world = World(given.store())
     driver = world.started()
     world.feed(driver)
-    run(driver.tend())
+    run(driver.maintain())
     before = world.applied
-    run(driver.tend())
+    run(driver.maintain())
     assert world.applied == before
 
 

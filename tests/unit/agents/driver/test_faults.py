@@ -40,7 +40,7 @@ def test_a_store_that_is_down_for_a_moment_has_applied_everything_once(
         world.append(given.published(name, retain=True, topic=f"t/{name}"))
         world.append_raw(b"t", b"poison")
         run(driver.process(world.unread(driver)))
-        run(driver.tend())
+        run(driver.maintain())
     assert world.counted_once("a", "b", "c")
     assert set(world.letters.values()) == {1}
     assert len(world.letters) == 3
@@ -151,7 +151,7 @@ def test_what_was_half_written_is_cleaned_up_even_if_the_cleaning_fails_at_first
     (record,) = world.append(given.published())
     world.feed(driver)
     world.server.fault = once(moment)
-    run(driver.tend())
+    run(driver.maintain())
     assert world.letters == {record.offset: 1}
     assert keys.message_index("t") not in world.server.values
 
@@ -165,7 +165,7 @@ def test_nothing_is_cleaned_up_after_a_record_that_the_store_has_lost() -> None:
     world.append(given.published())
     world.feed(driver)
     world.server.values = before
-    run(driver.tend())
+    run(driver.maintain())
     assert world.stored() == ["m1"]
 
 
@@ -192,7 +192,7 @@ def test_an_owner_that_only_tends_notices_that_another_one_wrote() -> None:
     successor = world.started()
     world.append(given.published("a"))
     world.feed(successor)
-    run(paused.tend())
+    run(paused.maintain())
     assert paused.next_offset == successor.next_offset
 
 
@@ -206,9 +206,9 @@ def test_the_journal_of_an_owner_that_crashed_before_producing_is_finished() -> 
     successor = world.started()
     assert world.letters == {poison.offset: 1}
     assert world.dead_letters[0].value == b"\xff"
-    run(successor.tend())
+    run(successor.maintain())
     assert world.journal == []
-    run(successor.tend())
+    run(successor.maintain())
     assert world.letters == {poison.offset: 1}
 
 
@@ -231,7 +231,7 @@ def test_a_journal_finished_once_is_not_finished_again_because_the_store_was_dow
     run(driver.process([poison]))
     successor = world.started()
     world.server.fault = once("before")
-    run(successor.tend())
+    run(successor.maintain())
     assert world.letters == {poison.offset: 1}
     assert world.journal == []
 
@@ -267,5 +267,5 @@ def test_a_successor_knows_that_what_it_finished_is_out() -> None:
     successor = world.started()
     assert successor.committable == 2
     world.server.values.clear()
-    run(successor.tend())
+    run(successor.maintain())
     assert set(world.letters.values()) == {1}

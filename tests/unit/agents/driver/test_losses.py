@@ -25,11 +25,11 @@ def test_an_emptied_store_is_rebuilt_from_the_logs_start() -> None:
     world.append(given.published("a"))
     world.append_raw(b"t", b"poison")
     world.feed(driver)
-    run(driver.tend())
+    run(driver.maintain())
     before = world.server.dump()
     world.server.values.clear()
     world.server.expires_at.clear()
-    run(driver.tend())
+    run(driver.maintain())
     assert {name for name in before if name.startswith("mqtt:")} <= world.server.dump().keys()
     assert world.counted_once("a")
     assert set(world.letters.values()) == {1}
@@ -59,7 +59,7 @@ def test_a_sequence_is_never_used_twice_even_if_the_store_goes_back() -> None:
     assert world.applied is not None
     used = world.applied.sequence
     world.server.values = before
-    run(driver.tend())
+    run(driver.maintain())
     run(driver.settle())
     assert world.applied.sequence > used
 
@@ -182,5 +182,5 @@ def test_a_journal_entry_of_another_owner_under_a_sequence_of_ours_is_finished()
     assert isinstance(journal, Hash)
     journal[str(world.applied.sequence)] = b'[{"type":"dead_letter","offset":0,"reason":"another"}]'
     world.server.fault = once("before")
-    run(driver.tend())
+    run(driver.maintain())
     assert world.letters == {1: 1, 0: 1}

@@ -28,7 +28,7 @@ def test_what_is_produced_is_in_the_journal_until_it_is_out() -> None:
     assert world.journal == [2]
     world.log.acknowledges = True
     assert not waits(settling)
-    run(driver.tend())
+    run(driver.maintain())
     assert world.journal == []
 
 
@@ -98,7 +98,7 @@ def test_what_the_store_refuses_is_a_dead_letter_and_is_cleaned_up_by_the_next_t
     assert world.letters == {record.offset: 1}
     assert b"WRONGTYPE" in dict(world.dead_letters[0].headers)["reason"]
     assert world.server.values[keys.message_index("t")]
-    run(driver.tend())
+    run(driver.maintain())
     assert keys.message_index("t") not in world.server.values
     assert world.server.values[keys.message_body("m1")] == b"somebody else's"
 
@@ -122,10 +122,10 @@ def test_a_refused_record_that_was_sent_once_is_not_sent_again_by_a_replay() -> 
     world.server.keep(foreign, b"somebody else's")
     (record,) = world.append(given.published())
     world.feed(driver)
-    run(driver.tend())
+    run(driver.maintain())
     world.server.values = {foreign: b"somebody else's"}
-    run(driver.tend())
-    run(driver.tend())
+    run(driver.maintain())
+    run(driver.maintain())
     assert world.letters == {record.offset: 1}
     assert set(world.server.values) & {keys.message_index("t"), foreign} == {foreign}
 
@@ -136,8 +136,8 @@ def test_a_refused_cleaning_up_is_only_noticed() -> None:
     world.server.keep(keys.retained("t"), b"somebody else's")
     (record,) = world.append(given.published(retain=True))
     world.feed(driver)
-    run(driver.tend())
-    run(driver.tend())
+    run(driver.maintain())
+    run(driver.maintain())
     assert world.letters == {record.offset: 1}
     assert any("refused its removal" in notice for notice in world.notices)
     assert keys.message_body("m1") not in world.server.values
@@ -149,7 +149,7 @@ def test_a_refused_command_is_a_dead_letter_and_never_tried_again() -> None:
     driver = world.started()
     (record,) = world.append(given.published())
     world.feed(driver)
-    run(driver.tend())
+    run(driver.maintain())
     assert world.letters == {record.offset: 1}
     assert world.stored() == ["m1"]
 
@@ -172,14 +172,14 @@ def test_rules_that_are_in_force_are_not_written_again() -> None:
     world = World(given.store())
     world.feed(world.started())
     driver = world.started()
-    run(driver.tend())
+    run(driver.maintain())
     assert len(world.written) == 1
 
 
 def test_rules_on_their_way_are_not_written_again() -> None:
     world = World(given.store())
     driver = world.started()
-    run(driver.tend())
+    run(driver.maintain())
     assert len(world.written) == 1
 
 
@@ -217,10 +217,10 @@ def test_rules_that_somebody_left_in_the_log_are_answered_with_this_workers() ->
     world.append(RulesChanged(at=0, node="n", agent="messages", rules=left.canonical()))
     driver = world.started()
     world.feed(driver)
-    run(driver.tend())
+    run(driver.maintain())
     world.feed(driver)
     assert world.text(keys.rules(PARTITION)) == world.rules.canonical()
-    run(driver.tend())
+    run(driver.maintain())
     assert len(world.written) == 2
 
 
@@ -302,7 +302,7 @@ def test_a_tick_under_way_is_forgotten_with_the_partitions_state() -> None:
     world.feed(driver)
     assert driver.tick(70_000) is not None
     world.server.values.clear()
-    run(driver.tend())
+    run(driver.maintain())
     assert driver.tick(70_000 + TICK_INTERVAL_MS) is not None
 
 

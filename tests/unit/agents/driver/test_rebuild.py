@@ -19,7 +19,7 @@ def emptied(*tables: str) -> World:
     world.feed(driver)
     world.append(given.published("late", retain=True))
     world.feed(driver)
-    run(driver.tend())
+    run(driver.maintain())
     world.commit(driver)
     return world
 
@@ -57,7 +57,7 @@ def test_what_nobody_can_read_is_not_taken_for_rules() -> None:
     world.append(given.tick("messages"))
     driver = world.started()
     world.feed(driver)
-    run(driver.tend())
+    run(driver.maintain())
     world.commit(driver)
     before = lose(world)
     world.started(given.rules(*RETAIN))

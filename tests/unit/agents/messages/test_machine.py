@@ -9,9 +9,10 @@ import pytest
 
 from millpond.agents.effects import (
     NO_SOURCE,
+    ClearBodyExpiry,
     ClearRetained,
     DeadLetter,
-    DropBody,
+    DeleteBody,
     Effect,
     KeepReceipt,
     Output,
@@ -21,13 +22,12 @@ from millpond.agents.effects import (
     SetDue,
     SetRules,
     SetState,
-    SpareBody,
     StoreMessage,
     Unindex,
     WriteSeen,
 )
 from millpond.agents.messages.machine import MessagesMachine
-from millpond.agents.ports import Stored
+from millpond.agents.ports import LoadedState
 from millpond.agents.reads import ReadDue, ReadIndex, ReadStates
 from millpond.agents.topics import storage
 from millpond.agents.topics.due_times import INDEX, MESSAGE, RETAINED, due_member
@@ -36,7 +36,7 @@ from millpond.schemas.events import Event, NodeStarted, RulesChanged, Tick
 from millpond.schemas.rules import Rules
 from tests.support import given
 
-NOTHING_STORED = Stored(None, {}, None, ((), ()))
+NOTHING_STORED = LoadedState(None, {}, None, ((), ()))
 TICK = Tick(at=0, node="millpond", agent="messages")
 
 
@@ -189,21 +189,21 @@ def test_a_retained_publish_replaces_the_one_before_and_drops_its_body() -> None
     running = Running(given.retain())
     running.fold(given.published("a", retain=True))
     effects = running.fold(given.published("b", retain=True))
-    assert of_kind(effects, DropBody) == [DropBody("a")]
+    assert of_kind(effects, DeleteBody) == [DeleteBody("a")]
     assert of_kind(effects, Retain) == [Retain(1, "t", "b", 10_000_001)]
 
 
 def test_a_replaced_body_stays_while_the_index_holds_it() -> None:
     running = Running(given.store(), given.retain())
     running.fold(given.published("a", retain=True))
-    assert of_kind(running.fold(given.published("b", retain=True)), DropBody) == []
+    assert of_kind(running.fold(given.published("b", retain=True)), DeleteBody) == []
 
 
 def test_several_retained_publishes_in_one_batch_come_to_one_write() -> None:
     running = Running(given.retain())
     effects = running.fold(*(given.published(name, retain=True) for name in "abc"))
     assert of_kind(effects, Retain) == [Retain(2, "t", "c", 10_000_002)]
-    assert of_kind(effects, DropBody) == [DropBody("a"), DropBody("b")]
+    assert of_kind(effects, DeleteBody) == [DeleteBody("a"), DeleteBody("b")]
     assert len(of_kind(effects, SetState)) == 1
 
 
@@ -211,8 +211,8 @@ def test_an_empty_retained_publish_clears() -> None:
     running = Running(given.retain(), given.clear_retained())
     running.fold(given.published("a", retain=True))
     effects = running.fold(given.published("b", retain=True, payload=""))
-    assert of_kind(effects, ClearRetained, DropBody, SetState) == [
-        DropBody("a"), SetState("t", None), ClearRetained(1, "t"),
+    assert of_kind(effects, ClearRetained, DeleteBody, SetState) == [
+        DeleteBody("a"), SetState("t", None), ClearRetained(1, "t"),
     ]  # fmt: skip
     assert of_kind(effects, StoreMessage) == []
 
@@ -229,7 +229,7 @@ def test_a_publish_kept_and_cleared_in_one_batch_leaves_nothing() -> None:
         given.published("a", retain=True), given.published("b", retain=True, payload="")
     )
     assert of_kind(effects, Retain, ClearRetained, SetState) == []
-    assert of_kind(effects, DropBody) == [DropBody("a")]
+    assert of_kind(effects, DeleteBody) == [DeleteBody("a")]
 
 
 def test_a_retained_publish_is_not_kept_by_a_clearing_rule_alone() -> None:
@@ -261,7 +261,7 @@ def test_a_body_let_go_and_stored_again_in_one_batch_stays(
     monkeypatch.setattr("millpond.agents.topics.dedup.GENERATION_IDS_MAX", 1)
     running = Running(given.retain())
     effects = running.fold(*(given.published(name, retain=True) for name in "abca"))
-    assert of_kind(effects, DropBody) == [DropBody("b"), DropBody("c")]
+    assert of_kind(effects, DeleteBody) == [DeleteBody("b"), DeleteBody("c")]
     assert of_kind(effects, Retain) == [Retain(3, "t", "a", 10_000_003)]
 
 
@@ -282,14 +282,14 @@ def test_a_message_of_which_index_and_retained_entry_are_refused_leaves_no_body(
     running.fold(event)
     running.machine.refused(event, Refusal(0, "index", "WRONGTYPE"))
     running.machine.refused(event, Refusal(0, "retained", "WRONGTYPE"))
-    assert of_kind(running.fold(), DropBody) == [DropBody("m1")]
+    assert of_kind(running.fold(), DeleteBody) == [DeleteBody("m1")]
 
 
 def test_the_same_message_published_again_after_the_window_keeps_its_body() -> None:
     running = Running(given.retain())
     running.fold(given.published("a", retain=True))
     running.machine.restore({}, NOTHING_STORED, running.rules)
-    assert of_kind(running.fold(given.published("a", retain=True)), DropBody) == []
+    assert of_kind(running.fold(given.published("a", retain=True)), DeleteBody) == []
 
 
 # -- receipts, commands ---------------------------------------------------------------------------------
@@ -340,7 +340,7 @@ def test_a_tick_removes_what_expired_with_its_body_and_knows_what_is_next() -> N
         SetDue(due_member(INDEX, "t"), None),
         Unindex(NO_SOURCE, "t", ("a",)),
         SetDue(due_member(INDEX, "t"), 80_000),
-        DropBody("a"),
+        DeleteBody("a"),
     ]
     assert running.machine.next_due_ms == 80_000
 
@@ -365,16 +365,16 @@ def test_an_expired_entry_leaves_the_body_to_the_retained_entry() -> None:
     running.fold(given.published("a", retain=True))
     effects = running.fold(TICK, now_ms=70_000)
     assert of_kind(effects, Unindex) == [Unindex(NO_SOURCE, "t", ("a",))]
-    assert of_kind(effects, DropBody) == []
-    assert of_kind(running.fold(given.published("b", retain=True)), DropBody) == [DropBody("a")]
+    assert of_kind(effects, DeleteBody) == []
+    assert of_kind(running.fold(given.published("b", retain=True)), DeleteBody) == [DeleteBody("a")]
 
 
 def test_a_retained_message_expires_by_its_own_rule() -> None:
     running = Running(given.retain(expired_time=60))
     running.fold(given.published("a", retain=True))
     effects = running.fold(TICK, now_ms=70_000)
-    assert of_kind(effects, DropBody, ClearRetained) == [
-        DropBody("a"),
+    assert of_kind(effects, DeleteBody, ClearRetained) == [
+        DeleteBody("a"),
         ClearRetained(NO_SOURCE, "t"),
     ]
     assert running.due == {}
@@ -385,7 +385,7 @@ def test_a_message_with_an_expiry_of_its_own_goes_from_index_and_retained_entry(
     running.fold(given.published("a", retain=True, expires_at=20_000))
     effects = running.fold(TICK, now_ms=20_000)
     assert Unindex(NO_SOURCE, "t", ("a",)) in effects
-    assert DropBody("a") in effects
+    assert DeleteBody("a") in effects
     assert ClearRetained(NO_SOURCE, "t") in effects
     running.fold(given.published("b", expires_at=30_000))
     assert of_kind(running.fold(TICK, now_ms=30_000), Unindex, ClearRetained) == [
@@ -418,10 +418,10 @@ def test_a_retained_message_that_was_replaced_is_not_swept_by_the_old_due_time()
     running.fold(given.published("a", retain=True))
     running.due[due_member(RETAINED, "t")] = 15_000
     effects = running.fold(TICK, now_ms=20_000)
-    assert of_kind(effects, DropBody) == []
+    assert of_kind(effects, DeleteBody) == []
     assert running.due == {due_member(RETAINED, "t"): 70_000}
     running.due = {due_member(RETAINED, "gone"): 15_000}
-    assert of_kind(running.fold(TICK, now_ms=20_000), DropBody) == []
+    assert of_kind(running.fold(TICK, now_ms=20_000), DeleteBody) == []
 
 
 def test_a_tick_does_a_bounded_piece_and_the_rest_is_still_due(
@@ -468,7 +468,7 @@ def test_a_restored_machine_goes_on_where_it_was() -> None:
     running = Running(given.store(expired_time=60))
     running.fold(given.published("a"))
     state = running.machine.partition_state()
-    stored = Stored(None, {}, None, (("a",), ()))
+    stored = LoadedState(None, {}, None, (("a",), ()))
     anew = MessagesMachine()
     anew.restore(state, stored, running.rules)
     assert anew.next_due_ms == 70_000
@@ -490,7 +490,7 @@ def test_states_beyond_the_bound_are_forgotten_and_read_again(
     )
     running.fold(given.published("c", topic="c", retain=True))
     effects = running.fold(given.published("d", topic="a", retain=True))
-    assert of_kind(effects, DropBody) == [DropBody("a")]
+    assert of_kind(effects, DeleteBody) == [DeleteBody("a")]
 
 
 # -- refusals -------------------------------------------------------------------------------------------
@@ -499,12 +499,12 @@ def test_states_beyond_the_bound_are_forgotten_and_read_again(
 @pytest.mark.parametrize(
     ("tables", "retained", "part", "cleaning"),
     [
-        ([given.store()], False, "body", [Unindex(NO_SOURCE, "t", ("m1",)), SpareBody("m1")]),
-        ([given.store()], False, "index", [DropBody("m1")]),
+        ([given.store()], False, "body", [Unindex(NO_SOURCE, "t", ("m1",)), ClearBodyExpiry("m1")]),
+        ([given.store()], False, "index", [DeleteBody("m1")]),
         ([given.store(), given.retain()], True, "index", []),
         ([given.store(), given.retain()], True, "retained", []),
-        ([given.retain()], True, "retained", [DropBody("m1")]),
-        ([given.retain()], True, "body", [Unindex(NO_SOURCE, "t", ("m1",)), SpareBody("m1")]),
+        ([given.retain()], True, "retained", [DeleteBody("m1")]),
+        ([given.retain()], True, "body", [Unindex(NO_SOURCE, "t", ("m1",)), ClearBodyExpiry("m1")]),
         ([given.store()], False, "command", []),
     ],
 )
@@ -515,7 +515,7 @@ def test_what_was_half_written_of_a_refused_message_goes(
     event = given.published(retain=retained)
     running.fold(event)
     effects = [*running.machine.refused(event, Refusal(0, part, "WRONGTYPE")), *running.fold()]
-    assert of_kind(effects, Unindex, SpareBody, DropBody) == cleaning
+    assert of_kind(effects, Unindex, ClearBodyExpiry, DeleteBody) == cleaning
 
 
 def test_a_refused_body_is_not_left_as_the_topics_retained_message() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from millpond.agents.delivery.members import Members
-from millpond.agents.driver.deliveries import Message, published, stored_message
-from millpond.agents.effects import HandOut
+from millpond.agents.driver.deliveries import DeliverableMessage, published, stored_message
+from millpond.agents.effects import DeliverMessage
 from millpond.agents.ports import Record
 from millpond.agents.topics import state_cache
 from millpond.pipeline.stores.memory.server import Hash, Zset
@@ -87,12 +87,12 @@ def test_dead_letters_and_messages_of_one_batch_come_out_in_order() -> None:
 
 # -- where a message on its way comes from
 
-OUTPUT = HandOut(0, 1, "c", 0, "m1", "t", 1, 1, None)
+OUTPUT = DeliverMessage(0, 1, "c", 0, "m1", "t", 1, 1, None)
 
 
 def test_a_message_is_in_the_record_that_published_it_and_in_no_other() -> None:
     publish = given.record(given.published(), 0, 0)
-    assert published(OUTPUT, publish) == Message(1, "hello", "utf-8", None)
+    assert published(OUTPUT, publish) == DeliverableMessage(1, "hello", "utf-8", None)
     assert published(OUTPUT, None) is None
     assert published(OUTPUT, Record(0, 0, b"t", b"not an event")) is None
     assert published(OUTPUT, given.record(given.published("m2"), 0, 0)) is None
@@ -100,7 +100,7 @@ def test_a_message_is_in_the_record_that_published_it_and_in_no_other() -> None:
 
 
 def test_a_body_that_makes_no_sense_is_no_message() -> None:
-    assert stored_message({"qos": b"1", "payload": b"x", "expires_at": b"7"}) == Message(
+    assert stored_message({"qos": b"1", "payload": b"x", "expires_at": b"7"}) == DeliverableMessage(
         1, "x", "utf-8", 7
     )
     for body in ({}, {"qos": b"3"}, {"qos": b"x"}, {"qos": b"1", "expires_at": b"x"}):

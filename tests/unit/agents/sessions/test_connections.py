@@ -11,7 +11,7 @@ from millpond.agents.sessions.connections import (
     ENDED_IDS_MAX,
     LIVE_MAX,
     Connections,
-    Live,
+    LiveConnection,
     Presence,
 )
 
@@ -23,7 +23,7 @@ def fold(*events: Any) -> Connections:
     connections = Connections()
     for offset, (kind, connection_id, at, *more) in enumerate(events):
         if kind == "+":
-            connections.opened(connection_id, Live(more[0] if more else A, at, offset))
+            connections.opened(connection_id, LiveConnection(more[0] if more else A, at, offset))
         else:
             connections.ended(connection_id, at, more[0] if more else "normal")
     return connections
@@ -106,9 +106,9 @@ def test_any_order_that_keeps_each_connections_own_ends_the_same() -> None:
 
 def test_only_news_is_news() -> None:
     connections = Connections()
-    live = Live(A, 10, 0)
+    live = LiveConnection(A, 10, 0)
     assert connections.opened("1", live)
-    assert not connections.opened("1", Live(A, 10, 5))
+    assert not connections.opened("1", LiveConnection(A, 10, 5))
     assert connections.ended("1", 20, "normal")
     assert not connections.ended("1", 20, "normal")
     assert not connections.opened("1", live)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from millpond.agents.topics import plans
-from millpond.agents.topics.plans import RECEIPT_LIFETIME_S, Plans, make_plan
+from millpond.agents.topics.plans import RECEIPT_LIFETIME_S, TopicPlans, make_plan
 from tests.support import given
 
 
@@ -65,7 +65,7 @@ def test_topics_that_the_same_rules_match_share_a_plan_and_memory_is_bounded(
 ) -> None:
     monkeypatch.setattr(plans, "PLANS_MAX", 2)
     rules = given.rules(given.store(), given.retain("b/#"))
-    held = Plans(rules)
+    held = TopicPlans(rules)
     for topic in ("a", "a/1", "b/1", "b/2", "a/+", "a"):
         assert held.of(topic) == make_plan(rules, topic)
         assert len(held._plans) <= 2

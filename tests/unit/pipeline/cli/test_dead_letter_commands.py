@@ -14,10 +14,10 @@ from millpond.agents.delivery.dead_messages import DeadMessage
 from millpond.pipeline.cli import dead_letter_commands as commands
 from millpond.pipeline.cli.main import app
 from millpond.pipeline.operate import dead_letters, operator_events
-from millpond.pipeline.operate.dead_letter_snapshot import WRITTEN_AT_ONCE, Snapshot
+from millpond.pipeline.operate.dead_letter_snapshot import WRITTEN_AT_ONCE, DeadLetterSnapshot
 from millpond.pipeline.operate.dead_letters import (
     AGENTS,
-    Found,
+    FoundDeadLetter,
     carried_out,
     no_such,
     stored_message,
@@ -84,7 +84,7 @@ def test_a_limit_is_at_least_one() -> None:
 def test_only_yes_means_yes(
     answer: str, written: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    async def two(_: object, __: object, ___: object, snapshot: Snapshot) -> int:
+    async def two(_: object, __: object, ___: object, snapshot: DeadLetterSnapshot) -> int:
         for at in range(2):
             snapshot.add("queue", dead(f"m{at}", at))
         return 0
@@ -113,7 +113,7 @@ def dead(message_id: str, at: int = 0, topic: str = "queue/a") -> DeadMessage:
 
 def test_a_snapshot_has_each_once_in_the_order_in_which_they_died() -> None:
     many = 2 * WRITTEN_AT_ONCE + 1
-    with Snapshot() as snapshot:
+    with DeadLetterSnapshot() as snapshot:
         assert (len(snapshot), list(snapshot), snapshot.newest(1)) == (0, [], [])
         for at in (*reversed(range(many)), 7, 8):
             snapshot.add("queue", dead(f"m{at:05}", at // 2))
@@ -154,9 +154,9 @@ def test_what_is_somebody_elses_key_is_no_stored_message(other: dict[str, bytes]
 
 def test_an_order_reaches_an_agent_only_for_topics_of_its_rules() -> None:
     rules = given.rules(given.queue("queue/#"))
-    assert carried_out(rules, Found("queue", dead("m", topic="queue/a")))
-    assert not carried_out(rules, Found("queue", dead("m", topic="once/a/queue")))
-    assert not carried_out(rules, Found("pubsub", dead("m", topic="queue/a")))
+    assert carried_out(rules, FoundDeadLetter("queue", dead("m", topic="queue/a")))
+    assert not carried_out(rules, FoundDeadLetter("queue", dead("m", topic="once/a/queue")))
+    assert not carried_out(rules, FoundDeadLetter("pubsub", dead("m", topic="queue/a")))
 
 
 def test_the_agents_that_deliver_keep_dead_letters() -> None:

@@ -24,9 +24,9 @@ from millpond.agents.pubsub.state import (
 from millpond.agents.queue.state import unpack as unpack_queue
 from millpond.agents.topics.plans import make_plan
 from millpond.pipeline.explain import message_states, sentences
-from millpond.pipeline.explain.log_search import Wanted
+from millpond.pipeline.explain.log_search import WantedMessage
 from millpond.pipeline.explain.message_states import Known, Reading
-from millpond.pipeline.explain.results import Event, MessageState, Searched
+from millpond.pipeline.explain.results import LogEvent, MessageState, Searched
 from millpond.pipeline.explain.topics import Top, TopicRow
 from millpond.pipeline.stores.memory.server import Zset
 from millpond.schemas import keys
@@ -50,7 +50,7 @@ PUBSUB = (
 
 def known(world: Delivering, message_id: str, topic: str, **fields: Any) -> Known:
     """What the world's log and store say of a message."""
-    wanted, events = Wanted(message_id, topic), []
+    wanted, events = WantedMessage(message_id, topic), []
     for (kafka_topic, partition), records in world.log.records.items():
         for record in records:
             whole = SimpleNamespace(
@@ -441,7 +441,7 @@ def test_one_that_begins_with_the_latest_and_has_read_nothing_is_past_what_was_b
 def test_a_message_that_nobody_delivers_is_told_as_it_is(
     fields: dict[str, Any], expected: str
 ) -> None:
-    event = Event(
+    event = LogEvent(
         kind="published", kafka_topic="mqtt.messages", partition=0, offset=5, at=20_000,
         message_id="m1", topic="t", qos=1,
     )  # fmt: skip
@@ -463,7 +463,7 @@ def test_a_message_that_nobody_delivers_is_told_as_it_is(
 def test_what_the_rules_do_not_store_is_told_with_the_reason(
     qos: int, rule: str, expected: str
 ) -> None:
-    event = Event(
+    event = LogEvent(
         kind="published", kafka_topic="mqtt.messages", partition=0, offset=5, at=20_000,
         message_id="m1", topic="t", qos=qos,
     )  # fmt: skip
@@ -518,24 +518,24 @@ def a_record(key: bytes, value: bytes | None, **fields: Any) -> Any:
 @drawn(ODD, ODD, ODD)
 def test_a_message_is_found_by_any_id_and_no_other_is(name: str, other: str, topic: str) -> None:
     record = a_record(*given.key_and_value(given.published(name, topic, payload=other)))
-    (found,) = Wanted(name, topic).events(record)
+    (found,) = WantedMessage(name, topic).events(record)
     assert (found.kind, found.message_id, found.topic) == ("published", name, topic)
     if name != other:
-        assert Wanted(other, None).events(record) == []
-        assert Wanted(name, topic + "x").events(record) == []
+        assert WantedMessage(other, None).events(record) == []
+        assert WantedMessage(name, topic + "x").events(record) == []
 
 
 def test_an_id_is_found_however_a_bridge_has_escaped_it() -> None:
     key, value = given.key_and_value(given.published("a/é", "t"))
     escaped = value.replace("a/é".encode(), b"a\\/\\u00e9")
     assert escaped != value
-    (found,) = Wanted("a/é", "t").events(a_record(key, escaped))
+    (found,) = WantedMessage("a/é", "t").events(a_record(key, escaped))
     assert found.message_id == "a/é"
 
 
 @pytest.mark.parametrize("value", [None, b"", b"m1", b'{"type":"tick"}', b'{"message_id":"m1"}'])
 def test_what_nobody_can_read_says_nothing(value: bytes | None) -> None:
-    assert Wanted("m1", None).events(a_record(b"t", value)) == []
+    assert WantedMessage("m1", None).events(a_record(b"t", value)) == []
 
 
 def test_a_dead_letter_is_found_by_its_header_or_by_its_bytes() -> None:
@@ -547,10 +547,10 @@ def test_a_dead_letter_is_found_by_its_header_or_by_its_bytes() -> None:
         b"t", b'{"message_id":"m1", what', topic=keys.DEAD_LETTERS_TOPIC, headers=reason
     )
     for record in (named, bytes_only):
-        (found,) = Wanted("m1", "t").events(record)
+        (found,) = WantedMessage("m1", "t").events(record)
         assert (found.kind, found.detail) == ("dead_letter", "queue: because")
-        assert Wanted("m2", "t").events(record) == []
-        assert Wanted("m1", "u").events(record) == []
+        assert WantedMessage("m2", "t").events(record) == []
+        assert WantedMessage("m1", "u").events(record) == []
 
 
 # -- the list of topics ------------------------------------------------------------------------------------------------

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from millpond.agents.ports import Outgoing
+from millpond.agents.ports import OutgoingRecord
 from millpond.pipeline.compare.owned_keys import without_batches
 from millpond.pipeline.replay.log import ReplayLog
-from millpond.pipeline.replay.log_extent import Extent, horizon
+from millpond.pipeline.replay.log_extent import LogExtent, horizon
 from millpond.pipeline.stores.redis.keyspace import glob
 from millpond.schemas.errors import BrokenInvariant
 
@@ -15,7 +15,7 @@ from millpond.schemas.errors import BrokenInvariant
 def test_a_replay_cannot_write_into_kafka() -> None:
     log = ReplayLog({}, 1)
     with pytest.raises(BrokenInvariant, match="a replay was about to write into Kafka"):
-        log.produce([Outgoing("mqtt.deliveries", b"c", b"{}")])
+        log.produce([OutgoingRecord("mqtt.deliveries", b"c", b"{}")])
 
 
 @pytest.mark.parametrize(
@@ -31,9 +31,9 @@ def test_a_fence_is_compared_without_what_depends_on_batches() -> None:
 
 
 def test_what_the_log_has_lost_is_said_with_the_time_from_which_it_is_complete() -> None:
-    whole, empty = Extent(0, 10, None), Extent(5, 5, None)
-    assert horizon("queue", {0: whole, 1: Extent(0, 0, None)}) is None
-    cut = {0: whole, 1: Extent(30, 40, 1_700_000_000_000), 2: Extent(7, 9, 1_700_000_060_000)}
+    whole, empty = LogExtent(0, 10, None), LogExtent(5, 5, None)
+    assert horizon("queue", {0: whole, 1: LogExtent(0, 0, None)}) is None
+    cut = {0: whole, 1: LogExtent(30, 40, 1_700_000_000_000), 2: LogExtent(7, 9, 1_700_000_060_000)}
     assert horizon("queue", cut) == (
         "mqtt.messages has lost its first 37 records, in 2 of 3 partitions: complete from"
         " 2023-11-14T22:14:20Z on; what followed from earlier ones alone is missing"

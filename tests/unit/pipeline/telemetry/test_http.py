@@ -8,7 +8,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from millpond.pipeline.telemetry.bridge import Hooks
+from millpond.pipeline.telemetry.bridge import HookMetrics
 from millpond.pipeline.telemetry.http import Listener, serving
 from millpond.schemas.errors import ConfigError
 
@@ -63,7 +63,7 @@ async def test_health_says_why_not(
 
 async def test_metrics_are_in_the_form_that_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    hooks = Hooks({})
+    hooks = HookMetrics({})
     hooks.observe("message.publish", 0.01, "kept")
     async with serving("127.0.0.1:0", "bridge emqx", [hooks], WELL):
         port = port_of(caplog)

@@ -13,19 +13,24 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from millpond.agents.driver.driver import PartitionDriver
-from millpond.agents.ports import Stored
+from millpond.agents.ports import LoadedState
 from millpond.agents.reads import Read
 from millpond.agents.registry import MACHINES
 from millpond.pipeline.brokers.commands.deliveries import Deliveries, published_at_s
-from millpond.pipeline.brokers.commands.pending import Ticket
+from millpond.pipeline.brokers.commands.pending import PendingCommand
 from millpond.pipeline.brokers.commands.reports import Reports
 from millpond.pipeline.stores.memory.store import MemoryStore
 from millpond.pipeline.telemetry.agent import AgentCounts, PartitionObserver
-from millpond.pipeline.telemetry.bridge import Commands, Hooks, Kept, Spool
+from millpond.pipeline.telemetry.bridge import (
+    CommandMetrics,
+    HookMetrics,
+    ProducerMetrics,
+    SpoolMetrics,
+)
 from millpond.pipeline.telemetry.families import Metric
 from millpond.pipeline.telemetry.histogram import SHORT_S, Histogram
 from millpond.pipeline.telemetry.http import registry_of
-from millpond.pipeline.telemetry.timed_store import WatchedStore
+from millpond.pipeline.telemetry.timed_store import TimedStore
 from millpond.pipeline.telemetry.worker import STORE_PATIENCE_S, WorkerTelemetry
 from millpond.schemas.errors import StoreDown
 from millpond.schemas.events import AgentName, DeliveryFailed
@@ -57,10 +62,16 @@ class Inlet:
 
 
 def bridge_parts() -> list[Any]:
-    recorder = SimpleNamespace(entered={}, lost={}, unacknowledged=(), kept_s=Histogram(SHORT_S))
-    commander = SimpleNamespace(taken={}, unfinished=0, seconds=Histogram(SHORT_S))
+    event_producer = SimpleNamespace(
+        entered={}, lost={}, unacknowledged=(), kept_s=Histogram(SHORT_S)
+    )
+    command_consumer = SimpleNamespace(taken={}, unfinished=0, seconds=Histogram(SHORT_S))
     deliveries = SimpleNamespace(outcomes={}, delivery_s={})
-    return [Hooks({}), Kept(recorder), Commands(commander, deliveries)]
+    return [
+        HookMetrics({}),
+        ProducerMetrics(event_producer),
+        CommandMetrics(command_consumer, deliveries),
+    ]
 
 
 async def no_ends(numbers: Sequence[int]) -> dict[int, int]:
@@ -89,7 +100,7 @@ def every_family() -> list[Metric]:
     registries = (
         registry_of("worker queue", [worker_telemetry()]),
         registry_of("bridge embedded", bridge_parts()),
-        registry_of("bridge emqx", [Hooks({}), Spool(Inlet())]),
+        registry_of("bridge emqx", [HookMetrics({}), SpoolMetrics(Inlet())]),
     )
     return [family for registry in registries for family in registry.collect()]
 
@@ -123,19 +134,22 @@ def test_labels_have_few_values() -> None:
     telemetry = worker_telemetry()
     telemetry.counts = counts
     counts.events["message.published", "applied"] = 1
-    hooks = Hooks({})
+    hooks = HookMetrics({})
     hooks.observe("message.publish", 0.1, "kept")
-    for registry in (registry_of("p", [telemetry]), registry_of("p", [hooks, Spool(Inlet())])):
+    for registry in (
+        registry_of("p", [telemetry]),
+        registry_of("p", [hooks, SpoolMetrics(Inlet())]),
+    ):
         for family in registry.collect():
             if family.name.startswith("millpond"):
                 assert {name for sample in family.samples for name in sample.labels} <= LABELS
 
 
 def test_what_is_shown_can_be_read_again() -> None:
-    hooks = Hooks({})
+    hooks = HookMetrics({})
     for seconds in (0.0005, 0.002, 0.003, 20.0):
         hooks.observe("message.publish", seconds, "kept")
-    samples = shown(registry_of("bridge emqx", [hooks, Spool(Inlet())]))
+    samples = shown(registry_of("bridge emqx", [hooks, SpoolMetrics(Inlet())]))
     bucket, kept = "millpond_bridge_hook_duration_seconds", {"hook": "message.publish"}
     assert value(samples, f"{bucket}_bucket", **kept, le="0.001") == 1
     assert value(samples, f"{bucket}_bucket", **kept, le="0.0025") == 2
@@ -293,7 +307,7 @@ def lag_and_age(telemetry: WorkerTelemetry) -> tuple[float, float]:
     where = {"agent": "messages", "partition": "0"}
     return (
         value(samples, "millpond_lag_records", **where),
-        value(samples, "millpond_oldest_unapplied_age_seconds", **where),
+        value(samples, "millpond_lag_seconds", **where),
     )
 
 
@@ -313,9 +327,9 @@ async def test_a_store_that_does_not_answer_is_noticed(monkeypatch: Any) -> None
     watched = Watched("messages", given.store())
     owned = Owned()
     telemetry = WorkerTelemetry("messages", lambda: owned, no_ends)
-    answer: asyncio.Future[Stored] = asyncio.get_running_loop().create_future()
+    answer: asyncio.Future[LoadedState] = asyncio.get_running_loop().create_future()
 
-    async def silent() -> Stored:
+    async def silent() -> LoadedState:
         return await answer
 
     store, _ = telemetry.watch(3, SimpleNamespace(load=silent))
@@ -347,7 +361,7 @@ async def test_a_store_is_the_same_when_it_is_watched() -> None:
         async def commit(self, packed: Any) -> None:
             raise StoreDown("away")
 
-    store: WatchedStore[Any] = WatchedStore(Down(), counts)  # type: ignore[arg-type]
+    store: TimedStore[Any] = TimedStore(Down(), counts)  # type: ignore[arg-type]
     for call in (store.read([]), store.commit(())):
         with pytest.raises(StoreDown):
             await call
@@ -368,17 +382,17 @@ def test_the_time_of_a_publish_is_read_from_its_id() -> None:
 
 def test_copies_without_a_lease_are_counted_too() -> None:
     deliveries = Deliveries("n", Reports(SimpleNamespace(node="n")))
-    ticket = Ticket("c", None, 0, "", 0, lambda: None)
-    deliveries.sent(ticket, 0)
-    assert not deliveries.good(ticket)
+    pending = PendingCommand("c", None, 0, "", 0, lambda: None)
+    deliveries.sent(pending, 0)
+    assert deliveries.fail_if_stale(pending)
     assert deliveries.outcomes == {("none", "sent"): 1, ("none", "stale"): 1}
 
 
 def test_what_alerts_watch_is_there_before_it_happens() -> None:
     """Prometheus sees no increase in what was not there before."""
-    inlet = Inlet()
-    inlet.lost = {}
-    samples = shown(registry_of("bridge emqx", [Spool(inlet)]))
+    durable_producer = Inlet()
+    durable_producer.lost = {}
+    samples = shown(registry_of("bridge emqx", [SpoolMetrics(durable_producer)]))
     assert value(samples, "millpond_bridge_events_lost_total", type="message.publish") == 0
     samples = shown(registry_of("worker queue", [worker_telemetry()]))
     for reason in ("unreadable", "failed", "refused", "given_up"):

@@ -11,8 +11,8 @@ import pytest
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from millpond.agents.driver.observer import Nobody
-from millpond.agents.ports import Outgoing
+from millpond.agents.driver.observer import NullObserver
+from millpond.agents.ports import OutgoingRecord
 from millpond.pipeline.settings import TelemetrySettings
 from millpond.pipeline.telemetry import otel
 from millpond.pipeline.telemetry.tracing import bridge_tracing, worker_tracing
@@ -37,15 +37,15 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
 
 
 @pytest.fixture
-def bridge(spans: InMemorySpanExporter) -> Iterator[otel.Bridge]:
-    bridge = otel.Bridge(SETTINGS, "embedded")
+def bridge(spans: InMemorySpanExporter) -> Iterator[otel.OtelBridgeTracing]:
+    bridge = otel.OtelBridgeTracing(SETTINGS, "embedded")
     yield bridge
     bridge.close()
 
 
 @pytest.fixture
-def worker(spans: InMemorySpanExporter) -> Iterator[otel.Worker]:
-    worker = otel.Worker(SETTINGS, "queue")
+def worker(spans: InMemorySpanExporter) -> Iterator[otel.OtelWorkerTracing]:
+    worker = otel.OtelWorkerTracing(SETTINGS, "queue")
     yield worker
     worker.close()
 
@@ -57,8 +57,8 @@ def deliver(message_id: str = "m1") -> Deliver:
     )  # fmt: skip
 
 
-def command(message_id: str = "m1") -> Outgoing:
-    return Outgoing(keys.DELIVERIES_TOPIC, b"anna", codec.encode(deliver(message_id)))
+def command(message_id: str = "m1") -> OutgoingRecord:
+    return OutgoingRecord(keys.DELIVERIES_TOPIC, b"anna", codec.encode(deliver(message_id)))
 
 
 def fetched(*headers: tuple[str, bytes], offset: int = 0) -> SimpleNamespace:
@@ -69,9 +69,9 @@ class Log:
     """Remembers what is produced."""
 
     def __init__(self) -> None:
-        self.produced: list[Outgoing] = []
+        self.produced: list[OutgoingRecord] = []
 
-    def produce(self, records: Sequence[Outgoing]) -> None:
+    def produce(self, records: Sequence[OutgoingRecord]) -> None:
         self.produced += records
 
 
@@ -85,6 +85,8 @@ def test_without_an_endpoint_there_is_nobody_to_call() -> None:
 
 def test_without_the_extra_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    monkeypatch.delitem(sys.modules, "millpond.pipeline.telemetry.otel", raising=False)
+    monkeypatch.delattr("millpond.pipeline.telemetry.otel", raising=False)
     for call in (lambda: bridge_tracing(SETTINGS, "x"), lambda: worker_tracing(SETTINGS, "queue")):
         with pytest.raises(ConfigError, match=r"pip install 'millpond\[otel\]'"):
             call()
@@ -94,14 +96,18 @@ def test_without_the_extra_it_is_said_what_to_install(monkeypatch: pytest.Monkey
 
 
 def test_of_publishes_so_many_are_traced_as_the_ratio_says(spans: InMemorySpanExporter) -> None:
-    never = otel.Bridge(TelemetrySettings(otlp_endpoint="http://127.0.0.1:9", trace_ratio=0), "e")
+    never = otel.OtelBridgeTracing(
+        TelemetrySettings(otlp_endpoint="http://127.0.0.1:9", trace_ratio=0), "e"
+    )
     assert all(never.publish(given.published()) is None for _ in range(100))
-    half = otel.Bridge(TelemetrySettings(otlp_endpoint="http://127.0.0.1:9", trace_ratio=0.5), "e")
+    half = otel.OtelBridgeTracing(
+        TelemetrySettings(otlp_endpoint="http://127.0.0.1:9", trace_ratio=0.5), "e"
+    )
     assert 300 < sum(half.publish(given.published()) is not None for _ in range(1_000)) < 700
 
 
 def test_a_publisher_that_traces_has_decided(
-    bridge: otel.Bridge, spans: InMemorySpanExporter
+    bridge: otel.OtelBridgeTracing, spans: InMemorySpanExporter
 ) -> None:
     event = given.published(user_properties={"traceparent": SAMPLED})
     span = bridge.publish(event)
@@ -117,7 +123,9 @@ def test_a_publisher_that_traces_has_decided(
 def test_what_is_no_context_or_is_not_sampled_is_as_good_as_none(
     text: str, spans: InMemorySpanExporter
 ) -> None:
-    never = otel.Bridge(TelemetrySettings(otlp_endpoint="http://127.0.0.1:9", trace_ratio=0), "e")
+    never = otel.OtelBridgeTracing(
+        TelemetrySettings(otlp_endpoint="http://127.0.0.1:9", trace_ratio=0), "e"
+    )
     event = given.published(user_properties={"traceparent": text})
     assert never.publish(event) is None
     assert never.deliver([("traceparent", text.encode())], deliver()) is None
@@ -125,7 +133,9 @@ def test_what_is_no_context_or_is_not_sampled_is_as_good_as_none(
     assert never.deliver([], deliver()) is None
 
 
-def test_what_kafka_refused_is_an_error(bridge: otel.Bridge, spans: InMemorySpanExporter) -> None:
+def test_what_kafka_refused_is_an_error(
+    bridge: otel.OtelBridgeTracing, spans: InMemorySpanExporter
+) -> None:
     span = bridge.publish(given.published())
     assert span is not None
     span.end(failed=True)
@@ -133,7 +143,9 @@ def test_what_kafka_refused_is_an_error(bridge: otel.Bridge, spans: InMemorySpan
     assert not sent.status.is_ok
 
 
-def test_a_payload_is_in_no_span(bridge: otel.Bridge, spans: InMemorySpanExporter) -> None:
+def test_a_payload_is_in_no_span(
+    bridge: otel.OtelBridgeTracing, spans: InMemorySpanExporter
+) -> None:
     span = bridge.publish(given.published(payload="bread"))
     assert span is not None
     again = bridge.deliver(span.headers, deliver())
@@ -149,16 +161,16 @@ def test_a_payload_is_in_no_span(bridge: otel.Bridge, spans: InMemorySpanExporte
 # -- workers --------------------------------------------------------------------------------------------
 
 
-def folded(worker: otel.Worker, *message_ids: str) -> None:
+def folded(worker: otel.OtelWorkerTracing, *message_ids: str) -> None:
     """A batch with these publishes, from offset 0 on."""
-    observer = worker.observer(Nobody(), 0)
+    observer = worker.observer(NullObserver(), 0)
     observer.stepping(1)
     batch = benchmark.batch_of([given.published(each) for each in message_ids])
     observer.applied(batch, benchmark.transaction_of(()), ())
 
 
 def test_a_command_carries_the_context_of_its_publish_and_no_other_does(
-    worker: otel.Worker, spans: InMemorySpanExporter
+    worker: otel.OtelWorkerTracing, spans: InMemorySpanExporter
 ) -> None:
     log = Log()
     traced: Any = worker.log(log)  # type: ignore[arg-type]
@@ -166,7 +178,7 @@ def test_a_command_carries_the_context_of_its_publish_and_no_other_does(
     worker.fetched(SimpleNamespace(partition=0), [fetched(("traceparent", SAMPLED.encode()))])
     worker.fetched(SimpleNamespace(partition=0), [fetched(("other", b"x"), offset=1)])
     folded(worker, "m1", "m2")
-    other = Outgoing(keys.MESSAGES_TOPIC, b"k", b"{}")
+    other = OutgoingRecord(keys.MESSAGES_TOPIC, b"k", b"{}")
     traced.produce([command(), command("m2"), other, command()._replace(value=None)])
     marked = [dict(each.headers).get("traceparent") for each in log.produced]
     fold = next(span for span in spans.get_finished_spans() if span.name == "fold")
@@ -178,7 +190,7 @@ def test_a_command_carries_the_context_of_its_publish_and_no_other_does(
 
 
 def test_a_batch_without_a_traced_publish_has_no_span(
-    worker: otel.Worker, spans: InMemorySpanExporter
+    worker: otel.OtelWorkerTracing, spans: InMemorySpanExporter
 ) -> None:
     worker.fetched(SimpleNamespace(partition=1), [fetched(("traceparent", SAMPLED.encode()))])
     folded(worker, "m1")  # of another partition
@@ -186,7 +198,7 @@ def test_a_batch_without_a_traced_publish_has_no_span(
 
 
 def test_contexts_that_nobody_asks_for_are_forgotten(
-    worker: otel.Worker, monkeypatch: pytest.MonkeyPatch
+    worker: otel.OtelWorkerTracing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(otel, "CONTEXTS_MAX", 3)
     header = ("traceparent", SAMPLED.encode())

@@ -12,8 +12,8 @@ import pytest
 from millpond.agents.registry import AGENT_NAMES
 from millpond.pipeline.operate.lag import AgentLag, PartitionLag
 from millpond.pipeline.web import lookups, server
-from millpond.pipeline.web.lookups import Rates, Shared, SharedByName
-from millpond.pipeline.web.operator_token import Operator
+from millpond.pipeline.web.lookups import Rates, SharedLookup, SharedLookups
+from millpond.pipeline.web.operator_token import OperatorToken
 from millpond.schemas.errors import ConfigError, StoreDown
 
 TOKEN = "a-token-that-is-long-enough"
@@ -70,7 +70,7 @@ async def test_all_who_ask_share_one_look_and_its_error(monkeypatch: pytest.Monk
         return len(looked)
 
     monkeypatch.setattr(lookups, "FRESH_S", 0.0)
-    shared = Shared(look)
+    shared = SharedLookup(look)
     asking = [asyncio.create_task(shared.get()) for _ in range(3)]
     await asyncio.sleep(0)
     asking[0].cancel()  # who goes away takes nobody's answer along
@@ -90,7 +90,7 @@ async def test_only_so_many_names_are_remembered() -> None:
         looked.append(name)
         return name
 
-    shared = SharedByName(look)
+    shared = SharedLookups(look)
     names = [str(number) for number in range(lookups.REMEMBERED_MAX + 1)]
     assert [await shared.get(name) for name in names] == names
     await shared.get(names[-1])
@@ -102,14 +102,14 @@ async def test_only_so_many_names_are_remembered() -> None:
 def test_the_operator_is_who_has_the_token_that_is_in_the_file_now(tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text(f"{TOKEN}\nsomething else\n")
-    operator = Operator(str(file))
+    operator = OperatorToken(str(file))
     assert operator.is_meant(f"Bearer {TOKEN}")
     for other in ("", "Bearer ", TOKEN, f"Basic {TOKEN}", f"Bearer {TOKEN}\n", "Bearer é\udcff"):
         assert not operator.is_meant(other)
     file.write_text(TOKEN.upper())
     assert operator.is_meant(f"Bearer {TOKEN.upper()}")
     assert not operator.is_meant(f"Bearer {TOKEN}")
-    nobody = Operator(None)
+    nobody = OperatorToken(None)
     assert not nobody.possible
     assert not nobody.is_meant("Bearer ")
 
@@ -119,7 +119,7 @@ def test_a_token_that_could_be_guessed_is_none(tmp_path: Path, text: str) -> Non
     file = tmp_path / "token"
     file.write_text(text)
     with pytest.raises(ConfigError, match="token_file"):
-        Operator(str(file))
+        OperatorToken(str(file))
 
 
 @pytest.mark.parametrize("path", OWN, ids=lambda path: path.name)

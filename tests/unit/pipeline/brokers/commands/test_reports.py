@@ -8,36 +8,38 @@ from millpond.pipeline.brokers.commands.deliveries import FailedEpochs
 from millpond.pipeline.brokers.commands.reports import (
     SENT_BYTES_MAX,
     SENT_MAX,
-    Entry,
     Report,
+    ReportEntry,
     collected,
 )
 from millpond.schemas.events import AgentName, DeliveriesSent, DeliveryFailed, MessageAcked, Sent
-from millpond.schemas.leases import Lease
+from millpond.schemas.leases import LeaseName
 
 
-def a_lease(number: int = 1, partition: int = 3, agent: AgentName = "queue") -> Lease:
-    return Lease(agent, partition, number)
+def a_lease(number: int = 1, partition: int = 3, agent: AgentName = "queue") -> LeaseName:
+    return LeaseName(agent, partition, number)
 
 
-def a_sent(lease: Lease, on_kept: Callable[[], None] | None = None, client_id: str = "c") -> Entry:
-    return Entry(Sent(str(lease), client_id, "m"), lease, on_kept=on_kept)
+def a_sent(
+    lease: LeaseName, on_kept: Callable[[], None] | None = None, client_id: str = "c"
+) -> ReportEntry:
+    return ReportEntry(Sent(str(lease), client_id, "m"), lease, on_kept=on_kept)
 
 
-def a_failure(lease: Lease) -> Entry:
+def a_failure(lease: LeaseName) -> ReportEntry:
     event = DeliveryFailed(
         at=1, node="n", agent=lease.agent, lease=str(lease), client_id="c", message_id="m",
         reason="stale",
     )  # fmt: skip
-    return Entry(event, lease)
+    return ReportEntry(event, lease)
 
 
-def an_ack(message_id: str, on_entered: Callable[[], None] | None = None) -> Entry:
+def an_ack(message_id: str, on_entered: Callable[[], None] | None = None) -> ReportEntry:
     event = MessageAcked(at=1, node="n", message_id=message_id, topic="t", client_id="c", qos=1)
-    return Entry(event, None, on_entered=on_entered)
+    return ReportEntry(event, None, on_entered=on_entered)
 
 
-def told(entries: list[Entry]) -> list[str]:
+def told(entries: list[ReportEntry]) -> list[str]:
     """The records, in short."""
     return [short(report) for report in collected(entries, "n", 1)]
 

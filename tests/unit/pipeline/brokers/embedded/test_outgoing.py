@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from millpond.pipeline.brokers.commands.pending import Ticket
+from millpond.pipeline.brokers.commands.pending import PendingCommand
 from millpond.pipeline.brokers.embedded import outgoing as module
 from millpond.pipeline.brokers.embedded.outgoing import (
     AWAY_BYTES_MAX,
     AWAY_MAX,
     DELIVERY_WINDOW,
     IN_FLIGHT_BYTES_MAX,
-    Change,
-    Copy,
-    Message,
     Outgoing,
+    OutgoingChange,
+    OutgoingCopy,
+    OutgoingMessage,
     Release,
 )
 from millpond.schemas.commands import Subscribe
@@ -25,36 +25,36 @@ from millpond.schemas.commands import Subscribe
 NOW_MS = 1_000
 
 
-def a_ticket(valid_until_ms: int = NOW_MS) -> Ticket:
-    return Ticket("c", None, 0, "m", valid_until_ms, lambda: None)
+def a_pending_command(valid_until_ms: int = NOW_MS) -> PendingCommand:
+    return PendingCommand("c", None, 0, "m", valid_until_ms, lambda: None)
 
 
-def a_copy(name: str = "m", qos: int = 1, payload: bytes = b"", **fields: Any) -> Copy:
+def a_copy(name: str = "m", qos: int = 1, payload: bytes = b"", **fields: Any) -> OutgoingCopy:
     """A commanded one."""
-    values = {"ticket": a_ticket(), **fields}
-    return Copy(Message(name, "t", None), payload, qos, retain=False, **values)
+    values = {"pending": a_pending_command(), **fields}
+    return OutgoingCopy(OutgoingMessage(name, "t", None), payload, qos, retain=False, **values)
 
 
-def routed(name: str = "r", qos: int = 1, payload: bytes = b"") -> Copy:
-    return a_copy(name, qos, payload, ticket=None)
+def routed(name: str = "r", qos: int = 1, payload: bytes = b"") -> OutgoingCopy:
+    return a_copy(name, qos, payload, pending=None)
 
 
-def a_change() -> Change:
-    return Change(a_ticket(), Subscribe(client_id="c", topic_filters=(("f", 1),)))
+def a_change() -> OutgoingChange:
+    return OutgoingChange(a_pending_command(), Subscribe(client_id="c", topic_filters=(("f", 1),)))
 
 
-def send_all(out: Outgoing) -> list[Copy]:
+def send_all(out: Outgoing) -> list[OutgoingCopy]:
     """What goes now, launched unless it was before."""
     went = []
     while (step := out.next(NOW_MS)) is not None:
-        if isinstance(step, Copy):
+        if isinstance(step, OutgoingCopy):
             if not step.packet_id:
                 out.launch(step)
             went.append(step)
     return went
 
 
-def put(out: Outgoing, *copies: Copy) -> list[Copy]:
+def put(out: Outgoing, *copies: OutgoingCopy) -> list[OutgoingCopy]:
     for copy in copies:
         out.put(copy)
     return [*copies]
@@ -287,20 +287,20 @@ def test_what_is_kept_for_a_client_that_is_away_is_bounded_and_the_oldest_go() -
 
 def test_commands_that_wait_in_vain_go_and_the_others_keep_their_order() -> None:
     out = Outgoing()
-    waiting = put(out, *(a_copy(ticket=a_ticket(number)) for number in range(5)))
+    waiting = put(out, *(a_copy(pending=a_pending_command(number)) for number in range(5)))
     asked: list[int] = []
 
-    def good(ticket: Ticket) -> bool:
-        asked.append(ticket.valid_until_ms)
-        return ticket.valid_until_ms not in {1, 3}
+    def stale(pending: PendingCommand) -> bool:
+        asked.append(pending.valid_until_ms)
+        return pending.valid_until_ms in {1, 3}
 
-    out.sift(good)
+    out.drop_stale(stale)
     assert asked == [*range(5)]
     assert [*out.ordered.waiting] == [waiting[0], waiting[2], waiting[4]]
     assert out.ordered.waiting_bytes == 3 * waiting[0].size
     woken: list[bool] = []
     out.wake = lambda: woken.append(True)
-    out.sift(lambda _: False)
+    out.drop_stale(lambda _: True)
     assert woken
     assert not out.ordered.waiting
 
@@ -310,26 +310,29 @@ class World:
 
     def __init__(self, seed: int) -> None:
         self.chance, self.out = random.Random(seed), Outgoing()
-        self.put_in: dict[bool, list[Copy]] = {True: [], False: []}  # by whether it is routed
-        self.started: dict[bool, list[Copy]] = {True: [], False: []}
-        self.open: dict[int, Copy] = {}  # between launch and the end of the packet id
-        self.acknowledged: list[Copy] = []  # and not entered
+        self.put_in: dict[bool, list[OutgoingCopy]] = {
+            True: [],
+            False: [],
+        }  # by whether it is routed
+        self.started: dict[bool, list[OutgoingCopy]] = {True: [], False: []}
+        self.open: dict[int, OutgoingCopy] = {}  # between launch and the end of the packet id
+        self.acknowledged: list[OutgoingCopy] = []  # and not entered
 
     def put(self) -> None:
         make = self.chance.choice((a_copy, routed))
         (copy,) = put(self.out, make(qos=self.chance.choice((0, 1, 2))))
-        self.put_in[copy.ticket is None].append(copy)
+        self.put_in[copy.pending is None].append(copy)
 
     def step(self) -> None:
         step = self.out.next(NOW_MS)
-        if not isinstance(step, Copy):
+        if not isinstance(step, OutgoingCopy):
             return
         if step.packet_id:
             assert self.open[step.packet_id] is step
             assert step.repeated
             return
         self.out.launch(step)
-        self.started[step.ticket is None].append(step)
+        self.started[step.pending is None].append(step)
         if step.qos:
             assert step.packet_id not in self.open
             self.open[step.packet_id] = step
@@ -358,7 +361,7 @@ class World:
         held = {*self.open.values(), *self.acknowledged}
         for lane in (True, False):
             assert self.started[lane] == self.put_in[lane][: len(self.started[lane])]
-            assert sum((copy.ticket is None) == lane for copy in held) <= 3
+            assert sum((copy.pending is None) == lane for copy in held) <= 3
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,10 @@ from millpond.pipeline.brokers.spool.directory import Spool
 from millpond.pipeline.brokers.spool.file import (
     BLOCK_BYTES_MAX,
     EMPTY_FILE_BYTES_MAX,
-    Record,
     SpoolDamaged,
     SpoolDown,
     SpoolFile,
+    SpoolRecord,
     size_of,
 )
 from millpond.pipeline.brokers.spool.rescue import rescue
@@ -33,15 +34,15 @@ from millpond.schemas.errors import ConfigError
 MIB = 1024 * 1024
 
 
-def a_record(number: int, size: int = 10) -> Record:
-    return Record("mqtt.messages", b"k", b"%d" % number + b"." * size, None, "message.publish")
+def a_record(number: int, size: int = 10) -> SpoolRecord:
+    return SpoolRecord("mqtt.messages", b"k", b"%d" % number + b"." * size, None, "message.publish")
 
 
-def some(count: int, first: int = 1, size: int = 10) -> list[Record]:
+def some(count: int, first: int = 1, size: int = 10) -> list[SpoolRecord]:
     return [a_record(number, size) for number in range(first, first + count)]
 
 
-def everything(file: SpoolFile) -> list[tuple[int, Record]]:
+def everything(file: SpoolFile) -> list[tuple[int, SpoolRecord]]:
     return file.read(0, file.last, 1 << 40)
 
 
@@ -67,8 +68,8 @@ def spools(tmp_path: Path) -> Iterator[list[Spool]]:
 
 def test_what_is_kept_is_read_in_order_with_its_numbers(file: SpoolFile) -> None:
     assert file.keep(some(3)) == 1
-    assert file.keep([Record("mqtt.clients", b"", b"\0\xff", 7, "client.connected")]) == 4
-    expected = [*some(3), Record("mqtt.clients", b"", b"\0\xff", 7, "client.connected")]
+    assert file.keep([SpoolRecord("mqtt.clients", b"", b"\0\xff", 7, "client.connected")]) == 4
+    expected = [*some(3), SpoolRecord("mqtt.clients", b"", b"\0\xff", 7, "client.connected")]
     assert everything(file) == list(enumerate(expected, 1))
     assert file.read(1, 3, MIB) == [(2, a_record(2)), (3, a_record(3))]
     assert file.bytes == sum(map(size_of, expected))
@@ -94,7 +95,7 @@ def test_whatever_is_kept_and_discarded_the_file_is_what_a_list_would_be(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, int, bool]]
 ) -> None:
     path = tmp_path_factory.mktemp("spool") / "spool-0.db"
-    file, kept = SpoolFile(path), list[tuple[int, Record]]()
+    file, kept = SpoolFile(path), list[tuple[int, SpoolRecord]]()
     last = discarded = 0
     for count, through, closes in steps:
         records = some(count, first=last + 1)
@@ -278,6 +279,24 @@ def test_what_can_be_read_of_a_damaged_file_is_taken_at_the_next_start(tmp_path:
     spool.close()
 
 
+def test_a_file_that_is_in_use_is_not_taken_for_a_damaged_one(file: SpoolFile) -> None:
+    file.keep(some(2))
+    with pytest.raises(SpoolDown, match="is in use"):
+        rescue(file.path)
+
+
+def test_a_file_that_could_not_be_read_is_let_go_of(file: SpoolFile) -> None:
+    """A cursor that a traceback still held kept the file locked on Python 3.12 and later."""
+    file.keep(some(2))
+    assert file._database is not None
+    file._database.execute("UPDATE block SET packed = x'c1'")
+    with pytest.raises(SpoolDamaged) as raised:
+        everything(file)
+    with closing(sqlite3.connect(file.damaged[0], timeout=0)) as database:
+        assert database.execute("SELECT count(*) FROM block").fetchone() == (1,)
+    assert raised.value.__traceback__ is not None
+
+
 def test_a_file_of_another_format_is_not_touched(file: SpoolFile) -> None:
     with sqlite3.connect(file.path) as database:
         database.execute("PRAGMA user_version = 99")
@@ -292,12 +311,12 @@ def test_a_file_of_another_format_is_not_touched(file: SpoolFile) -> None:
 KEEPER = """
 import sys
 from pathlib import Path
-from millpond.pipeline.brokers.spool.file import Record, SpoolFile
+from millpond.pipeline.brokers.spool.file import SpoolFile, SpoolRecord
 
 file, number = SpoolFile(Path(sys.argv[1])), 0
 while True:
     count = number * 7 % 50 + 1
-    records = [Record("t", b"k", b"%d" % (number + n), None, "h") for n in range(1, count + 1)]
+    records = [SpoolRecord("t", b"k", b"%d" % (number + n), None, "h") for n in range(1, count + 1)]
     file.keep(records, discard_through=max(0, number - 500))
     number += count
     print(number, flush=True)

@@ -7,9 +7,10 @@ from hiredis import ReplyError
 
 from millpond.agents.effects import (
     NO_SOURCE,
+    ClearBodyExpiry,
     ClearRetained,
     DeadLetter,
-    DropBody,
+    DeleteBody,
     Effect,
     KeepReceipt,
     Refusal,
@@ -19,19 +20,18 @@ from millpond.agents.effects import (
     SetDue,
     SetRules,
     SetState,
-    SpareBody,
     StoreMessage,
     Unindex,
     WriteSeen,
 )
 from millpond.agents.ports import Applied, Transaction
 from millpond.pipeline.stores.redis.commands import CommandList, refusals
-from millpond.pipeline.stores.redis.connection import Command
+from millpond.pipeline.stores.redis.connection import RedisCommand
 from millpond.pipeline.stores.redis.packing import (
     BODY_FIELDS,
     BODY_GRACE_MS,
-    Commands,
-    Due,
+    BatchCommands,
+    DueCommands,
     decode_seen,
 )
 from millpond.schemas.keys import Partition
@@ -45,11 +45,11 @@ APPLIED = Applied(
 )  # fmt: skip
 
 
-def commands(*effects: Effect, **fields: object) -> list[Command]:
+def commands(*effects: Effect, **fields: object) -> list[RedisCommand]:
     """All commands of a batch but the fence."""
     values: dict[str, object] = {"outputs": (), "produced": (), **fields}
     batch = Transaction(None, APPLIED, effects, **values)  # type: ignore[arg-type]
-    packed = Commands(PARTITION, batch)
+    packed = BatchCommands(PARTITION, batch)
     assert packed.state.commands.pop()[:2] == ("SET", f"{PRIVATE}applied")
     return packed.all().commands
 
@@ -78,7 +78,7 @@ def test_a_body_is_kept_an_hour_from_now_at_least_since_the_log_may_still_say_th
     wall_ms: int, end: int
 ) -> None:
     transaction = Transaction(None, APPLIED, [stored(3, "m1", expires_at=10)], [], [])
-    packed = Commands(PARTITION, transaction, wall_ms).all().commands
+    packed = BatchCommands(PARTITION, transaction, wall_ms).all().commands
     assert ("PEXPIREAT", "mqtt:msg:m1", end + BODY_GRACE_MS) in packed
 
 
@@ -99,8 +99,8 @@ def test_a_batch_adds_to_the_index_of_a_topic_once_after_all_bodies() -> None:
 
 def test_the_three_lists_follow_each_other_whatever_the_order_of_effects() -> None:
     packed = commands(
-        DropBody("old"),
-        SpareBody("spared"),
+        DeleteBody("old"),
+        ClearBodyExpiry("spared"),
         RunCommand(1, (b"INCR", b"x")),
         ClearRetained(1, "t"),
         Unindex(1, "t", ("a", "b")),
@@ -168,7 +168,7 @@ def test_outputs_are_journaled_under_their_sequence_and_what_is_produced_goes() 
 def test_what_falls_due_is_folded_in_order(
     times: list[int | None], removed: list[str], exact: dict[str, int], earliest: dict[str, int]
 ) -> None:
-    due = Due()
+    due = DueCommands()
     for at in times:
         due.fold("m", at)
     assert (list(due.removed), due.exact, due.earliest) == (removed, exact, earliest)
@@ -189,7 +189,7 @@ def test_an_error_reply_refuses_the_part_that_its_command_stands_for_once() -> N
     for source in (
         body, body, (body, other), Retain(3, "t", "a", 1), Retain(3, "t", "a", 1),
         KeepReceipt(4, "a", "acked", "s", 1, 2), RunCommand(5, (b"X",)),
-        Unindex(6, "t", ("a",)), DropBody("a"),
+        Unindex(6, "t", ("a",)), DeleteBody("a"),
     ):  # fmt: skip
         asked.add(source, "X")
     error = ReplyError("WRONGTYPE no")
@@ -204,11 +204,11 @@ def test_an_error_reply_refuses_the_part_that_its_command_stands_for_once() -> N
 
 def test_a_list_splits_and_leaves_out_and_packs() -> None:
     asked = CommandList()
-    asked.add(DropBody("a"), "DEL", "é")
+    asked.add(DeleteBody("a"), "DEL", "é")
     asked.add(None, "SET", "b", 1)
     assert asked.packed() == (
         b"*2\r\n$3\r\nDEL\r\n$2\r\n\xc3\xa9\r\n*3\r\n$3\r\nSET\r\n$1\r\nb\r\n$1\r\n1\r\n"
     )
-    others, those = asked.split(DropBody)
+    others, those = asked.split(DeleteBody)
     assert (others.commands, those.commands) == ([("SET", "b", 1)], [("DEL", "é")])
     assert asked.without([0]).sources == [None]

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import Returned, Returning
+from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic, ReturnedCopy
 from millpond.schemas.codec import topic_name_error
 
-RETURNING = Returning("secret")
+RETURNING = CopyTopic("secret")
 TOPIC = RETURNING.topic_for("queue/7/18823", "c2", "000660E8E1F804B9F443000004050002", "mp/c2/queue/t")  # fmt: skip
 
 
@@ -31,7 +31,7 @@ LEVELS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="+#
 def test_what_comes_back_is_what_went(client_id: str, message_id: str, topic: str) -> None:
     for lease in ("queue/7/18823", ""):
         way = RETURNING.topic_for(lease, client_id, message_id, topic)
-        assert RETURNING.parse(way) == Returned(lease, client_id, message_id, topic)
+        assert RETURNING.parse(way) == ReturnedCopy(lease, client_id, message_id, topic)
         assert topic_name_error(way) is None
 
 
@@ -56,8 +56,8 @@ def test_every_part_is_signed() -> None:
 
 
 def test_another_key_makes_another_signature() -> None:
-    assert Returning("other").parse(TOPIC) is None
-    assert Returning("secret").parse(TOPIC) is not None
+    assert CopyTopic("other").parse(TOPIC) is None
+    assert CopyTopic("secret").parse(TOPIC) is not None
 
 
 @given(mac=st.text(alphabet="0123456789abcdef", min_size=16, max_size=16), rest=st.text())

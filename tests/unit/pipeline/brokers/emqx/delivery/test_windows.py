@@ -8,55 +8,61 @@ from hypothesis import given as given_any
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from millpond.pipeline.brokers.commands.pending import Ticket
+from millpond.pipeline.brokers.commands.pending import PendingCommand
 from millpond.pipeline.brokers.emqx.delivery.windows import (
     BULK_BYTES_MAX,
     BULK_MAX,
     BULK_MIN,
     WINDOW,
     Accepted,
-    Change,
-    Copy,
-    Item,
-    Outcome,
-    Part,
-    Windows,
+    BulkShare,
+    CopyOutcome,
+    DeliveryCopy,
+    DeliveryWindows,
+    QueuedItem,
+    SubscriptionChange,
 )
 from millpond.schemas.commands import Deliver, Subscribe
-from millpond.schemas.leases import Lease
+from millpond.schemas.leases import LeaseName
 
 NOW, END = 1_000, 60_000
 
 
-def a_ticket(client: str, number: int, until: int = END) -> Ticket:
-    return Ticket(client, Lease("queue", 0, number), 1, f"m{number}", until, lambda: None)
+def a_pending_command(client: str, number: int, until: int = END) -> PendingCommand:
+    return PendingCommand(
+        client, LeaseName("queue", 0, number), 1, f"m{number}", until, lambda: None
+    )
 
 
-def a_copy(client: str, number: int, *, qos: int = 1, until: int = END, payload: str = "") -> Copy:
-    ticket = a_ticket(client, number, until)
+def a_copy(
+    client: str, number: int, *, qos: int = 1, until: int = END, payload: str = ""
+) -> DeliveryCopy:
+    pending = a_pending_command(client, number, until)
     command = Deliver(
-        client_id=client, lease=str(ticket.lease), valid_for_s=60, attempt=1,
-        message_id=ticket.message_id, topic="queue/a", qos=qos, retain=False, payload=payload,
+        client_id=client, lease=str(pending.lease), valid_for_s=60, attempt=1,
+        message_id=pending.message_id, topic="queue/a", qos=qos, retain=False, payload=payload,
     )  # fmt: skip
-    return Copy(ticket, command)
+    return DeliveryCopy(pending, command)
 
 
-def a_change(client: str) -> Change:
-    return Change(a_ticket(client, 0), Subscribe(client_id=client, topic_filters=(("a", 1),)))
+def a_change(client: str) -> SubscriptionChange:
+    return SubscriptionChange(
+        a_pending_command(client, 0), Subscribe(client_id=client, topic_filters=(("a", 1),))
+    )
 
 
-def windows(*items: Item) -> Windows:
-    made = Windows()
+def windows(*items: QueuedItem) -> DeliveryWindows:
+    made = DeliveryWindows()
     for item in items:
         made.put(item)
     return made
 
 
-def copies(client: str, *numbers: int, **fields: Any) -> list[Copy]:
+def copies(client: str, *numbers: int, **fields: Any) -> list[DeliveryCopy]:
     return [a_copy(client, number, **fields) for number in numbers]
 
 
-def bulk(made: Windows, now: int = NOW, slots: int = 1) -> list[Part]:
+def bulk(made: DeliveryWindows, now: int = NOW, slots: int = 1) -> list[BulkShare]:
     step = made.next(slots, now)
     if step is None:
         return []
@@ -64,15 +70,15 @@ def bulk(made: Windows, now: int = NOW, slots: int = 1) -> list[Part]:
     return step
 
 
-def numbers(part: Part) -> list[int]:
+def numbers(part: BulkShare) -> list[int]:
     return [int(copy.command.message_id[1:]) for copy in part.copies]
 
 
-def shown(parts: list[Part]) -> dict[str, list[int]]:
+def shown(parts: list[BulkShare]) -> dict[str, list[int]]:
     return {part.client_id: numbers(part) for part in parts}
 
 
-def accept(made: Windows, part: Part) -> list[str]:
+def accept(made: DeliveryWindows, part: BulkShare) -> list[str]:
     aliases = [f"{part.client_id}/{number}" for number in numbers(part)]
     made.settle(part, [Accepted(alias) for alias in aliases])
     return aliases
@@ -123,7 +129,7 @@ def test_what_was_valid_until_now_has_left_the_window() -> None:
     made = windows(*copies("a", *range(WINDOW), until=5_000), a_copy("a", 900))
     accept(made, bulk(made)[0])
     assert bulk(made, 5_000) == []
-    made.sift(1_000, 5_001, lambda ticket: True)
+    made.drop_stale(1_000, 5_001, lambda pending: False)
     assert shown(bulk(made, 5_001)) == {"a": [900]}
 
 
@@ -188,7 +194,7 @@ def test_a_session_that_ends_frees_its_room_and_gives_back_what_waits() -> None:
     made = windows(*copies("a", *range(WINDOW + 2)))
     accept(made, bulk(made)[0])
     ended = made.session_ended("a")
-    assert [copy.command.message_id for copy in ended if isinstance(copy, Copy)] == [
+    assert [copy.command.message_id for copy in ended if isinstance(copy, DeliveryCopy)] == [
         f"m{WINDOW}", f"m{WINDOW + 1}",
     ]  # fmt: skip
     assert len(made) == 0
@@ -213,7 +219,7 @@ def test_what_is_ready_is_shared_among_the_slots() -> None:
 
 def test_what_is_no_longer_good_is_sifted_out_and_nobody_is_remembered() -> None:
     made = windows(*copies("a", 1, 2), a_copy("b", 3))
-    made.sift(1_000, NOW, lambda ticket: ticket.message_id == "m2")
+    made.drop_stale(1_000, NOW, lambda pending: pending.message_id != "m2")
     assert len(made) == 1
     (part,) = bulk(made)
     assert numbers(part) == [2]
@@ -226,14 +232,14 @@ def test_what_waits_is_sifted_piece_by_piece_and_then_anew() -> None:
     made = windows(*(a_copy(f"c{number}", number) for number in range(10)))
     asked: list[str] = []
 
-    def good(ticket: Ticket) -> bool:
-        asked.append(ticket.client_id)
-        return True
+    def stale(pending: PendingCommand) -> bool:
+        asked.append(pending.client_id)
+        return False
 
     for _ in range(3):
-        made.sift(8, NOW, good)
+        made.drop_stale(8, NOW, stale)
     assert asked == [f"c{number}" for number in range(10)]
-    made.sift(8, NOW, good)
+    made.drop_stale(8, NOW, stale)
     assert asked[10:] == ["c0", "c1", "c2", "c3"]
 
 
@@ -252,7 +258,7 @@ def test_whatever_happens_order_and_window_hold(
     steps: list[tuple[str, int, int, list[str]]],
 ) -> None:
     """Of each client the first attempts of copies go in order, and what EMQX may hold of it is within the window."""
-    made, last = Windows(), 0
+    made, last = DeliveryWindows(), 0
     tried: dict[str, list[int]] = {}
     held: dict[str, set[str]] = {}
     for kind, which, count, outcomes in steps:
@@ -272,7 +278,7 @@ def test_whatever_happens_order_and_window_hold(
             held.pop(client, None)
         elif kind == "send":
             for part in bulk(made):
-                came: list[Outcome] = []
+                came: list[CopyOutcome] = []
                 before = tried.setdefault(part.client_id, [0])
                 for at, number in enumerate(numbers(part)):
                     outcome = outcomes[at % len(outcomes)]

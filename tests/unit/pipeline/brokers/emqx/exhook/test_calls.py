@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import Returning
+from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic
 from millpond.pipeline.brokers.emqx.exhook import exhook_pb2 as pb
 from millpond.pipeline.brokers.emqx.exhook.calls import EMPTY, Calls
 from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint
@@ -32,14 +32,14 @@ RULES = given.rules(
     given.receipt("message.delivered", "seen/#"),
 )  # fmt: skip
 MOUNTPOINT = Mountpoint("mp/${clientid}/")
-RETURNING = Returning("secret")
+RETURNING = CopyTopic("secret")
 LEASE = "queue/3/17"
 
 
 class World:
     def __init__(self, mountpoint: Mountpoint | None) -> None:
-        self.inlet, self.heard = MemoryInlet(), Heard()
-        self.calls = Calls(RULES, mountpoint, RETURNING, self.inlet, self.heard, 3)
+        self.durable_producer, self.heard = MemoryInlet(), Heard()
+        self.calls = Calls(RULES, mountpoint, RETURNING, self.durable_producer, self.heard, 3)
 
     async def publish(self, topic: str, **fields: Any) -> tuple[str, str | None]:
         """How a publish is answered: the kind, and the topic that it is routed to, if it is."""
@@ -86,7 +86,9 @@ async def test_without_a_mountpoint_the_broker_routes_what_is_kept(
     plain: World, topic: str, kind: str, routed: str | None, kept: str | None
 ) -> None:
     assert await plain.publish(topic) == (kind, routed)
-    topics = [each.topic for each in plain.inlet.events if isinstance(each, MessagePublished)]
+    topics = [
+        each.topic for each in plain.durable_producer.events if isinstance(each, MessagePublished)
+    ]
     assert topics == ([] if kept is None else [kept])
 
 
@@ -123,7 +125,7 @@ async def test_with_a_mountpoint_what_millpond_delivers_is_not_routed(
     assert await mounted.publish(topic, from_client_id=publisher) == (kind, routed)
     found = [
         (each.topic, each.client_id)
-        for each in mounted.inlet.events
+        for each in mounted.durable_producer.events
         if isinstance(each, MessagePublished)
     ]
     assert found == ([] if kept is None else [(kept, publisher)])
@@ -136,17 +138,17 @@ async def test_with_a_mountpoint_what_millpond_delivers_is_not_routed(
 async def test_a_copy_is_routed_to_its_topic_and_reported_before(
     mounted: World, topic: str
 ) -> None:
-    mounted.inlet.held = True
+    mounted.durable_producer.held = True
     publishing = asyncio.create_task(mounted.publish(copy(topic), message_id="ALIAS", qos=2))
-    while not mounted.inlet.entered:
+    while not mounted.durable_producer.entered:
         await asyncio.sleep(0)
-    (entered,) = mounted.inlet.entered
+    (entered,) = mounted.durable_producer.entered
     assert (entered.topic, entered.partition) == (keys.MESSAGES_TOPIC, 3)
     assert isinstance(entered.event, DeliveriesSent)
     assert entered.event.agent == "queue"
     assert entered.event.sent == (Sent(LEASE, "c2", "m0", "ALIAS", 2),)
     assert not publishing.done()
-    mounted.inlet.futures[0].set_result(None)
+    mounted.durable_producer.futures[0].set_result(None)
     assert await publishing == ("continue", topic)
 
 
@@ -155,11 +157,11 @@ async def test_nobody_is_told_of_a_copy_that_nobody_acknowledges_or_leased(
     mounted: World, qos: int, lease: str
 ) -> None:
     assert await mounted.publish(copy("mp/c2/t", lease), qos=qos) == ("continue", "mp/c2/t")
-    assert mounted.inlet.events == []
+    assert mounted.durable_producer.events == []
 
 
 async def test_a_copy_whose_report_is_not_kept_is_not_routed(mounted: World) -> None:
-    mounted.inlet.complaint = "the spool is full"
+    mounted.durable_producer.complaint = "the spool is full"
     assert await mounted.publish(copy("mp/c2/queue/t")) == ("stop", None)
     assert mounted.calls.refusals.counts == {"unkept": 1}
 
@@ -179,7 +181,7 @@ async def test_a_copy_that_cannot_be_reported_is_not_routed(
 
 @pytest.mark.parametrize("topic", ["kept/t", "queue/t"])
 async def test_a_publish_that_is_not_kept_is_refused(plain: World, topic: str) -> None:
-    plain.inlet.complaint = "the spool is full"
+    plain.durable_producer.complaint = "the spool is full"
     assert await plain.publish(topic) == ("stop", None)
     assert plain.calls.refusals.counts == {"unkept": 1}
     assert await plain.publish("other/t") == ("ignore", "other/t")
@@ -194,18 +196,18 @@ async def test_a_publish_that_cannot_be_an_event_is_refused(
 ) -> None:
     assert await plain.publish("kept/t", **fields) == ("stop", None)
     assert await plain.publish("other/t", **fields) == ("ignore", "other/t")
-    assert (plain.inlet.events, plain.calls.refusals.counts) == ([], {"invalid": 1})
+    assert (plain.durable_producer.events, plain.calls.refusals.counts) == ([], {"invalid": 1})
 
 
 async def test_an_event_stays_when_its_caller_gives_up(plain: World) -> None:
-    plain.inlet.held = True
+    plain.durable_producer.held = True
     publishing = asyncio.create_task(plain.publish("kept/t"))
-    while not plain.inlet.entered:
+    while not plain.durable_producer.entered:
         await asyncio.sleep(0)
     publishing.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await publishing
-    assert not plain.inlet.futures[0].cancelled()
+    assert not plain.durable_producer.futures[0].cancelled()
 
 
 # -- who else hears
@@ -227,7 +229,7 @@ async def test_a_publish_that_a_retain_rule_covers_is_told_of_with_the_brokers_o
 
 
 async def test_what_was_refused_is_not_asked_for(plain: World) -> None:
-    plain.inlet.complaint = "the spool is full"
+    plain.durable_producer.complaint = "the spool is full"
     await plain.publish("kept/retained")
     assert plain.heard.retained == []
 
@@ -238,7 +240,7 @@ async def test_an_acknowledgement_is_entered_and_then_heard_of(mounted: World) -
         message = a_message(topic, "ALIAS")
         request = pb.MessageAckedRequest(clientinfo=client, message=message)
         assert mounted.calls.acked(request.SerializeToString()) == EMPTY
-    (event,) = mounted.inlet.events
+    (event,) = mounted.durable_producer.events
     assert isinstance(event, MessageAcked)
     assert (event.topic, event.client_id, event.message_id) == ("queue/t", "c2", "ALIAS")
     assert mounted.heard.acks == [("c2", "ALIAS"), ("c2", "ALIAS")]
@@ -249,7 +251,7 @@ async def test_a_delivery_is_entered_if_a_rule_wants_it(plain: World) -> None:
     for topic in ("seen/t", "queue/t"):
         request = pb.MessageDeliveredRequest(clientinfo=a_client(), message=a_message(topic))
         assert plain.calls.tell("OnMessageDelivered", told, request.SerializeToString()) == EMPTY
-    assert [type(event) for event in plain.inlet.events] == [MessageDelivered]
+    assert [type(event) for event in plain.durable_producer.events] == [MessageDelivered]
 
 
 async def test_the_node_started_and_a_snapshot_is_wanted(plain: World) -> None:
@@ -263,7 +265,7 @@ async def test_the_node_started_and_a_snapshot_is_wanted(plain: World) -> None:
         "message.acked": ["queue/#", "pubsub/#"],
     }
     event = NodeStarted(at=1_795_403_195_000, node=NODE)
-    assert [(each.partition, each.event) for each in plain.inlet.entered] == [
+    assert [(each.partition, each.event) for each in plain.durable_producer.entered] == [
         (0, event), (1, event), (2, event),
     ]  # fmt: skip
     assert plain.heard.loaded == [NODE]
@@ -272,7 +274,7 @@ async def test_the_node_started_and_a_snapshot_is_wanted(plain: World) -> None:
 async def test_a_node_that_does_not_say_when_it_started_still_gets_its_hooks(plain: World) -> None:
     answer = plain.calls.provider_loaded(b"", "v1")
     assert pb.LoadedResponse.FromString(answer).hooks
-    assert (plain.inlet.events, plain.heard.loaded) == ([], [""])
+    assert (plain.durable_producer.events, plain.heard.loaded) == ([], [""])
 
 
 @pytest.mark.parametrize("judged", [True, False])
@@ -296,7 +298,7 @@ async def test_what_is_no_event_is_counted_and_answered(plain: World) -> None:
     assert plain.calls.refusals.counts == {"invalid": 2}
     good = pb.SessionSubscribedRequest(clientinfo=a_client(), topic="a/#")
     assert plain.calls.tell("OnSessionSubscribed", told, good.SerializeToString()) == EMPTY
-    assert [type(event) for event in plain.inlet.events] == [SessionSubscribed]
+    assert [type(event) for event in plain.durable_producer.events] == [SessionSubscribed]
 
 
 async def test_a_flood_of_refusals_is_one_line_without_payloads(
