@@ -1,4 +1,4 @@
-"""Write the generated parts of docs/reference/ anew: `python docs/generate.py`.
+"""Rewrite the generated parts of docs/reference/: `python docs/generate.py`.
 
 A generated part stands between `<!-- NAME: … -->` and `<!-- end -->`. Most are tables. The first columns of a table come
 from the code, the last ones may be written by hand in the document. A row is known by its first cells: it keeps what is
@@ -94,7 +94,7 @@ def one_of(words: Iterable[str]) -> str:
 
 
 def default(value: Any) -> str:
-    """A default as a cell shows it; nothing if there is none."""
+    """A default as a cell shows it; empty for a required value."""
     match value:
         case _ if value is NODEFAULT:
             return ""
@@ -210,7 +210,7 @@ def actions() -> Table:
 
 
 def agent(action: Action) -> str:
-    """Who carries an action out."""
+    """The agent that carries an action out."""
     delivery = COMPANIONS.get(action, action)
     if delivery in DELIVERY_AGENTS:
         return DELIVERY_AGENTS[delivery]
@@ -339,18 +339,18 @@ def shown(family: Metric) -> str:
     return f"{family.name}_total" if family.type == "counter" else family.name
 
 
-def measured(name: str, family: Metric) -> tuple[str, str, str, str]:
-    """Name, type, unit and labels."""
+def measured(name: str, family: Metric) -> tuple[str, str, str]:
+    """Name, type with unit, and labels."""
     noun = name.removesuffix("_total").rpartition("_")[2]
-    said = noun if noun in ("seconds", "bytes", "records", "partitions") else "count"
+    kind = f"{family.type}, {noun}" if noun in ("seconds", "bytes") else family.type
     labels: Iterable[str] = family._labelnames  # type: ignore[attr-defined]  # noqa: SLF001  no other way
-    return code(name), family.type, said, " ".join(map(code, labels))
+    return code(name), kind, " ".join(map(code, labels))
 
 
 def worker_metrics() -> Table:
     """Every metric of a worker."""
     rows: list[tuple[str, ...]] = [measured(*each) for each in worker_families().items()]
-    return Table(("metric", "type", "unit", "labels", "meaning"), rows)
+    return Table(("metric", "type", "labels", "meaning"), rows)
 
 
 def bridge_metrics() -> Table:
@@ -362,7 +362,7 @@ def bridge_metrics() -> Table:
         for name, family in merged.items()
         if name not in worker_families()
     ]
-    return Table(("metric", "type", "unit", "labels", "bridge", "meaning"), rows)
+    return Table(("metric", "type", "labels", "bridge", "meaning"), rows)
 
 
 def process_metrics() -> Table:
@@ -371,7 +371,7 @@ def process_metrics() -> Table:
     ProcessCollector(registry=registry)
     GCCollector(registry=registry)
     rows: list[tuple[str, ...]] = [measured(shown(each), each) for each in registry.collect()]
-    return Table(("metric", "type", "unit", "labels", "meaning"), rows)
+    return Table(("metric", "type", "labels", "meaning"), rows)
 
 
 def labels() -> Table:
@@ -379,7 +379,7 @@ def labels() -> Table:
     every = [worker_families(), *bridge_families().values()]
     names = {
         label for some in every for name, family in some.items()
-        for label in re.findall(r"\w+", measured(name, family)[3])
+        for label in re.findall(r"\w+", measured(name, family)[2])
     }  # fmt: skip
     return Table(("label", "values"), [(code(name),) for name in sorted(names)])
 

@@ -233,7 +233,7 @@ def test_the_consumer_groups_are_named() -> None:
 
 def test_every_metric_that_a_process_shows_is_in_its_table_with_its_labels() -> None:
     documented = {
-        row[0]: (row[1], set(row[3].split()))
+        row[0]: (row[1].partition(",")[0], set(row[2].split()))
         for part in ("metrics-worker", "metrics-bridge", "metrics-process")
         for row in rows(part)
     }
