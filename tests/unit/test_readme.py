@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
-import pytest
 from msgspec import NODEFAULT, Struct, structs
 
 from pipeline.settings import Settings
@@ -129,8 +128,3 @@ def topic_of(name: str) -> str:
 
 def test_the_table_of_events_names_every_type_and_field() -> None:
     assert generated("events") == events_table()
-
-
-@pytest.mark.parametrize("target", re.findall(r"\]\(([^)#]+)\)", README))
-def test_every_link_leads_somewhere(target: str) -> None:
-    assert target.startswith("https://") or (Path(__file__).parents[2] / target).exists()
