@@ -2,8 +2,10 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+SITE := _site
+DOCS_PORT ?= 8000
 
-.PHONY: up down install lint chromium test soak bench clean
+.PHONY: up down install lint check chromium docs docs-check test soak bench clean
 
 up: install
 	$(BIN)/millpond up
@@ -16,7 +18,7 @@ install: $(VENV)/.installed
 # Installed anew whenever what is to be installed changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[local,emqx,otel,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[local,emqx,otel,docs,dev]'
 	touch $@
 
 lint: install
@@ -24,6 +26,18 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What a change needs before every commit, in about a minute: no simulation, no coverage, nothing started.
+check: lint
+	$(BIN)/pytest tests/unit --numprocesses auto --quiet
+
+# Strict: a broken link, or a document that no index lists, fails.
+docs-check: install
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs $(SITE)
+
+docs: docs-check
+	@echo 'The documentation is at http://127.0.0.1:$(DOCS_PORT)/ until Ctrl-C.'
+	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory $(SITE) $(DOCS_PORT)
 
 # The web page is tested in a real browser, which is in no package registry: Debian's.
 chromium:
@@ -37,7 +51,7 @@ chromium:
 LONGEST := cli/test_stack worker/test_faults web/test_web emqx/test_durable_producer test_readme emqx/test_rule_events \
 	worker/test_rebuild worker/test_pubsub_crowd worker/test_queue_crowd worker/test_replay
 
-test: lint chromium
+test: lint docs-check chromium
 	$(BIN)/pytest tests/unit tests/simulation --numprocesses auto --cov --cov-report=term-missing:skip-covered
 	$(BIN)/python -m tests.simulation --agent queue --first 1000 --seeds 600
 	$(BIN)/pytest $(LONGEST:%=tests/system/%.py) tests/contracts tests/system \
@@ -51,4 +65,4 @@ bench: install
 	$(BIN)/python -m tests.benchmarks
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage
+	rm -rf $(VENV) $(SITE) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage

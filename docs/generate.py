@@ -20,20 +20,32 @@ from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
 from prometheus_client.core import Metric
 from typer.main import get_command
 
-from pipeline.cli.main import app
-from pipeline.settings import Settings
-from pipeline.telemetry.bridge import Commands, Hooks, Kept, Spool
-from pipeline.telemetry.histogram import LONG_S, RECORDS, SHORT_S, Histogram
-from pipeline.telemetry.serving import registry_of
-from pipeline.telemetry.worker import WorkerTelemetry
-from schemas import keys
-from schemas.commands import Command
-from schemas.events import Event, TimeMs
-from schemas.pool import Pool
-from schemas.rule import ACTION_HOOKS, COMPANIONS, DELIVERY_AGENTS, HOOKS, Action, Rule
-from schemas.rules import default_rules
-from schemas.rules_build import SETTING_ACTIONS
-from schemas.user_commands import FORBIDDEN, VARIABLES
+from millpond.pipeline.cli.main import app
+from millpond.pipeline.settings import Settings
+from millpond.pipeline.telemetry.bridge import (
+    CommandMetrics,
+    HookMetrics,
+    ProducerMetrics,
+    SpoolMetrics,
+)
+from millpond.pipeline.telemetry.histogram import LONG_S, RECORDS, SHORT_S, Histogram
+from millpond.pipeline.telemetry.http import registry_of
+from millpond.pipeline.telemetry.worker import WorkerTelemetry
+from millpond.schemas import keys
+from millpond.schemas.commands import Command
+from millpond.schemas.events import Event, TimeMs
+from millpond.schemas.rules import default_rules
+from millpond.schemas.rules.build import SETTING_ACTIONS
+from millpond.schemas.rules.pool import Pool
+from millpond.schemas.rules.rule import (
+    ACTION_HOOKS,
+    COMPANIONS,
+    DELIVERY_AGENTS,
+    HOOKS,
+    Action,
+    Rule,
+)
+from millpond.schemas.rules.user_commands import FORBIDDEN, VARIABLES
 
 REFERENCE: Final = Path(__file__).parent / "reference"
 PART: Final = re.compile(r"(<!-- ([a-z0-9-]+): [^\n]* -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -318,13 +330,13 @@ def bridge_families() -> dict[str, dict[str, Metric]]:
     """What each bridge shows, before it has done anything."""
     recorder = SimpleNamespace(entered={}, lost={}, unacknowledged=(), kept_s=Histogram(SHORT_S))
     commander = SimpleNamespace(taken={}, unfinished=0, seconds=Histogram(SHORT_S))
-    commands = Commands(commander, SimpleNamespace(outcomes={}, delivery_s={}))
+    commands = CommandMetrics(commander, SimpleNamespace(outcomes={}, delivery_s={}))
     inlet: Any = SimpleNamespace(
         entered={}, lost={}, spooled={}, spooling=False, depth=(0, 0), complaint=None
     )
     return {
-        "embedded": families([Kept(recorder), commands]),
-        "emqx": families([Hooks({}), Spool(inlet), commands]),
+        "embedded": families([ProducerMetrics(recorder), commands]),
+        "emqx": families([HookMetrics({}), SpoolMetrics(inlet), commands]),
     }
 
 

@@ -1,4 +1,8 @@
-"""The README's examples, typed as printed into one shell, against a stack as `make up` starts it."""
+"""The examples of the README and of every document, typed as printed into a shell, against a stack as `make up` starts it.
+
+All documents share one stack, and each uses names of its own. The quickstart is last: it changes the rules, and ends by
+deleting everything.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,8 @@ from typing import NamedTuple
 
 import pytest
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "docs/tutorial/quickstart.md"
 WAIT_S = 60.0  # for what an example shows to come true; generous, since machines are shared
 MARK = "== done"
 REDIS = "127.0.0.1:6379"
@@ -31,7 +36,7 @@ class Example(NamedTuple):
     output: str
 
     def shown_by(self, said: str) -> bool:
-        """Whether this is what the README shows; spaces at the ends of lines do not show."""
+        """Whether this is what the document shows; spaces at the ends of lines do not show."""
         said = "\n".join(line.rstrip() for line in said.splitlines())
         pattern = re.escape(self.output.rstrip("\n")).replace("…", ".*")
         return re.fullmatch(pattern, said.rstrip("\n"), re.DOTALL) is not None
@@ -39,17 +44,26 @@ class Example(NamedTuple):
     @property
     def only_reads(self) -> bool:
         """Whether it may be typed again until it shows what was just published."""
-        reads = ("redis", "clients", "dead-letters list", "dead-letters show", "explain", "topics")
+        reads = (
+            "redis", "clients", "dead-letters list", "dead-letters show", "explain", "topics", "lag",
+        )  # fmt: skip
         return self.command.startswith(("cat ", *(f"millpond {name}" for name in reads)))
 
 
-def examples() -> Iterator[Example]:
-    """Every example of the README, in order."""
-    for block in re.findall(r"```console\n(.*?)```", README.read_text(), re.DOTALL):
+def examples(document: Path) -> Iterator[Example]:
+    """Every example of a document, in order."""
+    for block in re.findall(r"```console\n(.*?)```", document.read_text(), re.DOTALL):
         for shown in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
             heredoc = re.match(r"[^\n]*<<'(\w+)'\n.*?^\1\n", shown, re.DOTALL | re.MULTILINE)
             command = heredoc[0] if heredoc else shown.partition("\n")[0]
             yield Example(command, shown[len(command) :].lstrip("\n"))
+
+
+def documents() -> list[Path]:
+    """Those with examples, the quickstart last."""
+    found = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    found.sort(key=lambda document: document == QUICKSTART)
+    return [document for document in found if next(examples(document), None) is not None]
 
 
 class Shell:
@@ -86,23 +100,29 @@ class Shell:
         self._process.communicate(timeout=WAIT_S)
 
 
-@pytest.fixture
-def shell(tmp_path: Path) -> Iterator[Shell]:
-    """A shell in a directory where millpond is up."""
-    shell = Shell(tmp_path)
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    """A shell in a directory of its own."""
+    shell = Shell(tmp_path_factory.mktemp("examples"))
     try:
-        shell.type("millpond up --detach")
         yield shell
     finally:
         shell.type("millpond down")
         shell.close()
 
 
-def test_every_example_works_as_printed(shell: Shell) -> None:
-    shown = list(examples())
-    assert len(shown) > 20
-    for example in shown:
+@pytest.mark.parametrize(
+    "document", documents(), ids=lambda document: str(document.relative_to(ROOT))
+)
+def test_every_example_works_as_printed(shell: Shell, document: Path) -> None:
+    shell.type("millpond status || millpond up --detach")
+    for example in examples(document):
         deadline = time.monotonic() + WAIT_S
         while not example.shown_by(said := shell.type(example.command)):
             assert example.only_reads, (example, said)
             assert time.monotonic() < deadline, (example, said)
+
+
+def test_the_readme_and_the_quickstart_have_their_examples() -> None:
+    assert len(list(examples(ROOT / "README.md"))) >= 5
+    assert len(list(examples(QUICKSTART))) > 20

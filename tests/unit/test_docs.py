@@ -14,23 +14,23 @@ import pytest
 from aiohttp import web
 from msgspec import NODEFAULT, Struct, structs
 
-from agents import dead_letters
-from agents.effects import Output
-from agents.registry import AGENT_NAMES
 from docs import generate
-from pipeline.logs import JsonLines
-from pipeline.ready import READY_FILE
-from pipeline.settings import ENVIRONMENT_PREFIX, Settings
-from pipeline.telemetry.agent import LETTERS, OPERATIONS
-from pipeline.telemetry.serving import Listener
-from pipeline.topics import wanted
-from schemas import codec, keys
-from schemas.commands import Command
-from schemas.events import DeliveryFailed, Event
-from schemas.pool import Pool
-from schemas.rule import ACTIONS, Rule
-from schemas.user_commands import FORBIDDEN, VARIABLES
-from tests.unit.test_telemetry import every_family
+from millpond.agents.driver import dead_letters
+from millpond.agents.effects import Output
+from millpond.agents.registry import AGENT_NAMES
+from millpond.pipeline.kafka.topics import wanted
+from millpond.pipeline.process.logs import JsonLines
+from millpond.pipeline.process.readiness import READY_FILE
+from millpond.pipeline.settings import ENVIRONMENT_PREFIX, Settings
+from millpond.pipeline.telemetry.agent import LETTERS, OPERATIONS
+from millpond.pipeline.telemetry.http import Listener
+from millpond.schemas import codec, keys
+from millpond.schemas.commands import Command
+from millpond.schemas.events import DeliveryFailed, Event
+from millpond.schemas.rules.pool import Pool
+from millpond.schemas.rules.rule import ACTIONS, Rule
+from millpond.schemas.rules.user_commands import FORBIDDEN, VARIABLES
+from tests.unit.pipeline.telemetry.test_telemetry import every_family
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = {path.stem: path.read_text() for path in sorted(generate.REFERENCE.glob("*.md"))}
