@@ -1,10 +1,10 @@
 """What a machine decides, as data. An effect says *what* is kept; a store says how.
 
-A store carries out three lists, in this order (`Effect.stage`):
+A store carries out three lists, in this order:
 
-1. ``STORE``  — message bodies and index entries: written before anything refers to them;
-2. ``STATE``  — the partition's private state, fenced together with the applied offset;
-3. ``REMOVE`` — deletes, presence, and the user's own commands: what only the owner may do.
+1. stores: message bodies and index entries: written before anything refers to them;
+2. state: the partition's private state, fenced together with the applied offset;
+3. removals: deletes, presence, and the user's own commands: what only the owner may do.
 
 Within a batch a key is stored at most once and removed after it was stored, so the order of the lists is the
 only order that matters. On one Redis server all three are one transaction.
@@ -12,8 +12,7 @@ only order that matters. On one Redis server all three are one transaction.
 
 from __future__ import annotations
 
-from enum import IntEnum
-from typing import ClassVar, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from msgspec import Struct
 
@@ -28,12 +27,7 @@ Table: TypeAlias = Literal["states", "windows", "members", "dead", "logs", "subs
 NO_SOURCE = -1
 
 
-class Stage(IntEnum):
-    """Which of the three lists an effect belongs to."""
-
-    STORE = 0
-    STATE = 1
-    REMOVE = 2
+# -- stores
 
 
 class StoreMessage(Struct, frozen=True, gc=False):
@@ -42,7 +36,6 @@ class StoreMessage(Struct, frozen=True, gc=False):
     `score` orders the index (µs, never a tie); `expires_at` (ms) is when nobody needs the body any more.
     """
 
-    stage: ClassVar[Stage] = Stage.STORE
     offset: int
     event: Message
     score: int
@@ -53,7 +46,6 @@ class StoreMessage(Struct, frozen=True, gc=False):
 class Reindex(Struct, frozen=True, gc=False):
     """Place a message, whose body is kept, in its topic's index once more; the rest as for `StoreMessage`."""
 
-    stage: ClassVar[Stage] = Stage.STORE
     offset: int
     topic: str
     message_id: str
@@ -64,7 +56,6 @@ class Reindex(Struct, frozen=True, gc=False):
 class Retain(Struct, frozen=True, gc=False):
     """Make `message_id` the topic's one retained message; its body is stored."""
 
-    stage: ClassVar[Stage] = Stage.STORE
     offset: int
     topic: str
     message_id: str
@@ -74,7 +65,6 @@ class Retain(Struct, frozen=True, gc=False):
 class KeepReceipt(Struct, frozen=True, gc=False):
     """Note that a client got or acknowledged a message at `at_s` (seconds); forget all of it at `expires_at` (ms)."""
 
-    stage: ClassVar[Stage] = Stage.STORE
     offset: int
     message_id: str
     kind: Literal["delivered", "acked"]
@@ -83,12 +73,14 @@ class KeepReceipt(Struct, frozen=True, gc=False):
     expires_at: int
 
 
+# -- state
+
+
 class SetState(Struct, frozen=True, gc=False):
     """Replace the packed state of a key (an MQTT topic, a client id, …) in one of the partition's tables; None removes
     it.
     """
 
-    stage: ClassVar[Stage] = Stage.STATE
     key: str
     state: bytes | None
     table: Table = "states"
@@ -97,7 +89,6 @@ class SetState(Struct, frozen=True, gc=False):
 class SetIndex(Struct, frozen=True, gc=False):
     """Place a record key in one of the partition's indexes; None takes it out."""
 
-    stage: ClassVar[Stage] = Stage.STATE
     index: str
     key: str
     score: int | None
@@ -106,14 +97,12 @@ class SetIndex(Struct, frozen=True, gc=False):
 class SetRules(Struct, frozen=True, gc=False):
     """The rules in force from here on, in canonical form."""
 
-    stage: ClassVar[Stage] = Stage.STATE
     canonical: str
 
 
 class WriteSeen(Struct, frozen=True, gc=False):
     """Add message ids to one generation of seen ids; `fresh` empties it first."""
 
-    stage: ClassVar[Stage] = Stage.STATE
     generation: int
     fresh: bool
     message_ids: tuple[str, ...]
@@ -122,15 +111,16 @@ class WriteSeen(Struct, frozen=True, gc=False):
 class SetDue(Struct, frozen=True, gc=False):
     """Something falls due at `at` (ms): None removes it, else the earlier of this and what is known stays."""
 
-    stage: ClassVar[Stage] = Stage.STATE
     member: str
     at: int | None
+
+
+# -- removals
 
 
 class Unindex(Struct, frozen=True, gc=False):
     """Take messages out of a topic's index."""
 
-    stage: ClassVar[Stage] = Stage.REMOVE
     offset: int
     topic: str
     message_ids: tuple[str, ...]
@@ -139,7 +129,6 @@ class Unindex(Struct, frozen=True, gc=False):
 class ClearRetained(Struct, frozen=True, gc=False):
     """The topic has no retained message any more."""
 
-    stage: ClassVar[Stage] = Stage.REMOVE
     offset: int
     topic: str
 
@@ -147,21 +136,18 @@ class ClearRetained(Struct, frozen=True, gc=False):
 class DeleteBody(Struct, frozen=True, gc=False):
     """Nobody refers to this message any more."""
 
-    stage: ClassVar[Stage] = Stage.REMOVE
     message_id: str
 
 
 class ClearBodyExpiry(Struct, frozen=True, gc=False):
     """Take back the lifetime of a body: it was somebody else's key, or is the body of a dead letter."""
 
-    stage: ClassVar[Stage] = Stage.REMOVE
     message_id: str
 
 
 class SetPresence(Struct, frozen=True, gc=False):
     """Show whether a client is online. Times are ms; the nodes are where it was and is connected, as far as known."""
 
-    stage: ClassVar[Stage] = Stage.REMOVE
     offset: int
     client_id: str
     online: bool
@@ -174,7 +160,6 @@ class SetPresence(Struct, frozen=True, gc=False):
 class ShowOffset(Struct, frozen=True, gc=False):
     """Show the last message id of a subscriber's read offset; None if it has none (any more)."""
 
-    stage: ClassVar[Stage] = Stage.REMOVE
     offset: int
     subscriber: str
     topic: str
@@ -184,9 +169,11 @@ class ShowOffset(Struct, frozen=True, gc=False):
 class RunCommand(Struct, frozen=True, gc=False):
     """A command of the user's own, substituted and checked."""
 
-    stage: ClassVar[Stage] = Stage.REMOVE
     offset: int
     arguments: tuple[bytes, ...]
+
+
+# -- outputs
 
 
 class DeadLetter(Struct, frozen=True, gc=False, tag="dead_letter"):

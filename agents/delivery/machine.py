@@ -64,7 +64,6 @@ class DeliveryMachine(TopicPolicy[W]):
     def restore(
         self, partition_state: Mapping[str, Any], stored: LoadedState, rules: Rules
     ) -> None:
-        """See `millpond.agents.ports.Machine`."""
         self._due.restore(partition_state)
         self._storage.restore(partition_state, stored, rules)
         self._counters = msgspec.convert(partition_state.get("delivery", {}), Counters)
@@ -77,7 +76,6 @@ class DeliveryMachine(TopicPolicy[W]):
         self.forget_work()
 
     def partition_state(self) -> dict[str, Any]:
-        """See `millpond.agents.ports.Machine`."""
         counters = msgspec.to_builtins(self._counters)
         seen, due = self._storage.seen.partition_state(), self._due.partition_state()
         return {**seen, **due, "delivery": counters}
@@ -229,7 +227,6 @@ class DeliveryMachine(TopicPolicy[W]):
         return {key: None for kind, key, _ in overdue if kind != MEMBER}
 
     def supply(self, read: Read, answer: Any) -> None:
-        """See `millpond.agents.ports.Machine`."""
         match read:
             case ReadAllStates():
                 cursor, packed = answer
@@ -304,7 +301,6 @@ class DeliveryMachine(TopicPolicy[W]):
         return effects
 
     def settled(self) -> None:
-        """See `millpond.agents.ports.Machine`."""
         self._windows.settled()
         self._members.settled()
         self._dead.held.settled()

@@ -28,9 +28,9 @@ class NullObserver:
     """Nobody looks on."""
 
     def stepping(self, sequence: int) -> None:
-        """See `Observer`."""
+        pass
 
     def applied(
         self, batch: Batch, transaction: Transaction, refused: Sequence[DeadLetter]
     ) -> None:
-        """See `Observer`."""
+        pass

@@ -49,14 +49,12 @@ class MessagesMachine:
     def restore(
         self, partition_state: Mapping[str, Any], stored: LoadedState, rules: Rules
     ) -> None:
-        """See `millpond.agents.ports.Machine`."""
         self._due.restore(partition_state)
         self._storage.restore(partition_state, stored, rules)
         self._entries = {}
 
     @property
     def next_due_ms(self) -> int | None:
-        """See `millpond.agents.ports.Machine`."""
         return self._due.next_ms
 
     def owns(self, key: str) -> bool:
@@ -89,7 +87,6 @@ class MessagesMachine:
         return [*reads, *oldest_entries(indexes, self._entries)]
 
     def supply(self, read: Read, answer: Any) -> None:
-        """See `millpond.agents.ports.Machine`."""
         match read:
             case ReadStates():
                 self._storage.retained.supply(answer)
@@ -119,19 +116,15 @@ class MessagesMachine:
                 return ()  # another agent's concern
 
     def finish(self) -> Sequence[Effect]:
-        """See `millpond.agents.ports.Machine`."""
         return self._storage.finish()
 
     def settled(self) -> None:
-        """See `millpond.agents.ports.Machine`."""
         self._storage.settled()
 
     def partition_state(self) -> dict[str, int]:
-        """See `millpond.agents.ports.Machine`."""
         return {**self._storage.seen.partition_state(), **self._due.partition_state()}
 
     def refused(self, event: Event, refusal: Refusal) -> Sequence[Effect]:
-        """See `millpond.agents.ports.Machine`."""
         return self._storage.refused(event, refusal)
 
     # -- transitions ------------------------------------------------------------------------------------

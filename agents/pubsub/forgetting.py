@@ -25,7 +25,6 @@ class Forgetting(Readers):
         return super().window(offset, key)
 
     def remember(self, name: str, topic_filter: str, event: SubscriberJoined, score: int) -> Done:
-        """See `Membership`."""
         key = subscriber_of(name, topic_filter)
         subscriber = self._subscribers.touch(event.source_offset, key)
         subscriber.known.setdefault(topic_filter, since_of(event, score))

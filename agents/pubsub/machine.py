@@ -40,13 +40,11 @@ class PubsubMachine(Trimming):
     # -- published ------------------------------------------------------------------------------------------
 
     def touched_by(self, event: MessagePublished | MessageAcked) -> Iterable[str]:
-        """See `DeliveryMachine`."""
         if isinstance(event, MessagePublished):
             return dict.fromkeys((*self.readers_of(event.topic), *self.expected(event.topic)))
         return self.readers_of_client(event.client_id, event.topic)
 
     def published(self, offset: int, event: MessagePublished, now_ms: int, score: int) -> Done:
-        """See the head of this file."""
         topic, message_id = event.topic, event.message_id
         if not self._storage.is_new(event, now_ms) or self._storage.retains(topic, message_id):
             return []
@@ -115,7 +113,6 @@ class PubsubMachine(Trimming):
         return []
 
     def acknowledged(self, offset: int, key: str, message_id: str, score: int) -> Done:
-        """See `Leasing`."""
         self._windows[key].finish(score, message_id)
         return []
 
@@ -149,7 +146,6 @@ class PubsubMachine(Trimming):
         return done
 
     def came_due(self, offset: int, kind: str, key: str, message_id: str, now_ms: int) -> Done:
-        """See `DeliveryMachine`."""
         if kind == SUBSCRIBER:
             return self.subscriber_due(offset, key, now_ms)
         if kind == DEAD:

@@ -73,7 +73,6 @@ class Readers(DeliveryMachine[Reader]):
     def restore(
         self, partition_state: Mapping[str, Any], stored: LoadedState, rules: Rules
     ) -> None:
-        """See `millpond.agents.ports.Machine`."""
         super().restore(partition_state, stored, rules)
         self._forget_memory()
 
@@ -111,19 +110,15 @@ class Readers(DeliveryMachine[Reader]):
     # -- what `agents/delivery/` asks -----------------------------------------------------------------------
 
     def new_windows(self) -> StateCache[Reader]:
-        """See `DeliveryMachine`."""
         return StateCache(unpack_reader)
 
     def packed(self, window: Reader) -> bytes | None:
-        """See `DeliveryMachine`."""
         return None if window.made_at is None else pack(window)
 
     def topic_of(self, key: str) -> str:
-        """See `Leasing`."""
         return key.rpartition("\0")[2]
 
     def own_key(self, name: str, topic: str) -> str:
-        """See `Membership`."""
         return reader_key(subscriber_of(name, topic), topic)
 
     def subscribers_of(self, topic: str) -> dict[str, list[Reach]]:
@@ -145,7 +140,6 @@ class Readers(DeliveryMachine[Reader]):
         return reaches
 
     def reaching(self, key: str) -> list[Reach]:
-        """See `Leasing`."""
         subscriber, topic = split_reader(key)
         if not subscriber.startswith(GROUP):
             return self._members.reach(subscriber, topic)
@@ -175,17 +169,14 @@ class Readers(DeliveryMachine[Reader]):
         return list(keys)
 
     def last_of(self, key: str) -> int:
-        """See `Leasing`."""
         return self._logs[self.topic_of(key)].last
 
     def something_waits(self, key: str, window: Reader) -> bool:
-        """See `Leasing`."""
         if window.made_at is None:
             return False
         return bool(window.returned) or window.cursor < self.last_of(key)
 
     def unread(self, key: str) -> int:
-        """See `DeliveryMachine`."""
         reader, log = self._windows[key], self._logs[self.topic_of(key)]
         return log.length if reader.read_to < log.last else 0
 
@@ -209,7 +200,6 @@ class Readers(DeliveryMachine[Reader]):
         return ReadNames(None, WAITING, reader_key(subscriber, prefix), behind, PAGE_MAX)
 
     def key_on_page(self, name: str, topic_filter: str, entry: str, *, everything: bool) -> str:
-        """See `Rounds`."""
         if everything:
             return reader_key(subscriber_of(name, topic_filter), entry)
         return entry
@@ -311,7 +301,6 @@ class Readers(DeliveryMachine[Reader]):
                     yield from (split_reader(key)[0] for key in member.leases.values())
 
     def due_windows(self, overdue: Sequence[tuple[str, str, str]]) -> dict[str, None]:
-        """See `DeliveryMachine`."""
         keys: dict[str, None] = {}
         for kind, key, _ in overdue:
             if kind == WINDOW:
@@ -340,14 +329,12 @@ class Readers(DeliveryMachine[Reader]):
     ] = ()  # the kinds of due things after which a log's readers are looked at
 
     def supply_besides(self, read: Read, answer: Any) -> None:
-        """See `DeliveryMachine`."""
         assert isinstance(read, ReadStates), "nothing else is wanted"
         (self._logs if read.table == "logs" else self._subscribers).supply(answer)
 
     # -- the end of a batch ---------------------------------------------------------------------------------
 
     def finish(self) -> Sequence[Effect]:
-        """See `DeliveryMachine`."""
         effects = [each for each in self._besides if not isinstance(each, Output)]
         self._besides = []
         for key, message_id in self._shown.items():
@@ -367,7 +354,6 @@ class Readers(DeliveryMachine[Reader]):
         return [*effects, *super().finish()]
 
     def settled(self) -> None:
-        """See `millpond.agents.ports.Machine`."""
         super().settled()
         self._logs.settled()
         self._subscribers.settled()

@@ -101,12 +101,10 @@ class Reader(Window, array_like=True, dict=True):
         self.read_to = max(self.read_to, at)
 
     def take(self, waiting: Waiting) -> None:
-        """See `Window`."""
         self.number += waiting.score > self.cursor
         super().take(waiting)
 
     def remove(self, message_id: str) -> None:
-        """See `Window`."""
         super().remove(message_id)
         if message_id in self.requeued:
             self.requeued.remove(message_id)

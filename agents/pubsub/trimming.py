@@ -177,7 +177,6 @@ class Trimming(Forgetting):
         return reads
 
     def wanted_by_due(self, overdue: Sequence[tuple[str, str, str]]) -> list[Read]:
-        """See `DeliveryMachine`."""
         topics = [key for kind, key, _ in overdue if kind in (INDEX, MESSAGE, DEAD)]
         reads: list[Read] = [*self.unknown_logs(topics), *self._storage.unknown(topics)]
         reads += self.unknown_subscribers(key for kind, key, _ in overdue if kind == SUBSCRIBER)
@@ -194,7 +193,6 @@ class Trimming(Forgetting):
         return [*self._dead.unknown([*dead, *swept, *overdue_leases])]
 
     def supply_besides(self, read: Read, answer: Any) -> None:
-        """See `DeliveryMachine`."""
         match read:
             case ReadEntry():
                 self._places[read.topic, read.message_id] = answer
@@ -207,7 +205,6 @@ class Trimming(Forgetting):
                 super().supply_besides(read, answer)
 
     def finish(self) -> Sequence[Effect]:
-        """See `DeliveryMachine`."""
         for window in self._too_far.values():
             window.forget_ahead()
         self._forget_entries()

@@ -57,15 +57,12 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
     # -- what `agents/delivery/` asks -----------------------------------------------------------------------
 
     def new_windows(self) -> StateCache[QueueWindow]:
-        """See `DeliveryMachine`."""
         return StateCache(unpack)
 
     def packed(self, window: QueueWindow) -> bytes | None:
-        """See `DeliveryMachine`."""
         return None if window.blank() else pack(window)
 
     def topic_of(self, key: str) -> str:
-        """See `Leasing`."""
         return key
 
     def own_key(self, name: str, topic: str) -> str:
@@ -73,29 +70,23 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         return topic
 
     def reaching(self, key: str) -> list[Reach]:
-        """See `Leasing`."""
         return self._members.reaching(key)
 
     def touched_by(self, event: MessagePublished | MessageAcked) -> Iterable[str]:
-        """See `DeliveryMachine`."""
         return (event.topic,)
 
     def touched_by_operator(
         self, event: OperatorRequeue | OperatorDrop | OperatorRewind
     ) -> Iterable[str]:
-        """See `DeliveryMachine`."""
         return (event.topic,)
 
     def last_of(self, key: str) -> int:
-        """See `Leasing`."""
         return self._windows[key].last
 
     def something_waits(self, key: str, window: QueueWindow) -> bool:
-        """See `Leasing`."""
         return window.ready > 0
 
     def unread(self, key: str) -> int:
-        """See `DeliveryMachine`."""
         window = self._windows[key]
         if window.complete():
             return 0
@@ -114,7 +105,6 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         return ReadNames(None, WAITING, literal_prefix(topic_filter), after, PAGE_MAX)
 
     def key_on_page(self, name: str, topic_filter: str, entry: str, *, everything: bool) -> str:
-        """See `Rounds`."""
         return entry
 
     def note_waiting(self, key: str, window: QueueWindow) -> Done:
@@ -126,7 +116,6 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
     # -- published ------------------------------------------------------------------------------------------
 
     def published(self, offset: int, event: MessagePublished, now_ms: int, score: int) -> Done:
-        """See the head of this file."""
         new = self._storage.is_new(event, now_ms)
         if not new or self._is_known(event.topic, event.message_id):
             return []
@@ -258,7 +247,6 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         ]
 
     def requeued(self, offset: int, event: OperatorRequeue, now_ms: int, score: int) -> Done:
-        """See the head of this file."""
         topic, message_id = event.topic, event.message_id
         done = self._dead.take(offset, topic, message_id)
         if done is None or self._is_stored(topic, message_id):
@@ -279,7 +267,6 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
     # -- tick -----------------------------------------------------------------------------------------------
 
     def came_due(self, offset: int, kind: str, key: str, message_id: str, now_ms: int) -> Done:
-        """See `DeliveryMachine`."""
         if kind == DEAD:
             return self.dropped(offset, key, message_id)
         if kind == MESSAGE:
@@ -351,11 +338,9 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         return len(entries) + sum(due[:2] == (MESSAGE, key) for due in overdue)
 
     def supply_besides(self, read: Read, answer: Any) -> None:
-        """See `DeliveryMachine`."""
         self._indexes.supply(read, answer)
 
     def finish(self) -> Sequence[Effect]:
-        """See `DeliveryMachine`."""
         self._indexes = Indexes()
         return super().finish()
 

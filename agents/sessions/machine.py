@@ -103,12 +103,10 @@ class SessionsMachine:
     def restore(
         self, partition_state: Mapping[str, Any], stored: LoadedState, rules: Rules
     ) -> None:
-        """See `millpond.agents.ports.Machine`."""
         blank = {"syncs": {}, "sweeps": [], "rules_offset": 0}
         self._clear(msgspec.convert({**blank, **partition_state}, PartitionState), rules)
 
     def partition_state(self) -> dict[str, Any]:
-        """See `millpond.agents.ports.Machine`."""
         state: dict[str, Any] = msgspec.to_builtins(self._partition)
         return state
 
@@ -150,7 +148,6 @@ class SessionsMachine:
         return [client_id for client_id, _ in self._page]
 
     def supply(self, read: Read, answer: Any) -> None:
-        """See `millpond.agents.ports.Machine`."""
         if isinstance(read, ReadStates):
             self._clients.supply(answer)
         else:
@@ -189,7 +186,6 @@ class SessionsMachine:
         return effects
 
     def settled(self) -> None:
-        """See `millpond.agents.ports.Machine`."""
         self._clients.settled()
 
     def refused(self, event: Event, refusal: Refusal) -> Sequence[Effect]:

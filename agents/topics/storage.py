@@ -324,7 +324,6 @@ class MessageStorage:
         return [*map(DeleteBody, dropped), *changed, *self.seen.finish()]
 
     def settled(self) -> None:
-        """See `millpond.agents.ports.Machine`."""
         self.retained.settled()
 
 

@@ -107,7 +107,6 @@ class Rate(ProgressColumn):
     """Records per second."""
 
     def render(self, task: Task) -> Text:
-        """See rich."""
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:,.0f}/s")
 

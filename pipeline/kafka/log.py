@@ -53,7 +53,6 @@ class KafkaLog:
         await self._admin.close()
 
     async def bounds(self, partition: Partition) -> LogBounds:
-        """See `millpond.agents.ports.Log`."""
         return await persist(lambda: self._bounds(partition))
 
     async def _bounds(self, partition: Partition) -> LogBounds:
@@ -80,7 +79,6 @@ class KafkaLog:
     async def read(
         self, partition: Partition, start: int, stop: int
     ) -> AsyncIterator[Sequence[Record]]:
-        """See `millpond.agents.ports.Log`."""
         position = start
         while position < stop:
             run, position = await persist(partial(self._run, partition, position, stop))
@@ -120,7 +118,6 @@ class KafkaLog:
             self._reader.assign([*assigned, partition])
 
     def produce(self, records: Sequence[OutgoingRecord]) -> Awaitable[None]:
-        """See `millpond.agents.ports.Log`."""
         return asyncio.ensure_future(self._produce(records))
 
     async def _produce(self, records: Sequence[OutgoingRecord]) -> None:

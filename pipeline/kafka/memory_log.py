@@ -44,7 +44,6 @@ class MemoryLog:
         self.started_at[place] = max(self.started_at[place], before)
 
     async def bounds(self, partition: Partition) -> LogBounds:
-        """See `millpond.agents.ports.Log`."""
         place = partition.topic, partition.number
         log = self.records[place]
         start = self.started_at[place]
@@ -55,14 +54,12 @@ class MemoryLog:
     async def read(
         self, partition: Partition, start: int, stop: int
     ) -> AsyncIterator[Sequence[Record]]:
-        """See `millpond.agents.ports.Log`."""
         log = self.records[partition.topic, partition.number]
         wanted = [record for record in log if start <= record.offset < stop]
         for first in range(0, len(wanted), self.run_records_max):
             yield wanted[first : first + self.run_records_max]
 
     def produce(self, records: Sequence[OutgoingRecord]) -> Awaitable[None]:
-        """See `millpond.agents.ports.Log`."""
         for record in records:
             self.produced.append(record)
             number = record.partition

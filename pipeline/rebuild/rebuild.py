@@ -51,28 +51,22 @@ class WithoutCommands:
         self._store = store
 
     async def load(self) -> LoadedState:
-        """See `millpond.agents.ports.Store`."""
         return await self._store.load()
 
     async def read(self, reads: Sequence[Read]) -> list[Any]:
-        """See `millpond.agents.ports.Store`."""
         return await self._store.read(reads)
 
     def pack(self, transaction: Transaction) -> Any:
-        """See `millpond.agents.ports.Store`."""
         effects = [each for each in transaction.effects if not isinstance(each, RunCommand)]
         return self._store.pack(transaction._replace(effects=effects))
 
     def commit(self, packed: Any) -> Awaitable[Sequence[Refusal]]:
-        """See `millpond.agents.ports.Store`."""
         return self._store.commit(packed)
 
     async def check(self) -> None:
-        """See `millpond.agents.ports.Store`."""
         await self._store.check()
 
     async def close(self) -> None:
-        """See `millpond.agents.ports.Store`."""
         await self._store.close()
 
 
@@ -90,7 +84,6 @@ class Rebuild:
     """One run, as a context manager's; `plan` comes first."""
 
     def __init__(self, agent: AgentName, settings: Settings, rules: Rules, space: Keyspace) -> None:
-        """See `rebuilding`."""
         self.agent: AgentName = agent
         self._settings, self._rules, self._space = settings, rules, space
         self._mark = keys.rebuild_marker(settings.app, agent)

@@ -35,7 +35,6 @@ class ReplayLog:
         self._bounds = bounds._replace(committed=bounds.end)
 
     async def bounds(self, partition: Partition) -> LogBounds:
-        """See `millpond.agents.ports.Log`."""
         assert self._bounds is not None, "limit() comes first"
         return self._bounds
 

@@ -35,7 +35,6 @@ class LogExtents:
     """The topics of one Kafka."""
 
     def __init__(self, reader: AIOKafkaConsumer, cluster_id: str, count: int) -> None:
-        """See `source`."""
         self._reader, self.cluster_id, self.count = reader, cluster_id, count
 
     def _partitions(self, topic: str) -> list[TopicPartition]:

@@ -49,13 +49,11 @@ class PartitionObserver:
         self.fence: Applied | None = None  # of the last batch
 
     def stepping(self, sequence: int) -> None:
-        """See `Observer`."""
         self._since[sequence] = time.perf_counter()
 
     def applied(
         self, batch: Batch, transaction: Transaction, refused: Sequence[DeadLetter]
     ) -> None:
-        """See `Observer`."""
         counts, applied = self._counts, transaction.applied
         began = self._since.get(applied.sequence)
         for sequence in [each for each in self._since if each <= applied.sequence]:

@@ -27,11 +27,9 @@ class BridgeHealth:
         self._stopping, self._producer, self._complaints = stopping, producer, complaints
 
     async def not_alive(self) -> list[str]:
-        """See `Health`."""
         return ["it was asked to stop"] if self._stopping() else []
 
     async def not_ready(self) -> list[str]:
-        """See `Health`."""
         kafka = None
         if self._producer is not None:
             kafka = await self._producer.complaint(KAFKA_PATIENCE_S)
@@ -53,7 +51,6 @@ class HookMetrics:
         histogram_of(self.seconds, name).add(seconds)
 
     def metrics(self) -> Sequence[Metric]:
-        """See `Part`."""
         seconds = {(name,): each for name, each in self.seconds.items()}
         # fmt: off
         return [
@@ -121,7 +118,6 @@ class SpoolMetrics:
         self._durable_producer = durable_producer
 
     def metrics(self) -> Sequence[Metric]:
-        """See `Part`."""
         durable_producer = self._durable_producer
         records, size = durable_producer.depth
         # fmt: off
@@ -144,7 +140,6 @@ class ProducerMetrics:
         self._event_producer = event_producer
 
     def metrics(self) -> Sequence[Metric]:
-        """See `Part`."""
         event_producer = self._event_producer
         # fmt: off
         return [
@@ -163,7 +158,6 @@ class CommandMetrics:
         self._command_consumer, self._deliveries = command_consumer, deliveries
 
     def metrics(self) -> Sequence[Metric]:
-        """See `Part`."""
         command_consumer, deliveries = self._command_consumer, self._deliveries
         latency = {(name,): each for name, each in deliveries.delivery_s.items()}
         # fmt: off

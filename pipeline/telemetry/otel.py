@@ -102,13 +102,11 @@ class OtelSpan:
         self.headers = _headers(span)
 
     def end(self, *, failed: bool = False) -> None:
-        """See `tracing.Publish`."""
         if failed:
             self._span.set_status(StatusCode.ERROR)
         self._span.end()
 
     def answered(self, kept: asyncio.Future[Any]) -> None:
-        """See `tracing.Publish`."""
         self.end(failed=kept.cancelled() or kept.exception() is not None)
 
 
@@ -132,7 +130,6 @@ class OtelBridgeTracing:
         return OtelSpan(span)
 
     def deliver(self, headers: Sequence[tuple[str, bytes]], command: Command) -> OtelSpan | None:
-        """See `tracing.BridgeTracing`."""
         parent = _context_of(headers) if headers else None
         if parent is None or not isinstance(command, Deliver):
             return None
@@ -140,7 +137,6 @@ class OtelBridgeTracing:
         return OtelSpan(self._tracer.start_span("deliver", parent, SpanKind.CONSUMER, attributes))
 
     def close(self) -> None:
-        """See `tracing.BridgeTracing`."""
         self._provider.shutdown()
 
 
@@ -155,7 +151,6 @@ class OtelWorkerTracing:
         self.folded: OrderedDict[str, Headers] = OrderedDict()  # by message id
 
     def fetched(self, topic_partition: Any, records: Sequence[Any]) -> None:
-        """See `tracing.WorkerTracing`."""
         for record in records:
             if record.headers:
                 context = _context_of(record.headers)
@@ -163,15 +158,12 @@ class OtelWorkerTracing:
                     _put(self.unfolded, (topic_partition.partition, record.offset), context)
 
     def observer(self, inside: Observer, number: int) -> Observer:
-        """See `tracing.WorkerTracing`."""
         return TracedBatches(inside, number, self)
 
     def log(self, inside: Log) -> Log:
-        """See `tracing.WorkerTracing`."""
         return TracedLog(inside, self.folded)
 
     def close(self) -> None:
-        """See `tracing.WorkerTracing`."""
         self._provider.shutdown()
 
 
@@ -190,14 +182,12 @@ class TracedBatches:
         self._began_ns = 0
 
     def stepping(self, sequence: int) -> None:
-        """See `Observer`."""
         self._began_ns = time.time_ns()
         self._inside.stepping(sequence)
 
     def applied(
         self, batch: Batch, transaction: Transaction, refused: Sequence[DeadLetter]
     ) -> None:
-        """See `Observer`."""
         self._inside.applied(batch, transaction, refused)
         if self._worker.unfolded and batch.records:
             self._trace(batch)
@@ -247,15 +237,12 @@ class TracedLog:
         self._inside, self._contexts = inside, contexts
 
     async def bounds(self, partition: Partition) -> LogBounds:
-        """See `Log`."""
         return await self._inside.bounds(partition)
 
     def read(self, partition: Partition, start: int, stop: int) -> AsyncIterator[Sequence[Record]]:
-        """See `Log`."""
         return self._inside.read(partition, start, stop)
 
     def produce(self, records: Sequence[OutgoingRecord]) -> Awaitable[None]:
-        """See `Log`."""
         if self._contexts:
             records = [self._with_context(record) for record in records]
         return self._inside.produce(records)

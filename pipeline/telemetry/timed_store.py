@@ -30,22 +30,18 @@ class TimedStore(Generic[Packed]):
         return time.perf_counter() - min(self._waiting.values()) if self._waiting else 0.0
 
     async def load(self) -> LoadedState:
-        """See `Store`."""
         stored: LoadedState = await self._timed("load", self._store.load())
         self.loaded = stored.applied
         return stored
 
     async def read(self, reads: Sequence[Read]) -> list[Any]:
-        """See `Store`."""
         answers: list[Any] = await self._timed("read", self._store.read(reads))
         return answers
 
     def pack(self, transaction: Transaction) -> Packed:
-        """See `Store`."""
         return self._store.pack(transaction)
 
     def commit(self, packed: Packed) -> Awaitable[Sequence[Refusal]]:
-        """See `Store`."""
         self._waiting["commit"] = time.perf_counter()
         committing = asyncio.ensure_future(self._store.commit(packed))
         committing.add_done_callback(partial(self._committed, self._waiting["commit"]))
@@ -56,11 +52,9 @@ class TimedStore(Generic[Packed]):
         self._answered("commit", began, failed=failed)
 
     async def check(self) -> None:
-        """See `Store`."""
         await self._timed("check", self._store.check())
 
     async def close(self) -> None:
-        """See `Store`."""
         self._waiting.clear()
         await self._store.close()
 

@@ -13,10 +13,8 @@ from typing import Any, Protocol, TypeAlias
 
 from millpond.agents.driver.observer import Observer
 from millpond.agents.ports import Log
-from millpond.pipeline.process.extras import extra
-from millpond.pipeline.settings import TelemetrySettings
 from millpond.schemas.commands import Command
-from millpond.schemas.events import AgentName, MessagePublished
+from millpond.schemas.events import MessagePublished
 
 Headers: TypeAlias = tuple[tuple[str, bytes], ...]
 
@@ -69,31 +67,3 @@ class WorkerTracing(Protocol):
     def close(self) -> None:
         """Send what is left. May take some seconds."""
         ...
-
-
-def bridge_tracing(settings: TelemetrySettings, kind: str) -> BridgeTracing | None:
-    """Of a bridge of this kind; None if nobody wants traces.
-
-    Raises:
-        ConfigError: the extra is not installed.
-    """
-    if settings.otlp_endpoint is None:
-        return None
-    with extra("otel", "[telemetry] otlp_endpoint"):
-        from millpond.pipeline.telemetry import otel  # noqa: PLC0415
-
-    return otel.OtelBridgeTracing(settings, kind)
-
-
-def worker_tracing(settings: TelemetrySettings, agent: AgentName) -> WorkerTracing | None:
-    """Of a worker of this agent; None if nobody wants traces.
-
-    Raises:
-        ConfigError: the extra is not installed.
-    """
-    if settings.otlp_endpoint is None:
-        return None
-    with extra("otel", "[telemetry] otlp_endpoint"):
-        from millpond.pipeline.telemetry import otel  # noqa: PLC0415
-
-    return otel.OtelWorkerTracing(settings, agent)

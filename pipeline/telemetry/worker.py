@@ -51,6 +51,7 @@ class _Watched:
         self._skipped = self._lost = 0
 
     def take_end(self, end: int, asked_at: float) -> None:
+        """Note where the log ends, once Kafka has answered."""
         self.end, self._end_asked_at = end, asked_at
 
     def lag(self, driver: PartitionDriver[Any]) -> int | None:
@@ -159,7 +160,6 @@ class WorkerTelemetry:
     # -- metrics
 
     def metrics(self) -> Sequence[Metric]:
-        """See `Part`."""
         lags, ages = self._take_stock()
         of_partition = ("agent", "partition")
         return [

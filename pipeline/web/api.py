@@ -64,7 +64,7 @@ class Api:
         return url
 
     def routes(self) -> list[web.RouteDef]:
-        """See the table above."""
+        """Return every route of the table above."""
         return [
             web.get("/api/web", self._web),
             web.get("/api/agents", self._agents),

@@ -30,7 +30,7 @@ from millpond.pipeline.settings import Settings
 from millpond.pipeline.stores.redis.command_check import check_commands
 from millpond.pipeline.stores.registry import open_store
 from millpond.pipeline.telemetry.http import KAFKA_PATIENCE_S, serving
-from millpond.pipeline.telemetry.tracing import worker_tracing
+from millpond.pipeline.telemetry.tracers import worker_tracing
 from millpond.pipeline.telemetry.worker import WorkerTelemetry
 from millpond.pipeline.worker.control_channel import ControlChannel
 from millpond.pipeline.worker.faust_transport import Consumer, Transport
@@ -135,13 +135,11 @@ class Worker:
             raise MillpondError(f"worker {self.agent} failed: {self._failure!r}") from self._failure
 
     async def not_alive(self) -> list[str]:
-        """See `millpond.pipeline.telemetry.http.Health`."""
         if self._failure is not None:
             return [f"it stops: {self._failure}"]
         return ["it was asked to stop"] if self._stopping.is_set() else []
 
     async def not_ready(self) -> list[str]:
-        """See `millpond.pipeline.telemetry.http.Health`."""
         kafka = await self._producer.complaint(KAFKA_PATIENCE_S)
         return [*([kafka] if kafka else []), *self._telemetry.complaints()]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from hashlib import sha256
 from typing import Final
 
 import msgspec
@@ -90,11 +89,6 @@ class Rules(Struct, frozen=True):
         for rule in rules:
             del rule["file"], rule["line"]
         return msgspec.json.encode(rules).decode()
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the canonical form, in hex: tells two sets of rules apart at a glance."""
-        return sha256(self.canonical().encode()).hexdigest()
 
     @classmethod
     def from_canonical(cls, text: str) -> Rules:

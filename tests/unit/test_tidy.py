@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import pytest
 
@@ -61,6 +62,51 @@ def test_the_supervisor_stays_small() -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=named)
 def test_every_file_says_what_lives_there(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+# Bases that say nothing of a class's methods.
+PLAIN = {"ABC", "Exception", "Generic", "IntEnum", "NamedTuple", "Protocol", "Struct"}
+
+
+class Class(NamedTuple):
+    name: str
+    bases: list[str]
+    methods: dict[str, bool]  # the public ones, and whether each has a docstring
+
+
+def classes(path: Path) -> Iterator[Class]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef):
+            yield Class(
+                node.name,
+                [ast.unparse(base).partition("[")[0] for base in node.bases],
+                {
+                    each.name: ast.get_docstring(each) is not None
+                    for each in node.body
+                    if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)
+                    and not each.name.startswith("_")
+                },
+            )
+
+
+def test_every_public_method_has_a_docstring_where_it_is_declared() -> None:
+    """A method without one overrides one that has one: of a protocol or base of ours, or of another library's class."""
+    ours = [found for path in SHIPPED for found in classes(path)]
+    bases = {each.name: each.bases for each in ours if each.name not in each.bases}
+    documented = {name for each in ours for name, said in each.methods.items() if said}
+
+    def of_a_library(base: str) -> bool:
+        return base not in PLAIN and (
+            base not in bases or any(of_a_library(above) for above in bases[base])
+        )
+
+    missing = [
+        f"{each.name}.{name}"
+        for each in ours
+        for name, said in each.methods.items()
+        if not said and name not in documented and not any(map(of_a_library, each.bases))
+    ]
+    assert missing == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=named)

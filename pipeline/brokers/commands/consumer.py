@@ -22,7 +22,7 @@ from millpond.schemas.errors import DecodeError
 from millpond.schemas.leases import LeaseName, parse_lease
 
 
-class Broker(Protocol):
+class CommandHandler(Protocol):
     """What carries commands out."""
 
     async def take(self, pending: PendingCommand, command: Command) -> None:
@@ -35,7 +35,7 @@ class CommandConsumer:
     def __init__(
         self,
         settings: Settings,
-        broker: Broker,
+        broker: CommandHandler,
         deliveries: Deliveries,
         producer: Producer,
         tracing: BridgeTracing | None = None,

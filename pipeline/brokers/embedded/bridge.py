@@ -22,7 +22,7 @@ from millpond.pipeline.process.signals import asked_to_end, until_asked
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.telemetry.bridge import BridgeHealth, CommandMetrics, ProducerMetrics
 from millpond.pipeline.telemetry.http import serving as telemetry
-from millpond.pipeline.telemetry.tracing import bridge_tracing
+from millpond.pipeline.telemetry.tracers import bridge_tracing
 from millpond.schemas.rules import Rules
 
 logger = logging.getLogger(__name__)

@@ -134,7 +134,6 @@ class ConnectionHandler(BrokerProtocolHandler):
         self.ended = asyncio.Event()
 
     def attach(self, session: Session, reader: ReaderAdapter, writer: WriterAdapter) -> None:
-        """See amqtt."""
         super().attach(session, reader, ConnectionWriter(writer))
         self.client_id = session.client_id or ""
         peer = f"{session.remote_address}:{session.remote_port}"
@@ -376,7 +375,6 @@ class ConnectionHandler(BrokerProtocolHandler):
     # -- the end
 
     async def handle_disconnect(self, disconnect: DisconnectPacket | None) -> None:
-        """See amqtt."""
         if disconnect is not None:
             self._over("normal")
             if self.session is not None:

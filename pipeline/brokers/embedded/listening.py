@@ -56,6 +56,5 @@ class ListeningBroker(Broker):
     async def ws_connected(
         self, websocket: websockets.asyncio.server.ServerConnection, listener_name: str
     ) -> None:
-        """See amqtt."""
         reader, writer = WebSocketReader(websocket), WebSocketsWriter(websocket)
         await self._client_connected(listener_name, reader, writer)

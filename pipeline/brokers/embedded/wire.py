@@ -143,7 +143,6 @@ class ConnectionWriter(WriterAdapter):
                 raise ConnectionResetError(str(error)) from error
 
     def get_peer_info(self) -> tuple[str, int] | None:
-        """See amqtt."""
         return self._writer.get_peer_info()
 
     def get_ssl_info(self) -> None:

@@ -36,7 +36,7 @@ from millpond.pipeline.telemetry.bridge import (
     SpoolMetrics,
 )
 from millpond.pipeline.telemetry.http import serving as telemetry
-from millpond.pipeline.telemetry.tracing import bridge_tracing
+from millpond.pipeline.telemetry.tracers import bridge_tracing
 from millpond.schemas import keys
 from millpond.schemas.errors import ConfigError
 from millpond.schemas.events import DeliveriesSent, DeliveryFailed, MessageAcked, MessagePublished

@@ -48,11 +48,6 @@ class Mountpoint:
         mine = self.of(client_id)
         return topic[len(mine) :] if topic.startswith(mine) and len(topic) > len(mine) else None
 
-    def mount_filter(self, client_id: str, topic_filter: str) -> str:
-        """The filter that the broker holds for this client, which subscribed to `topic_filter`."""
-        group, plain = split_share(topic_filter)
-        return shared(group, self.mount(client_id, plain))
-
     def unmount_filter(self, client_id: str, topic_filter: str) -> str | None:
         """The filter as the client subscribed to it; None if it is not one of this client's."""
         group, plain = split_share(topic_filter)

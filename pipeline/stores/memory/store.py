@@ -77,7 +77,6 @@ class MemoryStore:
         return tuple(msgspec.json.decode(line, type=str) for line in lines.splitlines())
 
     async def read(self, reads: Sequence[Read]) -> list[Any]:
-        """See `millpond.agents.ports.Store`."""
         self._server.fault("read", self._partition)
         return [self._answer(read) for read in reads]
 
@@ -121,7 +120,6 @@ class MemoryStore:
         return value if isinstance(value, kind) else kind()
 
     def pack(self, transaction: Transaction) -> Transaction:
-        """See `millpond.agents.ports.Store`."""
         return transaction
 
     def commit(self, packed: Transaction) -> Awaitable[Sequence[Refusal]]:
@@ -140,7 +138,6 @@ class MemoryStore:
         return _Done(refusals, None)
 
     async def check(self) -> None:
-        """See `millpond.agents.ports.Store`."""
         assert self._loaded, "load() comes first, and after every failure"
         try:
             self._server.fault("read", self._partition)
@@ -167,5 +164,4 @@ class MemoryStore:
         return writer.refusals()
 
     async def close(self) -> None:
-        """See `millpond.agents.ports.Store`."""
         self._loaded = False

@@ -25,7 +25,6 @@ from millpond.agents.effects import (
     SetRules,
     SetState,
     ShowOffset,
-    Stage,
     StoreMessage,
     Unindex,
     WriteSeen,
@@ -50,20 +49,10 @@ class EffectWriter:
         return [Refusal(offset, part, why) for (offset, part), why in self._refused.items()]
 
     def write(self, effects: Sequence[Effect]) -> None:
-        """The three lists in their order; bodies before the entries that name them."""
-        stages: dict[Stage, list[Effect]] = {stage: [] for stage in Stage}
-        for effect in effects:
-            stages[effect.stage].append(effect)
-        for effect in stages[Stage.STORE]:
-            self._detail(effect)
-        for effect in stages[Stage.STORE]:
-            self._entry(effect)
-        for effect in stages[Stage.STATE]:
-            self._state(effect)
-        for effect in effects:
-            self._retains(effect)
-        for effect in stages[Stage.REMOVE]:
-            self._removal(effect)
+        """Write the three lists in order; bodies come before the entries that name them."""
+        for step in (self._detail, self._entry, self._state, self._retains, self._removal):
+            for effect in effects:
+                step(effect)
 
     def _part(self, offset: int, part: RefusedPart, write: Callable[[], None]) -> None:
         try:

@@ -109,13 +109,11 @@ class ClusterStore:
                 )
 
     async def read(self, reads: Sequence[Read]) -> list[Any]:
-        """See `millpond.agents.ports.Store`."""
         replies = await self._nodes.run([read_command(self._partition, read) for read in reads])
         pairs = zip(reads, replies, strict=True)
         return [answer(read, reply, "the cluster") for read, reply in pairs]
 
     def pack(self, transaction: Transaction) -> ClusterPacked:
-        """See `millpond.agents.ports.Store`."""
         commands = BatchCommands(self._partition, transaction, now_ms())
         unindexed, dropped = commands.removals.split(DeleteBody)
         state = CommandList()
@@ -129,7 +127,6 @@ class ClusterStore:
         return ClusterPacked(commands.bodies, commands.entries, fenced, applied, unindexed, dropped)
 
     def commit(self, packed: ClusterPacked) -> Awaitable[Sequence[Refusal]]:
-        """See `millpond.agents.ports.Store`."""
         fence, self._fence = self._fence, None
         assert fence is not None, (
             "load() comes first, and after every failure; one commit at a time"
@@ -160,7 +157,6 @@ class ClusterStore:
         return refusals(commands.sources, replies)
 
     async def check(self) -> None:
-        """See `millpond.agents.ports.Store`."""
         fence, self._fence = self._fence, None
         assert fence is not None, (
             "load() comes first, and after every failure; one commit at a time"
@@ -169,6 +165,5 @@ class ClusterStore:
         self._fence = fence
 
     async def close(self) -> None:
-        """See `millpond.agents.ports.Store`."""
         self._fence = None
         await self._nodes.close()

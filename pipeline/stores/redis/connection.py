@@ -92,7 +92,6 @@ class Connection(asyncio.Protocol):
     """A connection. Whatever happens to it is a `StoreDown` of everything that was still due."""
 
     def __init__(self, address: Address, reply_timeout_s: float) -> None:
-        """See `open`."""
         self.address = address
         self._reply_timeout_s = reply_timeout_s
         self._loop = asyncio.get_running_loop()
@@ -189,12 +188,10 @@ class Connection(asyncio.Protocol):
     # -- asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """See asyncio."""
         # uvloop's transports have the interface, not the base class.
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        """See asyncio."""
         self._reader.feed(data)
         gets = self._reader.gets
         while self._due:
@@ -212,7 +209,6 @@ class Connection(asyncio.Protocol):
         self._listen()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """See asyncio."""
         if self._reason is None:
             self._reason = str(error) if error else "the server closed it"
         due, self._due = self._due, deque()

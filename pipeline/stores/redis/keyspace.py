@@ -31,7 +31,6 @@ class Keyspace:
     """One connection to one server and database."""
 
     def __init__(self, connection: Connection) -> None:
-        """See `keyspace`."""
         self._connection = connection
         self.where = connection.address
 

@@ -56,7 +56,6 @@ class RedisStore:
         self._fence: Fence | None = None
 
     async def load(self) -> LoadedState:
-        """See `millpond.agents.ports.Store`."""
         return await until_up(self._load, self._partition)
 
     async def _load(self) -> LoadedState:
@@ -76,12 +75,10 @@ class RedisStore:
         return [answer(read, reply, where) for read, reply in zip(reads, replies, strict=True)]
 
     def pack(self, transaction: Transaction) -> Packed:
-        """See `millpond.agents.ports.Store`."""
         commands = BatchCommands(self._partition, transaction, now_ms()).all()
         return Packed(transaction.expected, commands, commands.packed())
 
     def commit(self, packed: Packed) -> Awaitable[Sequence[Refusal]]:
-        """See `millpond.agents.ports.Store`."""
         fence, self._fence = self._fence, None
         assert fence is not None, (
             "load() comes first, and after every failure; one commit at a time"
@@ -96,7 +93,6 @@ class RedisStore:
         return refused
 
     async def check(self) -> None:
-        """See `millpond.agents.ports.Store`."""
         fence, self._fence = self._fence, None
         assert fence is not None, (
             "load() comes first, and after every failure; one commit at a time"
@@ -105,7 +101,6 @@ class RedisStore:
         self._fence = fence
 
     async def close(self) -> None:
-        """See `millpond.agents.ports.Store`."""
         self._fence = None
         connection, self._connection = self._connection, None
         if connection is not None:

@@ -85,6 +85,7 @@ class _Queue:
         self.unclear = deque(end for end in self.unclear if end >= now_ms)
 
     def let_go_unclear(self) -> None:
+        """Forget the oldest copy that may be in EMQX."""
         if self.unclear:
             self.unclear.popleft()
 

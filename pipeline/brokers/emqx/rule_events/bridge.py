@@ -60,7 +60,7 @@ class KafkaBridge:
         self._buried = 0
 
     async def handle(self, record: Any, done: Callable[[], None]) -> None:
-        """See `millpond.pipeline.kafka.consumer.Handle`."""
+        """Translate one record of EMQX, and produce what it says."""
         try:
             told = [each for each in read(record.value, self._mountpoint) if self._wants(each)]
         except DecodeError as error:

@@ -15,7 +15,7 @@ from millpond.agents.driver.observer import NullObserver
 from millpond.agents.ports import OutgoingRecord
 from millpond.pipeline.settings import TelemetrySettings
 from millpond.pipeline.telemetry import otel
-from millpond.pipeline.telemetry.tracing import bridge_tracing, worker_tracing
+from millpond.pipeline.telemetry.tracers import bridge_tracing, worker_tracing
 from millpond.schemas import codec, keys
 from millpond.schemas.commands import Deliver
 from millpond.schemas.errors import ConfigError
