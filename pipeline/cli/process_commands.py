@@ -71,8 +71,7 @@ def bridge(
 
         run_emqx(settings, rules)
     elif topics is not None:
-        with extra("emqx", "`millpond bridge emqx-kafka`"):
-            from millpond.pipeline.brokers.emqx.rule_events.bridge import run_emqx_kafka  # noqa: PLC0415
+        from millpond.pipeline.brokers.emqx.rule_events.bridge import run_emqx_kafka  # noqa: PLC0415  not for all
 
         run_emqx_kafka(settings, rules, _source_topics(topics))
     else:
