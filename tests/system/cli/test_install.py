@@ -29,11 +29,14 @@ def foreign_packages(directory: Path) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("wheel")
+    return built_of(ROOT, tmp_path_factory.mktemp("wheel"))
+
+
+def built_of(source: Path, directory: Path) -> Path:
     subprocess.run(
         [
             sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
-            "--wheel-dir", str(directory), str(ROOT),
+            "--wheel-dir", str(directory), str(source),
         ],
         check=True,
     )  # fmt: skip
@@ -81,6 +84,16 @@ def test_the_wheel_has_one_package_and_each_file_once(wheel: Path) -> None:
     )
 
 
+def test_a_wheel_made_of_the_source_distribution_is_the_same(wheel: Path, tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)],
+        cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    (source,) = tmp_path.glob("*.tar.gz")
+    with ZipFile(wheel) as one, ZipFile(built_of(source, tmp_path)) as other:
+        assert sorted(one.namelist()) == sorted(other.namelist())
+
+
 def test_a_stack_runs_where_other_packages_have_our_folders_names(
     program: Path, elsewhere: Path
 ) -> None:
@@ -101,6 +114,6 @@ def test_a_stack_runs_where_other_packages_have_our_folders_names(
 
 
 def test_the_package_runs_as_a_module(program: Path, tmp_path: Path) -> None:
-    command = [program.with_name("python"), "-m", "millpond", "--version"]
+    command = [str(program.with_name("python")), "-m", "millpond", "--version"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("millpond ")
