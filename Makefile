@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SITE := _site
 DOCS_PORT ?= 8000
 
-.PHONY: up down install lint check chromium docs docs-check test soak bench clean
+.PHONY: up down install lint check chromium docs docs-check test test-pythons soak bench clean
 
 up: install
 	$(BIN)/millpond up
@@ -13,12 +13,14 @@ up: install
 down: install
 	$(BIN)/millpond down
 
+INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
 install: $(VENV)/.installed
 
-# Installed anew whenever what is to be installed changes.
+# Installed again when the requirements change.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[local,emqx,otel,docs,dev]'
+	$(BIN)/python $(INSTALL) '.[local,emqx,otel,docs,dev]'
 	touch $@
 
 lint: install
@@ -51,7 +53,22 @@ chromium:
 LONGEST := cli/test_stack worker/test_faults web/test_web emqx/test_durable_producer test_readme emqx/test_rule_events \
 	worker/test_rebuild worker/test_pubsub_crowd worker/test_queue_crowd worker/test_replay
 
-test: lint docs-check chromium
+# The unit tests on the other Pythons that this machine has, on the PATH or by pyenv.
+test-pythons:
+	@for version in 3.12 3.13; do \
+		python=; \
+		for each in python$$version $$(ls -d $$(pyenv root 2>/dev/null)/versions/$$version.*/bin/python 2>/dev/null); do \
+			if $$each -c '' 2>/dev/null; then python=$$each; fi; \
+		done; \
+		if [ -z "$$python" ]; then echo "Python $$version is not installed: its tests do not run" >&2; continue; fi; \
+		directory=$(VENV)-$$version; \
+		echo "Python $$version"; \
+		$$python -m venv $$directory && \
+		$$directory/bin/python $(INSTALL) '.[local,emqx,otel,dev]' && \
+		$$directory/bin/pytest tests/unit --numprocesses auto --quiet || exit 1; \
+	done
+
+test: lint docs-check chromium test-pythons
 	$(BIN)/pytest tests/unit tests/simulation --numprocesses auto --cov --cov-report=term-missing:skip-covered
 	$(BIN)/python -m tests.simulation --agent queue --first 1000 --seeds 600
 	$(BIN)/pytest $(LONGEST:%=tests/system/%.py) tests/contracts tests/system \
@@ -65,4 +82,4 @@ bench: install
 	$(BIN)/python -m tests.benchmarks
 
 clean:
-	rm -rf $(VENV) $(SITE) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage
+	rm -rf $(VENV) $(VENV)-* $(SITE) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage
