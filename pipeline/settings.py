@@ -126,6 +126,7 @@ class BridgeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     host: str = "127.0.0.1"
     mqtt_port: Port = 1883
     websocket_port: Port = 8083
+    websocket_origins: tuple[str, ...] | None = None
     node: str = "embedded@127.0.0.1"
     sync_interval_s: Annotated[float, Meta(ge=1)] = 300.0
     exhook_listen: Annotated[str, Meta(pattern=r"^.+:[0-9]{1,5}$")] = "127.0.0.1:9000"

@@ -51,7 +51,7 @@ async def _run_embedded(settings: Settings, rules: Rules) -> None:
     )
     reports = Reports(event_producer)
     deliveries = Deliveries(settings.bridge.node, reports)
-    broker = EmbeddedBroker(settings.bridge, event_producer, deliveries)
+    broker = EmbeddedBroker(settings.bridge, event_producer, deliveries, settings.web.port)
     command_consumer = CommandConsumer(settings, broker, deliveries, producer, tracing)
     # Any of its steps may wait for Kafka as long as Kafka is away, and a signal must not.
     parts = _Parts(producer, event_producer, reports, broker, command_consumer)

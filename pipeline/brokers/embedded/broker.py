@@ -66,10 +66,14 @@ class EmbeddedBroker(ListeningBroker):
     """Overrides amqtt where clients come, subscribe and go, and where messages are routed."""
 
     def __init__(
-        self, settings: BridgeSettings, event_producer: EventProducer, deliveries: Deliveries
+        self,
+        settings: BridgeSettings,
+        event_producer: EventProducer,
+        deliveries: Deliveries,
+        page_port: int,
     ) -> None:
-        """`start` opens the listeners."""
-        super().__init__(settings, event_producer.packet_bytes_max)
+        """`start` opens the listeners; see `ListeningBroker` for `page_port`."""
+        super().__init__(settings, event_producer.packet_bytes_max, page_port)
         self._broadcast_queue = asyncio.Queue(ROUTED_MAX)
         self._event_producer, self._deliveries = event_producer, deliveries
         self._opening: set[ConnectionWriter] = set()  # connections without a CONNECT so far

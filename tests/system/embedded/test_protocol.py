@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 import pytest
 from websockets.asyncio.client import connect as websocket_connect
 from websockets.typing import Subprotocol
 
+from millpond.pipeline.stack.ports import HOST
 from millpond.schemas import keys
 from millpond.schemas.events import (
     ClientConnected,
@@ -158,3 +160,51 @@ async def test_a_websocket_that_ends_in_the_middle_of_a_packet_has_published_not
     half.writer.write_eof()
     assert await reason_of_end(log, "half-tcp") == "closed"
     await nothing_but(bridge, log, "half/1")
+
+
+async def handshake(bridge: Bridge, *headers: str, upgrade: bool = True) -> str:
+    """The first line of the answer to a request for a WebSocket."""
+    reader, writer = await asyncio.open_connection(HOST, bridge.websocket_port)
+    asked = ["GET /mqtt HTTP/1.1", *headers]
+    if upgrade:
+        asked += [
+            "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13",
+            "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==", "Sec-WebSocket-Protocol: mqtt",
+        ]  # fmt: skip
+    writer.write(("\r\n".join(asked) + "\r\n\r\n").encode())
+    answer = await reader.readline()
+    writer.close()
+    return answer.decode().split("\r", 1)[0]
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "answer"),
+    [
+        ("127.0.0.1", None, "HTTP/1.1 101 Switching Protocols"),
+        ("127.0.0.1", "http://127.0.0.1:8080", "HTTP/1.1 101 Switching Protocols"),
+        ("localhost", "http://localhost:8080", "HTTP/1.1 101 Switching Protocols"),
+        ("127.0.0.1", "http://127.0.0.1:3000", "HTTP/1.1 403 Forbidden"),
+        ("127.0.0.1", "http://evil.example", "HTTP/1.1 403 Forbidden"),
+        ("127.0.0.1", "null", "HTTP/1.1 403 Forbidden"),
+        ("evil.example", None, "HTTP/1.1 403 Forbidden"),
+        ("evil.example", "http://127.0.0.1:8080", "HTTP/1.1 403 Forbidden"),
+    ],
+)
+async def test_a_websocket_opens_for_the_page_of_this_machine_and_for_what_is_no_browser(
+    bridge: Bridge, host: str, origin: str | None, answer: str
+) -> None:
+    origins = [] if origin is None else [f"Origin: {origin}"]
+    assert await handshake(bridge, f"Host: {host}:{bridge.websocket_port}", *origins) == answer
+
+
+async def test_what_is_no_websocket_is_answered_and_not_logged(bridge: Bridge) -> None:
+    said = bridge.said()
+    host = f"Host: 127.0.0.1:{bridge.websocket_port}"
+    assert await handshake(bridge, host, upgrade=False) == "HTTP/1.1 426 Upgrade Required"
+    reader, writer = await asyncio.open_connection(HOST, bridge.websocket_port)
+    writer.write(b"\x10\x0c\x00\x04MQTT\x04\x02\x00\x00\x00\x00\r\n\r\n")
+    await reader.read()
+    writer.close()
+    client = await bridge.connect("after")
+    await client.disconnect()
+    assert bridge.said() == said
