@@ -109,6 +109,18 @@ def test_every_public_method_has_a_docstring_where_it_is_declared() -> None:
     assert missing == []
 
 
+def test_no_two_classes_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for path in SHIPPED:
+        for node in ast.parse(path.read_text()).body:
+            match node:
+                case ast.ClassDef(name=name):
+                    places.setdefault(name, []).append(named(path))
+                case ast.AnnAssign(target=ast.Name(id=name), annotation=ast.Name(id="TypeAlias")):
+                    places.setdefault(name, []).append(named(path))
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=named)
 def test_nothing_names_a_machine_or_a_registry(path: Path) -> None:
     if path != Path(__file__):
