@@ -3,7 +3,7 @@
 Concepts
 
 - **Effect**: a change to the store. It says *what* is stored. A store says how.
-- **Output**: something that the driver produces to Kafka after the transaction: a command, an announcement, a dead letter.
+- **Output**: something that the driver produces to Kafka after the transaction, for example a command or a dead letter.
 - **Source**: the offset of the record that asked for an effect or output. `NO_SOURCE` if no single record did.
 - **Transaction**: the effects and outputs of one batch, with the new fence (`agents/ports.py`).
 - **Refusal**: one part of a transaction that the store could not write, because a foreign key is in the way.
@@ -43,9 +43,10 @@ Private state is never refused: a foreign key there stops the worker.
 
 Outputs
 
-The driver produces the outputs of a batch in order, after its transaction. Until Kafka has them, the journal keeps them.
-Their tags and field names are stored there: do not rename them. An output names its data instead of holding it. The
-driver reads bodies and source records when it produces, so a journal entry stays small.
+The driver produces the outputs of a batch in order, after its transaction. The journal keeps them until Kafka has them.
+Their tags and field names are stored there: do not rename them. Two tags, `hand_out` and `give_up`, are older than the
+names of their classes. An output names its data instead of holding it. The driver reads bodies and source records when
+it produces, so a journal entry stays small.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class StoreMessage(Struct, frozen=True, gc=False):
 
 
 class Reindex(Struct, frozen=True, gc=False):
-    """Put a message into its topic's index again. The store still has its body. The fields are those of StoreMessage."""
+    """Put a message into its topic's index again. The store still has its body. For the fields see StoreMessage."""
 
     offset: int
     topic: str

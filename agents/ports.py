@@ -241,7 +241,7 @@ class Store(Protocol[Packed]):
 
 
 class Machine(Protocol):
-    """The decisions of one agent for one partition, without IO, clock or chance. `agents/messages/` has the simplest."""
+    """The decisions of one agent for one partition. It does no IO, and knows neither clock nor chance."""
 
     agent: AgentName
 
@@ -309,7 +309,7 @@ class Machine(Protocol):
         ...
 
     def settled(self) -> None:
-        """Note that the store has the oldest batch that is finished and not yet settled. Its states may be forgotten."""
+        """Note that the store has the oldest batch that is finished and not settled. Its states may be forgotten."""
         ...
 
     def refused(self, event: Event, refusal: Refusal) -> Sequence[Effect]:

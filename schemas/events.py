@@ -26,7 +26,7 @@ Kinds of events, by the first part of the type:
 | `rules.changed`, `tick` | the rules in force, and time |
 
 A *snapshot* is everything connected and subscribed at a node. Its events lie between `node.sync.started` and
-`node.sync.completed`, and carry `told_again`. They repeat what may be known. They are neither a connect nor a SUBSCRIBE.
+`node.sync.completed`, and carry `told_again`. They may repeat what is known. They are no connect and no SUBSCRIBE.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class SessionTerminated(Base, frozen=True, kw_only=True, tag="session.terminated
 
 
 class SessionDiscarded(Base, frozen=True, kw_only=True, tag="session.discarded"):
-    """A clean start discarded the client's earlier session. The sessions agent ignores it: a `session.created` follows."""
+    """A clean start discarded the client's earlier session. The sessions agent ignores it and waits for the new one."""
 
     client_id: ClientId
 
@@ -239,7 +239,7 @@ class MessageAcked(Base, frozen=True, kw_only=True, tag="message.acked"):
     """One client acknowledged one message: PUBACK, or PUBREC at QoS 2.
 
     message_id: The id by which the client's broker knows the copy. It can be an alias (see Sent).
-    broker_delivers: True if the broker may have routed the message itself. Millpond then has no lease for it.
+    broker_delivers: True if the broker may have routed the message itself. The client may then hold no lease of it.
     """
 
     message_id: MessageId
@@ -258,7 +258,7 @@ class SubscriberJoined(Base, frozen=True, kw_only=True, tag="subscriber.joined")
     source_offset: The offset of the event that caused this announcement, in the same partition. Of two announcements
         about one client and filter, the one with the higher source offset holds.
     broker_delivers: As in SessionSubscribed.
-    subscribed_at: The log's time of the SUBSCRIBE. A message that was published after the SUBACK is not older. 0: unknown.
+    subscribed_at: The log's time of the SUBSCRIBE. 0: unknown. No message published after the SUBACK is older.
     """
 
     client_id: ClientId
@@ -321,7 +321,10 @@ class DeliveryFailed(Base, frozen=True, kw_only=True, tag="delivery.failed"):
 
 
 class OperatorRequeue(Base, frozen=True, kw_only=True, tag="operator.requeue"):
-    """Deliver a dead message again, behind the messages that wait in its topic now. Its attempts count from 1 again."""
+    """Deliver a dead message again. Its attempts count from 1 again.
+
+    Queue puts it behind the messages that wait now. Pubsub delivers it first, to the subscribers that gave up on it.
+    """
 
     topic: Topic
     message_id: MessageId
@@ -361,12 +364,18 @@ class Tick(Base, frozen=True, kw_only=True, tag="tick"):
     agent: AgentName
 
 
+# Every type of event. Nothing else decodes.
 # fmt: off
 Event: TypeAlias = (
-    ClientConnected | ClientDisconnected | SessionCreated | SessionResumed | SessionSubscribed
-    | SessionUnsubscribed | SessionTerminated | SessionDiscarded | SessionTakenOver
-    | ControlSubscribe | ControlUnsubscribe | NodeStarted | NodeStopped | NodeSyncStarted | NodeSyncCompleted | MessagePublished | MessageRetained | MessageDelivered
-    | MessageAcked | SubscriberJoined | SubscriberLeft | DeliveriesSent | DeliveryFailed
-    | OperatorRequeue | OperatorDrop | OperatorRewind | RulesChanged | Tick
+    ClientConnected | ClientDisconnected
+    | SessionCreated | SessionResumed | SessionSubscribed | SessionUnsubscribed
+    | SessionTerminated | SessionDiscarded | SessionTakenOver
+    | ControlSubscribe | ControlUnsubscribe
+    | NodeStarted | NodeStopped | NodeSyncStarted | NodeSyncCompleted
+    | MessagePublished | MessageRetained | MessageDelivered | MessageAcked
+    | SubscriberJoined | SubscriberLeft
+    | DeliveriesSent | DeliveryFailed
+    | OperatorRequeue | OperatorDrop | OperatorRewind
+    | RulesChanged | Tick
 )
 # fmt: on

@@ -72,7 +72,7 @@ DELIVERIES_TOPIC: Final = "mqtt.deliveries"
 DEAD_LETTERS_TOPIC: Final = "mqtt.dead-letters"
 TOPICS: Final = (CLIENTS_TOPIC, MESSAGES_TOPIC, DELIVERIES_TOPIC, DEAD_LETTERS_TOPIC)
 
-# Millpond's own names. No client may publish below the first. No user command may name a key that begins with the second.
+# Millpond's own names. No client may publish below the first. No user command may name a key with the second prefix.
 RESERVED_TOPIC_PREFIX: Final = "$millpond/"
 PRIVATE_PREFIX: Final = "millpond:"
 
@@ -237,7 +237,7 @@ def rules(partition: Partition) -> str:
 
 
 def seen(partition: Partition, generation: int) -> str:
-    """The string with one generation of seen ids. Two keys take turns, so the parity of the generation names the key."""
+    """The string with one generation of seen ids. Two keys take turns: the parity of the generation names the key."""
     return _private(partition, f"seen:{generation & 1}")
 
 

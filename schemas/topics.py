@@ -1,4 +1,4 @@
-"""MQTT topic names and topic filters: which are valid, what they match, whether two can meet (MQTT 5.0, section 4.7)."""
+"""MQTT topic names and topic filters: which are valid, and what they match (MQTT 5.0, section 4.7)."""
 
 from __future__ import annotations
 

@@ -62,9 +62,7 @@ COMPANIONS: Final[dict[Action, Action]] = {
 }
 
 # Defaults and limits of a rule's settings.
-EXPIRED_TIME_S_MAX: Final = (
-    3_155_760_000  # 100 years; without `expired_time`, messages stay for ever
-)
+EXPIRED_TIME_S_MAX: Final = 3_155_760_000  # 100 years; none at all means for ever
 MAX_INFLIGHT: Final = 32  # EMQX's default for unacknowledged messages of one client
 MAX_INFLIGHT_MAX: Final = 65_535  # [MQTT-2.2.1]: the number of packet identifiers
 ACK_TIMEOUT_S: Final = 30  # a consumer that needs more than half a minute for a message is slow

@@ -1,4 +1,4 @@
-"""Rules, events and records for the Given part of tests. Each function has defaults for what a test does not care about."""
+"""Rules, events and records for the Given part of tests. Defaults stand for what a test does not care about."""
 
 from __future__ import annotations
 
