@@ -1,1 +1,1 @@
-"""What is decided: one pure machine per agent, and the driver that runs them all."""
+"""What Millpond decides: one pure machine for each agent, and the driver that runs all of them."""

@@ -1,13 +1,52 @@
-"""What a machine decides, as data. An effect says *what* is kept; a store says how.
+"""Effects and outputs: what a machine decides, as data.
 
-A store carries out three lists, in this order:
+Concepts
 
-1. stores: message bodies and index entries: written before anything refers to them;
-2. state: the partition's private state, fenced together with the applied offset;
-3. removals: deletes, presence, and the user's own commands: what only the owner may do.
+- **Effect**: a change to the store. It says *what* is stored. A store says how.
+- **Output**: something that the driver produces to Kafka after the transaction, for example a command or a dead letter.
+- **Source**: the offset of the record that asked for an effect or output. `NO_SOURCE` if no single record did.
+- **Transaction**: the effects and outputs of one batch, with the new fence (`agents/ports.py`).
+- **Refusal**: one part of a transaction that the store could not write, because a foreign key is in the way.
 
-Within a batch a key is stored at most once and removed after it was stored, so the order of the lists is the
-only order that matters. On one Redis server all three are one transaction.
+The three lists
+
+A store carries out the effects of a batch in three lists, one after the other:
+
+1. **store**: first bodies and receipts, then index entries and retained entries.
+   A reader therefore never sees an id without its message.
+2. **state**: the partition's private state, the fence and the journal.
+3. **remove**: deletions, presence, read offsets and user commands. Only the partition's owner may do these.
+
+On one Redis server all three are one transaction. On a Redis Cluster only the state is: the fence lets a worker pass
+to the third list only if it still owns the partition. Therefore the first list must be harmless if it is repeated.
+
+Invariants that a machine keeps
+
+1. Within a batch, nothing is removed and then stored again. The list of removals comes last, so it would win.
+   A machine drops such a removal, or lets the event stand alone in its batch (`Machine.alone`).
+2. A key of a table, an index or the due set has the value of its last effect in the batch.
+   For the due set, SetDue says more.
+3. A body is stored before, or with, the first effect that names it, and deleted with or after the last.
+   Index entry, retained entry and dead message name a body.
+
+Refusals
+
+| part | refused effect | what the machine does in the next batch |
+|---|---|---|
+| `body` | StoreMessage, Reindex | removes what names the body |
+| `index` | StoreMessage with `indexed`, Reindex | deletes the body, unless the topic retains it |
+| `retained` | Retain | forgets the retained entry, and deletes the body unless the index has it |
+| `receipt`, `presence`, `read offset`, `command`, `removal` | the others | nothing: no other effect depends on them |
+
+The record at the refusal's offset becomes a dead letter. With `NO_SOURCE`, the driver only logs the refusal.
+Private state is never refused: a foreign key there stops the worker.
+
+Outputs
+
+The driver produces the outputs of a batch in order, after its transaction. The journal keeps them until Kafka has them.
+Their tags and field names are stored there: do not rename them. Two tags, `hand_out` and `give_up`, are older than the
+names of their classes. An output names its data instead of holding it. The driver reads bodies and source records when
+it produces, so a journal entry stays small.
 """
 
 from __future__ import annotations
@@ -19,21 +58,24 @@ from msgspec import Struct
 from millpond.schemas.commands import Subscribe, Unsubscribe
 from millpond.schemas.events import Message, SubscriberJoined, SubscriberLeft
 
-# The tables of packed states that a partition has: retained messages or clients; what is being handed out, and to whom;
-# dead letters; what pubsub knows of topics and subscribers.
+# The tables of packed states of a partition (schemas/keys.py has the content of each). The default is `states`:
+# clients for the sessions agent, retained messages for the others.
 Table: TypeAlias = Literal["states", "windows", "members", "dead", "logs", "subscribers"]
 
-# The source of an effect that no single record asked for (expiry, cleaning up after a refusal).
+# The source of effects without a record: expiry at a tick, and cleaning up after a refusal. No record has this offset.
 NO_SOURCE = -1
 
 
-# -- stores
+# -- list 1: store
 
 
 class StoreMessage(Struct, frozen=True, gc=False):
-    """Keep the body of a message and, if `indexed`, its entry in the topic's index.
+    """Store the body of a message, and its entry in the topic's index if `indexed`.
 
-    `score` orders the index (µs, never a tie); `expires_at` (ms) is when nobody needs the body any more.
+    score: The place in the index: the log's time in µs, unique in the partition. An entry that exists keeps its score,
+        so a repeat changes nothing.
+    expires_at: When nothing names the body any more, in ms. None: never. The store adds a grace period before the
+        server deletes the body, because a tick normally comes first.
     """
 
     offset: int
@@ -44,7 +86,7 @@ class StoreMessage(Struct, frozen=True, gc=False):
 
 
 class Reindex(Struct, frozen=True, gc=False):
-    """Place a message, whose body is kept, in its topic's index once more; the rest as for `StoreMessage`."""
+    """Put a message into its topic's index again. The store still has its body. For the fields see StoreMessage."""
 
     offset: int
     topic: str
@@ -54,7 +96,7 @@ class Reindex(Struct, frozen=True, gc=False):
 
 
 class Retain(Struct, frozen=True, gc=False):
-    """Make `message_id` the topic's one retained message; its body is stored."""
+    """Replace the topic's retained entry by `message_id`. The store has its body."""
 
     offset: int
     topic: str
@@ -63,7 +105,11 @@ class Retain(Struct, frozen=True, gc=False):
 
 
 class KeepReceipt(Struct, frozen=True, gc=False):
-    """Note that a client got or acknowledged a message at `at_s` (seconds); forget all of it at `expires_at` (ms)."""
+    """Note in a message's receipt that a client received or acknowledged it.
+
+    at_s: When, in s since the epoch: the unit of public keys.
+    expires_at: When the whole receipt expires, in ms.
+    """
 
     offset: int
     message_id: str
@@ -73,13 +119,11 @@ class KeepReceipt(Struct, frozen=True, gc=False):
     expires_at: int
 
 
-# -- state
+# -- list 2: state
 
 
 class SetState(Struct, frozen=True, gc=False):
-    """Replace the packed state of a key (an MQTT topic, a client id, …) in one of the partition's tables; None removes
-    it.
-    """
+    """Replace the packed state of a key in one of the partition's tables. None removes it."""
 
     key: str
     state: bytes | None
@@ -87,7 +131,7 @@ class SetState(Struct, frozen=True, gc=False):
 
 
 class SetIndex(Struct, frozen=True, gc=False):
-    """Place a record key in one of the partition's indexes; None takes it out."""
+    """Put a key into one of the partition's indexes, or move it there. The score None removes it."""
 
     index: str
     key: str
@@ -95,13 +139,16 @@ class SetIndex(Struct, frozen=True, gc=False):
 
 
 class SetRules(Struct, frozen=True, gc=False):
-    """The rules in force from here on, in canonical form."""
+    """Replace the rules in force, given in canonical form."""
 
     canonical: str
 
 
 class WriteSeen(Struct, frozen=True, gc=False):
-    """Add message ids to one generation of seen ids; `fresh` empties it first."""
+    """Add message ids to a generation of seen ids. `fresh` empties the generation first.
+
+    Two keys take turns. So a fresh generation takes the place of the one before the last.
+    """
 
     generation: int
     fresh: bool
@@ -109,17 +156,21 @@ class WriteSeen(Struct, frozen=True, gc=False):
 
 
 class SetDue(Struct, frozen=True, gc=False):
-    """Something falls due at `at` (ms): None removes it, else the earlier of this and what is known stays."""
+    """Put a due thing into the due set, with its time in ms. None removes it.
+
+    The store keeps the earlier one of the stored time and this one. So a machine that wants a later time removes the
+    due thing first, in the same batch.
+    """
 
     member: str
     at: int | None
 
 
-# -- removals
+# -- list 3: remove
 
 
 class Unindex(Struct, frozen=True, gc=False):
-    """Take messages out of a topic's index."""
+    """Remove messages from a topic's index."""
 
     offset: int
     topic: str
@@ -127,26 +178,35 @@ class Unindex(Struct, frozen=True, gc=False):
 
 
 class ClearRetained(Struct, frozen=True, gc=False):
-    """The topic has no retained message any more."""
+    """Remove the topic's retained entry."""
 
     offset: int
     topic: str
 
 
 class DeleteBody(Struct, frozen=True, gc=False):
-    """Nobody refers to this message any more."""
+    """Delete the body of a message that nothing names any more."""
 
     message_id: str
 
 
 class ClearBodyExpiry(Struct, frozen=True, gc=False):
-    """Take back the lifetime of a body: it was somebody else's key, or is the body of a dead letter."""
+    """Remove the expiry from the key of a body. Two cases need it.
+
+    The body of a dead message lives until a tick or an operator deletes it. And after a refusal, StoreMessage may have
+    set an expiry on a foreign key.
+    """
 
     message_id: str
 
 
 class SetPresence(Struct, frozen=True, gc=False):
-    """Show whether a client is online. Times are ms; the nodes are where it was and is connected, as far as known."""
+    """Write whether a client is online.
+
+    online_at, offline_at: In ms. None: the client never went offline.
+    left_node: The node whose hash loses the client. None if there is none, or if it is `node`.
+    node: The node whose hash shows the client. None if it is offline, or its node is unknown.
+    """
 
     offset: int
     client_id: str
@@ -158,7 +218,7 @@ class SetPresence(Struct, frozen=True, gc=False):
 
 
 class ShowOffset(Struct, frozen=True, gc=False):
-    """Show the last message id of a subscriber's read offset; None if it has none (any more)."""
+    """Write the view of a read offset: the id of its last message. None removes the view."""
 
     offset: int
     subscriber: str
@@ -167,7 +227,7 @@ class ShowOffset(Struct, frozen=True, gc=False):
 
 
 class RunCommand(Struct, frozen=True, gc=False):
-    """A command of the user's own, substituted and checked."""
+    """Run a user command. Its values are filled in, and its arguments name no private key."""
 
     offset: int
     arguments: tuple[bytes, ...]
@@ -177,30 +237,38 @@ class RunCommand(Struct, frozen=True, gc=False):
 
 
 class DeadLetter(Struct, frozen=True, gc=False, tag="dead_letter"):
-    """An output: the record at `offset` was given up on, for this reason."""
+    """Write a dead letter of the record at `offset`: its bytes, and the reason in a header."""
 
     offset: int
     reason: str
 
 
 class AnnounceMembership(Struct, frozen=True, gc=False, tag="announce"):
-    """An output: tell the owners of delivery rules of a member that came or went."""
+    """Announce to the delivery agents that a member joined or left.
+
+    A filter without a wildcard goes to the partition of its topic, one with a wildcard to every partition.
+    """
 
     offset: int
     event: SubscriberJoined | SubscriberLeft
 
 
 class SendCommand(Struct, frozen=True, gc=False, tag="command"):
-    """An output: have the bridge change a client's subscriptions."""
+    """Send the bridge a command that changes a client's subscriptions."""
 
     offset: int
     command: Subscribe | Unsubscribe
 
 
 class DeliverMessage(Struct, frozen=True, gc=False, tag="hand_out"):
-    """An output: have the bridge deliver a message to one client. `lease` is 0 if nobody wants to know what comes of it.
+    """Send the bridge a command that delivers one message to one client.
 
-    `stored` if its body is in the store; else, and if `offset` is its own publish's, it is in that record.
+    offset: The record that caused the delivery. If it is the publish of this message, it holds the payload.
+    lease: The number of the lease. 0: no lease, and no report is wanted (a QoS 0 publish).
+    qos: That of the subscription. The copy has the lower one of this and the message's.
+    attempt: Which delivery this is, from 1.
+    expires_at: When the message expires by its rule, in ms. The message's own expiry can be earlier.
+    stored: True if the store has the body. Otherwise only the record at `offset` has the payload.
     """
 
     offset: int
@@ -216,7 +284,7 @@ class DeliverMessage(Struct, frozen=True, gc=False, tag="hand_out"):
 
 
 class DeadLetterMessage(Struct, frozen=True, gc=False, tag="give_up"):
-    """An output: a stored message is a dead letter, for this reason, after so many deliveries."""
+    """Write a dead letter of a stored message: its payload, with reason and number of deliveries in headers."""
 
     offset: int
     topic: str
@@ -226,14 +294,14 @@ class DeadLetterMessage(Struct, frozen=True, gc=False, tag="give_up"):
 
 
 class LookUpSubscriptions(Struct, frozen=True, gc=False, tag="look_up_subscriptions"):
-    """An output: have the bridge subscribe a client to what its `mqtt:sub` says by then."""
+    """Read `mqtt:sub:{client_id}` when this is produced, and send the bridge one command with its filters."""
 
     offset: int
     client_id: str
 
 
 class LookUpRetained(Struct, frozen=True, gc=False, tag="look_up_retained"):
-    """An output: have the bridge deliver the retained messages that match a filter by then, to one client."""
+    """Read the retained messages that match a filter when this is produced, and deliver them to one client."""
 
     offset: int
     client_id: str
@@ -241,6 +309,7 @@ class LookUpRetained(Struct, frozen=True, gc=False, tag="look_up_retained"):
     qos: int
 
 
+# What a store carries out.
 Effect: TypeAlias = (
     StoreMessage
     | Reindex
@@ -259,8 +328,8 @@ Effect: TypeAlias = (
     | ShowOffset
     | RunCommand
 )
-"""What a store carries out."""
 
+# What the driver produces after the transaction.
 Output: TypeAlias = (
     DeadLetter
     | AnnounceMembership
@@ -270,7 +339,6 @@ Output: TypeAlias = (
     | LookUpSubscriptions
     | LookUpRetained
 )
-"""What is produced to Kafka once the store has the effects; kept in the journal until then."""
 
 RefusedPart: TypeAlias = Literal[
     "body", "index", "retained", "receipt", "presence", "read offset", "command", "removal"
@@ -278,7 +346,11 @@ RefusedPart: TypeAlias = Literal[
 
 
 class Refusal(Struct, frozen=True):
-    """The store would not write one part of what the record at `offset` asked for (a foreign key in the way)."""
+    """One part of a transaction that the store could not write, because a foreign key is in the way.
+
+    offset: The source of the refused effect.
+    reason: The server's words.
+    """
 
     offset: int
     part: RefusedPart

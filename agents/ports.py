@@ -1,4 +1,52 @@
-"""What the driver needs from the world: a log, a store, a machine. Each has a contract suite."""
+"""The three interfaces of the driver: a log, a store and a machine. The driver is in `agents/driver/driver.py`.
+
+Each interface has one contract suite. Every implementation passes it, the ones in memory as well.
+
+Concepts
+
+- **Run**: records of one partition that the log returned together, in order.
+- **Batch**: the part of a run that becomes one transaction.
+- **Fence**: the key with the applied offset (`Applied`). Every transaction expects its old value and writes a new one.
+- **Journal**: outputs of earlier transactions that Kafka may not have yet, by sequence number.
+- **In flight**: a transaction that was sent, and whose result is not known yet. There is at most one.
+
+How driver and store work together
+
+```
+load ──► read* ──► pack ──► commit ──► result ──► read* ──► pack ──► …
+                     ▲         │
+                     └─────────┘  the driver packs the next batch while this one is in flight
+```
+
+1. `load` connects, reads the state of one moment, and remembers its fence.
+2. `commit` writes nothing if the store's fence is not the remembered one, or not the one that the transaction expects.
+3. The driver commits only after the result of the commit before. It checks only while nothing is in flight.
+4. After `Fenced` or `StoreDown` the driver must `load` again before it calls anything else.
+
+How driver and machine work together
+
+For each batch, in this order:
+
+1. ON half-written events of the batch before: `wanted` and `supply` until nothing is wanted, then `refused` for each.
+2. `wanted` and `supply` for the events of the batch, until nothing is wanted.
+3. `step` for each event, in the order of the log.
+4. `finish` once, then `partition_state`.
+5. `settled` once, when the store has the batch. The driver may have finished the next batch by then.
+
+A batch without events (the driver's own notes) has the steps 1, 4 and 5.
+
+ON an event for which `alone` is true: the driver first waits until the store has every earlier batch. The batch then
+holds only this event.
+
+ON load, and after each failure: `restore`, then step 2 without events. The machine forgets all that it held.
+
+Invariants
+
+1. What a machine decides depends on its state and the arguments of `step` or `refused`, and on nothing else.
+2. A machine asks for so much that more could not change a decision. So batch borders never decide.
+3. A machine holds what it changed until `settled`. The store may not have it before, so a read may not show it.
+4. A step that raises DecodeError has changed nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +61,11 @@ from millpond.schemas.events import AgentName, Event
 from millpond.schemas.keys import Partition
 from millpond.schemas.rules import Rules
 
+# -- the log
+
 
 class Record(NamedTuple):
-    """One Kafka record; `timestamp` is the log's append time in ms."""
+    """One Kafka record. `timestamp` is its append time in ms, which Kafka sets."""
 
     offset: int
     timestamp: int
@@ -24,7 +74,7 @@ class Record(NamedTuple):
 
 
 class OutgoingRecord(NamedTuple):
-    """One record to produce; `partition` None lets the key decide."""
+    """One record to produce. Without `partition`, the key decides where it goes."""
 
     topic: str
     key: bytes | None
@@ -34,37 +84,61 @@ class OutgoingRecord(NamedTuple):
 
 
 class LogBounds(NamedTuple):
-    """What Kafka says of a partition. `start` is its first offset, `end` the one after its last."""
+    """What Kafka knows of one partition.
+
+    partition_count: Of the whole topic.
+    start: The first offset that the log has.
+    end: The offset after the last one.
+    committed: The offset that this agent's consumer group committed. None if it never did.
+    """
 
     cluster_id: str
     partition_count: int
     start: int
     end: int
-    committed: int | None  # by this agent's group
+    committed: int | None
 
 
 class Log(Protocol):
-    """Kafka, as the driver sees it. Every call waits for Kafka to come back; none gives up."""
+    """Kafka as the driver sees it. Every call retries until Kafka answers, and never gives up."""
 
     async def bounds(self, partition: Partition) -> LogBounds:
-        """Cluster, partition count, first and end offset, and the group's committed offset."""
+        """Ask Kafka for the bounds of a partition."""
         ...
 
     def read(self, partition: Partition, start: int, stop: int) -> AsyncIterator[Sequence[Record]]:
-        """The records from `start` up to, not including, `stop`, in runs within the batch bounds."""
+        """Read the records from `start` up to `stop`, `stop` excluded, in runs within the bounds of a batch.
+
+        Offsets without a record are skipped: those that retention removed, and gaps.
+        """
         ...
 
     def produce(self, records: Sequence[OutgoingRecord]) -> Awaitable[None]:
-        """Produce in order, starting now; done when Kafka has acknowledged every one."""
+        """Start to produce the records in order. The result is done when Kafka has acknowledged all of them.
+
+        Records of a later call come after those of an earlier one. A record that is too large for Kafka becomes a
+        dead letter without a value.
+        """
         ...
 
 
-class Applied(Struct, frozen=True, kw_only=True):
-    """The fence: how far a partition's state has come, written by every transaction.
+# -- the store
 
-    `timestamp` and `cluster_id` identify the record at `offset`; `partition_count` is for life. `sequence` counts
-    transactions; journal entries up to `produced` are done. `now_ms` is the highest log time so far, `score` the
-    last index score given. `machine` is the machine's own partition-wide state.
+
+class Applied(Struct, frozen=True, kw_only=True):
+    """The fence: how far a partition's state is.
+
+    offset: The applied offset: the last record whose effects the store has.
+    timestamp: The timestamp of that record, in ms. With `cluster_id` it identifies the log.
+    cluster_id: The Kafka cluster.
+    partition_count: The partition count of the topic, which can never change.
+    sequence: The number of this transaction, from 1.
+    produced: Transactions up to this sequence have no output left to produce.
+    now_ms: The log's time: the highest timestamp of all records so far.
+    score: The last score that was given, in µs.
+    machine: The machine's partition-wide state.
+
+    It is stored as JSON: do not rename fields.
     """
 
     offset: int
@@ -79,7 +153,13 @@ class Applied(Struct, frozen=True, kw_only=True):
 
 
 class LoadedState(NamedTuple):
-    """What a store holds of a partition: its fence, journal, rules and seen ids (by generation parity)."""
+    """What a store has of one partition, all of one moment.
+
+    applied: The fence. None if the store has nothing of the partition.
+    journal: Sequence number → outputs that Kafka may not have yet.
+    rules: The rules in force, in canonical form. None if the store has none.
+    seen: The seen ids: the even generation, and the odd one.
+    """
 
     applied: Applied | None
     journal: Mapping[int, Sequence[Output]]
@@ -88,64 +168,86 @@ class LoadedState(NamedTuple):
 
 
 class Transaction(NamedTuple):
-    """One batch of one partition. `expected` is the fence that must still be there."""
+    """One batch of one partition, as a store writes it.
+
+    expected: The fence that the store must still have.
+    applied: The fence that replaces it.
+    effects: What the store carries out, see `agents/effects.py`.
+    outputs: What the driver produces afterwards. The journal keeps them under `applied.sequence`, if there are any.
+    produced: Sequence numbers of journal entries that Kafka has. The store removes them.
+    """
 
     expected: Applied | None
     applied: Applied
     effects: Sequence[Effect]
-    outputs: Sequence[Output]  # journaled under `applied.sequence` when there are any
-    produced: Sequence[int]  # journal entries to remove
+    outputs: Sequence[Output]
+    produced: Sequence[int]
 
 
 Packed = TypeVar("Packed")
 
 
 class Store(Protocol[Packed]):
-    """One partition's part of the store. Errors are `StoreDown`, `Fenced` and `StoreRefused`, nothing else."""
+    """The store of one partition. It raises StoreDown, Fenced and StoreRefused, and nothing else."""
 
     async def load(self) -> LoadedState:
-        """Set the fence and read what is held. Waits, with back-off, for a store that is down."""
+        """Connect, read the partition's state, and remember its fence. Retry with back-off while the store is down.
+
+        Raises:
+            StoreRefused: The store refuses, or its keys hold something that Millpond did not write.
+        """
         ...
 
     async def read(self, reads: Sequence[Read]) -> list[Any]:
-        """Answer reads in order; what they see includes every finished commit."""
+        """Answer reads, in their order. The answers show every commit whose result is known.
+
+        Whether they show the commit in flight depends on the store.
+
+        Raises:
+            StoreDown: The store does not answer.
+            StoreRefused: The store refuses.
+        """
         ...
 
     def pack(self, transaction: Transaction) -> Packed:
-        """Turn a transaction into what goes over the wire, while another one may be on its way."""
+        """Encode a transaction for `commit`. Allowed while another one is in flight."""
         ...
 
     def commit(self, packed: Packed) -> Awaitable[Sequence[Refusal]]:
-        """Send it now; done when every reply was read: what the store refused in it.
+        """Send a transaction now. The result is known when the store has answered: what it refused.
 
         Raises:
-            Fenced: the fence was not the expected one; nothing was applied.
-            StoreDown: unknown whether it was applied: load and compare.
+            Fenced: The fence was not the expected one. Nothing was applied.
+            StoreDown: Unknown whether the transaction was applied. Load, and compare the fence.
+            StoreRefused: The store refuses the whole transaction.
         """
         ...
 
     async def check(self) -> None:
-        """Find out, with nothing in flight, whether the fence is still the one last written or loaded.
+        """Ask whether the fence is still the one that this store last loaded or wrote. Nothing may be in flight.
 
         Raises:
-            Fenced: it is not: emptied, rolled back by a failover, or written by another owner.
-            StoreDown: no answer.
+            Fenced: It is not. The store was emptied or rolled back, or another owner wrote it.
+            StoreDown: The store does not answer.
         """
         ...
 
     async def close(self) -> None:
-        """Let go of the connection; the state stays."""
+        """Close the connection. The stored state stays."""
         ...
 
 
+# -- the machine
+
+
 class Machine(Protocol):
-    """One agent's decisions for one partition: no IO, no clock, no chance. See `agents/messages/machine.py`."""
+    """The decisions of one agent for one partition. It does no IO, and knows neither clock nor chance."""
 
     agent: AgentName
 
     @property
     def next_due_ms(self) -> int | None:
-        """When the earliest known thing falls due."""
+        """When the earliest due thing is due. 0 if work waits for a tick. None if nothing falls due."""
         ...
 
     @property
@@ -156,41 +258,64 @@ class Machine(Protocol):
     def restore(
         self, partition_state: Mapping[str, Any], stored: LoadedState, rules: Rules
     ) -> None:
-        """Start anew from what the store holds; `rules` are in force."""
+        """Forget everything, and continue from what the store has.
+
+        Args:
+            partition_state: What `partition_state` returned for the fence. Empty for a partition without state.
+            stored: The loaded state. Seen ids come from it.
+            rules: The rules in force. They can differ from `stored.rules` if the store has none.
+        """
         ...
 
     def owns(self, key: str) -> bool:
-        """Whether records of this key are this agent's."""
+        """True if this agent owns records with this key: a topic, a client id, or a filter with a wildcard.
+
+        The answer may change with the rules only. The driver remembers it until then.
+        """
         ...
 
     def alone(self, event: Event) -> bool:
-        """Whether an event needs all before it in the store, and is stepped by itself."""
+        """True if the event needs every earlier batch in the store, and a batch of its own."""
         ...
 
     def wanted(self, events: Sequence[Event], now_ms: int) -> Sequence[Read]:
-        """What the steps of these events need and the machine does not hold; asked until nothing is."""
+        """Return the reads that the steps of these events need, and whose answers the machine does not hold.
+
+        The driver answers them and asks again, until nothing is wanted.
+        """
         ...
 
     def supply(self, read: Read, answer: Any) -> None:
-        """The answer to something wanted."""
+        """Take the answer to a read that was wanted."""
         ...
 
     def step(self, offset: int, event: Event, now_ms: int, score: int) -> Sequence[Effect | Output]:
-        """Fold one event."""
+        """Fold one event.
+
+        Args:
+            offset: The offset of its record.
+            event: The event.
+            now_ms: The log's time at this record.
+            score: A score that is higher than every earlier one of the partition. For a message it is its place in
+                the log.
+
+        Raises:
+            DecodeError: The event makes no sense, for example an invalid topic. Its record becomes a dead letter.
+        """
         ...
 
     def finish(self) -> Sequence[Effect]:
-        """The end of a batch: what its events came to, each key once."""
+        """End a batch: return one write for each state that its events changed."""
         ...
 
     def settled(self) -> None:
-        """The oldest batch finished and not yet settled is in the store: what was held for it may go."""
+        """Note that the store has the oldest batch that is finished and not settled. Its states may be forgotten."""
         ...
 
     def refused(self, event: Event, refusal: Refusal) -> Sequence[Effect]:
-        """What to remove after the store refused a part of what `event` asked for."""
+        """Return what cleans up after the store refused a part of what `event` asked for."""
         ...
 
     def partition_state(self) -> dict[str, Any]:
-        """The small state that travels in the fence."""
+        """Return the small partition-wide state that the fence stores."""
         ...

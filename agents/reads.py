@@ -1,4 +1,24 @@
-"""What a machine or an output reads from the store, as data; each read says what answers it."""
+"""Reads: what a machine or an output asks of the store, as data.
+
+A read says *what* it asks for. A store says how. Each docstring below says what the answer is.
+
+- A **table** is a hash of packed states, an **index** a zset of names. Both belong to the partition that reads.
+  The **due set** is a zset of names with a time.
+- A **topic's index** is the public zset of its stored messages. A public key of a foreign type counts as empty.
+- A **score** is a place in the log. "Behind" a score means above it.
+- A **page** is a limited answer in order. The reader asks for the next page behind the last entry.
+
+Who reads what:
+
+| by | reads |
+|---|---|
+| machines, before a step | states, indexes, the due set, a topic's index |
+| outputs, after their transaction | bodies, retained entries, subscriptions, indexes of other partitions |
+| commands and the web page | anything, without a fence |
+
+A machine may hold a state that it has read, because only the partition's owner changes it. The data of outputs
+belongs to others. It is read once, and never becomes state.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +29,20 @@ from millpond.schemas.keys import Partition
 
 
 class ReadStates(NamedTuple):
-    """The packed states of a table's keys; answered by `dict[str, bytes | None]`."""
+    """The packed states of some keys of a table.
+
+    Answer: `dict[str, bytes | None]`, None for a key without state.
+    """
 
     names: tuple[str, ...]
     table: Table = "states"
 
 
 class ReadAllStates(NamedTuple):
-    """Some of all packed states of a table, from a cursor on (0 to begin); answered by `(next cursor or 0, dict[key,
-    bytes])`.
+    """A part of all packed states of a table. The first cursor is 0.
+
+    Answer: `(cursor, dict[key, bytes])`. The next cursor 0 says that this was the last part.
+    A key that exists all the time comes once or more. A key that is added or removed meanwhile may be missed.
     """
 
     cursor: int
@@ -25,7 +50,10 @@ class ReadAllStates(NamedTuple):
 
 
 class ReadBelow(NamedTuple):
-    """The first keys of an index with a score below `before`; answered by `list[tuple[key, score]]` in order."""
+    """The first entries of an index with a score below `before`.
+
+    Answer: `list[tuple[key, score]]` in the order of the scores.
+    """
 
     name: str
     before: int
@@ -33,13 +61,19 @@ class ReadBelow(NamedTuple):
 
 
 class ReadDue(NamedTuple):
-    """The earliest due members; answered by `list[tuple[member, at_ms]]` in order of (time, member)."""
+    """The earliest entries of the due set, due or not.
+
+    Answer: `list[tuple[name, at_ms]]` in the order of time, then name.
+    """
 
     limit: int
 
 
 class ReadIndex(NamedTuple):
-    """The oldest entries of a topic's index behind a score; answered by `list[tuple[message_id, score]]` in order."""
+    """The oldest entries of a topic's index behind the score `after`.
+
+    Answer: `list[tuple[message_id, score]]` in the order of the log.
+    """
 
     topic: str
     limit: int
@@ -47,28 +81,39 @@ class ReadIndex(NamedTuple):
 
 
 class ReadEntry(NamedTuple):
-    """A message's place in its topic's index; answered by its score, None if it is not there."""
+    """The place of one message in its topic's index.
+
+    Answer: its score, or None if the index does not have the message.
+    """
 
     topic: str
     message_id: str
 
 
 class ReadLast(NamedTuple):
-    """The newest entry of a topic's index up to, and with, a score; answered by `list[tuple[message_id, score]]`."""
+    """The newest entry of a topic's index with a score up to `until`, this score included.
+
+    Answer: `list[tuple[message_id, score]]` with one entry or none.
+    """
 
     topic: str
     until: int
 
 
 class ReadSubscriptions(NamedTuple):
-    """What the user's applications wrote for a client; answered by `dict[topic filter, QoS as text]`, both bytes."""
+    """The subscriptions that the user's applications wrote for a client.
+
+    Answer: `dict[bytes, bytes]`, topic filter → QoS, both unchecked.
+    """
 
     client_id: str
 
 
 class ReadNames(NamedTuple):
-    """The keys of a partition's index whose scores are all 0, by name: the first ones that begin with `prefix` and come
-    behind `after`, if that is not empty; answered by `list[str]`. `partition` None is the store's own.
+    """The first names of an index that begin with `prefix` and come behind `after`. All scores of the index must be 0.
+
+    An empty `after` asks for the first page. `partition` None means the partition of the store.
+    Answer: `list[str]` in the order of the bytes.
     """
 
     partition: Partition | None
@@ -79,13 +124,19 @@ class ReadNames(NamedTuple):
 
 
 class ReadRetained(NamedTuple):
-    """The id of a topic's retained message; answered by `str | None`."""
+    """The id of a topic's retained message.
+
+    Answer: `str | None`.
+    """
 
     topic: str
 
 
 class ReadBody(NamedTuple):
-    """A stored message; answered by `dict[field, bytes]`, empty if it is gone."""
+    """One stored message.
+
+    Answer: `dict[field, bytes]`, empty if the store has no such message.
+    """
 
     message_id: str
 
@@ -104,5 +155,6 @@ Read: TypeAlias = (
     | ReadBody
 )
 
-# What the store says of these changes with every batch: the one in flight has to be in it.
-OF_ALL_BATCHES: Final = (ReadAllStates, ReadBelow, ReadDue, ReadIndex, ReadEntry, ReadNames)
+# A batch in flight can change the answers to these, so the driver finishes it before it reads. ReadStates is not among
+# them: a machine holds the states that an unfinished batch changed, and does not ask for them.
+READS_AFTER_COMMIT: Final = (ReadAllStates, ReadBelow, ReadDue, ReadIndex, ReadEntry, ReadNames)

@@ -1,9 +1,9 @@
-"""Alarms on stdout: a plain Faust agent, with Faust's own transport, beside Millpond on the same topic.
+"""Print alarms: a plain Faust agent that reads the same Kafka topic as Millpond's workers.
 
     cd examples && KAFKA=kafka://127.0.0.1:9092 faust -A faust_agent worker --without-web
 
-A message published to `sensor/#` whose payload is a number above the threshold is an alarm. Expect one twice now
-and then: after a worker joins or leaves, Faust hands over again what it had not committed.
+An alarm is a message below `sensor/` whose payload is a number above the threshold. The agent uses Faust's own
+transport. After a worker joins or leaves, Faust can repeat records that were not committed, so an alarm can come twice.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from faust.types import StreamT
 THRESHOLD = 100.0
 
 app = faust.App(
-    "alarms",  # the consumer group: start more of these and they share the partitions
+    "alarms",  # the consumer group: several processes share its partitions
     broker=os.environ.get("KAFKA", "kafka://127.0.0.1:9092"),
-    topic_allow_declare=False,  # `millpond kafka init` makes the topics
-    topic_disable_leader=True,  # nor does Faust make one of its own
-    table_standby_replicas=0,  # no tables, no standbys; has to be the same in all workers of a group
-    broker_session_timeout=12.0,  # how long a worker that died keeps its partitions; Faust's own is a minute
+    topic_allow_declare=False,  # `millpond kafka init` creates the topics
+    topic_disable_leader=True,  # this agent needs no leader topic
+    table_standby_replicas=0,  # no tables, so no standbys; all workers of a group need the same value
+    broker_session_timeout=12.0,  # s until the partitions of a dead worker move; Faust's default is 60
 )
-# Raw bytes: what Faust cannot decode stops the agent, what we cannot decode we leave to Millpond's dead letters.
+# Raw bytes, because a record that Faust cannot decode stops the agent. Millpond makes dead letters of such records.
 messages = app.topic("mqtt.messages", key_serializer="raw", value_serializer="raw")
 
 
@@ -35,11 +35,11 @@ async def alarms(records: StreamT[bytes | None]) -> None:
     async for record in records:
         try:
             event = json.loads(record or b"{}")
-            # Deliveries, acknowledgements and Millpond's own ticks come along the same way.
+            # The topic also has deliveries, acknowledgements and Millpond's own records.
             if event.get("type") == "message.published" and event["topic"].startswith("sensor/"):
                 value = float(event["payload"])
                 if value > THRESHOLD:
-                    # The real stdout: the other one Faust's worker turns into its log.
+                    # Faust's worker redirects sys.stdout to its log. This is the real one.
                     print(f"{event['topic']} is at {value:g}", file=sys.__stdout__, flush=True)
         except (ValueError, AttributeError):
-            continue  # no JSON, no object, or no number
+            continue  # the record is no JSON object, or the payload is no number

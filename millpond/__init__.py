@@ -1,7 +1,9 @@
-"""Millpond: keeps what an MQTT broker forgets.
+"""Millpond keeps the stream of an MQTT broker: events flow through Kafka, and agents fold them into Redis.
 
-`millpond.schemas` says what is true, `millpond.agents` decides, `millpond.pipeline` acts; imports point from right to
-left. The three packages lie at the top of the repository; here are links to them.
+`millpond.schemas` says what is true, `millpond.agents` decides, and `millpond.pipeline` acts.
+Imports point one way: the pipeline imports agents and schemas, and agents import schemas.
+
+The three packages are at the top of the repository. The links beside this file make them parts of this package.
 """
 
 from __future__ import annotations

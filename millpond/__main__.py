@@ -1,4 +1,4 @@
-"""`python -m millpond` is the command `millpond`."""
+"""Make `python -m millpond` the same as the command `millpond`."""
 
 from millpond.pipeline.cli.main import main
 

@@ -1,1 +1,1 @@
-"""What is true: events, commands, rules, keys and errors. No IO, no clock."""
+"""What is true: events, commands, rules, keys and errors. This package does no IO and reads no clock."""

@@ -1,4 +1,13 @@
-"""What a bridge is to do on its broker: the records of `mqtt.deliveries`, keyed by client id."""
+"""Commands: the records of `mqtt.deliveries`, keyed by client id. Agents write them, and bridges carry them out.
+
+**Validity.** A command is valid for `valid_for_s` seconds from the append time of its record. After that, or after
+`expires_at`, a bridge does not carry it out. If it has a lease, the bridge reports it as `stale`.
+
+**Order.** The commands of one client share a partition of the topic, so a bridge reads them in the order of the log.
+
+**Epoch.** After a failed `deliver`, all later ones of the same client, agent, partition and epoch fail, too.
+Otherwise a later message would overtake the failed one, which its agent delivers again.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +17,32 @@ from msgspec import Meta, Struct
 
 from millpond.schemas.events import MessageId, PayloadEncoding, QoS, Text, TimeMs, Topic
 
-VALID_FOR_S_MAX = (
-    3_600  # a command that lay an hour in Kafka says nothing about the client any more
-)
+# After an hour in Kafka, a command says nothing about its client any more.
+VALID_FOR_S_MAX = 3_600
 ValidForS = Annotated[int, Meta(ge=1, le=VALID_FOR_S_MAX)]
-COMMAND_VALID_FOR_S = (
-    60  # a client that has not been reached by then is gone, or connects and asks anew
-)
+# A client that no bridge reached within a minute is offline, or has connected again since.
+COMMAND_VALID_FOR_S = 60
+# Far above any real count: `max_deliveries` is at most 1,000.
 ATTEMPTS_MAX = 1_000_000
-# More filters than this in one session are a fault of the client's; their state is rewritten with each change.
+# More filters in one session are a fault of the client. The session's state is written again with each change.
 SUBSCRIPTIONS_MAX = 1_000
 
 
 class Deliver(Struct, frozen=True, kw_only=True, tag_field="type", tag="deliver"):
-    """Hand one message to one client, within `valid_for_s` seconds of the record's own log time.
+    """Deliver one message to one client.
 
-    `lease` names this copy in the bridge's reports; it is empty for a retained message and a QoS 0 publish, of which
-    nobody wants a report. `attempt` counts from 1. Once a command of a client failed, all its later ones of the same
-    agent, partition and `epoch` fail too, or they would overtake it.
+    client_id: The receiver.
+    lease: The name of the lease, which the bridge's report repeats. Empty if no agent waits for a report:
+        retained messages and QoS 0 publishes.
+    epoch: See the head of this module.
+    valid_for_s: See the head of this module.
+    attempt: Which delivery of the message this is, from 1.
+    message_id: The id of the stored message. The broker may give the copy another one.
+    topic: The topic of the message.
+    qos: The QoS of the copy: the lower one of message and subscription.
+    retain: True if the message is delivered because it is retained.
+    payload, payload_encoding: The payload, as text or in base64.
+    expires_at: When the message expires, in ms: by its own expiry or by its rule, whichever is earlier. None: never.
     """
 
     client_id: Text
@@ -43,7 +60,7 @@ class Deliver(Struct, frozen=True, kw_only=True, tag_field="type", tag="deliver"
 
 
 class Subscribe(Struct, frozen=True, kw_only=True, tag_field="type", tag="subscribe"):
-    """Subscribe a client's session to these filters, each with its QoS; valid as `Deliver` is."""
+    """Subscribe a client's session to these filters, each with its QoS."""
 
     client_id: Text
     topic_filters: tuple[tuple[Topic, QoS], ...]
@@ -51,7 +68,7 @@ class Subscribe(Struct, frozen=True, kw_only=True, tag_field="type", tag="subscr
 
 
 class Unsubscribe(Struct, frozen=True, kw_only=True, tag_field="type", tag="unsubscribe"):
-    """End these subscriptions of a client's session; valid as `Deliver` is."""
+    """End these subscriptions of a client's session."""
 
     client_id: Text
     topic_filters: tuple[Topic, ...]

@@ -1,45 +1,60 @@
-"""Every error Millpond raises on purpose: who is at fault, and what happens next."""
+"""Every error that Millpond raises on purpose: who is at fault, and what happens next.
+
+```
+MillpondError
+├── ConfigError        the user's file       nothing starts
+├── DecodeError        one record            it becomes a dead letter
+├── StoreError         the store
+│   ├── StoreDown      not reachable         back off, load, compare, continue
+│   ├── Fenced         another owner wrote   load, compare, continue
+│   └── StoreRefused   it will not serve     the worker stops
+├── LogMismatch        store and log         the worker refuses to start
+└── BrokenInvariant    Millpond's own bug    the worker stops before it commits
+```
+
+Errors of a client library are translated once, where the library is called.
+"""
 
 from __future__ import annotations
 
 
 class MillpondError(Exception):
-    """Root of the tree: catch this to catch everything that is not a bug."""
+    """Root of the tree. Any exception outside of it is a bug."""
 
 
 class ConfigError(MillpondError):
-    """The user's settings or rules are wrong: nothing is started, the message says what to change."""
+    """The user's settings or rules are wrong. Nothing starts, and the message says what to change."""
 
     def __init__(self, reason: str, *, file: str | None = None, line: int | None = None) -> None:
-        """`file` and `line` (1-based) say where; both are shown in front of the reason."""
+        """Put `file` and `line` (from 1), as far as they are known, in front of the reason."""
         self.reason, self.file, self.line = reason, file, line
         where = ":".join(str(part) for part in (file, line) if part is not None)
         super().__init__(f"{where}: {reason}" if where else reason)
 
 
 class DecodeError(MillpondError):
-    """The bytes of one record cannot be read: the record becomes a dead letter, the rest goes on."""
+    """One record cannot be decoded or makes no sense. It becomes a dead letter, and its partition continues."""
 
 
 class StoreError(MillpondError):
-    """Root of what a store reports; translated from the client library at the store's door."""
+    """Root of what a store raises."""
 
 
 class StoreDown(StoreError):
-    """The store cannot be reached or is not ready: back off, reload what it holds, compare, go on."""
+    """The store does not answer, or is not ready. Whether it applied the last transaction is unknown."""
 
 
 class Fenced(StoreError):
-    """Somebody else wrote this partition's state since it was read: reload it before deciding."""
+    """The fence is not the expected one: another owner wrote it, or the store lost data. Nothing was applied."""
 
 
 class StoreRefused(StoreError):
-    """The store answers but will not do it (credentials, read-only, out of memory): says which."""
+    """The store answers, but refuses: credentials, a certificate, or foreign keys. The message names the reason."""
 
 
 class LogMismatch(MillpondError):
-    """The store's applied offset does not belong to this Kafka log: refuse to run, name both."""
+    """The applied offset in the store does not belong to this Kafka log. The message names both sides."""
 
 
 class BrokenInvariant(MillpondError):
-    """A bug of ours: the worker stops before it commits, and names the record."""
+    """A bug of Millpond's own. The worker stops before it commits, and the message names the record."""

@@ -1,7 +1,32 @@
-"""Canonical events: what a broker saw, as one JSON object per Kafka record (README, "Events").
+"""Canonical events: one JSON object in each Kafka record (docs/reference/kafka.md).
 
-Times are milliseconds since the epoch. Unknown fields are ignored, so that a newer bridge may write them.
-Every type is named in `Event`; nothing else decodes.
+**Who writes them.** Bridges write what a broker reported, and what became of commands. Workers write ticks, rules and
+announcements. Operators write orders.
+
+**Time.** Every time is in ms since the epoch. `at` is the writer's clock. Decisions use the timestamp of the record
+instead, which Kafka sets.
+
+**Format.** `type` names the event. Unknown fields are ignored, because a newer bridge may write them. A field with a
+default may be missing. Names of types and fields are stored in Kafka for years: do not rename them.
+
+**Order.** The key of a record (`schemas/keys.py`) decides its partition. Only events of one partition have an order.
+
+Kinds of events, by the first part of the type:
+
+| type | about |
+|---|---|
+| `client.*` | one connection of a client |
+| `session.*` | the MQTT session of a client, and its subscriptions |
+| `control.*` | orders of applications about subscriptions |
+| `node.*` | a broker node, and snapshots of it |
+| `message.*` | one message |
+| `subscriber.*` | announcements of members, from the sessions agent to the delivery agents |
+| `deliveries.sent`, `delivery.failed` | reports: what became of copies |
+| `operator.*` | orders of operators |
+| `rules.changed`, `tick` | the rules in force, and time |
+
+A *snapshot* is everything connected and subscribed at a node. Its events lie between `node.sync.started` and
+`node.sync.completed`, and carry `told_again`. They may repeat what is known. They are no connect and no SUBSCRIBE.
 """
 
 from __future__ import annotations
@@ -10,15 +35,15 @@ from typing import Annotated, Literal, TypeAlias
 
 from msgspec import Meta, Struct, field
 
-# Bounds of what is accepted from outside. The latest time is the last millisecond of the year 9999.
-TIME_MS_MAX = 253_402_300_799_999
+# Limits of what is accepted from outside.
+TIME_MS_MAX = 253_402_300_799_999  # the last millisecond of the year 9999
 TEXT_BYTES_MAX = 65_535  # [MQTT-1.5.4]: a UTF-8 string is at most 65,535 bytes
 MESSAGE_ID_LENGTH_MAX = 256  # EMQX writes 32 hex characters; others may be longer
 
 TimeMs = Annotated[int, Meta(ge=0, le=TIME_MS_MAX)]
 QoS = Annotated[int, Meta(ge=0, le=2)]
 Text = Annotated[str, Meta(max_length=TEXT_BYTES_MAX)]
-# A client id is part of names that a null character separates; no client may have one ([MQTT-1.5.4-2]).
+# A null character separates the parts of private names. MQTT forbids it in client ids ([MQTT-1.5.4-2]).
 ClientId = Annotated[str, Meta(max_length=TEXT_BYTES_MAX, pattern=r"^[^\0]*\Z")]
 Topic = Annotated[str, Meta(min_length=1, max_length=TEXT_BYTES_MAX)]
 Offset = Annotated[int, Meta(ge=0)]
@@ -28,15 +53,22 @@ AgentName: TypeAlias = Literal["sessions", "messages", "queue", "pubsub"]
 
 
 class Base(Struct, frozen=True, kw_only=True, gc=False, tag_field="type"):
-    """What every event says: when the bridge stamped it, and which broker node it came from."""
+    """The fields of every event.
+
+    at: When the event was written, by the clock of its writer.
+    node: The broker node. `millpond` in records that workers and commands write.
+    """
 
     at: TimeMs
     node: Text
 
 
 class ClientConnected(Base, frozen=True, kw_only=True, tag="client.connected"):
-    """A connection was accepted. `connection_id` tells it from every other one of that client; `told_again` in a
-    snapshot.
+    """A connection was accepted.
+
+    connection_id: Identifies the connection among all of its client: node and peer address.
+    session_expiry_s: How long the session outlives the connection. 0xFFFF_FFFF: for ever.
+    told_again: True in a snapshot.
     """
 
     client_id: ClientId
@@ -50,7 +82,7 @@ class ClientConnected(Base, frozen=True, kw_only=True, tag="client.connected"):
 
 
 class ClientDisconnected(Base, frozen=True, kw_only=True, tag="client.disconnected"):
-    """The connection named by `connection_id` is gone."""
+    """The connection `connection_id` ended."""
 
     client_id: ClientId
     connection_id: Text
@@ -60,8 +92,9 @@ class ClientDisconnected(Base, frozen=True, kw_only=True, tag="client.disconnect
 class SessionCreated(Base, frozen=True, kw_only=True, tag="session.created"):
     """A session began without earlier state.
 
-    `began_at` is when its first connection did, on the clock of the node. It is told where events may come late or in
-    another order: then what was subscribed since stays, and a session that began before is not told as a new one.
+    began_at: When its first connection began, by the clock of the node. Bridges give it where events can arrive late,
+        twice or out of order. Subscriptions that were made since then stay. An event with the `began_at` of the
+        known session, or an earlier one, does not begin a new session.
     """
 
     client_id: ClientId
@@ -69,19 +102,22 @@ class SessionCreated(Base, frozen=True, kw_only=True, tag="session.created"):
 
 
 class SessionResumed(Base, frozen=True, kw_only=True, tag="session.resumed"):
-    """A client came back to its session and keeps its subscriptions."""
+    """A client returned to its session. Its subscriptions continue."""
 
     client_id: ClientId
 
 
 class SessionSubscribed(Base, frozen=True, kw_only=True, tag="session.subscribed"):
-    """One filter was granted; shared subscriptions keep their `$share/{group}/` prefix.
+    """The broker granted one filter.
 
-    `proxied` if the bridge subscribed the client to it, by a command. `retain_handling` says when retained messages
-    are wanted (MQTT 5.0, 3.8.3.1): 0 always, 1 with a new subscription, 2 never. `told_again` in a snapshot, where it
-    is no SUBSCRIBE. `broker_delivers` where the bridge cannot reach this client alone: then the broker routes to it
-    what is published from now on, and Millpond hands it only what was stored before. Not `reachable` where Millpond
-    delivers, and the bridge cannot reach this client: no delivery agent serves it.
+    topic_filter: The client's filter. A shared subscription keeps its `$share/{group}/` prefix.
+    proxied: True if the bridge made the subscription, by a command.
+    broker_delivers: True if the bridge cannot reach this client alone. The broker then routes new messages to it, and
+        Millpond delivers only messages that were stored before the subscription.
+    reachable: False if Millpond delivers, but the bridge cannot reach this client. No delivery agent then serves it.
+    retain_handling: When the client wants retained messages (MQTT 5.0, 3.8.3.1): 0 always, 1 with a new subscription,
+        2 never.
+    told_again: True in a snapshot.
     """
 
     client_id: ClientId
@@ -95,33 +131,33 @@ class SessionSubscribed(Base, frozen=True, kw_only=True, tag="session.subscribed
 
 
 class SessionUnsubscribed(Base, frozen=True, kw_only=True, tag="session.unsubscribed"):
-    """One filter was given up."""
+    """One subscription ended by UNSUBSCRIBE."""
 
     client_id: ClientId
     topic_filter: Topic
 
 
 class SessionTerminated(Base, frozen=True, kw_only=True, tag="session.terminated"):
-    """A session ended for good, with its subscriptions."""
+    """A session ended, with its subscriptions."""
 
     client_id: ClientId
     reason: Text
 
 
 class SessionDiscarded(Base, frozen=True, kw_only=True, tag="session.discarded"):
-    """A clean start threw the client's earlier session away."""
+    """A clean start discarded the client's earlier session. The sessions agent ignores it and waits for the new one."""
 
     client_id: ClientId
 
 
 class SessionTakenOver(Base, frozen=True, kw_only=True, tag="session.takenover"):
-    """A newer connection of the client took its session."""
+    """A newer connection took over the session. The sessions agent ignores it: the new connection reports itself."""
 
     client_id: ClientId
 
 
 class ControlSubscribe(Base, frozen=True, kw_only=True, tag="control.subscribe"):
-    """An application wants a client subscribed; written by the worker that heard of it."""
+    """An application ordered a subscription on the control channel. The worker of the client's partition writes it."""
 
     client_id: ClientId
     topic_filter: Topic
@@ -129,34 +165,40 @@ class ControlSubscribe(Base, frozen=True, kw_only=True, tag="control.subscribe")
 
 
 class ControlUnsubscribe(Base, frozen=True, kw_only=True, tag="control.unsubscribe"):
-    """An application wants a client's subscription ended; written by the worker that heard of it."""
+    """An application ordered the end of a subscription. See ControlSubscribe."""
 
     client_id: ClientId
     topic_filter: Topic
 
 
 class NodeStarted(Base, frozen=True, kw_only=True, tag="node.started"):
-    """A broker node came up; written to every partition."""
+    """A broker node started. The bridge writes one to every partition."""
 
 
 class NodeStopped(Base, frozen=True, kw_only=True, tag="node.stopped"):
-    """A broker node went down; written to every partition."""
+    """A broker node stopped. The bridge writes one to every partition."""
 
 
 class NodeSyncStarted(Base, frozen=True, kw_only=True, tag="node.sync.started"):
-    """A snapshot of the node's clients and subscriptions follows, up to its `completed`."""
+    """A snapshot of the node begins. It ends with the `node.sync.completed` of the same `sync_id`."""
 
     sync_id: Text
 
 
 class NodeSyncCompleted(Base, frozen=True, kw_only=True, tag="node.sync.completed"):
-    """The snapshot `sync_id` is whole."""
+    """The snapshot `sync_id` is complete. Connections and subscriptions of the node that are not in it have ended."""
 
     sync_id: Text
 
 
 class Message(Base, frozen=True, kw_only=True):
-    """A message as its publisher gave it. `message_id` is the broker's own and is kept as it is."""
+    """A message as its publisher sent it.
+
+    message_id: The broker's own id. Millpond never changes it.
+    client_id, username: The publisher.
+    published_at: When the broker received it.
+    expires_at: When it expires, if it came with an expiry of its own.
+    """
 
     message_id: MessageId
     topic: Topic
@@ -176,13 +218,15 @@ class MessagePublished(Message, frozen=True, kw_only=True, tag="message.publishe
 
 
 class MessageRetained(Message, frozen=True, kw_only=True, tag="message.retained"):
-    """What the broker retains of a topic now, as a bridge found it that had to ask: a publish that may have been told
-    before, without its retain flag. With an empty payload nothing is retained.
+    """The broker now retains this message for its topic. With an empty payload it retains none.
+
+    EMQX's hook does not report the retain flag of a publish. So its bridge asks the broker afterwards, and writes this.
+    A `message.published` of the same message may precede it, with a false `retain`.
     """
 
 
 class MessageDelivered(Base, frozen=True, kw_only=True, tag="message.delivered"):
-    """The broker handed one message to one client."""
+    """The broker gave one message to one client. `from_client_id` is the publisher."""
 
     message_id: MessageId
     topic: Topic
@@ -192,8 +236,10 @@ class MessageDelivered(Base, frozen=True, kw_only=True, tag="message.delivered")
 
 
 class MessageAcked(Base, frozen=True, kw_only=True, tag="message.acked"):
-    """One client acknowledged one message (PUBACK, or PUBREC at QoS 2); `broker_delivers` if its broker may have routed
-    the message to it, and not Millpond handed it over.
+    """One client acknowledged one message: PUBACK, or PUBREC at QoS 2.
+
+    message_id: The id by which the client's broker knows the copy. It can be an alias (see Sent).
+    broker_delivers: True if the broker may have routed the message itself. The client may then hold no lease of it.
     """
 
     message_id: MessageId
@@ -205,13 +251,14 @@ class MessageAcked(Base, frozen=True, kw_only=True, tag="message.acked"):
 
 
 class SubscriberJoined(Base, frozen=True, kw_only=True, tag="subscriber.joined"):
-    """A client may now be served by the delivery agents; written by sessions.
+    """A member: the delivery agents may serve this client by this filter. The sessions agent announces it.
 
-    `topic_filter` is the client's own, with `$share/{group}/` if it has one. `session` names the session: the
-    offset, in the client's partition of mqtt.clients, of the connect that created it. `source_offset` is that of
-    the event which this follows from; of two records about one client and filter the higher one holds.
-    `broker_delivers` as in `SessionSubscribed`. `subscribed_at` is the log's time at the subscription itself: nothing
-    published after its SUBACK is older.
+    topic_filter: The client's filter, with `$share/{group}/` if it has one.
+    session: Names the session: the offset of the event that created it, in the client's partition of `mqtt.clients`.
+    source_offset: The offset of the event that caused this announcement, in the same partition. Of two announcements
+        about one client and filter, the one with the higher source offset holds.
+    broker_delivers: As in SessionSubscribed.
+    subscribed_at: The log's time of the SUBSCRIBE. 0: unknown. No message published after the SUBACK is older.
     """
 
     client_id: ClientId
@@ -224,7 +271,7 @@ class SubscriberJoined(Base, frozen=True, kw_only=True, tag="subscriber.joined")
 
 
 class SubscriberLeft(Base, frozen=True, kw_only=True, tag="subscriber.left"):
-    """A client is no longer to be served; see `SubscriberJoined`."""
+    """The delivery agents no longer serve this client by this filter. For the fields see SubscriberJoined."""
 
     client_id: ClientId
     topic_filter: Topic
@@ -234,8 +281,11 @@ class SubscriberLeft(Base, frozen=True, kw_only=True, tag="subscriber.left"):
 
 
 class Sent(Struct, frozen=True, array_like=True, gc=False):
-    """One copy that the broker has handed over: `alias` is the id that it gave the copy, if that is another than the
-    message's; nobody acknowledges a copy of `qos` 0.
+    """One copy that the broker has sent.
+
+    lease: The name of its lease.
+    alias: The id that the broker gave to the copy. None if it is the message's own. Acknowledgements name the alias.
+    qos: The QoS of the copy. No client acknowledges a copy of QoS 0.
     """
 
     lease: Text
@@ -246,15 +296,21 @@ class Sent(Struct, frozen=True, array_like=True, gc=False):
 
 
 class DeliveriesSent(Base, frozen=True, kw_only=True, tag="deliveries.sent"):
-    """A bridge has handed these copies to its broker, in this order."""
+    """A report: the bridge gave these copies to its broker, in this order."""
 
     agent: AgentName
     sent: tuple[Sent, ...]
 
 
 class DeliveryFailed(Base, frozen=True, kw_only=True, tag="delivery.failed"):
-    """A copy was not handed over: the client is not there, the command came too late (or after one of its epoch that
-    failed), the broker refused; or, before a command was written, the message was gone from the store, or too large.
+    """A report: a copy did not reach its client.
+
+    reason: One of these.
+        `no_client`: the client is not connected.
+        `stale`: the command's validity had ended, or an earlier command of its epoch failed.
+        `bridge`: the broker cannot send the message.
+        `gone`: the store no longer has the message. A worker reports it, and no command was written.
+        `too_large`: Kafka does not take the command. A worker reports it.
     """
 
     agent: AgentName
@@ -265,23 +321,28 @@ class DeliveryFailed(Base, frozen=True, kw_only=True, tag="delivery.failed"):
 
 
 class OperatorRequeue(Base, frozen=True, kw_only=True, tag="operator.requeue"):
-    """Deliver a dead letter of a topic once more, as if for the first time, behind what waits there by now."""
+    """Deliver a dead message again. Its attempts count from 1 again.
+
+    Queue puts it behind the messages that wait now. Pubsub delivers it first, to the subscribers that gave up on it.
+    """
 
     topic: Topic
     message_id: MessageId
 
 
 class OperatorDrop(Base, frozen=True, kw_only=True, tag="operator.drop"):
-    """Delete a dead letter of a topic."""
+    """Delete a dead message."""
 
     topic: Topic
     message_id: MessageId
 
 
 class OperatorRewind(Base, frozen=True, kw_only=True, tag="operator.rewind"):
-    """Have one subscriber of a pubsub topic read on behind a place in the log: a score of the topic's index.
+    """Move the read offset of one pubsub subscriber in one topic.
 
-    `message_id` is what its read offset shows from then on: the last message that is not behind that place, if any.
+    subscriber: A client id, or `$share/{group}/{filter}`.
+    after: The new read offset: a score of the topic's index. The subscriber continues with the next message.
+    message_id: The last message up to that place, which the view of the read offset then shows. None if there is none.
     """
 
     topic: Topic
@@ -291,24 +352,30 @@ class OperatorRewind(Base, frozen=True, kw_only=True, tag="operator.rewind"):
 
 
 class RulesChanged(Base, frozen=True, kw_only=True, tag="rules.changed"):
-    """From this record on, `agent` folds its partition by `rules` (canonical JSON of the rule set)."""
+    """From this record on, `agent` uses `rules` in this partition: the canonical JSON of a rule set."""
 
     agent: AgentName
     rules: str
 
 
 class Tick(Base, frozen=True, kw_only=True, tag="tick"):
-    """Time in the log: `agent` does what is due at this record's timestamp."""
+    """Time in the log: `agent` handles what is due at this record's timestamp. Nothing expires without a tick."""
 
     agent: AgentName
 
 
+# Every type of event. Nothing else decodes.
 # fmt: off
 Event: TypeAlias = (
-    ClientConnected | ClientDisconnected | SessionCreated | SessionResumed | SessionSubscribed
-    | SessionUnsubscribed | SessionTerminated | SessionDiscarded | SessionTakenOver
-    | ControlSubscribe | ControlUnsubscribe | NodeStarted | NodeStopped | NodeSyncStarted | NodeSyncCompleted | MessagePublished | MessageRetained | MessageDelivered
-    | MessageAcked | SubscriberJoined | SubscriberLeft | DeliveriesSent | DeliveryFailed
-    | OperatorRequeue | OperatorDrop | OperatorRewind | RulesChanged | Tick
+    ClientConnected | ClientDisconnected
+    | SessionCreated | SessionResumed | SessionSubscribed | SessionUnsubscribed
+    | SessionTerminated | SessionDiscarded | SessionTakenOver
+    | ControlSubscribe | ControlUnsubscribe
+    | NodeStarted | NodeStopped | NodeSyncStarted | NodeSyncCompleted
+    | MessagePublished | MessageRetained | MessageDelivered | MessageAcked
+    | SubscriberJoined | SubscriberLeft
+    | DeliveriesSent | DeliveryFailed
+    | OperatorRequeue | OperatorDrop | OperatorRewind
+    | RulesChanged | Tick
 )
 # fmt: on

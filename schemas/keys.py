@@ -1,40 +1,43 @@
-"""Every Kafka topic and Redis key, in one table; built here and nowhere else.
+"""Kafka topics, record keys, consumer groups and Redis keys. They are built here and nowhere else.
 
-Public keys (`mqtt:`): any Redis client may read them. Private keys (`millpond:`) hold what the agents
-know; they carry application, agent and partition as hash tag, so that one partition's state shares a
-Redis Cluster slot and can be written in one transaction.
+**Public keys** (`mqtt:`) have the layout of EMQ X's Redis backend. Any Redis client may read them.
+
+**Private keys** (`millpond:`) hold what the agents know. Their names carry application, agent and partition as a hash
+tag. So all keys of a partition share one slot of a Redis Cluster, and one transaction can write them.
+
+The table is shown to users: `docs/generate.py` copies it into docs/reference/redis-keys.md.
 
 | key | type | content | owner | lifetime |
 |---|---|---|---|---|
-| `mqtt:msg:{topic}` | zset | message ids, score = log time in µs, never a tie | the topic's agent | an entry: `expired_time` |
-| `mqtt:msg:{message_id}` | hash | `id from qos topic payload ts retain`; `expires_at` in ms, if the message came with an expiry | the topic's agent | until index, retained entry and dead letter let go |
-| `mqtt:retain:{topic}` | zset | the one retained message id | the topic's agent | until replaced, cleared or expired |
-| `mqtt:receipt:{message_id}` | hash | `delivered:{client_id}`, `acked:{client_id}` → epoch seconds | the topic's agent | `expired_time` of the rule |
-| `mqtt:client:{client_id}` | hash | `state online_at offline_at` | sessions | grows with the clients |
-| `mqtt:node:{node}` | hash | client id → online timestamp | sessions | grows with the clients online |
-| `mqtt:sub:{client_id}` | hash | topic filter → QoS | your applications | yours |
-| `mqtt:acked:{subscriber}:{topic}` | string | last message id of the read offset of a client, or of `$share/{group}/{filter}` (a view) | pubsub | with the offset |
-| `millpond:{app:agent:partition}:applied` | string | the fence: applied offset, sequence and partition-wide state, as JSON | the agent | for ever |
-| `millpond:{app:agent:partition}:journal` | hash | sequence → what must still be produced, as JSON | the agent | until produced |
-| the same, on a Redis Cluster | | `remove:{sequence}` → what runs after the fence, as MessagePack | the agent | until it has run |
+| `mqtt:msg:{topic}` | zset | ids of the stored messages, score = the log's time in µs, no two alike | the topic's agent | an entry: `expired_time` of the rule |
+| `mqtt:msg:{message_id}` | hash | one message: `id from qos topic payload ts retain`; `expires_at` in ms, if the message came with an expiry | the topic's agent | while an index entry, a retained entry or a dead message names it |
+| `mqtt:retain:{topic}` | zset | the id of the one retained message | the topic's agent | until it is replaced, cleared or expired |
+| `mqtt:receipt:{message_id}` | hash | `delivered:{client_id}`, `acked:{client_id}` → epoch seconds | the topic's agent | `expired_time` of the rule, one day without it |
+| `mqtt:client:{client_id}` | hash | presence: `state online_at offline_at` | sessions | for ever: grows with the clients |
+| `mqtt:node:{node}` | hash | id of each online client → epoch seconds of its connect | sessions | an entry: while the client is online |
+| `mqtt:sub:{client_id}` | hash | topic filter → QoS | your applications | your applications decide |
+| `mqtt:acked:{subscriber}:{topic}` | string | the read offset as the id of its last message; the subscriber is a client id or `$share/{group}/{filter}`; a view, not the state | pubsub | as long as the read offset |
+| `millpond:{app:agent:partition}:applied` | string | the fence: applied offset, sequence number and partition-wide state, as JSON | the agent | for ever |
+| `millpond:{app:agent:partition}:journal` | hash | sequence number → outputs that Kafka may not have yet, as JSON | the agent | until Kafka has them |
+| the same, on a Redis Cluster | | `remove:{sequence}` → commands that run after the fence, as MessagePack | the agent | until they have run |
 | `millpond:{app:agent:partition}:rules` | string | the rules in force, as JSON | the agent | for ever |
-| `millpond:{app:agent:partition}:seen:{0,1}` | string | two generations of message ids seen, a JSON string per line | the agent | two `dedup_window_s` |
-| `millpond:{app:agent:partition}:states` | hash | client id → its state; topic → its retained message, as JSON | the agent | while it has state |
-| `millpond:{app:agent:partition}:windows` | hash | queue: topic; pubsub: subscriber and topic → what is handed out, and how far, as JSON | queue, pubsub | while there is something; pubsub: with the offset |
-| `millpond:{app:agent:partition}:members` | hash | client, or group and client → its filters and what it has in hand, as JSON | queue, pubsub | ten minutes longer than it is online |
-| `millpond:{app:agent:partition}:dead` | hash | message id → why it was given up on, as JSON | queue, pubsub | 7 days |
-| `millpond:{app:pubsub:partition}:logs` | hash | topic → how long its log is, and what was trimmed, as JSON | pubsub | grows with the topics |
-| `millpond:{app:pubsub:partition}:subscribers` | hash | subscriber → since when it is known by which filters, as JSON | pubsub | `offset_retention_s` longer than its session |
-| `millpond:{app:agent:partition}:waiting` | zset | windows with something that nobody had room for, by name | queue, pubsub | until it is handed out |
-| `millpond:{app:agent:partition}:work` | zset | members that go round many topics, in their order | queue, pubsub | until they have |
-| `millpond:{app:pubsub:partition}:topics` | zset | topics with a log, by name | pubsub | with its messages |
-| `millpond:{app:pubsub:partition}:readers` | zset | subscriber and topic of each offset, by name | pubsub | with the offset |
-| `millpond:{app:agent:partition}:retained` | zset | topics that retain a message, by name | the topic's agent | with the message |
-| `millpond:{app:sessions:partition}:node:{node}` | zset | client ids, score = offset that last showed all of theirs | sessions | with the session |
-| `millpond:{app:sessions:partition}:announced` | zset | ids of clients with subscriptions, score = offset of the rules they were announced by | sessions | with the subscriptions |
-| `millpond:{app:agent:partition}:due` | zset | what falls due, score = ms since the epoch | the agent | until done |
-| `millpond:{app:agent}:replay` | hash | `complete` 0/1, `starts` and `ends` by partition, `from`, `cluster_id`: what of the log a replay has put here | `millpond replay` | until the database is emptied |
-| `millpond:{app:agent}:rebuild` | hash | partition → the fence that a rebuild began with, until it is done; its workers do not start meanwhile | `millpond rebuild` | while one is unfinished |
+| `millpond:{app:agent:partition}:seen:{0,1}` | string | the seen message ids in two generations, one JSON string in each line | the agent | until a newer generation takes its place, after 60 seconds or more |
+| `millpond:{app:agent:partition}:states` | hash | sessions: client id → its state; other agents: topic → its retained message; as JSON | the agent | sessions: for ever; others: while the topic retains a message |
+| `millpond:{app:agent:partition}:windows` | hash | queue: topic → its window; pubsub: subscriber and topic → its reader with the read offset; as JSON | queue, pubsub | queue: while the window has content; pubsub: as long as the read offset |
+| `millpond:{app:agent:partition}:members` | hash | client, or group and client → the member with its filters and leases, as JSON | queue, pubsub | until ten minutes after the member went offline |
+| `millpond:{app:agent:partition}:dead` | hash | message id → the dead message with the reason, as JSON | queue, pubsub | 7 days |
+| `millpond:{app:pubsub:partition}:logs` | hash | topic → its topic log: length, newest message, what was trimmed; as JSON | pubsub | for ever: grows with the topics |
+| `millpond:{app:pubsub:partition}:subscribers` | hash | subscriber → its filters, and since when it has each, as JSON | pubsub | until `offset_retention_s` after the end of its session |
+| `millpond:{app:agent:partition}:waiting` | zset | windows with messages that no member had room for, by name | queue, pubsub | until the messages are leased |
+| `millpond:{app:agent:partition}:work` | zset | members on a round and other work that ticks do in pieces, in order | queue, pubsub | until the work is done |
+| `millpond:{app:pubsub:partition}:topics` | zset | topics with stored messages, by name | pubsub | while the topic has stored messages |
+| `millpond:{app:pubsub:partition}:readers` | zset | subscriber and topic of each reader, by name | pubsub | as long as the read offset |
+| `millpond:{app:agent:partition}:retained` | zset | topics with a retained message, by name | the topic's agent | while the topic retains a message |
+| `millpond:{app:sessions:partition}:node:{node}` | zset | client ids, score = the lowest offset at which something of the client on this node was last seen | sessions | while the client has a connection or session on this node |
+| `millpond:{app:sessions:partition}:announced` | zset | ids of clients with subscriptions, score = the offset of the rules by which they were announced | sessions | while the client has subscriptions |
+| `millpond:{app:agent:partition}:due` | zset | due things, score = their time in ms since the epoch | the agent | until a tick has handled them |
+| `millpond:{app:agent}:replay` | hash | what of the log a replay has folded into this database: `complete` (0 or 1), `starts` and `ends` by partition, `from`, `cluster_id` | `millpond replay` | until the database is emptied |
+| `millpond:{app:agent}:rebuild` | hash | partition → its fence before the rebuild; workers of the agent do not start while this key exists | `millpond rebuild` | until the rebuild is complete |
 """
 
 from __future__ import annotations
@@ -69,14 +72,15 @@ DELIVERIES_TOPIC: Final = "mqtt.deliveries"
 DEAD_LETTERS_TOPIC: Final = "mqtt.dead-letters"
 TOPICS: Final = (CLIENTS_TOPIC, MESSAGES_TOPIC, DELIVERIES_TOPIC, DEAD_LETTERS_TOPIC)
 
-# What is Millpond's own: no client may publish below it, no user command may touch a key below it.
+# Millpond's own names. No client may publish below the first. No user command may name a key with the second prefix.
 RESERVED_TOPIC_PREFIX: Final = "$millpond/"
 PRIVATE_PREFIX: Final = "millpond:"
 
 MESSAGES_PREFIX, RETAINED_PREFIX, RECEIPTS_PREFIX = "mqtt:msg:", "mqtt:retain:", "mqtt:receipt:"
 PRESENCE_PREFIX, NODES_PREFIX, OFFSETS_PREFIX = "mqtt:client:", "mqtt:node:", "mqtt:acked:"
+# Three agents write these keys. The topic in a key decides which of them owns it.
 OF_TOPICS: Final = (MESSAGES_PREFIX, RETAINED_PREFIX, RECEIPTS_PREFIX)
-# The public keys that each agent writes begin so. Those of topics are three agents': each has its own topics.
+# The prefixes of the public keys that each agent writes.
 PUBLIC_PREFIXES: Final[dict[AgentName, tuple[str, ...]]] = {
     "sessions": (PRESENCE_PREFIX, NODES_PREFIX),
     "messages": OF_TOPICS,
@@ -84,7 +88,8 @@ PUBLIC_PREFIXES: Final[dict[AgentName, tuple[str, ...]]] = {
     "pubsub": (*OF_TOPICS, OFFSETS_PREFIX),
 }
 
-AGENT_NODE: Final = "millpond"  # the node in records that agents write
+# The `node` of records that workers and commands write. Bridges give the name of a broker node.
+AGENT_NODE: Final = "millpond"
 
 SOURCE_TOPIC: Final[dict[AgentName, str]] = {
     "sessions": CLIENTS_TOPIC,
@@ -95,7 +100,7 @@ SOURCE_TOPIC: Final[dict[AgentName, str]] = {
 
 
 class Partition(NamedTuple):
-    """One partition as one agent sees it: whose state, of which application."""
+    """One partition of one agent. Its name is part of every private key, so two applications can share a Redis."""
 
     app: str
     agent: AgentName
@@ -103,7 +108,7 @@ class Partition(NamedTuple):
 
     @property
     def topic(self) -> str:
-        """The Kafka topic that this agent reads."""
+        """The Kafka topic that the agent reads."""
         return SOURCE_TOPIC[self.agent]
 
     def __str__(self) -> str:
@@ -111,27 +116,31 @@ class Partition(NamedTuple):
 
 
 def group_id(app: str, agent: AgentName) -> str:
-    """The Kafka consumer group of an agent."""
+    """Return the Kafka consumer group of an agent."""
     return f"{app}.{agent}"
 
 
 def bridge_group_id(app: str) -> str:
-    """The Kafka consumer group of the bridge that carries out commands."""
+    """Return the consumer group of the bridge that carries out commands."""
     return f"{app}.bridge"
 
 
 def rule_events_group_id(app: str) -> str:
-    """The Kafka consumer group of the bridge that reads what EMQX's rules wrote."""
+    """Return the consumer group of `millpond bridge emqx-kafka`."""
     return f"{bridge_group_id(app)}.emqx-kafka"
 
 
 def agent_record_key(agent: AgentName) -> str:
-    """The Kafka key of records that concern an agent rather than an MQTT topic."""
+    """Return the record key of events about an agent. Their producer names the partition."""
     return f"{RESERVED_TOPIC_PREFIX}{agent}"
 
 
 def record_key(event: Event) -> str:
-    """The Kafka key of an event's record: it decides the partition, and so what the event is ordered with."""
+    """Return the Kafka key of an event's record.
+
+    The key decides the partition, and so which events have an order among them. Three kinds of events go to a partition
+    that their producer names: events about an agent, events about a node, and announcements with a wildcard.
+    """
     if isinstance(event, Message | MessageAcked | MessageDelivered):
         return event.topic
     if isinstance(event, OperatorRequeue | OperatorDrop | OperatorRewind):
@@ -139,16 +148,16 @@ def record_key(event: Event) -> str:
     if isinstance(event, RulesChanged | Tick | DeliveriesSent | DeliveryFailed):
         return agent_record_key(event.agent)
     if isinstance(event, SubscriberJoined | SubscriberLeft):
-        return split_share(event.topic_filter)[
-            1
-        ]  # a topic's partition, or every one for a wildcard
+        # Without a wildcard, the filter is a topic. With one, a record goes to every partition.
+        return split_share(event.topic_filter)[1]
     if isinstance(event, NodeStarted | NodeStopped | NodeSyncStarted | NodeSyncCompleted):
-        return agent_record_key("sessions")  # one per partition, named explicitly
+        # A node's clients are in all partitions, so each partition gets a record.
+        return agent_record_key("sessions")
     return event.client_id
 
 
 def message_index(topic: str) -> str:
-    """The zset of a topic's stored message ids, in log order."""
+    """The zset of the ids of a topic's stored messages, in the order of the log."""
     return f"{MESSAGES_PREFIX}{topic}"
 
 
@@ -163,12 +172,12 @@ def retained(topic: str) -> str:
 
 
 def subscriptions(client_id: str) -> str:
-    """The hash of what the database subscribes a client to."""
+    """The hash of a client's subscriptions, which applications write."""
     return f"mqtt:sub:{client_id}"
 
 
 def read_offset(subscriber: str, topic: str) -> str:
-    """The last message id of a subscriber's read offset."""
+    """The string with the last message id of a subscriber's read offset."""
     return f"{OFFSETS_PREFIX}{subscriber}:{topic}"
 
 
@@ -183,7 +192,7 @@ def node(name: str) -> str:
 
 
 def receipt(message_id: str) -> str:
-    """The hash of who got and who acknowledged a message."""
+    """The hash of the clients that received or acknowledged a message."""
     return f"{RECEIPTS_PREFIX}{message_id}"
 
 
@@ -193,58 +202,59 @@ def _private(partition: Partition, name: str) -> str:
 
 
 def private_prefix(app: str, agent: AgentName) -> str:
-    """What the private keys of all partitions of an agent begin with."""
+    """The common prefix of the private keys of all partitions of an agent."""
     return f"{PRIVATE_PREFIX}{{{app}:{agent}:"
 
 
 def replay_marker(app: str, agent: AgentName) -> str:
-    """What a replay has put of an agent's log into a database; see `pipeline/replay/target.py`."""
+    """The hash that marks a database as the target of a replay; see `pipeline/replay/target.py`."""
     return f"{PRIVATE_PREFIX}{{{app}:{agent}}}:replay"
 
 
 def rebuild_marker(app: str, agent: AgentName) -> str:
-    """What a rebuild of an agent has not done yet; see `pipeline/rebuild/rebuild.py`."""
+    """The hash that marks an agent as being rebuilt; see `pipeline/rebuild/rebuild.py`."""
     return f"{PRIVATE_PREFIX}{{{app}:{agent}}}:rebuild"
 
 
 def applied(partition: Partition) -> str:
-    """The fence of a partition's state."""
+    """The string with the fence of a partition."""
     return _private(partition, "applied")
 
 
 def journal(partition: Partition) -> str:
-    """What a partition must still produce."""
+    """The hash of outputs that Kafka may not have yet."""
     return _private(partition, "journal")
 
 
 def removal_field(sequence: int) -> str:
-    """The field of the journal, on a Redis Cluster, with what a transaction still removes after its fence."""
+    """The journal's field with the commands that run after the fence of a transaction. Only on a Redis Cluster."""
     return f"remove:{sequence}"
 
 
 def rules(partition: Partition) -> str:
-    """The rules in force in a partition."""
+    """The string with the rules in force in a partition."""
     return _private(partition, "rules")
 
 
 def seen(partition: Partition, generation: int) -> str:
-    """One of the two generations of seen message ids (0 or 1)."""
+    """The string with one generation of seen ids. Two keys take turns: the parity of the generation names the key."""
     return _private(partition, f"seen:{generation & 1}")
 
 
-RETAINED_INDEX: Final = "retained"  # the topics that retain a message, by name
+# The index of topics with a retained message. Stores write it with the retained entry, whichever agent owns the topic.
+RETAINED_INDEX: Final = "retained"
 
 
 def index(partition: Partition, name: str) -> str:
-    """One of an agent's own indexes of a partition."""
+    """A zset of a partition, by the name of the index."""
     return _private(partition, name)
 
 
 def table(partition: Partition, name: str) -> str:
-    """One of the tables of packed states that a partition has."""
+    """A hash of packed states of a partition, by the name of the table."""
     return _private(partition, name)
 
 
 def due(partition: Partition) -> str:
-    """What falls due in a partition, and when."""
+    """The zset of due things of a partition."""
     return _private(partition, "due")

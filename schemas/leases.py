@@ -1,4 +1,8 @@
-"""The name of a lease: which agent and partition gave it out, and its number there."""
+"""Names of leases: `{agent}/{partition}/{number}`, for example `queue/7/18823`.
+
+A `deliver` command carries the name to the bridge. The bridge's report carries it back to the partition that leased the
+message. Numbers count from 1 in each partition; 0 is no lease.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,11 @@ from millpond.schemas.errors import DecodeError
 from millpond.schemas.events import AgentName
 from millpond.schemas.keys import Partition
 
-NUMBER_DIGITS_MAX = 18  # below 2**63, as Kafka's offsets are
+NUMBER_DIGITS_MAX = 18  # so every number is below 2**63, as Kafka's offsets are
 
 
 class LeaseName(NamedTuple):
-    """`{agent}/{partition}/{number}`."""
+    """The parts of a lease's name."""
 
     agent: AgentName
     partition: int
@@ -23,15 +27,15 @@ class LeaseName(NamedTuple):
 
 
 def lease_name(partition: Partition, number: int) -> str:
-    """The name of a lease of this partition."""
+    """Return the name of a lease of this partition."""
     return f"{partition.agent}/{partition.number}/{number}"
 
 
 def parse_lease(name: str) -> LeaseName:
-    """The parts of a lease's name: reports go to the partition that gave it out.
+    """Split the name of a lease into its parts.
 
     Raises:
-        DecodeError: it is no such name.
+        DecodeError: The text is not the name of a lease.
     """
     parts = name.split("/")
     if len(parts) == 3:
@@ -42,7 +46,10 @@ def parse_lease(name: str) -> LeaseName:
 
 
 def lease_number(name: str) -> int:
-    """The number of a lease, to whom it concerns; 0, which no lease has, if it is not the name of one."""
+    """Return the number in a lease's name, without a check of the rest. 0 if the text ends with no number.
+
+    A machine compares number, client id and message id with its own leases. So it needs no other check.
+    """
     try:
         return int(name[name.rfind("/") + 1 :])
     except ValueError:

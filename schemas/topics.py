@@ -1,4 +1,4 @@
-"""Topic filters: which are valid, what they match, whether two can meet (MQTT 5.0, section 4.7)."""
+"""MQTT topic names and topic filters: which are valid, and what they match (MQTT 5.0, section 4.7)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,25 @@ SHARE_PREFIX: Final = "$share/"
 WILDCARDS: Final = ("+", "#")
 
 
+# -- valid or not
+
+
+def topic_name_error(topic: str) -> str | None:
+    """Explain why a client cannot publish to `topic`. None if it can."""
+    if not topic:
+        return "the topic is empty"  # [MQTT-4.7.3-1]
+    if "+" in topic or "#" in topic:
+        return "the topic holds a wildcard"  # [MQTT-4.7.1-1]
+    if "\0" in topic:
+        return "the topic holds a null character"  # [MQTT-4.7.3-2]
+    # `surrogatepass`: an argument of a command can hold a lone surrogate. It must not raise here.
+    if len(topic.encode("utf-8", "surrogatepass")) > TEXT_BYTES_MAX:
+        return f"the topic is longer than {TEXT_BYTES_MAX} bytes"  # [MQTT-4.7.3-3]
+    return None
+
+
 def filter_error(topic_filter: str) -> str | None:
-    """Why nobody can subscribe to a filter, or None. `$share/{group}/{filter}` is valid, too."""
+    """Explain why a client cannot subscribe to a filter, with or without `$share/{group}/`. None if it can."""
     try:
         length = len(topic_filter.encode())
     except UnicodeEncodeError:
@@ -37,8 +54,11 @@ def filter_error(topic_filter: str) -> str | None:
     return None
 
 
+# -- parts of a filter
+
+
 def split_share(topic_filter: str) -> tuple[str | None, str]:
-    """Group and filter of a shared subscription (MQTT 5.0, 4.8.2); any other has no group."""
+    """Split `$share/{group}/{filter}` into group and filter. The group of any other filter is None."""
     if not topic_filter.startswith(SHARE_PREFIX):
         return None, topic_filter
     group, _, plain = topic_filter[len(SHARE_PREFIX) :].partition("/")
@@ -46,27 +66,39 @@ def split_share(topic_filter: str) -> tuple[str | None, str]:
 
 
 def has_wildcard(topic_filter: str) -> bool:
-    """Whether a filter matches more than the topic that is spelled like it."""
+    """True if a level of the filter is a wildcard, so that the filter can match more than one topic."""
     return any(level in WILDCARDS for level in topic_filter.split("/"))
 
 
+# -- matching
+#
+# All filters below are valid, and are given without `$share/{group}/`. Three functions walk level by level:
+#
+#   matches(filter, topic)     one filter, one topic
+#   intersects(one, other)     True if at least one topic matches both
+#   covers(wide, narrow)       True if each topic that `narrow` matches also matches `wide`
+#
+# A "#" decides at once: it matches all the rest. It also matches its parent level ("a/#" matches "a"), so it
+# decides even where the other side has no level left. `zip_longest` gives None there.
+
+
 def matches(topic_filter: str, topic: str) -> bool:
-    """Whether a valid filter, without `$share/{group}/`, matches a topic name."""
+    """True if the filter matches the topic name."""
     pattern, levels = topic_filter.split("/"), topic.split("/")
-    if _hidden(pattern, levels):
+    if _is_hidden(pattern, levels):
         return False
     for wanted, level in zip_longest(pattern, levels):
         if wanted == "#":
-            return True  # also the parent level: "a/#" matches "a"
+            return True
         if wanted is None or level is None or wanted not in ("+", level):
             return False
     return True
 
 
 def intersects(one: str, other: str) -> bool:
-    """Whether some topic matches both valid filters, neither with `$share/{group}/`."""
+    """True if some topic matches both filters."""
     left, right = _levels(one), _levels(other)
-    if _hidden(left, right) or _hidden(right, left):
+    if _is_hidden(left, right) or _is_hidden(right, left):
         return False
     for a, b in zip_longest(left, right):
         if "#" in (a, b):
@@ -77,27 +109,29 @@ def intersects(one: str, other: str) -> bool:
 
 
 def covers(wide: str, narrow: str) -> bool:
-    """Whether every topic that `narrow` matches is matched by `wide`; both as for `intersects`."""
+    """True if every topic that matches `narrow` also matches `wide`."""
     pattern, levels = _levels(wide), _levels(narrow)
-    if _hidden(pattern, levels):
+    if _is_hidden(pattern, levels):
         return False
     for wanted, level in zip_longest(pattern, levels):
         if wanted == "#":
             return True
+        # A "#" in `narrow` matches topics of any depth. Only a "#" in `wide` covers those.
         if level == "#" or wanted is None or level is None or wanted not in ("+", level):
             return False
     return True
 
 
 def _levels(topic_filter: str) -> list[str]:
-    """The levels, with the empty topic no longer among those that `#` matches.
+    """Split a filter into levels, and remove the empty topic from what `#` matches.
 
-    `#` is as good as `+/#`; and `/#` as `/+/#`, since its parent would be the empty topic, which
-    nobody can publish to ([MQTT-4.7.3-1]).
+    No client can publish to the empty topic ([MQTT-4.7.3-1]). So `#` matches the same topics as `+/#`.
+    The parent of `/#` would be the empty topic, so `/#` matches the same topics as `/+/#`.
+    Without this, `intersects` and `covers` would count a topic that cannot exist.
     """
     return {"#": "+/#", "/#": "/+/#"}.get(topic_filter, topic_filter).split("/")
 
 
-def _hidden(pattern: list[str], levels: list[str]) -> bool:
-    """[MQTT-4.7.2-1]: a wildcard in the first level does not match a level that begins with `$`."""
+def _is_hidden(pattern: list[str], levels: list[str]) -> bool:
+    """True if the pattern begins with a wildcard and the other side with `$`: these never match ([MQTT-4.7.2-1])."""
     return pattern[0] in WILDCARDS and levels[0].startswith("$")

@@ -36,7 +36,7 @@ from millpond.agents.ports import (
     Store,
     Transaction,
 )
-from millpond.agents.reads import OF_ALL_BATCHES
+from millpond.agents.reads import READS_AFTER_COMMIT
 from millpond.schemas import codec, keys
 from millpond.schemas.errors import BrokenInvariant, DecodeError, Fenced, StoreDown, StoreError
 from millpond.schemas.events import Base, Event, RulesChanged, Tick
@@ -317,7 +317,9 @@ class PartitionDriver(Generic[Packed]):
 
     async def _supply(self, events: Sequence[Event]) -> None:
         while reads := self.machine.wanted(events, self._now_ms):
-            if self._in_flight is not None and any(isinstance(x, OF_ALL_BATCHES) for x in reads):
+            if self._in_flight is not None and any(
+                isinstance(x, READS_AFTER_COMMIT) for x in reads
+            ):
                 await self._finish()
             for read, answer in zip(reads, await self.store.read(reads), strict=True):
                 self.machine.supply(read, answer)

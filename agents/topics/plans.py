@@ -7,8 +7,8 @@ from typing import Final, Literal, get_args
 
 from msgspec import Struct
 
-from millpond.schemas.codec import topic_name_error
 from millpond.schemas.rules import Rule, Rules
+from millpond.schemas.topics import topic_name_error
 
 # Topics whose plan is remembered, about 2 MiB of names; past that the memory starts anew. Most share a plan.
 PLANS_MAX = 10_000

@@ -12,9 +12,8 @@ import typer
 
 from millpond.pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, load_settings
 from millpond.pipeline.process.extras import extra
-from millpond.schemas.codec import topic_name_error
 from millpond.schemas.errors import ConfigError, MillpondError
-from millpond.schemas.topics import filter_error
+from millpond.schemas.topics import filter_error, topic_name_error
 
 IN_FLIGHT_MAX: Final = 20  # publishes that wait for their acknowledgement, as most clients have it
 

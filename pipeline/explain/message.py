@@ -46,12 +46,12 @@ from millpond.pipeline.stores.redis.inspection import (
 )
 from millpond.pipeline.stores.redis.reader import StoreReader
 from millpond.pipeline.worker.control_channel import partition_of
-from millpond.schemas.codec import topic_name_error
 from millpond.schemas.errors import ConfigError, MillpondError
 from millpond.schemas.events import AgentName
 from millpond.schemas.keys import Partition
 from millpond.schemas.rules import Rules
 from millpond.schemas.rules.pool import Pool
+from millpond.schemas.topics import topic_name_error
 
 RECORDS_MAX: Final = 1_000_000  # looked at in one go: some ten seconds
 OWNERS: Final[tuple[AgentName, ...]] = ("messages", "queue", "pubsub")

@@ -32,11 +32,11 @@ from millpond.pipeline.settings import Settings
 from millpond.pipeline.stores.redis.inspection import CountBetween, CountIndex, ReadFence, ReadRules
 from millpond.pipeline.stores.redis.reader import StoreReader
 from millpond.pipeline.worker.control_channel import partition_of
-from millpond.schemas.codec import topic_name_error
 from millpond.schemas.errors import ConfigError, MillpondError
 from millpond.schemas.events import AgentName
 from millpond.schemas.keys import Partition
 from millpond.schemas.rules import Rules
+from millpond.schemas.topics import topic_name_error
 
 NEWEST: Final = 2**53  # no score is higher
 

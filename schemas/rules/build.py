@@ -1,4 +1,7 @@
-"""From what a user wrote to rules: whatever is wrong is one `ConfigError` with file and line."""
+"""Build rules and pools from drafts. The first fault becomes a ConfigError with file and line.
+
+A draft is one table as the user wrote it. Both file formats become drafts, so both get the same checks and messages.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ from msgspec import structs
 from millpond.schemas.errors import ConfigError
 from millpond.schemas.rules.check import check_together
 from millpond.schemas.rules.pool import REDIS_PORT, SENTINEL_PORT, Pool
-from millpond.schemas.rules.rule import DELIVERY_AGENTS, Action, Rule, rule_error
+from millpond.schemas.rules.rule import DELIVERY_AGENTS, HOOKS, Action, Rule, rule_error
 from millpond.schemas.rules.ruleset import Rules
 
 PORT_MAX: Final = 65_535
 
-# The settings that only some actions look at; `expired_time` has a rule of its own.
+# The settings that have an effect with some actions only. For `expired_time` see `_has_effect`.
 SETTING_ACTIONS: Final[Mapping[str, frozenset[Action]]] = {
     "max_inflight": frozenset(DELIVERY_AGENTS),
     "ack_timeout_s": frozenset(DELIVERY_AGENTS),
@@ -30,6 +33,7 @@ SETTING_ACTIONS: Final[Mapping[str, frozenset[Action]]] = {
     "store_qos0": frozenset({*DELIVERY_AGENTS, "on_message_publish"}),
 }
 
+# The type of each key that a user may write. A command is one string there, and a tuple of fields in a Rule.
 _RULE_TYPES: Final = {
     field.name: field.type for field in structs.fields(Rule) if field.name not in ("file", "line")
 } | {"commands": tuple[str, ...]}
@@ -39,13 +43,17 @@ _POOL_TYPES: Final = {
     if field.name not in ("name", "servers")
 } | {"server": str | tuple[str, ...]}
 
+# host, host:port, [IPv6] or [IPv6]:port
 _ADDRESS: Final = re.compile(r"(?:\[([^\]\s]+)\]|([^\s:/@\[\]]+))(?::([0-9]{1,5}))?")
 
 
 class DraftTable(NamedTuple):
-    """One table as the user wrote it, and the line of each of its keys (of the table itself: None).
+    """One table as the user wrote it.
 
-    Where `strict` is false every value is text, and numbers are read from it.
+    values: Key → value.
+    line: Returns the line of a key. None asks for the line of the table.
+    file: The name of the file, for messages.
+    strict: False if every value is text. Numbers and booleans are then read from the text.
     """
 
     values: Mapping[str, object]
@@ -54,15 +62,19 @@ class DraftTable(NamedTuple):
     strict: bool = True
 
     def fault(self, reason: str, key: str | None = None) -> ConfigError:
-        """The error that says what is wrong, at a key that the table may not have."""
+        """Make the error about this table, at the line of `key` if the table has it."""
         line = self.line(key if key in self.values else None)
         return ConfigError(reason, file=self.file, line=line)
 
-    def typed(self, types: Mapping[str, Any]) -> dict[str, Any]:
-        """The values, each of its type and within its bounds."""
-        return {key: self._typed(key, value, types) for key, value in self.values.items()}
+    def converted(self, types: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values, each converted to its type.
 
-    def _typed(self, key: str, value: object, types: Mapping[str, Any]) -> Any:
+        Raises:
+            ConfigError: A key is unknown, or a value has another type or is outside its limits.
+        """
+        return {key: self._convert(key, value, types) for key, value in self.values.items()}
+
+    def _convert(self, key: str, value: object, types: Mapping[str, Any]) -> Any:
         if key not in types:
             raise self.fault(f"unknown key {key!r}: {_hint(key, types)}", key)
         choices = _choices(types[key])
@@ -75,10 +87,10 @@ class DraftTable(NamedTuple):
 
 
 def build_rules(pools: Mapping[str, DraftTable], rules: Sequence[DraftTable]) -> Rules:
-    """The rules and pools, each alone and all together in order.
+    """Build all rules and pools, and check them alone and together.
 
     Raises:
-        ConfigError: the first thing that is wrong.
+        ConfigError: The first fault.
     """
     built_pools = tuple(build_pool(name, draft) for name, draft in pools.items())
     built = Rules(tuple(build_rule(draft, tuple(pools)) for draft in rules), built_pools)
@@ -87,39 +99,50 @@ def build_rules(pools: Mapping[str, DraftTable], rules: Sequence[DraftTable]) ->
 
 
 def build_rule(draft: DraftTable, pools: Sequence[str]) -> Rule:
-    """One rule. The pool may be left out if there is only one."""
-    values = draft.typed(_RULE_TYPES)
+    """Build one rule. It needs no pool if the file defines exactly one.
+
+    Raises:
+        ConfigError: The rule is invalid, or has a setting without effect.
+    """
+    values = draft.converted(_RULE_TYPES)
     if "hook" not in values:
-        raise draft.fault("the rule names no hook")
+        raise draft.fault(f"the rule names no hook: known are {', '.join(HOOKS)}")
     if "pool" not in values and len(pools) == 1:
         values["pool"] = pools[0]
+    defined = ", ".join(pools) or "none"
     if "pool" not in values:
-        raise draft.fault("the rule names no pool")
+        raise draft.fault(f"the rule names no pool; defined pools: {defined}")
     if values["pool"] not in pools:
-        known = ", ".join(pools) or "there is none"
-        raise draft.fault(f"the pool {values['pool']!r} is not configured, only: {known}", "pool")
+        raise draft.fault(
+            f"the pool {values['pool']!r} is not defined; defined pools: {defined}", "pool"
+        )
     if values.get("commands") == ():
         raise draft.fault("commands is empty", "commands")
     values["commands"] = tuple(tuple(command.split(" ")) for command in values.get("commands", ()))
     rule = Rule(**values, file=draft.file, line=draft.line(None))
-    wrong = rule_error(rule)
-    if wrong is not None:
-        raise draft.fault(wrong[1], wrong[0])
+    error = rule_error(rule)
+    if error is not None:
+        key, reason = error
+        raise draft.fault(reason, key)
     for key in draft.values:
-        if not _uses(rule, key):
-            raise draft.fault(f"{key} means nothing for {rule.what}: remove it", key)
+        if not _has_effect(rule, key):
+            raise draft.fault(f"{key} has no effect with {rule.summary}: remove it", key)
     return rule
 
 
-def _uses(rule: Rule, key: str) -> bool:
+def _has_effect(rule: Rule, key: str) -> bool:
     if key == "expired_time":
         return rule.hook.startswith("message.") or rule.delivery_agent is not None
     return key not in SETTING_ACTIONS or rule.action in SETTING_ACTIONS[key]
 
 
 def build_pool(name: str, draft: DraftTable) -> Pool:
-    """One pool; without `type` a single server."""
-    values = draft.typed(_POOL_TYPES)
+    """Build one pool. Without `type` it is a single server.
+
+    Raises:
+        ConfigError: The pool is invalid.
+    """
+    values = draft.converted(_POOL_TYPES)
     kind = values.get("type", "single")
     servers = values.pop("server", ())
     texts = servers.split(",") if isinstance(servers, str) else servers
@@ -129,14 +152,18 @@ def build_pool(name: str, draft: DraftTable) -> Pool:
     for wrong, key, reason in (
         (not addresses, "server", "needs a server, as host:port"),
         (kind == "single" and len(addresses) > 1, "server", "is single, but names several servers"),
-        (kind == "sentinel" and not pool.sentinel, "type", "needs sentinel, the master's name"),
-        (kind != "sentinel" and pool.sentinel, "sentinel", 'names a master: set type = "sentinel"'),
+        (kind == "sentinel" and not pool.sentinel, "type", "needs sentinel, the primary's name"),
+        (kind != "sentinel" and pool.sentinel, "sentinel", 'has sentinel: set type = "sentinel"'),
         (
             kind == "cluster" and pool.database,
             "database",
-            "is a cluster, which has database 0 only",
+            "is a cluster, which has only database 0",
         ),
-        (pool.password and pool.password_file, "password", "has a password and a password_file"),
+        (
+            pool.password and pool.password_file,
+            "password",
+            "has a password and a password_file: remove one",
+        ),
         (pool.ca_file and not pool.tls, "ca_file", "has a ca_file: set tls = true"),
     ):
         if wrong:
@@ -153,7 +180,7 @@ def _address(draft: DraftTable, text: str, default_port: int) -> tuple[str, int]
 
 
 def _choices(kind: Any) -> tuple[str, ...]:
-    """The words that a type allows, if it is a Literal or one or None."""
+    """Return the words that a type allows, if it is a Literal, or a Literal or None."""
     options = (kind, *get_args(kind))
     return next((get_args(option) for option in options if get_origin(option) is Literal), ())
 

@@ -1,4 +1,4 @@
-"""What rules must not do together."""
+"""The checks of all rules together. `rule.py` checks each rule by itself."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from millpond.schemas.topics import intersects
 
 
 def check_together(rules: Rules) -> None:
-    """Every topic has one owner, every agent one pool, and no rule is without effect.
+    """Check that each topic has one owner, each agent one pool, and each companion its delivery rule.
 
     Raises:
-        ConfigError: names both rules, at the line of the later one.
+        ConfigError: A check failed. The error names both rules, at the line of the later one.
     """
     _check_companions(rules)
     _check_owners(rules)
@@ -29,7 +29,7 @@ def _check_companions(rules: Rules) -> None:
             for owned in rules.rules
         ):
             raise rule.fault(
-                f"{rule} does nothing without a session.subscribed rule with {delivery} for these "
+                f"{rule} has no effect without a session.subscribed rule with {delivery} for these "
                 "topics: add that rule or remove this one"
             )
 
@@ -38,8 +38,8 @@ def _check_owners(rules: Rules) -> None:
     for first, second in combinations(rules.delivery_rules(), 2):
         if intersects(first.topic_filter, second.topic_filter):
             raise second.fault(
-                f"{second} and {first} (line {first.line}) could both claim one topic, "
-                "which has one owner: keep their filters apart"
+                f"{second} and {first} (line {first.line}) can both match one topic, "
+                "but a topic has one owner: change one of the filters"
             )
 
 
@@ -51,5 +51,5 @@ def _check_pools(rules: Rules) -> None:
             if other.pool != first.pool:
                 raise other.fault(
                     f"{other} names the pool {other.pool!r}, but {first} (line {first.line}) names "
-                    f"{first.pool!r}: all rules that the agent {agent} runs share one pool"
+                    f"{first.pool!r}: all rules of the agent {agent} need the same pool"
                 )

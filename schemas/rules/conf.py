@@ -1,9 +1,14 @@
-"""Rules in an `emqx_backend_redis.conf`, the file of EMQX's own Redis backend (3.x to 4.4).
+"""Read rules from an `emqx_backend_redis.conf`, the file of EMQX's own Redis backend (3.x to 4.4).
 
+```
 ## a comment
 backend.redis.{pool}.{setting} = {value}
 backend.redis.msg.expired_after = {seconds}
 backend.redis.hook.{hook}.{number} = {JSON}      # a comment
+```
+
+Rules are in the order of hooks, then numbers, wherever they are in the file. `expired_after` is the `expired_time` of
+`message.publish` rules without one.
 """
 
 from __future__ import annotations
@@ -26,10 +31,10 @@ _json: Final = json.JSONDecoder()
 
 
 def parse_conf(text: str, file: str) -> Rules:
-    """The rules of a file, by hook and number.
+    """Read the rules of a file.
 
     Raises:
-        ConfigError: a line that is not understood, or rules that cannot be, with the line.
+        ConfigError: A line is not understood, or a rule or pool is invalid. The error names the line.
     """
     conf = _Conf(file)
     for number, line in enumerate(text.split("\n"), start=1):
@@ -39,13 +44,14 @@ def parse_conf(text: str, file: str) -> Rules:
 
 
 class _Conf:
-    """What the lines so far have said."""
+    """The settings of the lines that were read so far."""
 
     def __init__(self, file: str) -> None:
         self._file = file
-        self._first: dict[str, int] = {}  # key → its line
+        self._lines: dict[str, int] = {}  # key → its line
         self._pools: dict[str, dict[str, str]] = {}
-        self._hooks: dict[tuple[int, int], tuple[int, dict[str, Any]]] = {}
+        # (place in HOOKS, number) → line and rule
+        self._rules: dict[tuple[int, int], tuple[int, dict[str, Any]]] = {}
         self._expired_after: int | None = None
 
     def _fault(self, line: int, reason: str) -> ConfigError:
@@ -55,9 +61,9 @@ class _Conf:
         key, equals, value = (part.strip() for part in text.partition("="))
         if not equals:
             raise self._fault(line, "neither a comment nor `key = value`")
-        if key in self._first:
-            raise self._fault(line, f"{key} is given twice, first in line {self._first[key]}")
-        self._first[key] = line
+        if key in self._lines:
+            raise self._fault(line, f"{key} is given twice, first in line {self._lines[key]}")
+        self._lines[key] = line
         plain = _COMMENT.sub("", value).strip()
         match key.split("."):
             case ["backend", "redis", "msg", "expired_after"]:
@@ -66,34 +72,40 @@ class _Conf:
                 self._read_hook(line, f"{group}.{event}", number, value)
             case ["backend", "redis", pool, setting] if pool not in ("hook", "msg"):
                 settings = self._pools.setdefault(pool, {})
-                if plain:  # `password =` is no password
+                # `password =` means no password. Any other empty value means the default, too.
+                if plain:
                     settings[setting] = plain
             case _:
                 raise self._fault(line, f"unknown setting {key!r}")
 
     def _read_expired_after(self, line: int, value: str) -> None:
         if not _SECONDS.fullmatch(value) or int(value) > EXPIRED_TIME_S_MAX:
-            reason = f"expired_after is seconds, at most {EXPIRED_TIME_S_MAX}, not {value!r}"
+            reason = f"expired_after is in seconds, at most {EXPIRED_TIME_S_MAX}, not {value!r}"
             raise self._fault(line, reason)
-        if int(value) > 0:  # documented: else the default, which is none
+        # EMQX's documentation: zero or less means the default, which is no expiry.
+        if int(value) > 0:
             self._expired_after = int(value)
 
     def _read_hook(self, line: int, hook: str, number: str, value: str) -> None:
         if hook not in HOOKS:
             raise self._fault(line, f"unknown hook {hook!r}: known are {', '.join(HOOKS)}")
         if not _NUMBER.fullmatch(number):
-            raise self._fault(line, f"a rule of {hook} is numbered, not {number!r}")
+            raise self._fault(line, f"a rule of {hook} needs a number, not {number!r}")
         rule = self._read_rule(line, value)
-        self._hooks[HOOKS.index(hook), int(number)] = line, {"hook": hook, **rule}
+        self._rules[HOOKS.index(hook), int(number)] = line, {"hook": hook, **rule}
 
     def _read_rule(self, line: int, value: str) -> dict[str, Any]:
+        # The standard decoder finds the end of the JSON. msgspec then refuses what JSON does not allow, such as NaN.
         try:
             _, end = _json.raw_decode(value)
             rule = msgspec.json.decode(value[:end], type=dict[str, Any])
         except (ValueError, RecursionError) as error:
             raise self._fault(line, f"the rule is not a JSON object: {error}") from error
         if _COMMENT.sub("", " " + value[end:]).strip():
-            raise self._fault(line, f"after the rule's JSON stands {value[end:].strip()!r}")
+            raise self._fault(
+                line, f"unexpected text after the rule's JSON: {value[end:].strip()!r}"
+            )
+        # Drafts have these two keys. In this file the name of the setting and the action give them.
         for key in ("hook", "commands"):
             if key in rule:
                 raise self._fault(line, f"unknown key {key!r} in a rule")
@@ -102,19 +114,19 @@ class _Conf:
                 return {**rule, "action": function}
             case {"commands": commands, **others} if not others:
                 return {**rule, "commands": commands}
-        raise self._fault(line, 'the action is {"function": "…"} or {"commands": ["…"]}')
+        raise self._fault(line, 'the action must be {"function": "…"} or {"commands": ["…"]}')
 
     def rules(self) -> Rules:
         pools = {
             name: DraftTable(settings, self._pool_line(name), self._file, strict=False)
             for name, settings in self._pools.items()
         }
-        return build_rules(pools, [self._rule(*self._hooks[key]) for key in sorted(self._hooks)])
+        return build_rules(pools, [self._rule(*self._rules[key]) for key in sorted(self._rules)])
 
     def _pool_line(self, name: str) -> Any:
         prefix = f"backend.redis.{name}."
-        first = min(line for key, line in self._first.items() if key.startswith(prefix))
-        return lambda key: first if key is None else self._first[prefix + key]
+        first = min(line for key, line in self._lines.items() if key.startswith(prefix))
+        return lambda key: first if key is None else self._lines[prefix + key]
 
     def _rule(self, line: int, values: dict[str, Any]) -> DraftTable:
         if values["hook"] == "message.publish" and self._expired_after is not None:

@@ -1,4 +1,4 @@
-"""One Redis that rules name."""
+"""A pool: one Redis, named by rules."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta, Struct, structs
 
-POOL_SIZE: Final = 8  # as the broker backends had it
+POOL_SIZE: Final = 8  # the default of EMQ X's Redis backend
 POOL_SIZE_MAX: Final = 1_024
-DATABASE_MAX: Final = 65_535  # Redis has 16 unless told otherwise
+DATABASE_MAX: Final = 65_535  # far above Redis's default of 16 databases
 CHANNEL: Final = "mqtt_channel"
 REDIS_PORT: Final = 6379
 SENTINEL_PORT: Final = 26379
 
 
 class Pool(Struct, frozen=True, kw_only=True):
-    """One Redis: `servers` are (host, port) of the server, the sentinels, or some cluster nodes.
+    """One Redis: a single server, Sentinel or a Cluster.
 
-    At most one of `password` and `password_file` (whose first line is the password) is given.
-    `channel` carries the subscribe and unsubscribe orders of the user's applications.
+    servers: (host, port) of the single server, of the sentinels, or of some nodes of the Cluster.
+    sentinel: The name by which the sentinels know the primary. Only with the type `sentinel`.
+    password, password_file: At most one of them. The first line of the file is the password.
+    pool_size: Accepted for old files. Millpond opens one connection for each partition.
+    channel: The control channel: applications publish subscribe and unsubscribe orders on it.
     """
 
     name: str
@@ -35,7 +38,7 @@ class Pool(Struct, frozen=True, kw_only=True):
     channel: str = CHANNEL
 
     def __rich_repr__(self) -> list[tuple[str, Any]]:
-        """Every field, the password hidden."""
+        """Show every field, but hide the password."""
         shown = structs.asdict(self)
         hidden = "********"
         if self.password is not None:

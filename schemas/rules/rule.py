@@ -1,4 +1,4 @@
-"""One rule: its hook, topics, action and settings, and what makes it wrong."""
+"""One rule: its hook, topic filter, action and settings, and what makes it invalid."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Action: TypeAlias = Literal[
 HOOKS: Final[tuple[Hook, ...]] = get_args(Hook)
 ACTIONS: Final[tuple[Action, ...]] = get_args(Action)
 
-# The hooks that an action goes with; `on_subscribe_lookup` moved to session.created in EMQ X 4.
+# The hooks that an action is valid with. `on_subscribe_lookup` moved to session.created in EMQ X 4.
 ACTION_HOOKS: Final[dict[Action, tuple[Hook, ...]]] = {
     "on_client_connected": ("client.connected",),
     "on_client_disconnected": ("client.disconnected",),
@@ -47,13 +47,13 @@ ACTION_HOOKS: Final[dict[Action, tuple[Hook, ...]]] = {
     "on_message_receipt": ("message.delivered", "message.acked"),
 }
 
-# The rules that make a filter a queue's or pubsub's, and who runs them.
+# The actions of delivery rules, and the agent that owns the topics of each.
 DELIVERY_AGENTS: Final[dict[Action, AgentName]] = {
     "on_message_fetch_for_queue": "queue",
     "on_message_fetch_for_keep_latest": "queue",
     "on_message_fetch_for_pubsub": "pubsub",
 }
-# What an old file says beside a delivery rule, and the delivery rule that it belongs to.
+# The actions that an old file has beside a delivery rule, and the action of that delivery rule.
 COMPANIONS: Final[dict[Action, Action]] = {
     "on_message_acked_for_queue": "on_message_fetch_for_queue",
     "on_message_acked_for_pubsub": "on_message_fetch_for_pubsub",
@@ -61,27 +61,37 @@ COMPANIONS: Final[dict[Action, Action]] = {
     "on_message_store_keep_latest": "on_message_fetch_for_keep_latest",
 }
 
-# Defaults and bounds of a rule's settings.
-EXPIRED_TIME_S_MAX: Final = 3_155_760_000  # 100 years; leave `expired_time` out to keep for ever
-MAX_INFLIGHT: Final = 32  # what EMQX lets a client have un-acked by default
-MAX_INFLIGHT_MAX: Final = 65_535  # [MQTT-2.2.1]: as many packet identifiers as there are
-ACK_TIMEOUT_S: Final = 30  # a consumer that works half a minute on a message is slow
-ACK_TIMEOUT_S_MAX: Final = 43_200  # 12 hours, as long as hosted queues hide a message
-MAX_DELIVERIES: Final = 5  # what fails five times fails always
-MAX_DELIVERIES_MAX: Final = 1_000  # without a bound one bad message is delivered for ever
-OFFSET_RETENTION_S: Final = (
-    2_592_000  # 30 days: a subscriber that has not come back by then is gone
-)
-MAX_LENGTH_MAX: Final = 100_000_000  # of one topic; its bodies are then about 50 GB of Redis
+# Defaults and limits of a rule's settings.
+EXPIRED_TIME_S_MAX: Final = 3_155_760_000  # 100 years; none at all means for ever
+MAX_INFLIGHT: Final = 32  # EMQX's default for unacknowledged messages of one client
+MAX_INFLIGHT_MAX: Final = 65_535  # [MQTT-2.2.1]: the number of packet identifiers
+ACK_TIMEOUT_S: Final = 30  # a consumer that needs more than half a minute for a message is slow
+ACK_TIMEOUT_S_MAX: Final = 43_200  # 12 hours: hosted queues allow as much
+MAX_DELIVERIES: Final = 5  # a message that fails five times is likely to fail always
+MAX_DELIVERIES_MAX: Final = 1_000  # without a limit, one bad message would be delivered for ever
+# 30 days: a subscriber that has not returned by then is not expected to return.
+OFFSET_RETENTION_S: Final = 2_592_000
+MAX_LENGTH_MAX: Final = 100_000_000  # of one topic: about 50 GB of bodies in Redis
 
 
 class Rule(Struct, frozen=True, kw_only=True):
-    """What happens at a hook, for topics that match a filter (None: all): an action or commands.
+    """One rule. Most settings have an effect with some actions only (`build.SETTING_ACTIONS`).
 
-    `expired_time` and `ack_timeout_s` are seconds, `max_length` messages of a topic; None means
-    no limit. `offset_retention_s` is how long the read offset of a subscriber is kept whose session has ended.
-    `max_inflight` counts un-acked messages of one member in one partition. `file` and
-    `line` are where the user wrote the rule; they are not part of its canonical form.
+    topic: The topic filter. None: all topics, or a hook without a topic.
+    action, commands: Exactly one of them. A command is split into its fields.
+    pool: The name of the pool.
+    expired_time: How long messages, retained messages or receipts live, in s. None: for ever; a receipt one day.
+    max_inflight: Unacknowledged messages of one member in one partition, at most.
+    ack_timeout_s: How long a client may take to acknowledge, in s.
+    max_deliveries: After so many deliveries without an acknowledgement, a message becomes a dead letter.
+    max_length: Stored messages of one topic, at most. None: no limit.
+    overflow: What a queue does with its oldest message when it is too long.
+    start: Where a new subscriber of a pubsub topic begins.
+    store_qos0: True if QoS 0 publishes are stored as well.
+    offset_retention_s: How long a read offset outlives the session of its subscriber, in s.
+    file, line: Where the user wrote the rule. They are not part of its canonical form.
+
+    The names of the other fields are: they are stored in Kafka and Redis.
     """
 
     hook: Hook
@@ -103,34 +113,34 @@ class Rule(Struct, frozen=True, kw_only=True):
 
     @property
     def topic_filter(self) -> str:
-        """The filter in force."""
+        """The topic filter, `#` if the rule has none."""
         return "#" if self.topic is None else self.topic
 
     @property
     def delivery_agent(self) -> AgentName | None:
-        """Who delivers, if this is the rule that makes its filter a queue's or pubsub's."""
+        """The agent that owns the topics of this rule, if it is a delivery rule."""
         return None if self.action is None else DELIVERY_AGENTS.get(self.action)
 
     @property
-    def what(self) -> str:
-        """The action, or the first of the commands."""
+    def summary(self) -> str:
+        """The action, or the first command."""
         return self.action or " ".join(self.commands[0])
 
     def fault(self, reason: str) -> ConfigError:
-        """The error that says what is wrong with this rule, and where the user wrote it."""
+        """Make the error about this rule, with the place where the user wrote it."""
         return ConfigError(reason, file=self.file, line=self.line)
 
     def __str__(self) -> str:
-        return self.what if self.topic is None else f"{self.what} for {self.topic!r}"
+        return self.summary if self.topic is None else f"{self.summary} for {self.topic!r}"
 
 
 def rule_error(rule: Rule) -> tuple[str, str] | None:
-    """The key of a rule that is wrong and why, or None. Looks at this rule alone."""
+    """Return the key that makes this rule invalid, and the reason. None if the rule by itself is valid."""
     if (rule.action is None) == (not rule.commands):
-        return "action", "a rule has either an action or commands"
+        return "action", "a rule needs either an action or commands"
     if rule.action is not None and rule.hook not in ACTION_HOOKS[rule.action]:
         hooks = " or ".join(ACTION_HOOKS[rule.action])
-        return "action", f"{rule.action} goes with {hooks}, not with {rule.hook}"
+        return "action", f"{rule.action} is valid with {hooks}, not with {rule.hook}"
     for fields in rule.commands:
         reason = command_error(rule.hook, fields)
         if reason is not None:
@@ -146,7 +156,7 @@ def _topic_error(rule: Rule) -> str | None:
     if rule.hook in ("client.connected", "client.disconnected", "session.created"):
         return f"{rule.hook} has no topic: remove it"
     if rule.topic.startswith(SHARE_PREFIX):
-        return "a rule's topic is a plain filter: it applies to shared subscriptions as it is"
+        return "a rule's topic is a plain filter without $share: it applies to shared subscriptions, too"
     reason = filter_error(rule.topic)
     if reason is not None:
         return f"{reason}: {rule.topic!r}"

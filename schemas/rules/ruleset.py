@@ -1,4 +1,9 @@
-"""The rules in force and their pools, and what is asked of them."""
+"""A rule set: rules in the user's order, and their pools. It answers which rules apply, and which agent runs them.
+
+- A **delivery rule** gives the topics of its filter to queue or pubsub. Messages owns all other topics.
+- The **owner** of a topic runs all rules of `message.*` hooks for it. Sessions runs the rules of the other hooks.
+- A **companion** (`rule.COMPANIONS`) belongs to the agent of its delivery rule.
+"""
 
 from __future__ import annotations
 
@@ -15,46 +20,48 @@ from millpond.schemas.topics import covers, intersects, matches, split_share
 
 
 class Rules(Struct, frozen=True):
-    """The rules in the user's order, and the pools they name."""
+    """Rules in the user's order, and pools. A rule set from the log has no pools."""
 
     rules: tuple[Rule, ...] = ()
     pools: tuple[Pool, ...] = ()
 
     def owner(self, topic: str) -> AgentName:
-        """The one agent that runs all rules of an MQTT topic."""
+        """Return the owner of an MQTT topic: the one agent that runs all its rules."""
         rule = self.delivery_rule(topic)
         return "messages" if rule is None or rule.delivery_agent is None else rule.delivery_agent
 
     def delivery_rule(self, topic: str) -> Rule | None:
-        """The rule that makes an MQTT topic a queue's or pubsub's."""
+        """Return the delivery rule of an MQTT topic, if it has one. `check_together` lets no topic have two."""
         for rule in self.rules:
             if rule.delivery_agent is not None and matches(rule.topic_filter, topic):
                 return rule
         return None
 
     def run_by_delivery(self, agent: AgentName) -> tuple[Rule, ...]:
-        """The rules that make their filter this agent's to deliver."""
+        """Return the delivery rules of one agent."""
         return tuple(rule for rule in self.rules if rule.delivery_agent == agent)
 
     def delivery_rules(self) -> tuple[Rule, ...]:
-        """The rules that make their filter a queue's or pubsub's."""
+        """Return the delivery rules of all agents."""
         return tuple(rule for rule in self.rules if rule.delivery_agent is not None)
 
     def matching(self, hook: Hook, topic: str | None) -> tuple[Rule, ...]:
-        """The rules of a hook that apply to a topic, in order.
+        """Return the rules of a hook that apply, in the user's order.
 
-        For a subscription `topic` is the client's filter, and a rule applies if some topic matches
-        both. For the hooks that have no topic it is None.
+        Args:
+            hook: The hook.
+            topic: The topic of a `message.*` hook. The client's filter of a `session.*` hook: a rule then applies if
+                some topic matches both filters. None for a hook without a topic.
         """
         return tuple(rule for rule in self.rules if rule.hook == hook and _applies(rule, topic))
 
     def wants(self, hook: Hook) -> bool:
-        """Whether a rule needs the events of a hook. Delivery needs all but message.delivered."""
+        """True if a rule needs the events of a hook. Delivery rules need all but message.delivered."""
         delivers = hook != "message.delivered" and bool(self.delivery_rules())
         return delivers or any(rule.hook == hook for rule in self.rules)
 
     def run_by(self, agent: AgentName) -> tuple[Rule, ...]:
-        """The rules that an agent runs, for some topic at least."""
+        """Return the rules that an agent runs for at least one topic."""
         return tuple(rule for rule in self.rules if agent in self._agents(rule))
 
     def _agents(self, rule: Rule) -> tuple[AgentName, ...]:
@@ -72,19 +79,19 @@ class Rules(Struct, frozen=True):
         return (*owners, "messages")
 
     def pool(self, agent: AgentName) -> Pool:
-        """The pool of an agent's rules; of an agent without rules, the first one.
+        """Return the pool of an agent's rules, which is the same for all of them. Without rules, the first pool.
 
         Raises:
-            ConfigError: there is no such pool.
+            ConfigError: The rule set has no such pool.
         """
         names = [rule.pool for rule in self.run_by(agent)] or [pool.name for pool in self.pools]
         for pool in self.pools:
             if pool.name == names[0]:
                 return pool
-        raise ConfigError(f"the agent {agent} has no pool to work on: configure one")
+        raise ConfigError(f"the agent {agent} has no pool: define one")
 
     def canonical(self) -> str:
-        """The rules as JSON, in order, with every setting spelled out; without pools and places."""
+        """Return the rules as JSON: in order, with every setting, without pools and places."""
         rules = [msgspec.structs.asdict(rule) for rule in self.rules]
         for rule in rules:
             del rule["file"], rule["line"]
@@ -92,10 +99,10 @@ class Rules(Struct, frozen=True):
 
     @classmethod
     def from_canonical(cls, text: str) -> Rules:
-        """The rules in a `rules.changed` record, without pools.
+        """Decode the rules of a `rules.changed` record.
 
         Raises:
-            DecodeError: not rules in canonical form, or a rule that no file could have given.
+            DecodeError: The text is not a rule set in canonical form, or a rule in it is invalid.
         """
         try:
             rules = _decoder.decode(text)
@@ -104,7 +111,7 @@ class Rules(Struct, frozen=True):
         for number, rule in enumerate(rules, start=1):
             fault = rule_error(rule)
             if fault is not None:
-                raise DecodeError(f"rule {number} is wrong: {fault[1]}")
+                raise DecodeError(f"rule {number} is invalid: {fault[1]}")
         return cls(rules)
 
 
@@ -120,13 +127,13 @@ def _applies(rule: Rule, topic: str | None) -> bool:
 
 
 def default_rules() -> Rules:
-    """The rules of the broker backends' documented file, on the Redis of this machine."""
+    """Return the documented rules, with the Redis of this machine as pool."""
     pool = Pool(name="pool1", servers=(("127.0.0.1", REDIS_PORT),))
     return Rules(documented_rules(pool.name), (pool,))
 
 
 def documented_rules(pool: str) -> tuple[Rule, ...]:
-    """Each line of the documented file: presence, subscriptions, delivery, storing, retaining."""
+    """Return the rules of the documented `emqx_backend_redis.conf`, one for each of its lines."""
     hour = 3600
     lines: tuple[tuple[Hook, str | None, Action | None, int | None], ...] = (
         ("client.connected", None, "on_client_connected", None),

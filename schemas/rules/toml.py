@@ -1,4 +1,4 @@
-"""Rules in a `millpond.toml`: its `[pool.*]` tables and `[[rule]]` entries."""
+"""Read rules from a `millpond.toml`: its `[pool.*]` tables and `[[rule]]` entries."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _LINE: Final = re.compile(r"at line (\d+)")
 
 
 def parse_toml(text: str, file: str) -> Rules:
-    """The rules of a file. Without any `rule` they are the documented ones, on the file's pool.
+    """Read the rules of a file. A file without `rule` gets the documented rules, on its only pool.
 
-    Every key but `pool` and `rule` is somebody else's.
+    All keys but `pool` and `rule` are ignored: `pipeline/settings.py` reads them.
 
     Raises:
-        ConfigError: not TOML, or rules that cannot be, with the line.
+        ConfigError: The text is not TOML, or a rule or pool is invalid. The error names the line.
     """
     return _TomlFile(text, file).rules()
 
@@ -32,7 +32,8 @@ class _TomlFile:
             self._document = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             found = _LINE.search(str(error))
-            line = int(found[1]) if found else text.count("\n") + 1  # "at end of document"
+            # Without a line number the message says "at end of document".
+            line = int(found[1]) if found else text.count("\n") + 1
             raise ConfigError(f"not TOML: {error}", file=file, line=line) from error
         except RecursionError as error:
             raise ConfigError("not TOML: nested too deeply", file=file) from error
@@ -65,11 +66,11 @@ class _TomlFile:
     def _draft(self, table: Any, *path: str | int) -> DraftTable:
         if not isinstance(table, dict):
             raise self._fault(f"{path[0]} is not a table of keys", *path)
-        return DraftTable(table, lambda key: self._lines.of(*_keyed(path, key)), self._file)
+        return DraftTable(table, lambda key: self._lines.of(*_path_of(path, key)), self._file)
 
     def _fault(self, reason: str, *path: str | int) -> ConfigError:
         return ConfigError(reason, file=self._file, line=self._lines.of(*path))
 
 
-def _keyed(path: Path, key: str | None) -> Path:
+def _path_of(path: Path, key: str | None) -> Path:
     return path if key is None else (*path, key)

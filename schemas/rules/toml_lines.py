@@ -1,4 +1,13 @@
-"""Where the keys of a TOML document stand: `tomllib` does not tell."""
+"""Find the lines of keys in a TOML document. `tomllib` does not report them.
+
+A statement is one header (`[table]`) or one `key = value`, on one line or more. The document is valid, so its
+statements are the shortest runs of lines that are valid TOML by themselves. Each is parsed alone:
+
+- ON a header: it sets the table of the statements that follow. `[[array]]` adds a table to an array.
+- ON a key: its line is the first line of its statement.
+
+A path is the keys from the root to a value, with the index of each table of an array: `("rule", 0, "topic")`.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +18,12 @@ Path: TypeAlias = tuple[str | int, ...]
 
 
 class TomlLines:
-    """The line (1-based) where each table and key of a valid document begins."""
+    """The line, from 1, where each table and key of a valid document begins."""
 
     def __init__(self, text: str) -> None:
-        """Cut into statements: the shortest runs of lines that are TOML by themselves."""
+        """Note the line of each table and key."""
         self._lines: dict[Path, int] = {(): 1}
-        self._last: dict[Path, int] = {}  # arrays of tables → index of their last table
+        self._last_index: dict[Path, int] = {}  # array of tables → index of its last table so far
         table: Path = ()
         statement, begin = "", 1
         for number, line in enumerate(text.split("\n"), start=1):
@@ -22,7 +31,7 @@ class TomlLines:
             try:
                 parsed = tomllib.loads(statement)
             except tomllib.TOMLDecodeError:
-                continue  # ends inside a value of several lines
+                continue  # the statement has more lines
             if statement.lstrip().startswith("["):
                 table = self._header(parsed)
                 self._lines.setdefault(table, begin)
@@ -31,15 +40,17 @@ class TomlLines:
             statement, begin = "", number + 1
 
     def _header(self, parsed: dict[str, Any]) -> Path:
+        """Return the path of the table that a header opens. A parsed header is a chain of dicts with one key each."""
         path: Path = ()
         while parsed:
             ((key, value),) = parsed.items()
             path = (*path, key)
             if isinstance(value, list):
-                self._last[path] = self._last.get(path, -1) + 1
+                self._last_index[path] = self._last_index.get(path, -1) + 1
                 value = value[0]
-            if path in self._last:
-                path = (*path, self._last[path])
+            # `[rule.sub]` belongs to the last `[[rule]]`.
+            if path in self._last_index:
+                path = (*path, self._last_index[path])
             parsed = value
         return path
 
@@ -51,7 +62,7 @@ class TomlLines:
                 self._keys(path, value, begin)
 
     def of(self, *path: str | int) -> int:
-        """The line of what is at `path`, or of the innermost table around it that has one."""
+        """Return the line of the value at `path`. If it has none, the line of the innermost table around it."""
         while path not in self._lines:
             path = path[:-1]
         return self._lines[path]

@@ -1,7 +1,13 @@
-"""The user's own Redis commands: what may be configured, and how an event's values get in.
+"""User commands: Redis commands of a rule. Which ones are allowed, and how the values of an event enter them.
 
-A command is split into its fields when it is read, at each single space, and substituted
-afterwards: a payload with spaces stays one argument.
+A command is split at single spaces when its rule is read. Values enter the fields afterwards, so a payload with spaces
+stays one argument. A value is never read as a command, nor as another variable.
+
+Three checks protect the store:
+
+1. ON reading a rule: `command_error` refuses forbidden commands, unknown variables and private keys.
+2. ON the start of a worker: the server is asked about each command (`pipeline/stores/redis/command_check.py`).
+3. ON an event: `forbidden_key` refuses arguments that became private keys by a value.
 """
 
 from __future__ import annotations
@@ -27,8 +33,7 @@ from millpond.schemas.keys import PRIVATE_PREFIX
 
 Values = Mapping[str, str | bytes]
 
-# What each hook's event can fill in. `ts` is in seconds, as every time in a public key; `message`
-# is the whole event as canonical JSON.
+# The variables of each hook. `ts` is in s, as every time in a public key. `message` is the event in canonical JSON.
 VARIABLES: Final[Mapping[str, tuple[str, ...]]] = {
     "client.connected": ("clientid", "username", "node", "ts"),
     "client.disconnected": ("clientid", "node", "ts"),
@@ -42,9 +47,8 @@ VARIABLES: Final[Mapping[str, tuple[str, ...]]] = {
     "message.acked": ("clientid", "topic", "qos", "msgid", "node", "ts"),
 }
 
-# Why a command is refused: it would stop the server or the connection, break the one transaction
-# that a batch is, wait, or touch keys that nobody named. What a server makes of the rest is asked
-# at start (COMMAND INFO).
+# Reason → forbidden commands. They would stop the server or the connection, break the transaction of a batch, wait, or
+# touch keys that the rule does not name. For all others the worker asks the server at start (COMMAND INFO).
 FORBIDDEN: Final[Mapping[str, str]] = {
     "administers the server": (
         "ACL BGREWRITEAOF BGSAVE CLUSTER COMMAND CONFIG DEBUG FAILOVER INFO LASTSAVE LATENCY "
@@ -71,7 +75,7 @@ _VARIABLE: Final = re.compile(r"\$\{([^}]*)\}")
 
 
 def command_error(hook: str, fields: Sequence[str]) -> str | None:
-    """Why these fields cannot be a command of `hook`, or None. The server is not asked."""
+    """Explain why a rule of `hook` must not have this command. None if it may. Does not ask the server."""
     if not "".join(fields):
         return "the command is empty"
     if "" in fields:
@@ -95,7 +99,7 @@ def command_error(hook: str, fields: Sequence[str]) -> str | None:
 
 
 def command_values(event: Event) -> Values:
-    """What an event of a hook fills in, by variable; what it does not have is missing."""
+    """Return variable → value of an event. A value that the event does not have is missing. No hook, no values."""
     values: dict[str, str | bytes] = {"node": event.node, "ts": str(event.at // 1000)}
     match event:
         case ClientConnected() | ClientDisconnected() | SessionCreated():
@@ -115,16 +119,16 @@ def command_values(event: Event) -> Values:
     return values
 
 
-@lru_cache(maxsize=1024)  # far more fields than a rule file has
+@lru_cache(maxsize=1024)  # far more than a rule file has fields
 def _parts(field: str) -> tuple[bytes | str, ...]:
-    """Literals (bytes) and variables (str) of a field, in turn; the first and last are literals."""
+    """Split a field into literals (bytes) and names of variables (str), in turn. The first and last are literals."""
     return tuple(
         part if place % 2 else part.encode() for place, part in enumerate(_VARIABLE.split(field))
     )
 
 
 def substitute(fields: Sequence[str], values: Values) -> list[bytes]:
-    """The arguments of a command: each `${name}` replaced, an unknown or absent one by nothing."""
+    """Return the arguments of a command. Each `${name}` becomes its value, or nothing if the event has none."""
     return [b"".join(_fill(part, values) for part in _parts(field)) for field in fields]
 
 
@@ -136,9 +140,10 @@ def _fill(part: bytes | str, values: Values) -> bytes:
 
 
 def forbidden_key(arguments: Sequence[bytes]) -> str | None:
-    """Why substituted arguments must not run, or None: a topic could name one of our own keys.
+    """Explain why a command must not run with these arguments. None if it may.
 
-    Which argument is a key depends on the command, so none may begin like one of ours.
+    A client could publish to a topic that is spelled like a private key. Which argument is a key depends on the
+    command, so no argument may begin like a private key.
     """
     for argument in arguments[1:]:
         if argument.startswith(PRIVATE_PREFIX.encode()):

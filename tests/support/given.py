@@ -1,4 +1,4 @@
-"""What tests are given: rules, events and records, in few words."""
+"""Rules, events and records for the Given part of tests. Defaults stand for what a test does not care about."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ POOL = '[pool.pool1]\nserver = "127.0.0.1:6379"\n'
 
 
 def a_rule(**settings: Any) -> str:
-    """One `[[rule]]`, its values written as TOML."""
+    """Write one `[[rule]]` table in TOML."""
     lines = ["[[rule]]"]
     for name, value in {"pool": "pool1", **settings}.items():
         match value:
@@ -41,32 +41,32 @@ def a_rule(**settings: Any) -> str:
 
 
 def rules(*tables: str) -> Rules:
-    """A rule set of these `[[rule]]` tables."""
+    """Make a rule set of `[[rule]]` tables, on one pool."""
     return parse_toml(POOL + "".join(tables), "millpond.toml")
 
 
 def store(topic: str = "#", **settings: Any) -> str:
-    """Messages of the topic are kept."""
+    """A rule that stores messages."""
     return a_rule(hook="message.publish", topic=topic, action="on_message_publish", **settings)
 
 
 def retain(topic: str = "#", **settings: Any) -> str:
-    """The topic's retained message is kept."""
+    """A rule that stores retained messages."""
     return a_rule(hook="message.publish", topic=topic, action="on_message_retain", **settings)
 
 
 def clear_retained(topic: str = "#") -> str:
-    """An empty retained publish clears what the topic retains."""
+    """A rule that lets an empty retained publish clear the retained message."""
     return a_rule(hook="message.publish", topic=topic, action="on_retain_delete")
 
 
 def receipt(hook: str = "message.acked", topic: str = "#", **settings: Any) -> str:
-    """Who got a message, and when."""
+    """A rule that writes receipts."""
     return a_rule(hook=hook, topic=topic, action="on_message_receipt", **settings)
 
 
 def command(text: str, hook: str = "message.publish", topic: str = "#") -> str:
-    """A command of the user's own."""
+    """A rule with a user command."""
     return a_rule(hook=hook, topic=topic, commands=[text])
 
 
@@ -80,11 +80,12 @@ def published(message_id: str = "m1", topic: str = "t", **fields: Any) -> Messag
 
 
 def retained(message_id: str = "m1", topic: str = "t", **fields: Any) -> MessageRetained:
+    """A bridge's event about a message that the broker retains."""
     return broker_retains(published(message_id, topic, **fields))
 
 
 def broker_retains(event: MessagePublished) -> MessageRetained:
-    """What a bridge says that finds a publish retained."""
+    """A bridge's event, after it found this publish retained at the broker."""
     return MessageRetained(**structs.asdict(event))
 
 
@@ -95,48 +96,48 @@ def acked(message_id: str = "m1", topic: str = "t", **fields: Any) -> MessageAck
 
 
 def delivered(message_id: str = "m1", topic: str = "t", **fields: Any) -> MessageDelivered:
-    """A delivery to one subscriber."""
+    """A delivery to one subscriber, as the broker reports it."""
     values: dict[str, Any] = {"at": 4_000, "node": "n", "client_id": "sub", "qos": 1, **fields}
     return MessageDelivered(message_id=message_id, topic=topic, **values)
 
 
 def key_and_value(event: Event) -> tuple[bytes, bytes]:
-    """The key and value of an event's record."""
+    """Encode an event as the key and value of a record."""
     return keys.record_key(event).encode(), codec.encode(event)
 
 
 def record(event: Event, offset: int, timestamp: int) -> Record:
-    """An event as it is read from the log."""
+    """An event as a record of the log."""
     return Record(offset, timestamp, *key_and_value(event))
 
 
 def tick(agent: AgentName) -> Tick:
-    """Time in the log."""
+    """A tick for an agent."""
     return Tick(at=0, node="n", agent=agent)
 
 
 def queue(topic: str = "queue/#", **settings: Any) -> str:
-    """The topic is a queue."""
+    """A delivery rule of queue."""
     return a_rule(
         hook="session.subscribed", topic=topic, action="on_message_fetch_for_queue", **settings
     )
 
 
 def pubsub(topic: str = "pubsub/#", **settings: Any) -> str:
-    """The topic is a log with a read offset for each subscriber."""
+    """A delivery rule of pubsub."""
     return a_rule(
         hook="session.subscribed", topic=topic, action="on_message_fetch_for_pubsub", **settings
     )
 
 
 def joined(client: str, topic_filter: str, **fields: Any) -> SubscriberJoined:
-    """A client may be served."""
+    """An announcement: a member joined."""
     values = {"at": 0, "node": "n", "qos": 1, "session": 1, "source_offset": 0, **fields}
     return SubscriberJoined(client_id=client, topic_filter=topic_filter, **values)
 
 
 def left(client: str, topic_filter: str, **fields: Any) -> SubscriberLeft:
-    """A client is not to be served any more."""
+    """An announcement: a member left."""
     values = {
         "at": 0, "node": "n", "session": 1, "source_offset": 0, "reason": "session_ended", **fields,
     }  # fmt: skip

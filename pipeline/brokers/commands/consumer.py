@@ -20,6 +20,7 @@ from millpond.schemas import codec, keys
 from millpond.schemas.commands import Command, Deliver
 from millpond.schemas.errors import DecodeError
 from millpond.schemas.leases import LeaseName, parse_lease
+from millpond.schemas.topics import topic_name_error
 
 
 class CommandHandler(Protocol):
@@ -73,7 +74,7 @@ class CommandConsumer:
         self.taken[str(command.__struct_config__.tag)] += 1
         if self._deliveries.fail_if_stale(pending):
             return
-        if isinstance(command, Deliver) and codec.topic_name_error(command.topic) is not None:
+        if isinstance(command, Deliver) and topic_name_error(command.topic) is not None:
             self._deliveries.fail(pending, "bridge")
         else:
             await self._broker.take(pending, command)

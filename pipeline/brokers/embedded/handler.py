@@ -34,8 +34,8 @@ from millpond.pipeline.brokers.embedded.outgoing import (
 )
 from millpond.pipeline.brokers.embedded.sender import ConnectionSender
 from millpond.pipeline.brokers.embedded.wire import ConnectionWriter, PublishPacket, read_packet
-from millpond.schemas.codec import topic_name_error
 from millpond.schemas.events import MessagePublished
+from millpond.schemas.topics import topic_name_error
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from aiohttp import web
 
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.stack.ports import HOST, free_port
-from millpond.schemas.codec import topic_name_error
+from millpond.schemas.topics import topic_name_error
 from tests.support.emqx.broker import NODE, Client, Emqx, Message, message_id
 
 KEY, SECRET = "millpond-key", "s3cr3t-of-the-tests"

@@ -1,4 +1,4 @@
-"""Names of topics and keys: golden, because other programs and stored data rely on them."""
+"""Names of topics, groups and keys. They are golden: other programs and stored data rely on them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.unit.schemas.test_codec import GOLDEN
 PARTITION = Partition("mill", "queue", 7)
 
 
-def test_keys_are_the_documented_ones() -> None:
+def test_keys_have_their_documented_names() -> None:
     assert keys.message_index("a/b") == "mqtt:msg:a/b"
     assert keys.message_body("0005") == "mqtt:msg:0005"
     assert keys.retained("a/b") == "mqtt:retain:a/b"
@@ -53,7 +53,9 @@ def test_every_built_key_has_a_row_in_the_table() -> None:
         ),
     ]
     for key in built:
-        shown = key.replace("{mill:queue:7}", "mill")  # the tag stands for one word of the table
+        shown = key.replace(
+            "{mill:queue:7}", "mill"
+        )  # {app:agent:partition} is one placeholder of the table
         assert any(pattern.fullmatch(shown) for pattern in patterns), key
 
 
@@ -66,7 +68,7 @@ def test_private_keys_of_a_partition_share_one_hash_tag() -> None:
     assert all(key.startswith(keys.PRIVATE_PREFIX) for key in private)
 
 
-def test_a_partition_knows_its_topic_and_says_who_reads_it() -> None:
+def test_a_partition_names_its_topic_and_its_consumer_group() -> None:
     assert PARTITION.topic == keys.MESSAGES_TOPIC
     assert Partition("mill", "sessions", 0).topic == keys.CLIENTS_TOPIC
     assert str(PARTITION) == "mqtt.messages[7] (mill.queue)"
@@ -97,6 +99,6 @@ KEYS = {
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_a_record_is_keyed_by_its_topic_its_client_or_its_agent(name: str) -> None:
+def test_the_key_of_a_record_is_a_topic_a_client_id_or_an_agent(name: str) -> None:
     event, _ = GOLDEN[name]
     assert keys.record_key(event) == KEYS.get(name, "sub")

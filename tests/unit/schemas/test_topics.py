@@ -1,4 +1,4 @@
-"""Topic filters against the standard's examples, a regex model, and all topics of a small world."""
+"""Topic names and filters, against the examples of the standard, a regex model, and all topics of a small world."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from millpond.schemas.topics import covers, filter_error, intersects, matches, split_share
+from millpond.schemas.topics import (
+    covers,
+    filter_error,
+    intersects,
+    matches,
+    split_share,
+    topic_name_error,
+)
 
-# One level more than any generated filter has, and one word that no filter names: enough to tell
-# any two filters apart if they differ at all.
+# One level more than any generated filter has, and one word that no filter names.
+# So if two filters differ at all, some topic here matches only one of them.
 TOPICS = [
     "/".join(levels)
     for depth in range(1, 5)
@@ -30,13 +37,32 @@ def filters(draw: st.DrawFn) -> str:
 
 
 def model(topic_filter: str) -> re.Pattern[str]:
-    """A filter as a regular expression, written down independently of `matches`."""
+    """Translate a filter into a regular expression, independently of `matches`."""
     pattern = re.escape(topic_filter).replace(r"\+", "[^/]*")
     if pattern == r"\#":
         pattern = ".*"
     elif pattern.endswith(r"/\#"):
         pattern = pattern.removesuffix(r"/\#") + "(/.*)?"
     return re.compile(r"(?!\$)" + pattern if topic_filter[0] in "+#" else pattern, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("topic", "reason"),
+    [
+        ("", "empty"),
+        ("a/+", "wildcard"),
+        ("a#", "wildcard"),
+        ("a\0", "null"),
+        ("é" * 32_768, "65535"),
+    ],
+)
+def test_an_invalid_topic_name_has_a_reason(topic: str, reason: str) -> None:
+    assert reason in str(topic_name_error(topic))
+
+
+@pytest.mark.parametrize("topic", ["a", "/", "$SYS/x", "a b:{c}", "🦆", "x" * 65_535])
+def test_a_valid_topic_name_has_no_error(topic: str) -> None:
+    assert topic_name_error(topic) is None
 
 
 @pytest.mark.parametrize(
@@ -80,7 +106,7 @@ def test_a_valid_filter_has_no_error(valid: str) -> None:
         ("$share/g/a+", "'a+'"),
     ],
 )
-def test_an_invalid_filter_is_told_why(invalid: str, reason: str) -> None:
+def test_an_invalid_filter_has_a_reason(invalid: str, reason: str) -> None:
     assert reason in str(filter_error(invalid))
 
 
@@ -120,14 +146,14 @@ def test_a_shared_subscription_is_split_into_group_and_filter(
         ("ACCOUNTS", "Accounts", False),
     ],
 )
-def test_matching_follows_the_examples_of_the_standard(
+def test_matches_follows_the_examples_of_the_standard(
     topic_filter: str, topic: str, expected: bool
 ) -> None:
     assert matches(topic_filter, topic) is expected
 
 
 @given(filters())
-def test_matching_agrees_with_a_regular_expression(topic_filter: str) -> None:
+def test_matches_agrees_with_a_regular_expression(topic_filter: str) -> None:
     pattern = model(topic_filter)
     for topic in TOPICS:
         assert matches(topic_filter, topic) is bool(pattern.fullmatch(topic)), topic
@@ -157,5 +183,5 @@ def test_filters_intersect_if_and_only_if_some_topic_matches_both(one: str, othe
 def test_a_filter_covers_another_if_and_only_if_it_matches_all_its_topics(
     wide: str, narrow: str
 ) -> None:
-    escaped = [topic for topic in TOPICS if matches(narrow, topic) and not matches(wide, topic)]
-    assert covers(wide, narrow) is not bool(escaped), escaped[:3]
+    uncovered = [topic for topic in TOPICS if matches(narrow, topic) and not matches(wide, topic)]
+    assert covers(wide, narrow) is not bool(uncovered), uncovered[:3]

@@ -29,7 +29,7 @@ from millpond.schemas.events import (
     SessionTerminated,
     SessionUnsubscribed,
 )
-from millpond.schemas.topics import filter_error
+from millpond.schemas.topics import filter_error, topic_name_error
 
 EXPIRY_PROPERTY: Final = "Message-Expiry-Interval"  # [MQTT5-3.3.2.3.3], in seconds
 SECONDS_DIGITS_MAX: Final = 10  # a four byte integer
@@ -257,7 +257,7 @@ def _expires_at(properties: Iterable[pb.Property], published_at: int) -> int | N
 
 
 def _check_topic(topic: str) -> None:
-    error = codec.topic_name_error(topic)
+    error = topic_name_error(topic)
     if error is not None:
         raise DecodeError(error)
 

@@ -46,7 +46,7 @@ from millpond.schemas.events import (
     Topic,
 )
 from millpond.schemas.keys import RESERVED_TOPIC_PREFIX
-from millpond.schemas.topics import filter_error, split_share
+from millpond.schemas.topics import filter_error, split_share, topic_name_error
 
 NEVER_EXPIRES_S: Final = 0xFFFF_FFFF  # [MQTT5-3.1.2-11.2]
 UNDEFINED: Final = "undefined"  # how an Erlang term for "none" becomes JSON
@@ -228,7 +228,7 @@ def _topic(rule: PublishEvent | ReceiptEvent, mountpoint: Mountpoint | None) -> 
     EMQX runs rules before it calls ExHook: a copy that Millpond sends is seen on its way, below `$millpond/`.
     """
     topic = own_topic(mountpoint, rule.clientid, rule.topic)
-    error = codec.topic_name_error(topic)
+    error = topic_name_error(topic)
     if error is not None:
         raise DecodeError(error)
     return None if topic.startswith(RESERVED_TOPIC_PREFIX) else topic

@@ -1,4 +1,4 @@
-"""The broker's own old file, as documented and as people wrote it."""
+"""Rules from an `emqx_backend_redis.conf`: the documented file, variants of it, and invalid lines."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_documented_file_means_the_default_rules(newline: str) -> None:
     assert {rule.file for rule in given.rules} == {"emqx_backend_redis.conf"}
 
 
-def test_the_documented_keep_latest_rules_are_a_queue() -> None:
+def test_the_documented_keep_latest_rules_make_a_queue() -> None:
     given = parse(POOL + KEEP_LATEST)
     assert [(rule.hook, rule.action, rule.expired_time) for rule in given.rules] == [
         ("session.subscribed", "on_message_fetch_for_keep_latest", None),
@@ -77,7 +77,7 @@ def test_the_documented_keep_latest_rules_are_a_queue() -> None:
     assert given.owner("any/topic") == "queue"
 
 
-def test_rules_are_ordered_by_hook_and_number_not_by_place() -> None:
+def test_rules_are_in_the_order_of_hook_and_number() -> None:
     given = parse(
         POOL
         + "".join(
@@ -104,9 +104,7 @@ def test_commands_are_split_at_single_spaces() -> None:
 @pytest.mark.parametrize(
     ("value", "expected"), [("60", 60), ("0", None), ("-1", None), ("60 # a minute", 60)]
 )
-def test_the_global_expiry_is_that_of_publish_rules_that_name_none(
-    value: str, expected: int | None
-) -> None:
+def test_expired_after_is_the_default_of_publish_rules(value: str, expected: int | None) -> None:
     own = PUBLISH.replace("publish.1", "publish.2").replace('"pool"', '"expired_time": 5, "pool"')
     acked = 'backend.redis.hook.message.acked.1 = {"action": {"function": "on_message_receipt"}}\n'
     given = parse(POOL + PUBLISH + own + acked + f"backend.redis.msg.expired_after = {value}\n")
@@ -164,8 +162,8 @@ RULE = "backend.redis.hook.message.publish.1 = "
         ("backend.redis.msg.expired_after = 1h", ["seconds", "'1h'"]),
         ("backend.redis.msg.expired_after = 3155760001", ["at most 3155760000"]),
         ("backend.redis.hook.message.deliver.1 = {}", ["unknown hook 'message.deliver'", "known"]),
-        ("backend.redis.hook.message.publish.x = {}", ["numbered"]),
-        ("backend.redis.hook.message.publish.01 = {}", ["numbered"]),
+        ("backend.redis.hook.message.publish.x = {}", ["needs a number"]),
+        ("backend.redis.hook.message.publish.01 = {}", ["needs a number"]),
         (RULE, ["not a JSON object"]),
         (RULE + "{", ["not a JSON object"]),
         (RULE + "[1]", ["not a JSON object"]),
@@ -173,12 +171,12 @@ RULE = "backend.redis.hook.message.publish.1 = "
         (RULE + '{"topic": NaN}', ["not a JSON object"]),
         (RULE + "[" * 100_000, ["not a JSON object"]),
         (RULE + '{"action": {"function": "x"}} trailing', ["'trailing'"]),
-        (RULE + '{"pool": "pool1"}', ["the action is"]),
-        (RULE + '{"action": "on_message_publish"}', ["the action is"]),
-        (RULE + '{"action": {}}', ["the action is"]),
-        (RULE + '{"action": {"sql": ["x"]}}', ["the action is"]),
-        (RULE + '{"action": {"function": "x", "commands": []}}', ["the action is"]),
-        (RULE + '{"action": {"commands": ["TIME"], "x": 1}}', ["the action is"]),
+        (RULE + '{"pool": "pool1"}', ["the action must be"]),
+        (RULE + '{"action": "on_message_publish"}', ["the action must be"]),
+        (RULE + '{"action": {}}', ["the action must be"]),
+        (RULE + '{"action": {"sql": ["x"]}}', ["the action must be"]),
+        (RULE + '{"action": {"function": "x", "commands": []}}', ["the action must be"]),
+        (RULE + '{"action": {"commands": ["TIME"], "x": 1}}', ["the action must be"]),
         (RULE + '{"hook": "message.acked", "action": {"function": "x"}}', ["unknown key 'hook'"]),
         (RULE + '{"commands": ["TIME"]}', ["unknown key 'commands'"]),
         (RULE + '{"action": {"function": "on_x"}}', ["unknown action 'on_x'"]),
@@ -189,15 +187,15 @@ RULE = "backend.redis.hook.message.publish.1 = "
         (RULE + '{"topic": "a/#/", "action": {"commands": ["TIME"]}}', ["'#'"]),
         (RULE + '{"topic": 5, "action": {"commands": ["TIME"]}}', ["topic: expected"]),
         (RULE + '{"tpic": "#", "action": {"commands": ["TIME"]}}', ["unknown key 'tpic'"]),
-        (RULE + '{"pool": "p2", "action": {"commands": ["TIME"]}}', ["'p2' is not configured"]),
+        (RULE + '{"pool": "p2", "action": {"commands": ["TIME"]}}', ["'p2' is not defined"]),
         (RULE + '{"expired_time": -1, "action": {"commands": ["TIME"]}}', ["expired_time", ">= 1"]),
     ],
 )
-def test_a_line_that_cannot_be_is_refused(text: str, words: list[str]) -> None:
+def test_an_invalid_line_is_refused(text: str, words: list[str]) -> None:
     fails(f"{POOL}# comment\n{text}\n", 3, *words)
 
 
-def test_two_delivery_rules_that_could_claim_one_topic_are_both_named() -> None:
+def test_two_delivery_rules_for_one_topic_are_both_named() -> None:
     fails(
         DOCUMENTED.replace("pubsub/#", "queue/a/+"),
         13,
@@ -206,7 +204,7 @@ def test_two_delivery_rules_that_could_claim_one_topic_are_both_named() -> None:
     )
 
 
-def test_one_agent_has_one_pool() -> None:
+def test_all_rules_of_an_agent_need_the_same_pool() -> None:
     two = DOCUMENTED.replace('lookup"}, "pool": "pool1"}\n', 'lookup"}, "pool": "pool2"}\n')
     fails(
         two + "backend.redis.pool2.server = h:1\n",

@@ -1,4 +1,4 @@
-"""What is asked of the rules in force, and their canonical form."""
+"""Rule sets: which rules apply, which agent runs them, and the canonical form."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def fetch(agent: str, topic: str, **settings: object) -> str:
         ("#", "messages"),
     ],
 )
-def test_a_topic_is_owned_by_the_agent_whose_delivery_rule_matches(
+def test_the_delivery_rule_that_matches_decides_the_owner_of_a_topic(
     topic: str, owner: AgentName
 ) -> None:
     given = rules(
@@ -62,7 +62,7 @@ def test_a_topic_is_owned_by_the_agent_whose_delivery_rule_matches(
         ("message.acked", "a", []),
     ],
 )
-def test_the_rules_of_a_hook_that_apply_come_in_the_users_order(
+def test_the_rules_that_apply_are_in_the_users_order(
     hook: Hook, topic: str | None, expected: list[str]
 ) -> None:
     given = rules(
@@ -71,10 +71,10 @@ def test_the_rules_of_a_hook_that_apply_come_in_the_users_order(
         a_rule(hook="client.connected", commands=["INCR on"]),
         command("INCR a", topic="a/#"),
     )
-    assert [rule.what for rule in given.matching(hook, topic)] == expected
+    assert [rule.summary for rule in given.matching(hook, topic)] == expected
 
 
-def test_a_hook_is_wanted_if_a_rule_or_delivery_needs_it() -> None:
+def test_a_hook_is_needed_by_its_rules_and_by_delivery_rules() -> None:
     receipts = rules(receipt("message.delivered"))
     assert receipts.wants("message.delivered")
     assert not receipts.wants("message.acked")
@@ -85,7 +85,7 @@ def test_a_hook_is_wanted_if_a_rule_or_delivery_needs_it() -> None:
     assert not Rules().wants("message.publish")
 
 
-def test_an_agent_works_on_the_pool_of_its_rules() -> None:
+def test_an_agent_uses_the_pool_of_its_rules() -> None:
     given = parse_toml(
         '[pool.one]\nserver = "h:1"\n[pool.two]\nserver = "h:2"\n[pool.three]\nserver = "h:3"\n'
         + fetch("queue", "queue/#", pool="two")
@@ -99,7 +99,7 @@ def test_an_agent_works_on_the_pool_of_its_rules() -> None:
     assert len(given.run_by("messages")) == 1
 
 
-def test_without_a_pool_there_is_none_to_work_on() -> None:
+def test_an_agent_without_a_pool_is_an_error() -> None:
     with pytest.raises(ConfigError, match="agent queue has no pool"):
         Rules().pool("queue")
     with pytest.raises(ConfigError, match="agent queue has no pool"):
@@ -124,7 +124,7 @@ def test_a_password_is_never_shown() -> None:
     assert "hunter2" not in Rules(default_rules().rules, (SECRET,)).canonical()
 
 
-def test_the_canonical_form_spells_out_every_setting_and_no_place() -> None:
+def test_the_canonical_form_has_every_setting_and_no_place() -> None:
     (entry,) = json.loads(rules("\n\n" + store("a/#", expired_time=60)).canonical())
     assert entry == {
         "hook": "message.publish", "topic": "a/#", "action": "on_message_publish", "commands": [],
@@ -134,13 +134,13 @@ def test_the_canonical_form_spells_out_every_setting_and_no_place() -> None:
     }  # fmt: skip
 
 
-def test_rules_are_the_same_wherever_they_stand_in_a_file_and_differ_in_another_order() -> None:
+def test_the_canonical_form_depends_on_the_order_of_rules_and_not_on_their_lines() -> None:
     one, other = store("a/#"), store("b/#")
     assert rules(one, other).canonical() == rules("\n# comment\n", one, other).canonical()
     assert rules(one, other).canonical() != rules(other, one).canonical()
 
 
-def test_the_canonical_form_reads_back_as_the_same_rules() -> None:
+def test_the_canonical_form_decodes_to_the_same_rules() -> None:
     text = default_rules().canonical()
     back = Rules.from_canonical(text)
     assert back.rules == default_rules().rules
@@ -170,19 +170,19 @@ GOOD = default_rules().canonical()
         GOOD.replace('"max_inflight":32', '"max_inflight":65536'),
     ],
 )
-def test_rules_in_the_log_that_cannot_be_read_are_a_decode_error(text: str) -> None:
+def test_invalid_rules_in_the_log_raise_decode_error(text: str) -> None:
     with pytest.raises(DecodeError, match="rule"):
         Rules.from_canonical(text)
 
 
 @given(st.integers(0, len(GOOD)), st.integers(0, 3), st.text(max_size=3))
-def test_damaged_rules_are_rules_or_a_decode_error(
+def test_damaged_rules_decode_or_raise_decode_error(
     place: int, length: int, replacement: str
 ) -> None:
     with suppress(DecodeError):
         Rules.from_canonical(GOOD[:place] + replacement + GOOD[place + length :])
 
 
-def test_a_rule_tells_what_it_is() -> None:
+def test_a_rule_as_text_names_its_action_and_filter() -> None:
     assert str(Rule(hook="message.publish", commands=(("INCR", "x"),), pool="p")) == "INCR x"
     assert str(rules(store("a/#")).rules[0]) == "on_message_publish for 'a/#'"

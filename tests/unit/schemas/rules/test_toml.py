@@ -1,4 +1,4 @@
-"""What a `millpond.toml` may say, and one error with the right line for each thing it must not."""
+"""Rules from a `millpond.toml`: valid files, and the line of the error for each fault."""
 
 from __future__ import annotations
 
@@ -53,20 +53,20 @@ def test_commands_are_split_at_single_spaces() -> None:
     assert rule.action is None
 
 
-def test_what_belongs_to_others_is_left_alone() -> None:
+def test_settings_of_other_parts_are_ignored() -> None:
     text = 'app = "x"\n[kafka]\nbootstrap_servers = ["h:1"]\n[worker]\n[stack]\n[bridge]\n'
     assert parse(text).canonical() == default_rules().canonical()
     assert parse(text).pools == default_rules().pools
 
 
-def test_without_rules_the_documented_ones_work_on_the_files_pool() -> None:
+def test_a_file_without_rules_gets_the_documented_rules_on_its_pool() -> None:
     given = parse('[pool.mine]\nserver = "redis"\n')
     assert {rule.pool for rule in given.rules} == {"mine"}
     assert [rule.action for rule in given.rules] == [rule.action for rule in default_rules().rules]
     assert given.pool("queue").servers == (("redis", 6379),)
 
 
-def test_no_rules_at_all_are_said_with_an_empty_list() -> None:
+def test_an_empty_list_means_no_rules() -> None:
     assert parse("rule = []\n" + POOL).rules == ()
 
 
@@ -103,7 +103,7 @@ def test_pools_are_read_with_all_their_settings() -> None:
         ('[pool.a]\nserver = "h"\n[pool.b]\nserver = "h"\n', None, "several pools"),
     ],
 )
-def test_a_file_of_another_shape_is_refused(text: str, line: int | None, word: str) -> None:
+def test_a_file_with_another_structure_is_refused(text: str, line: int | None, word: str) -> None:
     fails(text, line, word)
 
 
@@ -133,7 +133,7 @@ def test_a_file_of_another_shape_is_refused(text: str, line: int | None, word: s
         ('server = "h"\nzzz = "b"', 3, ["known are type, "]),
     ],
 )
-def test_a_pool_that_cannot_be_is_refused(settings: str, line: int, words: list[str]) -> None:
+def test_an_invalid_pool_is_refused(settings: str, line: int, words: list[str]) -> None:
     fails(f"[pool.pool1]\n{settings}\n", line, *words)
 
 
@@ -181,7 +181,7 @@ RULE = '[[rule]]\nhook = "message.publish"\n'  # lines 4 and 5
             4,
             ["needs a topic"],
         ),
-        (RULE + 'commands = ["TIME"]\npool = "pool2"\n', 7, ["'pool2'", "only: pool1"]),
+        (RULE + 'commands = ["TIME"]\npool = "pool2"\n', 7, ["'pool2'", "defined pools: pool1"]),
         (RULE + 'commands = ["TIME"]\npool = 2\n', 7, ["pool: expected"]),
         (RULE + 'commands = ["TIME"]\nfile = "x"\n', 7, ["unknown key 'file'"]),
         (RULE + 'commands = ["TIME"]\n[rule.sub]\n', 7, ["unknown key 'sub'"]),
@@ -200,14 +200,22 @@ RULE = '[[rule]]\nhook = "message.publish"\n'  # lines 4 and 5
         (QUEUE + "max_length = 0\n", 8, [">= 1"]),
         (QUEUE + "max_length = 100000001\n", 8, ["<= 100000000"]),
         (QUEUE + 'overflow = "drop"\n', 8, ["unknown overflow 'drop'"]),
-        (QUEUE + 'start = "earliest"\n', 8, ["start means nothing for on_message_fetch_for_queue"]),
-        (QUEUE + "offset_retention_s = 60\n", 8, ["offset_retention_s means nothing"]),
-        (QUEUE.replace("queue", "pubsub") + 'overflow = "drop_oldest"\n', 8, ["overflow means"]),
+        (
+            QUEUE + 'start = "earliest"\n',
+            8,
+            ["start has no effect with on_message_fetch_for_queue"],
+        ),
+        (QUEUE + "offset_retention_s = 60\n", 8, ["offset_retention_s has no effect"]),
+        (
+            QUEUE.replace("queue", "pubsub") + 'overflow = "drop_oldest"\n',
+            8,
+            ["overflow has no effect"],
+        ),
         (QUEUE + "store_qos0 = 1\n", 8, ["store_qos0: expected `bool`"]),
         (
             RULE + 'action = "on_retain_delete"\nmax_inflight = 1\n',
             7,
-            ["max_inflight means nothing"],
+            ["max_inflight has no effect"],
         ),
         (
             (
@@ -215,21 +223,21 @@ RULE = '[[rule]]\nhook = "message.publish"\n'  # lines 4 and 5
                 "expired_time = 1\n"
             ),
             7,
-            ["expired_time means nothing"],
+            ["expired_time has no effect"],
         ),
     ],
 )
-def test_a_rule_that_cannot_be_is_refused(text: str, line: int, words: list[str]) -> None:
+def test_an_invalid_rule_is_refused(text: str, line: int, words: list[str]) -> None:
     fails(POOL + text, line, *words)
 
 
-def test_the_second_of_two_rules_is_found_by_its_own_line() -> None:
+def test_an_error_in_the_second_rule_has_its_line() -> None:
     fails(POOL + QUEUE + '\n[[rule]]\nhook = "message.publish"\naction = "x"\n', 11, "'x'")
 
 
 def test_a_rule_needs_a_pool_that_exists() -> None:
     fails(QUEUE, 1, "no pool")
-    fails(QUEUE + 'pool = "p"\n', 5, "'p' is not configured", "there is none")
+    fails(QUEUE + 'pool = "p"\n', 5, "'p' is not defined", "defined pools: none")
     fails(QUEUE + '[pool.a]\nserver = "h"\n[pool.b]\nserver = "h"\n', 1, "names no pool")
 
 
@@ -241,9 +249,7 @@ def test_a_rule_needs_a_pool_that_exists() -> None:
         ("on_message_fetch_for_keep_latest", "#"),
     ],
 )
-def test_two_delivery_rules_that_could_claim_one_topic_are_both_named(
-    action: str, topic: str
-) -> None:
+def test_two_delivery_rules_for_one_topic_are_both_named(action: str, topic: str) -> None:
     other = f'[[rule]]\nhook = "session.subscribed"\ntopic = "{topic}"\naction = "{action}"\n'
     fails(POOL + QUEUE + other, 8, f"{action} for {topic!r}", "for 'queue/#' (line 4)")
 
@@ -263,7 +269,7 @@ ON_TWO = (
         (ON_TWO.format("a").replace("two", "x"), "b", "messages"),
     ],
 )
-def test_one_agent_has_one_pool(first: str, topic: str, agent: str) -> None:
+def test_all_rules_of_an_agent_need_the_same_pool(first: str, topic: str, agent: str) -> None:
     text = TWO_POOLS + first.replace('pool = "x"\n', "") + 'pool = "one"\n' + ON_TWO.format(topic)
     fails(text, 10, "'two'", "'one'", "(line 5)", f"agent {agent}")
 
@@ -290,6 +296,6 @@ def test_different_agents_may_have_different_pools() -> None:
         ("message.publish", "on_message_store_keep_latest"),
     ],
 )
-def test_a_rule_beside_a_delivery_rule_that_is_missing_is_refused(hook: str, action: str) -> None:
+def test_a_companion_without_its_delivery_rule_is_refused(hook: str, action: str) -> None:
     beside = f'[[rule]]\nhook = "{hook}"\ntopic = "jobs/#"\naction = "{action}"\n'
-    fails(POOL + QUEUE + beside, 8, f"{action} for 'jobs/#' does nothing", "on_message_fetch_for_")
+    fails(POOL + QUEUE + beside, 8, f"{action} for 'jobs/#' has no effect", "on_message_fetch_for_")

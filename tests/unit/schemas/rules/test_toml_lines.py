@@ -1,4 +1,4 @@
-"""Line numbers of TOML keys, in all the ways that TOML can be written."""
+"""Line numbers of TOML keys, in all forms of TOML."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ x = 1'''
         (("nowhere", "at", "all"), 1),
     ],
 )
-def test_a_key_is_found_where_it_begins(
+def test_a_key_has_the_line_where_it_begins(
     path: tuple[str | int, ...], line: int, newline: str
 ) -> None:
     assert TomlLines(DOCUMENT.replace("\n", newline)).of(*path) == line

@@ -1,4 +1,4 @@
-"""The user's own commands: what may be configured, what is filled in, what must not run."""
+"""User commands: which are allowed, which values enter them, and which must not run."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-def test_the_event_of_a_hook_fills_in_every_variable_of_the_hook(hook: str) -> None:
+def test_the_event_of_a_hook_has_a_value_for_each_variable(hook: str) -> None:
     assert command_values(OF_HOOK[hook]) == {name: EXPECTED[name] for name in VARIABLES[hook]}
 
 
-def test_an_absent_username_is_missing_and_other_events_fill_in_nothing() -> None:
+def test_an_absent_username_is_missing_and_other_events_have_no_values() -> None:
     anonymous = events.ClientConnected(**CLIENT, connection_id="x", connected_at=5)
     assert "username" not in command_values(anonymous)
     assert command_values(events.NodeStarted(at=1, node="n")) == {}
@@ -98,7 +98,7 @@ def test_a_command_on_named_keys_is_allowed(command: str) -> None:
         ("FUNCTION LIST", "script"),
     ],
 )
-def test_any_other_command_is_refused_with_the_reason(command: str, reason: str) -> None:
+def test_any_other_command_is_refused_with_a_reason(command: str, reason: str) -> None:
     assert reason in str(command_error("message.acked", command.split(" ")))
 
 
@@ -107,20 +107,20 @@ def test_no_command_is_forbidden_twice() -> None:
     assert len(names) == len(set(names))
 
 
-def test_values_are_filled_in_after_the_split() -> None:
-    fields = ["HSET", "ack:${clientid}:${nobody}", "${topic}", "${payload}"]
+def test_values_enter_after_the_split() -> None:
+    fields = ["HSET", "ack:${clientid}:${unknown}", "${topic}", "${payload}"]
     values: Values = {"clientid": "ü 1", "topic": "a b", "payload": b"\xff  ${topic}"}
     arguments = substitute(fields, values)
     assert arguments == [b"HSET", "ack:ü 1:".encode(), b"a b", b"\xff  ${topic}"]
 
 
 @given(st.binary())
-def test_a_payload_stays_one_argument_whatever_is_in_it(payload: bytes) -> None:
+def test_any_payload_stays_one_argument(payload: bytes) -> None:
     arguments = substitute(["SET", "<${payload}>", "${payload}"], {"payload": payload})
     assert arguments == [b"SET", b"<" + payload + b">", payload]
 
 
-def test_an_argument_that_became_one_of_our_keys_is_refused() -> None:
+def test_an_argument_that_became_a_private_key_is_refused() -> None:
     fields = ["SET", "${topic}", "1"]
     injected = substitute(fields, {"topic": "millpond:{app:queue:7}:applied"})
     assert "argument of SET" in str(forbidden_key(injected))

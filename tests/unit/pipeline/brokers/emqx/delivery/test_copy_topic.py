@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic, ReturnedCopy
-from millpond.schemas.codec import topic_name_error
+from millpond.schemas.topics import topic_name_error
 
 RETURNING = CopyTopic("secret")
 TOPIC = RETURNING.topic_for("queue/7/18823", "c2", "000660E8E1F804B9F443000004050002", "mp/c2/queue/t")  # fmt: skip
