@@ -115,7 +115,7 @@ def test_what_is_wrong_in_a_file_is_named_with_its_line(
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
-        ({"MILLPOND_KAFKA_PARTITIONS": "many"}, "the environment's MILLPOND_KAFKA_PARTITIONS"),
+        ({"MILLPOND_KAFKA_PARTITIONS": "many"}, "environment variable MILLPOND_KAFKA_PARTITIONS"),
         ({"MILLPOND_REDIS": "cache:6379"}, "is not redis://"),
         ({"MILLPOND_REDIS": "redis://:word@cache"}, "password_file"),
         ({"MILLPOND_REDIS": "redis://cache/first"}, "is not a number"),
