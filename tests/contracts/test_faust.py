@@ -41,7 +41,7 @@ from tests.contracts.faust_worlds import (
 from tests.support.workers import until
 
 Function = Callable[..., Any]
-OURS = frozenset({"_seek_back", "_runs", "_run_message", "_commit_news", "_release_and_commit"})
+OURS = frozenset({"_seek_back", "_runs", "_run_message", "_commit_changed", "_release_and_commit"})
 OVERRIDES = sorted(
     name for name, value in vars(Consumer).items() if inspect.isfunction(value) and name not in OURS
 )

@@ -139,4 +139,4 @@ async def test_sigterm_ends_a_worker_whose_kafka_is_away(
         assert time.monotonic() - begin_s < SESSION_TIMEOUT_S + 2
         own_kafka.resume()
         said = worker.log.read_text()
-        assert "no clean end within 6 s; leaving" in said
+        assert "no clean end within 6 s; exiting" in said

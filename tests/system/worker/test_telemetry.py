@@ -217,7 +217,7 @@ async def test_a_worker_that_is_asked_to_stop_is_not_alive_any_more(
 
     async def stopping() -> bool:
         status, said = await asyncio.to_thread(health, log, "/healthz")
-        return status == 503 and said["reasons"] == ["it was asked to stop"]
+        return status == 503 and said["reasons"] == ["the worker was asked to stop"]
 
     await until(stopping, "a worker that says that it stops")
     own_kafka.resume()

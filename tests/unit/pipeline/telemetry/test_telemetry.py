@@ -31,7 +31,7 @@ from millpond.pipeline.telemetry.families import Metric
 from millpond.pipeline.telemetry.histogram import SHORT_S, Histogram
 from millpond.pipeline.telemetry.http import registry_of
 from millpond.pipeline.telemetry.timed_store import TimedStore
-from millpond.pipeline.telemetry.worker import STORE_PATIENCE_S, WorkerTelemetry
+from millpond.pipeline.telemetry.worker import STORE_TIMEOUT_S, WorkerTelemetry
 from millpond.schemas.errors import StoreDown
 from millpond.schemas.events import AgentName, DeliveryFailed
 from millpond.schemas.keys import Partition
@@ -218,7 +218,7 @@ def test_events_are_counted_when_they_are_in_the_store() -> None:
     assert watched.counts.batch_records.sum == 5
     assert watched.observer.fence is not None
     assert watched.observer.fence.offset == 4
-    assert watched.observer._since == {}  # what failed is forgotten
+    assert watched.observer._began_s == {}  # what failed is forgotten
 
 
 def test_a_dead_letter_is_counted_by_what_it_is_of_and_why() -> None:
@@ -316,7 +316,7 @@ def test_a_partition_that_went_is_not_shown_any_more() -> None:
     owned = Owned()
     telemetry = WorkerTelemetry("messages", lambda: owned, no_ends)
     telemetry.watch(0, watched.driver.store)
-    assert telemetry.complaints() == []
+    assert telemetry.not_ready_reasons() == []
     assert telemetry._watched == {}
 
 
@@ -337,16 +337,16 @@ async def test_a_store_that_does_not_answer_is_noticed(monkeypatch: Any) -> None
     owned.loading = [3]
     began = asyncio.ensure_future(store.load())
     await asyncio.sleep(0)
-    assert telemetry.complaints() == ["partitions 3 are not loaded yet"]
-    store._waiting["load"] -= STORE_PATIENCE_S + 1
-    assert telemetry.complaints()[1] == "the store has not answered for 4 s: partitions 3"
+    assert telemetry.not_ready_reasons() == ["partitions 3 are not loaded yet"]
+    store._waiting["load"] -= STORE_TIMEOUT_S + 1
+    assert telemetry.not_ready_reasons()[1] == "the store has not answered for 4 s: partitions 3"
     owned.loading = []
     answer.set_result(run(watched.driver.store.load()))
     await began
-    assert telemetry.complaints() == []
+    assert telemetry.not_ready_reasons() == []
     assert store.loaded == watched.world.applied
     owned.assigned = False
-    assert telemetry.complaints() == ["Kafka has not assigned any partitions yet"]
+    assert telemetry.not_ready_reasons() == ["Kafka has not assigned any partitions yet"]
 
 
 async def test_a_store_is_the_same_when_it_is_watched() -> None:
@@ -367,7 +367,7 @@ async def test_a_store_is_the_same_when_it_is_watched() -> None:
             await call
     assert counts.store_failures == {"load": 0, "read": 1, "commit": 1, "check": 0}
     assert counts.store_s == {}
-    assert store.silent_s == 0
+    assert store.unanswered_s == 0
 
 
 # -- bridges --------------------------------------------------------------------------------------------
