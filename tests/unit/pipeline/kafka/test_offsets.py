@@ -1,11 +1,11 @@
-"""Which commands of a partition are finished: they finish in any order, and are committed in theirs."""
+"""The offset tracker: records finish in any order, and are committed in log order."""
 
 from __future__ import annotations
 
 from millpond.pipeline.kafka.offsets import UNFINISHED_BYTES_MAX, UNFINISHED_MAX, OffsetTracker
 
 
-def test_a_partition_is_committed_up_to_the_first_command_that_is_not_finished() -> None:
+def test_the_offset_to_commit_is_that_of_the_first_unfinished_record() -> None:
     tracker = OffsetTracker(5)
     assert tracker.offset_to_commit() is None
     for offset in (5, 6, 9, 10):  # the log may have gaps
@@ -21,12 +21,12 @@ def test_a_partition_is_committed_up_to_the_first_command_that_is_not_finished()
     assert tracker.offset_to_commit() is None
     tracker.finish(9)
     assert tracker.offset_to_commit() == 11
-    tracker.finish(9)  # told twice
+    tracker.finish(9)  # a second time: no effect
     tracker.mark_committed(11)
     assert tracker.offset_to_commit() is None
 
 
-def test_it_is_full_with_too_many_commands_or_too_many_bytes() -> None:
+def test_it_is_full_with_too_many_records_or_too_many_bytes() -> None:
     many, large = OffsetTracker(0), OffsetTracker(0)
     for offset in range(UNFINISHED_MAX):
         assert not many.full
