@@ -122,8 +122,8 @@ class BridgeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     Every `sync_interval_s` the bridge takes a snapshot, which corrects missed events.
 
-    EMQX calls the bridge's ExHook server at `exhook_listen` (host:port). The server uses TLS with `certificate_file` and
-    `key_file`. With `client_ca_file` it accepts only clients with a certificate of that CA.
+    EMQX calls the bridge's ExHook server at `exhook_listen` (host:port). With `certificate_file` and `key_file` the
+    server uses TLS. With `client_ca_file` it accepts only clients with a certificate of that CA.
     `api_key_file` holds one line, `key:secret`, for EMQX's REST API at `rest_url`.
     With `mountpoint`, which must equal the one of EMQX's listener, Millpond delivers messages to clients.
     The spool under `spool_directory` keeps events while Kafka does not answer, up to `spool_bytes_max` per process.

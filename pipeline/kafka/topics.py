@@ -1,4 +1,4 @@
-"""Creates Millpond's Kafka topics (`millpond kafka init`) and compares them with the settings (`millpond kafka check`)."""
+"""Creates Millpond's Kafka topics (`millpond kafka init`), and checks them (`millpond kafka check`)."""
 
 from __future__ import annotations
 

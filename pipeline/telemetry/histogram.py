@@ -1,4 +1,4 @@
-"""A histogram without locks. prometheus_client's own takes a lock for each value, which is slow for batches of values."""
+"""A histogram without locks. The one of prometheus_client takes a lock for each value."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class _PartsCollector(Collector):
 
 
 def registry_of(process: str, parts: Sequence[MetricsSource]) -> CollectorRegistry:
-    """Return the registry of all metrics of a process: those of its parts, of the process and of the garbage collector."""
+    """Return the registry of a process: metrics of its parts, of the process itself, of the garbage collector."""
     registry = CollectorRegistry()
     registry.register(_PartsCollector(process, parts))
     ProcessCollector(registry=registry)

@@ -1,4 +1,4 @@
-"""Traces with OpenTelemetry, over OTLP/HTTP. Only imported with a configured endpoint. See `tracing` for the concepts."""
+"""Traces with OpenTelemetry, over OTLP/HTTP. Imported only if an endpoint is set. Module `tracing` has the concepts."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class OtelBridgeTracing:
     def publish(self, event: MessagePublished) -> OtelSpan | None:
         """See `tracing.BridgeTracing`.
 
-        A publish with a sampled context of its own (an MQTT 5 user property) is always traced. For others chance decides.
+        A publish with a sampled context of its own, an MQTT 5 user property, is always traced. Chance decides others.
         """
         parent = _context(event.user_properties) if event.user_properties else None
         if parent is None and random.random() >= self._ratio:  # noqa: S311  chance, not a secret

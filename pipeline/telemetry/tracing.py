@@ -43,7 +43,10 @@ class BridgeTracing(Protocol):
         ...
 
     def deliver(self, headers: Sequence[tuple[str, bytes]], command: Command) -> TraceSpan | None:
-        """Begin the span of a delivery; the caller ends it when Kafka has the report. None if its publish is not traced."""
+        """Begin the span of a delivery. None if its publish is not traced.
+
+        The caller ends the span when Kafka has the report.
+        """
         ...
 
     def close(self) -> None:

@@ -15,11 +15,12 @@ Invariants, and how they are kept:
 1. **Only committable offsets are committed.** `force_commit`, the end of every commit of Faust's, asks `committable`.
    The topic is read with `acks=False`: otherwise Faust would collect acknowledgements that nothing removes.
 2. **No run of an older generation is handed over.** `getmany` looks before each run. Faust drops those in its streams.
-3. **A released partition is committed once, with its last offset, before another worker owns it.** `release` finishes the
-   partition's batch. The commit follows, and only then does Kafka learn that the partition is free.
+3. **A released partition is committed once, with its last offset, before another worker owns it.** `release` finishes
+   the partition's batch. The commit follows, and only then does Kafka learn that the partition is free.
    The periodic commit cannot commit the partition afterwards: `committable` no longer contains it.
 
-ON revoked, and ON stop: stop the flow, release the partitions, wait for a commit on its way, commit the last offsets.
+ON stop: release all partitions, wait for a commit on its way, commit the last offsets.
+ON revoked: stop the flow, then the same for the revoked partitions.
 
 The overrides and private names of Faust have contract tests in tests/contracts/test_faust.py.
 """
@@ -91,8 +92,8 @@ class Consumer(stock.Consumer):
     def on_buffer_full(self, tp: TP) -> None:
         """Do nothing. A full buffer already makes Faust's fetch loop wait until the agent has taken a run.
 
-        Upstream also stops fetching the partition. With all partitions stopped it sleeps for a second, although the agent
-        empties its buffer much sooner.
+        Upstream also stops fetching the partition. With all partitions stopped it sleeps for a second, although the
+        agent empties its buffer much sooner.
         """
 
     def _runs(self, records: list[Any]) -> list[list[Record]]:

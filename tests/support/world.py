@@ -1,4 +1,4 @@
-"""A complete system under test: a real bridge, real workers, and MQTT clients that record what they send and receive."""
+"""A complete system under test: a real bridge, real workers, and MQTT clients that record all messages."""
 
 from __future__ import annotations
 

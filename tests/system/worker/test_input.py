@@ -1,4 +1,4 @@
-"""Unusual and bad input, with a real Kafka, Redis and worker: each record ends in the right place, and the others too."""
+"""Unusual and bad input, with a real Kafka, Redis and worker. A bad record stops no other one."""
 
 from __future__ import annotations
 

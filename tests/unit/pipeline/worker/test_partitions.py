@@ -1,4 +1,4 @@
-"""The partitions of a worker, with log and store in memory: a released partition is finished, committed once, forgotten."""
+"""The partitions of a worker, in memory: a released partition is finished, committed once, and forgotten."""
 
 from __future__ import annotations
 
