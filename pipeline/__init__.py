@@ -1,1 +1,1 @@
-"""What is done: everything that awaits Kafka, Redis or an MQTT broker."""
+"""The side effects: everything that awaits Kafka, Redis or an MQTT broker, and the command line."""

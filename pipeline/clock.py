@@ -1,4 +1,4 @@
-"""The wall clock, as events write it."""
+"""The wall clock, in the unit that events use."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import time
 
 
 def now_ms() -> int:
-    """Milliseconds since the epoch."""
+    """Return the milliseconds since the Unix epoch."""
     return time.time_ns() // 1_000_000

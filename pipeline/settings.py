@@ -1,7 +1,12 @@
-"""Settings: defaults, then the file, then the environment; the rules come along from the same file.
+"""Settings and rules: defaults, then the configuration file, then the environment.
 
-One table of Kafka settings serves workers, bridges and tools alike. Secrets are named by file and read when a
-connection is made: they are never in a setting, a log line or a command line.
+- Later sources override earlier ones, setting by setting.
+- The rules are in the configuration file itself, or in the file that `rules_file` names.
+- Workers, bridges and tools share one table of Kafka settings.
+- A secret is a file name here. Millpond reads the file when it connects. So no setting, log line or command line
+  holds a secret.
+
+docs/reference/settings.md explains each setting to users.
 """
 
 from __future__ import annotations
@@ -27,15 +32,15 @@ from millpond.schemas.rules.toml_lines import TomlLines
 
 ENVIRONMENT_PREFIX: Final = "MILLPOND_"
 PORT_MAX: Final = 65_535
-Port = Annotated[int, Meta(ge=0, le=PORT_MAX)]  # 0: any free one
+Port = Annotated[int, Meta(ge=0, le=PORT_MAX)]  # 0: any free port
 Count = Annotated[int, Meta(ge=1)]
 
 
 class KafkaSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How to reach Kafka, and how its topics are made.
+    """The connection to Kafka, and the configuration of Millpond's Kafka topics.
 
-    `partitions` is for life: which partition a topic's records are in depends on it. `retention_hours` is how long
-    the log can rebuild Redis; `message_bytes_max` bounds one record, and with it one MQTT payload.
+    `partitions` is for life: it decides which partition holds a topic or client. `retention_hours` limits how far
+    back the log can rebuild Redis. `message_bytes_max` limits one record, and so one MQTT payload.
     """
 
     bootstrap_servers: tuple[str, ...] = ("127.0.0.1:9092",)
@@ -53,10 +58,10 @@ class KafkaSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     message_bytes_max: Count = 4 * 1024 * 1024
 
     def client_options(self) -> dict[str, Any]:
-        """The connection arguments of every aiokafka client.
+        """Return the connection arguments of every aiokafka client, secrets included.
 
         Raises:
-            ConfigError: a file that is named cannot be read.
+            ConfigError: A certificate, key or password file is missing or cannot be used.
         """
         options: dict[str, Any] = {
             "bootstrap_servers": list(self.bootstrap_servers),
@@ -88,15 +93,15 @@ class KafkaSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How much a worker takes at once, and how soon its partitions move when it dies.
+    """The size of a worker's batches, and how soon its partitions move when it dies.
 
-    A batch never waits to fill. `release_timeout_s` is how long a worker that is asked to stop, or loses a
-    partition, may take to finish the batch in hand; `session_timeout_s` must be longer: Kafka takes 6 s or more,
-    Faust no more than the 90 s it waits for an answer.
+    The batch limits are upper bounds: a batch never waits to fill. `release_timeout_s` bounds the last batch of a
+    worker that is asked to stop or loses a partition. `session_timeout_s` must be longer.
     """
 
     batch_records_max: Count = 2_000
     batch_bytes_max: Count = 4 * 1024 * 1024
+    # Kafka's default configuration refuses less than 6 s. Faust waits 90 s for an answer, so more has no use.
     session_timeout_s: Annotated[float, Meta(ge=6, le=90)] = 12.0
     commit_interval_s: Annotated[float, Meta(gt=0)] = 1.0
     release_timeout_s: Annotated[float, Meta(gt=0)] = 5.0
@@ -113,13 +118,15 @@ class StackSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class BridgeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which broker the bridge is for: its own, which listens at `host` and the ports, or an EMQX.
+    """The broker of a bridge: the embedded one, which listens at `host` and the ports, or an EMQX.
 
-    Every `sync_interval_s` all that is connected and subscribed is told anew: what an event missed is right by then.
-    `exhook_listen` (host:port) is what EMQX's ExHook calls; with `certificate_file` and `key_file` over TLS, with
-    `client_ca_file` from clients with a certificate of that CA only. `api_key_file` holds one line `key:secret` of
-    EMQX's REST API at `rest_url`. With `mountpoint`, that of a listener of EMQX, Millpond delivers. What Kafka does not
-    take is kept under `spool_directory`, up to `spool_bytes_max` for each process.
+    Every `sync_interval_s` the bridge takes a snapshot, which corrects missed events.
+
+    EMQX calls the bridge's ExHook server at `exhook_listen` (host:port). With `certificate_file` and `key_file` the
+    server uses TLS. With `client_ca_file` it accepts only clients with a certificate of that CA.
+    `api_key_file` holds one line, `key:secret`, for EMQX's REST API at `rest_url`.
+    With `mountpoint`, which must equal the one of EMQX's listener, Millpond delivers messages to clients.
+    The spool under `spool_directory` keeps events while Kafka does not answer, up to `spool_bytes_max` per process.
     """
 
     kind: Literal["embedded", "emqx"] = "embedded"
@@ -142,9 +149,10 @@ class BridgeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class TelemetrySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a process tells of itself, and where: `listen` is [HOST:]PORT, on loopback without a host.
+    """Metrics, health and traces of a process.
 
-    With `otlp_endpoint`, traces go there, of so many publishes as `trace_ratio` says.
+    `listen` is [HOST:]PORT of metrics and health, on loopback without a host. The process sends traces to
+    `otlp_endpoint`, if it is set. `trace_ratio` is the share of publishes that get a trace.
     """
 
     listen: Annotated[str, Meta(pattern=r"^(.+:)?[0-9]{1,5}$")] | None = None
@@ -153,16 +161,17 @@ class TelemetrySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class LogSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a process that runs for long writes its log, on stderr."""
+    """The log of a long-running process, on stderr."""
 
     format: Literal["console", "json"] = "console"
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 class WebSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where `millpond web` shows its page. Who has the token in `token_file` may requeue and drop; without it nobody may.
+    """The page of `millpond web`.
 
-    The page's console connects to `mqtt_url`, MQTT over WebSocket; without one to the embedded broker.
+    Requeue and drop need the token in `token_file`. Without `token_file` the page only reads.
+    The page's console connects to `mqtt_url`, MQTT over WebSocket. The default is the embedded broker.
     """
 
     host: str = "127.0.0.1"
@@ -174,9 +183,10 @@ class WebSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything but the rules. `app` names consumer groups and private keys.
+    """All settings except the rules.
 
-    `rules_file` holds the rules if this file does not; `redis` overrides the address of every pool.
+    `app` is a part of the names of consumer groups and private Redis keys. `rules_file` holds the rules, if the
+    configuration file has none. `redis` overrides the address of every pool.
     """
 
     app: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "millpond"
@@ -192,10 +202,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def read_secret(path: str, what: str) -> str:
-    """The first line of a file that holds a secret.
+    """Return the first line of a file that holds a secret.
 
     Raises:
-        ConfigError: it cannot be read; `what` names the setting.
+        ConfigError: The file is empty or cannot be read. The message begins with `what`, the setting's name.
     """
     try:
         return Path(path).read_text().splitlines()[0]
@@ -204,25 +214,25 @@ def read_secret(path: str, what: str) -> str:
 
 
 def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> tuple[Settings, Rules]:
-    """Settings and rules of a `millpond.toml` or an `emqx_backend_redis.conf`; of None, the defaults.
+    """Read settings and rules from a `millpond.toml` or an `emqx_backend_redis.conf`. None means the defaults.
 
     Raises:
-        ConfigError: with file and line where there are any.
+        ConfigError: A file or an environment variable is invalid. It has the file and the line, if they are known.
     """
     text = "" if path is None else _read(path)
     tables: dict[str, Any] = {}
     if path is not None and not _is_conf(path, text):
         tables = _toml(text, str(path))
     rules = _rules(path, text, tables)
-    _checked(tables, str(path), text)
-    _override(tables, environment)
+    _check_file(tables, str(path), text)
+    _apply_environment(tables, environment)
     settings = _convert(tables)
     if rules is None and settings.rules_file is not None:
         rules = load(Path(settings.rules_file), {})[1]
     rules = default_rules() if rules is None else rules
     if settings.worker.session_timeout_s <= settings.worker.release_timeout_s:
         raise ConfigError("[worker] session_timeout_s must be longer than release_timeout_s")
-    return settings, rules if settings.redis is None else _at(rules, settings.redis)
+    return settings, rules if settings.redis is None else _with_redis(rules, settings.redis)
 
 
 def _read(path: Path) -> str:
@@ -233,7 +243,7 @@ def _read(path: Path) -> str:
 
 
 def _is_conf(path: Path, text: str) -> bool:
-    """An old broker backend's file, by its name or by what it says."""
+    """True if the file is an `emqx_backend_redis.conf`, by its suffix or by its content."""
     lines = (line.strip() for line in text.splitlines())
     return path.suffix == ".conf" or any(line.startswith("backend.redis.") for line in lines)
 
@@ -242,12 +252,13 @@ def _toml(text: str, file: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError:
-        parse_toml(text, file)  # says it with its line
+        # Raises the same error as a ConfigError, with file and line.
+        parse_toml(text, file)
         raise
 
 
 def _rules(path: Path | None, text: str, tables: dict[str, Any]) -> Rules | None:
-    """The rules in this very file, taken out of `tables`; None if it has none."""
+    """Return the rules of this file, or None if it has none. Removes the rules from `tables`."""
     if path is None:
         return None
     if _is_conf(path, text):
@@ -256,8 +267,11 @@ def _rules(path: Path | None, text: str, tables: dict[str, Any]) -> Rules | None
     return parse_toml(text, str(path)) if any(own) else None
 
 
-def _override(tables: dict[str, Any], environment: Mapping[str, str]) -> None:
-    """`MILLPOND_APP`, `MILLPOND_KAFKA_BOOTSTRAP_SERVERS` (comma separated), and so on for every setting."""
+def _apply_environment(tables: dict[str, Any], environment: Mapping[str, str]) -> None:
+    """Override settings in `tables`: `MILLPOND_APP`, `MILLPOND_KAFKA_PARTITIONS`, and so on.
+
+    The values of `MILLPOND_KAFKA_BOOTSTRAP_SERVERS` are separated by commas.
+    """
     for info in msgspec.structs.fields(Settings):
         name = f"{ENVIRONMENT_PREFIX}{info.name}".upper()
         if not (isinstance(info.type, type) and issubclass(info.type, Struct)):
@@ -273,41 +287,54 @@ def _override(tables: dict[str, Any], environment: Mapping[str, str]) -> None:
                 )
 
 
-def _checked(tables: dict[str, Any], file: str, text: str) -> None:
-    """What the file says, before the environment speaks: a number is a number there, not text."""
+def _check_file(tables: dict[str, Any], file: str, text: str) -> None:
+    """Check the file alone, before the environment overrides it, with strict types.
+
+    In a file a number must be a number. In the environment every value is text, so `_convert` accepts text.
+
+    Raises:
+        ConfigError: A setting is unknown or invalid. It has the file and the line.
+    """
     try:
         msgspec.convert(tables, Settings)
     except msgspec.ValidationError as error:
-        line = TomlLines(text).of(*_path(str(error)))
+        line = TomlLines(text).of(*_setting_path(str(error)))
         raise ConfigError(str(error), file=file, line=line) from error
 
 
 def _convert(tables: dict[str, Any]) -> Settings:
-    """The settings of a file that was right by itself: what is wrong now comes from the environment."""
+    """Convert the tables to settings.
+
+    Raises:
+        ConfigError: An environment variable is invalid. `_check_file` has already accepted the file.
+    """
     try:
         return msgspec.convert(tables, Settings, strict=False)
     except msgspec.ValidationError as error:
-        variable = "_".join((ENVIRONMENT_PREFIX[:-1], *_path(str(error)))).upper()
-        raise ConfigError(f"the environment's {variable}: {error}") from error
+        variable = "_".join((ENVIRONMENT_PREFIX[:-1], *_setting_path(str(error)))).upper()
+        raise ConfigError(f"environment variable {variable}: {error}") from error
 
 
-def _path(reason: str) -> tuple[str, ...]:
-    """Which key a validation error is about: "Expected `int`, got `str` - at `$.kafka.partitions`"."""
+def _setting_path(reason: str) -> tuple[str, ...]:
+    """Return the key that a validation error names.
+
+    "Expected `int`, got `str` - at `$.kafka.partitions`" gives ("kafka", "partitions").
+    """
     at, unknown = re.search(r"at `\$\.([^`\[]+)", reason), re.search(r"field `([^`]+)`", reason)
     table = tuple(at[1].split(".")) if at else ()
     return (*table, unknown[1]) if unknown else table
 
 
-def _at(rules: Rules, url: str) -> Rules:
-    """The rules with every pool at one address."""
+def _with_redis(rules: Rules, url: str) -> Rules:
+    """Return the rules with every pool at one address."""
     return Rules(rules.rules, tuple(pool_at(pool, url) for pool in rules.pools))
 
 
 def pool_at(pool: Pool, url: str, what: str = "redis") -> Pool:
-    """A pool, moved to `redis://[user@]host[:port][/database]`.
+    """Return the pool with the address `redis://[user@]host[:port][/database]`.
 
     Raises:
-        ConfigError: it is no such URL; `what` names the setting.
+        ConfigError: The URL is invalid or contains a password. The message begins with `what`, the setting's name.
     """
     parts = urlsplit(url)
     try:
@@ -317,7 +344,7 @@ def pool_at(pool: Pool, url: str, what: str = "redis") -> Pool:
     if parts.scheme not in ("redis", "rediss") or not parts.hostname:
         raise ConfigError(f"{what}: {url!r} is not redis://[user@]host[:port][/database]")
     if parts.password is not None:
-        raise ConfigError(f"{what}: a URL shows its password to everyone: use a password_file")
+        raise ConfigError(f"{what}: the URL contains a password; name a password_file instead")
     database = parts.path.strip("/")
     if database and not database.isdigit():
         raise ConfigError(f"{what}: the database of {url!r} is not a number")

@@ -1,1 +1,1 @@
-"""Kafka clients: the producer, the consumer, the driver's log, the topics."""
+"""Kafka clients: the producer, the group consumer, the driver's log, the administration of topics."""

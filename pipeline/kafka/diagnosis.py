@@ -1,4 +1,7 @@
-"""Why Kafka cannot be reached: aiokafka tells its log, and raises the same for a wrong password as for a wrong port."""
+"""Finds out why Kafka cannot be reached.
+
+aiokafka raises the same error for a wrong password as for a wrong port, and writes the reason only to its log.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,16 @@ from millpond.schemas.errors import ConfigError
 
 
 async def unreachable(settings: KafkaSettings) -> ConfigError:
-    """The error to raise after a client could not start: each bootstrap server asked once more, and what it said."""
+    """Connect to each bootstrap server once more, and return the error that names what failed for each."""
     options = settings.client_options()
-    said = [f"{server}: {await _ask(server, options)}" for server in options["bootstrap_servers"]]
-    return ConfigError(f"Kafka cannot be reached: {'; '.join(said)}")
+    found = [
+        f"{server}: {await _probe(server, options)}" for server in options["bootstrap_servers"]
+    ]
+    return ConfigError(f"Kafka cannot be reached: {'; '.join(found)}")
 
 
-async def _ask(server: str, options: dict[str, object]) -> str:
+async def _probe(server: str, options: dict[str, object]) -> str:
+    """Return what is wrong with a server."""
     host, _, port = server.rpartition(":")
     if not port.isdigit():
         return "is not HOST:PORT"
@@ -25,4 +31,4 @@ async def _ask(server: str, options: dict[str, object]) -> str:
         (await create_conn(host.strip("[]"), int(port), **connection)).close()
     except (TimeoutError, OSError, KafkaError) as error:
         return str(error) or type(error).__name__
-    return "accepts connections, but not our requests"
+    return "accepts connections, but the client could not start: see the log of the broker"

@@ -1,4 +1,7 @@
-"""Kafka as the driver sees it: bounds, reading again, producing. Every call waits for Kafka to come back."""
+"""Kafka as the driver sees it: the bounds of a partition, re-reading a range, producing. See `agents.ports.Log`.
+
+While Kafka is down every call of the driver retries without limit, and logs each attempt.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
@@ -22,19 +25,23 @@ from millpond.schemas.leases import parse_lease
 
 logger = logging.getLogger(__name__)
 
-RETRY_INTERVAL_S = 0.5
-POLL_TIMEOUT_MS = 1_000
+RETRY_INTERVAL_S: Final = 0.5
+POLL_TIMEOUT_MS: Final = 1_000
 
 Answer = TypeVar("Answer")
 
 
 class KafkaLog:
-    """One per worker process. Reading again is rare, so one consumer serves all partitions in turn."""
+    """The log of one worker process.
+
+    Faust's consumer reads new records. This class reads ranges again, which is rare: one consumer serves all partitions
+    in turn. `_reading` gives it to one partition at a time. `_producing` keeps the order of concurrent `produce` calls.
+    """
 
     def __init__(
         self, producer: Producer, client_options: dict[str, Any], group: str, run_records_max: int
     ) -> None:
-        """`client_options` are those of every aiokafka client; `group` is asked for, never joined."""
+        """The committed offsets of `group` are read; the group is never joined."""
         self._producer, self._run_records_max = producer, run_records_max
         self._admin = AIOKafkaAdminClient(**client_options)
         self._reader = AIOKafkaConsumer(
@@ -43,7 +50,7 @@ class KafkaLog:
         self._reading, self._producing = asyncio.Lock(), asyncio.Lock()
 
     async def start(self) -> None:
-        """Connect; the producer is started by who owns it."""
+        """Connect. The owner of the producer starts and stops the producer."""
         await persist(self._admin.start)
         await persist(self._reader.start)
 
@@ -68,7 +75,7 @@ class KafkaLog:
         )
 
     async def ends(self, topic: str, numbers: Sequence[int]) -> Mapping[int, int]:
-        """The ends of some partitions; of none if Kafka does not answer."""
+        """Return the end offsets of these partitions, or nothing if Kafka does not answer. Does not retry."""
         partitions = [TopicPartition(topic, number) for number in numbers]
         try:
             ends = await self._reader.end_offsets(partitions) if partitions else {}
@@ -81,14 +88,17 @@ class KafkaLog:
     ) -> AsyncIterator[Sequence[Record]]:
         position = start
         while position < stop:
-            run, position = await persist(partial(self._run, partition, position, stop))
+            run, position = await persist(partial(self._read_run, partition, position, stop))
             if run:
                 yield run
 
-    async def _run(
+    async def _read_run(
         self, partition: Partition, start: int, stop: int
     ) -> tuple[Sequence[Record], int]:
-        """The next run, and where to go on. Offsets that the log does not hold are passed over."""
+        """Read the next run. Return it with the offset to continue at.
+
+        Offsets without a record are skipped: deleted by retention, or taken by the marker of a transaction.
+        """
         topic_partition = TopicPartition(partition.topic, partition.number)
         reader = self._reader
         async with self._reading:
@@ -112,7 +122,7 @@ class KafkaLog:
         return run, position
 
     def _assign(self, partition: TopicPartition) -> None:
-        """Every partition once asked for stays assigned and paused: assigning anew costs a second each time."""
+        """Assign the partition, and keep the others assigned and paused: a new assignment costs a second."""
         assigned = self._reader.assignment()
         if partition not in assigned:
             self._reader.assign([*assigned, partition])
@@ -121,29 +131,37 @@ class KafkaLog:
         return asyncio.ensure_future(self._produce(records))
 
     async def _produce(self, records: Sequence[OutgoingRecord]) -> None:
-        async with (
-            self._producing
-        ):  # or what finds the buffer full would be overtaken by a later batch
-            under_way = [await self._send(record) for record in records]
-        await asyncio.gather(*under_way)
+        # `send` waits while the producer's buffer is full. Without the lock a later call could overtake this one then.
+        async with self._producing:
+            acknowledgements = [await self._send(record) for record in records]
+        await asyncio.gather(*acknowledgements)
 
     async def _send(self, record: OutgoingRecord) -> asyncio.Future[Any]:
-        """On its way. One that is too large for Kafka would be so at every attempt: a dead letter says that it was."""
+        """Send a record, and return the future of its acknowledgement.
+
+        A record that is too large for Kafka would fail at every attempt. An empty dead letter takes its place, with
+        the reason. The future is then that of the dead letter.
+        """
         topic, key, value, headers, partition = record
         try:
             return await self._producer.send(topic, key, value, partition, headers)
         except MessageSizeTooLargeError as error:
-            logger.error("a record for %s is given up on: %s", topic, error)  # noqa: TRY400  no traceback
+            logger.error(  # noqa: TRY400  no traceback
+                "a record for %s is too large for Kafka and becomes a dead letter: %s", topic, error
+            )
             reason = f"for {topic}, but too large: {error}".encode()
-            marks = (*headers, ("not-produced", reason))
-            told = too_large(record)
-            if told is not None:
-                await self._producer.send(*told)
-            return await self._producer.send(keys.DEAD_LETTERS_TOPIC, key, b"", None, marks)
+            headers = (*headers, ("not-produced", reason))
+            report = _too_large_report(record)
+            if report is not None:
+                await self._producer.send(*report)
+            return await self._producer.send(keys.DEAD_LETTERS_TOPIC, key, b"", None, headers)
 
 
-def too_large(record: OutgoingRecord) -> tuple[str, bytes, bytes, int] | None:
-    """If a record that Kafka does not take is a delivery with a lease, what tells the agent that gave it out."""
+def _too_large_report(record: OutgoingRecord) -> tuple[str, bytes, bytes, int] | None:
+    """Return the report that a `deliver` command is too large; None if the record is no command with a lease.
+
+    No bridge ever sees the command, so no bridge reports on it. The report makes the agent give the message up.
+    """
     if record.topic != keys.DELIVERIES_TOPIC:
         return None
     command = codec.decode_command(record.value)
@@ -159,7 +177,7 @@ def too_large(record: OutgoingRecord) -> tuple[str, bytes, bytes, int] | None:
 
 
 async def persist(call: Callable[[], Awaitable[Answer]]) -> Answer:
-    """The answer of a call to Kafka, however long Kafka is away."""
+    """Call until Kafka answers, and return the answer. Logs and retries every error, without limit."""
     while True:
         try:
             return await call()

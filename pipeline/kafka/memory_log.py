@@ -1,4 +1,7 @@
-"""Kafka in memory, for simulations: one append-only list per partition, held to the contract of `KafkaLog`."""
+"""Kafka in memory, for simulations and tests: one append-only list for each partition.
+
+tests/contracts/test_logs.py holds `MemoryLog` and `KafkaLog` to one contract.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from millpond.schemas.keys import Partition
 
 
 class MemoryLog:
-    """A cluster's worth of logs. `now_ms` is the clock of the log's append time."""
+    """All logs of one cluster. `now_ms` is the clock that sets the append time of records."""
 
     def __init__(
         self, now_ms: Callable[[], int], partition_count: int = 1, run_records_max: int = 100
     ) -> None:
-        """Empty; every topic has `partition_count` partitions."""
+        """Every topic has `partition_count` partitions, empty at first."""
         self.now_ms, self.partition_count, self.run_records_max = (
             now_ms,
             partition_count,
@@ -25,7 +28,9 @@ class MemoryLog:
         )
         self.cluster_id = "memory"
         self.records: dict[tuple[str, int], list[Record]] = defaultdict(list)
-        self.started_at: dict[tuple[str, int], int] = defaultdict(int)  # first offset still held
+        self.started_at: dict[tuple[str, int], int] = defaultdict(
+            int
+        )  # the first offset that retention left
         self.committed: dict[Partition, int] = {}
         self.produced: list[OutgoingRecord] = []
 
@@ -38,9 +43,9 @@ class MemoryLog:
         return record
 
     def forget(self, topic: str, number: int, before: int) -> None:
-        """Retention: drop the records below `before`."""
+        """Delete the records below offset `before`, as retention does."""
         place = topic, number
-        self.records[place] = [held for held in self.records[place] if held.offset >= before]
+        self.records[place] = [record for record in self.records[place] if record.offset >= before]
         self.started_at[place] = max(self.started_at[place], before)
 
     async def bounds(self, partition: Partition) -> LogBounds:
@@ -70,7 +75,7 @@ class MemoryLog:
 
 
 class _Acknowledged(Awaitable[None]):
-    """May be awaited, or not, and again."""
+    """An acknowledgement that is already there. It may be awaited never, once or several times."""
 
     def __await__(self) -> Generator[None, None, None]:
         return None

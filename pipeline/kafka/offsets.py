@@ -1,16 +1,26 @@
-"""Which records of one Kafka partition are not finished: how far may be committed, and whether to read on."""
+"""Tracks the unfinished records of one Kafka partition: what may be committed, and whether to read more.
+
+State:
+
+- `_unfinished`: offset → size in bytes of each record that began and did not finish, in log order.
+- `_bytes`: the sum of those sizes.
+- `_end`: the offset behind the last record that began. The log may have gaps, so it is no count.
+- `_committed`: the last offset that Kafka has as committed; at first the start.
+
+Invariant: every record below `offset_to_commit()` is finished. It never goes back.
+"""
 
 from __future__ import annotations
 
 from typing import Final
 
 UNFINISHED_MAX: Final = 10_000  # records of one partition
-# A record and what is made of it take about twice that in memory.
+# Of one partition, too. A record and what the handler makes of it take about twice its size in memory.
 UNFINISHED_BYTES_MAX: Final = 64 * 1024 * 1024
 
 
 class OffsetTracker:
-    """Of one partition, from its assignment on. Records begin in order, and finish in any."""
+    """Tracks one partition from its assignment on. Records begin in log order, and finish in any order."""
 
     def __init__(self, start: int) -> None:
         """`start` is the offset of the first record that was read."""
@@ -19,30 +29,30 @@ class OffsetTracker:
         self._end = self._committed = start
 
     def begin(self, offset: int, size: int) -> None:
-        """A record was read."""
+        """Note that the record at `offset` was read; `size` is in bytes."""
         self._unfinished[offset] = size
         self._bytes += size
         self._end = offset + 1
 
     def finish(self, offset: int) -> None:
-        """What came of it is in Kafka."""
+        """Note that the record at `offset` is finished. A second call changes nothing."""
         self._bytes -= self._unfinished.pop(offset, 0)
 
     @property
     def unfinished(self) -> int:
-        """How many commands are not finished."""
+        """The number of unfinished records."""
         return len(self._unfinished)
 
     @property
     def full(self) -> bool:
-        """Whether no more may be read for now."""
+        """True if the partition must be paused."""
         return len(self._unfinished) >= UNFINISHED_MAX or self._bytes >= UNFINISHED_BYTES_MAX
 
-    def due(self) -> int | None:
-        """The offset to commit: everything below it is finished. None if that is committed."""
+    def offset_to_commit(self) -> int | None:
+        """Return the offset of the first unfinished record. None if that offset is already committed."""
         lowest = next(iter(self._unfinished), self._end)
         return lowest if lowest > self._committed else None
 
-    def committed(self, offset: int) -> None:
-        """Kafka has it."""
+    def mark_committed(self, offset: int) -> None:
+        """Note that Kafka has `offset` as the committed one."""
         self._committed = offset

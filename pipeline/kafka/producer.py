@@ -1,4 +1,14 @@
-"""The one Kafka producer of workers and bridges: idempotent, acknowledged by all replicas, in order per key."""
+"""The Kafka producer of workers and bridges: idempotent, acknowledged by all replicas, in order for each key.
+
+What it adds to aiokafka's producer, and why:
+
+1. **A buffered record never expires.** aiokafka drops a batch that finds no leader for 40 s. Later batches of the same
+   key would then overtake it. Here it waits without limit. The publish behind it is not acknowledged until then.
+2. **A full buffer makes `send` wait.** This is how back-pressure reaches the caller.
+3. **A refused record does not stop its partition.** See `_renew_if_refused`.
+
+1 and 3 touch private parts of aiokafka. tests/contracts/test_faust.py watches those of 1.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +21,17 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, KafkaTimeoutError
 from aiokafka.producer.transaction_manager import NO_PRODUCER_EPOCH, NO_PRODUCER_ID, PidAndEpoch
 
-# Records wait this long for company. Kafka acknowledges in about as long; more would only be felt.
+# A record waits this long for others to share its request. Kafka takes about as long to acknowledge one.
 LINGER_MS: Final = 1
 BATCH_BYTES_MAX: Final = 256 * 1024
-# A record that the buffer has taken waits for Kafka for ever: what it came from is not acknowledged until then.
 NEVER_S: Final = float("inf")
 
 
 class Producer:
-    """Sends records; `send` waits while the buffer is full, which is how back-pressure reaches a caller."""
+    """Sends records. The module's docstring says what it adds to aiokafka's producer."""
 
     def __init__(self, client_options: dict[str, Any], message_bytes_max: int) -> None:
-        """`client_options` are those of every aiokafka client; nothing is opened before `start`."""
+        """`client_options` are the connection arguments of every aiokafka client. `start` connects."""
         self._options = client_options
         self.message_bytes_max = message_bytes_max
         self._producer: AIOKafkaProducer | None = None
@@ -37,17 +46,17 @@ class Producer:
             max_request_size=self.message_bytes_max,
             **self._options,
         )
-        # aiokafka drops a batch that found no leader for request_timeout_ms, and with it the order of a key.
+        # Without this, aiokafka drops a batch after request_timeout_ms without a leader, 40 s by default.
         self._producer._message_accumulator._batch_ttl = NEVER_S  # noqa: SLF001
         await self._producer.start()
 
     async def stop(self) -> None:
-        """Send what is buffered and disconnect."""
+        """Send the buffered records and disconnect."""
         if self._producer is not None:
             await self._producer.stop()
 
-    async def complaint(self, timeout_s: float) -> str | None:
-        """Why Kafka does not answer; None if it does, within `timeout_s`."""
+    async def why_unreachable(self, timeout_s: float) -> str | None:
+        """Ask Kafka for metadata. Return why it does not answer within `timeout_s`, or None if it answers."""
         if self._producer is None:
             return "Kafka is not connected yet"
         try:
@@ -67,32 +76,35 @@ class Producer:
         partition: int | None = None,
         headers: Sequence[tuple[str, bytes]] = (),
     ) -> asyncio.Future[Any]:
-        """Buffer one record, waiting while the buffer is full; the future is done when Kafka has acknowledged it.
+        """Buffer one record; wait while the buffer is full. The future is done when Kafka has acknowledged the record.
 
         Raises:
-            MessageSizeTooLargeError: the record is larger than `message_bytes_max`.
+            MessageSizeTooLargeError: The record is larger than `message_bytes_max`.
         """
         assert self._producer is not None, "start() comes first"
         if key is None and value is None:
-            value = b""  # aiokafka's assertion; Kafka itself would take a record of headers alone
+            # aiokafka asserts that a record has a key or value. Kafka would also take a record with only headers.
+            value = b""
         while True:
-            with contextlib.suppress(
-                KafkaTimeoutError
-            ):  # the buffer stayed full, or no metadata yet
+            # Raised after 40 s, when the buffer stayed full or the topic's metadata did not come: try again.
+            with contextlib.suppress(KafkaTimeoutError):
                 acknowledged: asyncio.Future[Any] = await self._producer.send(
                     topic, value=value, key=key, partition=partition, headers=list(headers)
                 )
-                acknowledged.add_done_callback(self._answered)
+                acknowledged.add_done_callback(self._renew_if_refused)
                 return acknowledged
 
-    def _answered(self, acknowledged: asyncio.Future[Any]) -> None:
-        """A record that Kafka refused left a gap in its partition's sequence, and Kafka would refuse everything after
-        the gap: go on as a new producer. Batches under way keep their numbers, and one is under way per partition.
+    def _renew_if_refused(self, acknowledged: asyncio.Future[Any]) -> None:
+        """Take a new producer id after Kafka refused a record.
+
+        An idempotent producer numbers its batches for each partition. A refused batch leaves a gap in the numbers, and
+        Kafka would refuse everything behind the gap. A new id starts at 0 in every partition. Batches on their way keep
+        the old id and numbers. There is at most one for each partition, so the new numbers overtake nothing.
         """
         if acknowledged.cancelled() or acknowledged.exception() is None:
             return
         assert self._producer is not None, "it has sent"
-        numbers = self._producer._txn_manager  # noqa: SLF001  aiokafka has no way to
+        numbers = self._producer._txn_manager  # noqa: SLF001  aiokafka has no public way
         numbers._pid_and_epoch = PidAndEpoch(NO_PRODUCER_ID, NO_PRODUCER_EPOCH)  # noqa: SLF001
         numbers._pid_waiter = asyncio.get_running_loop().create_future()  # noqa: SLF001
         numbers._sequence_numbers.clear()  # noqa: SLF001

@@ -1,4 +1,4 @@
-"""The Kafka topics: made by `millpond kafka init`, compared by `millpond kafka check`."""
+"""Creates Millpond's Kafka topics (`millpond kafka init`), and checks them (`millpond kafka check`)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ TOPIC_EXISTS: Final = 36  # Kafka's error code TOPIC_ALREADY_EXISTS
 
 
 def wanted(settings: KafkaSettings) -> dict[str, str]:
-    """The configuration of every topic."""
+    """Return the configuration that every topic of Millpond must have."""
     return {
-        # Time is in the log: the machines go by the broker's clock, not by those who write.
+        # The agents' clock is the time at which Kafka appended a record, not a time that the writer sets.
         "message.timestamp.type": "LogAppendTime",
         "cleanup.policy": "delete",
         "retention.ms": str(settings.retention_hours * 3_600_000),
@@ -30,10 +30,10 @@ def wanted(settings: KafkaSettings) -> dict[str, str]:
 
 
 async def create(settings: KafkaSettings) -> list[str]:
-    """Create the topics that are missing, and return their names. Those that exist are left as they are.
+    """Create the missing topics, and return their names. Existing topics stay as they are.
 
     Raises:
-        ConfigError: Kafka cannot be reached or refuses.
+        ConfigError: Kafka cannot be reached, or refuses to create a topic.
     """
     admin = await _admin(settings)
     try:
@@ -56,12 +56,14 @@ async def create(settings: KafkaSettings) -> list[str]:
         if code == 0:
             created.append(name)
         elif code != TOPIC_EXISTS:
-            raise ConfigError(f"Kafka would not create {name}: {reason or for_code(code).__name__}")
+            raise ConfigError(
+                f"Kafka refused to create {name}: {reason or for_code(code).__name__}"
+            )
     return created
 
 
 async def check(settings: KafkaSettings) -> list[str]:
-    """What is not as it should be, one sentence each; empty if all is well.
+    """Return the deviations of the topics from the settings, one sentence each.
 
     Raises:
         ConfigError: Kafka cannot be reached.

@@ -1,1 +1,1 @@
-"""A long-running process: its event loop, its signals, its readiness and its log."""
+"""A long-running process: event loop, signals, readiness, log, and the start of child processes."""

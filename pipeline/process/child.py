@@ -1,4 +1,4 @@
-"""How this command is started as a child process."""
+"""The command line that starts Millpond as a child process."""
 
 from __future__ import annotations
 

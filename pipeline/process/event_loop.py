@@ -1,4 +1,4 @@
-"""uvloop, for the processes that run for long, and what aiokafka needs to run on it."""
+"""uvloop for long-running processes, and a correction that aiokafka needs on it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ _send_on_asyncio = AIOKafkaConnection.send
 
 
 def use_uvloop() -> None:
-    """All event loops of this process are uvloop's from now on."""
+    """Make every new event loop of this process a uvloop, and correct aiokafka's `send`."""
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     AIOKafkaConnection.send = _send
 
 
 def _send(connection: Any, request: Any, *arguments: Any, **options: Any) -> Awaitable[Any]:
-    """As aiokafka's: a connection that has broken is a `KafkaConnectionError`, and closed.
+    """Send a request. Replaces `AIOKafkaConnection.send`.
 
-    Before aiokafka knows that it has, uvloop raises RuntimeError where asyncio takes the bytes. That would end the task
-    that keeps a client's metadata, and whoever asks for it would wait for ever: a group without a coordinator.
+    When a connection breaks, there is a moment before aiokafka notices. A write in that moment raises RuntimeError on
+    uvloop; asyncio silently accepts the bytes. The RuntimeError would end aiokafka's task that refreshes metadata.
+    Every later request for metadata would then wait forever: a consumer group would not find its coordinator.
+
+    Raises:
+        KafkaConnectionError: The connection is broken. It is closed, and aiokafka connects again.
     """
     try:
         answer: Awaitable[Any] = _send_on_asyncio(connection, request, *arguments, **options)

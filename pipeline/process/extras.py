@@ -1,4 +1,4 @@
-"""Optional dependencies: a module that needs one is imported when it is used, and a missing one names its extra."""
+"""Optional dependencies: imported when they are used. If one is missing, the error names its extra."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from millpond.schemas.errors import ConfigError
 
 @contextmanager
 def extra(name: str, needed_by: str) -> Iterator[None]:
-    """Import what the extra `name` of the package brings, inside this context.
+    """Wrap the imports that need the extra `name` of the package.
 
     Raises:
-        ConfigError: a module is missing; the message says what to install.
+        ConfigError: A module is missing. The message names the user of the module and what to install.
     """
     try:
         yield
     except ModuleNotFoundError as error:
+        # A missing module of ours is a bug, not a missing extra.
         if (error.name or "").partition(".")[0] == "millpond":
             raise
         raise ConfigError(f"{needed_by} needs pip install 'millpond[{name}]'") from error

@@ -1,4 +1,4 @@
-"""The log of a process that runs for long: one line for each notable moment, on stderr, for people or for programs."""
+"""The log of a long-running process, on stderr: one line for each notable moment, as text or as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import orjson
 from millpond.pipeline.settings import LogSettings
 
 CONSOLE_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s %(message)s"
-# What these say below a warning is for their own developers, and some of it shows payloads.
+# Their lines below WARNING are for their own developers. Some of those lines show payloads.
 LIBRARIES: Final = (
     "aiokafka", "faust", "mode", "amqtt", "transitions", "websockets", "aiohttp", "asyncio", "grpc",
     "opentelemetry", "urllib3",
@@ -21,10 +21,10 @@ LIBRARIES: Final = (
 
 
 class JsonLines(logging.Formatter):
-    """One object per line: time (UTC), level, logger, message, process, pid, and the traceback of an error."""
+    """Format a record as one JSON object on one line. docs/reference/metrics.md lists the fields."""
 
     def __init__(self, process: str) -> None:
-        """`process` is what runs here: `worker queue`."""
+        """`process` is the name of this process, for example `worker queue`."""
         super().__init__()
         self._process = process
 
@@ -44,7 +44,7 @@ class JsonLines(logging.Formatter):
 
 
 def log_to_stderr(settings: LogSettings, process: str) -> None:
-    """Begin to log. The libraries are heard from WARNING on, or from `settings.level` on if that is higher."""
+    """Start the log. Libraries log from WARNING on, or from `settings.level` on if that is higher."""
     handler = logging.StreamHandler(sys.stderr)
     json = settings.format == "json"
     handler.setFormatter(JsonLines(process) if json else logging.Formatter(CONSOLE_FORMAT))
@@ -54,6 +54,6 @@ def log_to_stderr(settings: LogSettings, process: str) -> None:
 
 
 def quiet_libraries(level: int) -> None:
-    """Let the libraries' logs through from this level on."""
+    """Drop the libraries' lines below this level."""
     for library in LIBRARIES:
         logging.getLogger(library).setLevel(level)

@@ -1,4 +1,4 @@
-"""How a process of ours shows that it is ready: a line in its log, and a file for who started it."""
+"""Readiness of a process: a line in its log, and a file for its parent process."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Final
 
 logger = logging.getLogger(__name__)
 
-READY_FILE: Final = "MILLPOND_READY_FILE"  # the environment's name for the file to touch
+# The environment variable that names the file to touch.
+READY_FILE: Final = "MILLPOND_READY_FILE"
 
 
 def say_ready(what: str) -> None:
-    """Say it; as often as it is true anew."""
+    """Log that `what` is ready, and touch the ready file. May be called again, for example after a rebalance."""
     logger.info("%s is ready", what)
     ready_file = os.environ.get(READY_FILE)
     if ready_file:

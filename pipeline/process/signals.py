@@ -1,4 +1,4 @@
-"""How a process that runs for long is asked to end, and notices."""
+"""SIGTERM and SIGINT: both ask a long-running process to stop."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import NoReturn
 
 
 def on_signal(call: Callable[[], object]) -> None:
-    """Call this at SIGTERM and at SIGINT."""
+    """Call `call` on each SIGTERM and SIGINT."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, call)
 
 
 def asked_to_end() -> asyncio.Event:
-    """Set by SIGTERM or SIGINT."""
+    """Return an event that SIGTERM and SIGINT set."""
     stop = asyncio.Event()
     on_signal(stop.set)
     return stop
 
 
 async def until_asked(running: asyncio.Task[NoReturn], stop: asyncio.Event) -> None:
-    """Until `stop` is set. What ends `running` before, which never returns, is raised."""
+    """Wait until `stop` is set. If `running` fails before, raise its error. Does not cancel `running`."""
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()

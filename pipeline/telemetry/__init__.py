@@ -1,1 +1,1 @@
-"""What a process tells of itself: metrics, health, traces. Nothing here decides anything."""
+"""Metrics, health and traces of a process. Nothing here changes what the process does."""

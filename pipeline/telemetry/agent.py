@@ -1,4 +1,7 @@
-"""What the batches of one agent's partitions come to, counted once for each batch."""
+"""Counts the events and outputs of one agent's batches, once for each batch and never for each record.
+
+A batch counts when the store has applied it. A batch that is folded again after a failure counts once.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,17 @@ from millpond.agents.ports import Applied, Transaction
 from millpond.pipeline.telemetry.histogram import LONG_S, RECORDS, SHORT_S, Histogram
 from millpond.schemas.events import DeliveriesSent, DeliveryFailed, MessagePublished
 
-UNREADABLE: Final = "unreadable"  # the type of a record that is no event
-# From the beginning on: Prometheus sees no increase in what was not there before.
+UNREADABLE: Final = "unreadable"  # the type of a record that does not decode
+# Shown with 0 from the start. Prometheus cannot see an increase of a series that did not exist.
 LETTERS: Final = ("unreadable", "failed", "refused", "given_up")
 OPERATIONS: Final = ("load", "read", "commit", "check")
 _event_of: Final = attrgetter("event")
 
 
 class AgentCounts:
-    """Of all partitions that a worker has had."""
+    """The counts of a worker, over all partitions that it has owned."""
 
     def __init__(self) -> None:
-        """Nothing so far."""
         self.events: Counter[tuple[str, str]] = Counter()  # by type and outcome
         self.outputs: Counter[str] = Counter()  # by type
         self.dead_letters = Counter(dict.fromkeys(LETTERS, 0))  # by reason
@@ -36,46 +38,52 @@ class AgentCounts:
         self.batch_s = Histogram(SHORT_S)
         self.store_s: dict[str, Histogram] = {}  # by operation
         self.store_failures = Counter(dict.fromkeys(OPERATIONS, 0))  # by operation
-        self.delivery_s = Histogram(LONG_S)  # from a publish to its first command
+        self.delivery_s = Histogram(LONG_S)  # from a publish to its first `deliver` command
 
 
 class PartitionObserver:
-    """See `millpond.agents.driver.observer.Observer`. One for each owner of a partition; `counts` go on when the owner changes."""
+    """Counts the batches of one partition, while this worker owns it. See `millpond.agents.driver.observer.Observer`.
+
+    `counts` belongs to the worker, and survives the observer.
+    """
 
     def __init__(self, counts: AgentCounts) -> None:
-        """Nothing is known of the partition yet."""
         self._counts = counts
-        self._since: dict[int, float] = {}  # by sequence, of batches not in the store
-        self.fence: Applied | None = None  # of the last batch
+        # Sequence → start of the batch, for batches that the store has not applied.
+        self._began_s: dict[int, float] = {}
+        self.fence: Applied | None = None  # of the last batch that was applied
 
     def stepping(self, sequence: int) -> None:
-        self._since[sequence] = time.perf_counter()
+        self._began_s[sequence] = time.perf_counter()
 
     def applied(
         self, batch: Batch, transaction: Transaction, refused: Sequence[DeadLetter]
     ) -> None:
         counts, applied = self._counts, transaction.applied
-        began = self._since.get(applied.sequence)
-        for sequence in [each for each in self._since if each <= applied.sequence]:
-            del self._since[sequence]
+        began_s = self._began_s.get(applied.sequence)
+        # Earlier sequences still in there were of transactions that failed.
+        for sequence in [each for each in self._began_s if each <= applied.sequence]:
+            del self._began_s[sequence]
         self.fence = applied
-        if began is not None and batch.records:
-            counts.batch_s.add(time.perf_counter() - began)
+        # A transaction without records only writes notes of the driver.
+        if began_s is not None and batch.records:
+            counts.batch_s.add(time.perf_counter() - began_s)
             counts.batch_records.add(len(batch.folded) + len(batch.unreadable))
-        counts.seen_ids += _seen(transaction)
-        letters = [each for each in transaction.outputs if type(each) is DeadLetter]
-        self._count_events(batch, [*letters, *refused])
+        counts.seen_ids += _new_message_ids(transaction)
+        dead_letters = [each for each in transaction.outputs if type(each) is DeadLetter]
+        self._count_events(batch, [*dead_letters, *refused])
         counts.dead_letters["refused"] += len(refused)
         if transaction.outputs:
             self._count_outputs(batch, transaction)
 
-    def _count_events(self, batch: Batch, letters: Sequence[DeadLetter]) -> None:
+    def _count_events(self, batch: Batch, dead_letters: Sequence[DeadLetter]) -> None:
         counts = self._counts
         kinds: Counter[Any] = Counter(map(type, map(_event_of, batch.folded)))
         for kind, number in kinds.items():
             counts.events[str(kind.__struct_config__.tag), "applied"] += number
-        if letters:
-            dead = {letter.offset for letter in letters}
+        # First all events count as applied. Then those with a dead letter move to the other outcome.
+        if dead_letters:
+            dead = {dead_letter.offset for dead_letter in dead_letters}
             for record, event, _ in batch.folded:
                 if record.offset in dead:
                     name = str(event.__struct_config__.tag)
@@ -103,10 +111,13 @@ class PartitionObserver:
         counts.dead_letters["unreadable"] += unreadable
         counts.dead_letters["failed"] += max(kinds[DeadLetter] - unreadable, 0)
         if DeliverMessage in kinds:
-            self._count_hand_outs(batch, transaction)
+            self._count_deliveries(batch, transaction)
 
-    def _count_hand_outs(self, batch: Batch, transaction: Transaction) -> None:
-        """What was handed out in the batch of its own publish was not waiting for anybody."""
+    def _count_deliveries(self, batch: Batch, transaction: Transaction) -> None:
+        """Count leases and redeliveries, and the latency of first deliveries.
+
+        Only a delivery in the batch of its publish has a latency: no client had to come or to make room for it.
+        """
         counts, now_ms = self._counts, time.time() * 1000
         published = {
             record.offset: event.published_at
@@ -118,13 +129,13 @@ class PartitionObserver:
                 continue
             counts.leases += output.lease > 0
             counts.redeliveries += output.attempt > 1
-            at = published.get(output.offset)
-            if at is not None and output.attempt == 1:
-                counts.delivery_s.add(max(now_ms - at, 0) / 1000)
+            at_ms = published.get(output.offset)
+            if at_ms is not None and output.attempt == 1:
+                counts.delivery_s.add(max(now_ms - at_ms, 0) / 1000)
 
 
-def _seen(transaction: Transaction) -> int:
-    """How many message ids are new: a machine says so at the end of its effects."""
+def _new_message_ids(transaction: Transaction) -> int:
+    """Return the number of new message ids. A machine writes them with the last effects of a batch."""
     number = 0
     for effect in reversed(transaction.effects):
         if type(effect) is not WriteSeen:

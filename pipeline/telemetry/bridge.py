@@ -1,4 +1,7 @@
-"""What a bridge tells: what it entered, how long its broker waited, what became of commands, what waits on its disk."""
+"""Metrics and health of a bridge: events, the broker's waiting time, commands and deliveries, the spool.
+
+The classes here only show numbers. The parts of a bridge count them. Each request for metrics reads them.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from typing import Any, Protocol
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.telemetry.families import Metric, counter, gauge, histogram
 from millpond.pipeline.telemetry.histogram import Histogram, histogram_of
-from millpond.pipeline.telemetry.http import KAFKA_PATIENCE_S
+from millpond.pipeline.telemetry.http import KAFKA_TIMEOUT_S
 
 
 class BridgeHealth:
-    """See `millpond.pipeline.telemetry.http.Health`."""
+    """The health of a bridge. See `millpond.pipeline.telemetry.http.Health`."""
 
     def __init__(
         self,
@@ -21,32 +24,34 @@ class BridgeHealth:
         producer: Producer | None,
         complaints: Callable[[], Sequence[str]],
     ) -> None:
-        """`complaints` says what else keeps the bridge from its work: a spool that is full, a broker that is not up.
-        Without a `producer` it works while Kafka is away, too.
+        """Wire the bridge's parts.
+
+        `complaints` returns the bridge's own reasons for not being ready, for example a full spool. A bridge without a
+        `producer` is ready while Kafka is down, too.
         """
         self._stopping, self._producer, self._complaints = stopping, producer, complaints
 
     async def not_alive(self) -> list[str]:
-        return ["it was asked to stop"] if self._stopping() else []
+        return ["the bridge was asked to stop"] if self._stopping() else []
 
     async def not_ready(self) -> list[str]:
         kafka = None
         if self._producer is not None:
-            kafka = await self._producer.complaint(KAFKA_PATIENCE_S)
+            kafka = await self._producer.why_unreachable(KAFKA_TIMEOUT_S)
         return [*([kafka] if kafka else []), *self._complaints()]
 
 
 class HookMetrics:
-    """How long a broker waited for the answers to its calls."""
+    """The calls of a broker's hooks, and how long the broker waited for the answers."""
 
     def __init__(self, refused: Mapping[str, int]) -> None:
-        """None so far; `refused` counts what was not taken, by reason, and is read when somebody asks."""
+        """`refused` counts refused calls and publishes by reason. Each request for metrics reads it."""
         self._refused = refused
         self.answered: Counter[tuple[str, str]] = Counter()  # by hook and outcome
-        self.seconds: dict[str, Histogram] = {}  # by hook
+        self.seconds: dict[str, Histogram] = {}  # from call to answer, by hook
 
     def observe(self, name: str, seconds: float, outcome: str) -> None:
-        """One call of the hook `name` was answered; both texts are of a few that there are."""
+        """Count an answered call of the hook `name`. Both texts become labels, so each may have only a few values."""
         self.answered[name, outcome] += 1
         histogram_of(self.seconds, name).add(seconds)
 
@@ -54,67 +59,67 @@ class HookMetrics:
         seconds = {(name,): each for name, each in self.seconds.items()}
         # fmt: off
         return [
-            counter("millpond_bridge_hook_calls_total", "Calls of the broker's, by what they were answered.", ("hook", "outcome"), self.answered),
-            counter("millpond_bridge_hook_refusals_total", "What the broker told or asked, and was not taken.", ("reason",), self._refused),
-            histogram("millpond_bridge_hook_duration_seconds", "From a call of the broker's to its answer.", ("hook",), seconds),
+            counter("millpond_bridge_hook_calls_total", "Calls of the broker's hooks, by outcome.", ("hook", "outcome"), self.answered),
+            counter("millpond_bridge_hook_refusals_total", "Calls and publishes that the bridge did not accept, by reason.", ("reason",), self._refused),
+            histogram("millpond_bridge_hook_duration_seconds", "From a call of a hook to its answer: how long the broker waits.", ("hook",), seconds),
         ]
         # fmt: on
 
 
 class EventCounts(Protocol):
-    """What a bridge enters its events with, and counts."""
+    """The part of a bridge that produces events to Kafka, and counts them."""
 
     @property
     def entered(self) -> Mapping[str, int]:
-        """By type of event or hook."""
+        """Events from the broker, by type of event or by hook."""
         ...
 
     @property
     def lost(self) -> Mapping[str, int]:
-        """The same, of what nobody will ever have."""
+        """Events that are neither in Kafka nor in the spool, by the same types."""
         ...
 
 
 class SpoolCounts(EventCounts, Protocol):
-    """One that has a disk to fall back on."""
+    """The same part, with a spool on disk."""
 
     @property
     def spooled(self) -> Mapping[str, int]:
-        """By hook, what was written to the disk."""
+        """Events written to the spool, by hook."""
         ...
 
     @property
     def spooling(self) -> bool:
-        """Whether events go to the disk now."""
+        """True while events go to the spool."""
         ...
 
     @property
     def depth(self) -> tuple[int, int]:
-        """Records on the disk, and their bytes."""
+        """The number of records in the spool, and their size in bytes."""
         ...
 
     @property
     def complaint(self) -> str | None:
-        """Why events are refused."""
+        """Why events are refused now; None while they are accepted."""
         ...
 
 
 def entered_metrics(entered: EventCounts) -> list[Metric]:
-    """Of any bridge. Prometheus sees no increase in what was not there before: nothing lost is shown as that."""
+    """Return the metrics of events that every bridge has."""
+    # Every type is shown with 0 lost events. Prometheus cannot see an increase of a series that did not exist.
     lost = {**dict.fromkeys(entered.entered, 0), **entered.lost}
     # fmt: off
     return [
-        counter("millpond_bridge_events_total", "Events told by the broker.", ("type",), entered.entered),
-        counter("millpond_bridge_events_lost_total", "Events that are neither in Kafka nor on the disk.", ("type",), lost),
+        counter("millpond_bridge_events_total", "Events from the broker.", ("type",), entered.entered),
+        counter("millpond_bridge_events_lost_total", "Events that are neither in Kafka nor in the spool.", ("type",), lost),
     ]
     # fmt: on
 
 
 class SpoolMetrics:
-    """The spool of a bridge, and the way into it."""
+    """The events and the spool of a bridge with a spool."""
 
     def __init__(self, durable_producer: SpoolCounts) -> None:
-        """Reads what `inlet` counts, when somebody asks."""
         self._durable_producer = durable_producer
 
     def metrics(self) -> Sequence[Metric]:
@@ -123,20 +128,19 @@ class SpoolMetrics:
         # fmt: off
         return [
             *entered_metrics(durable_producer),
-            counter("millpond_bridge_events_spooled_total", "Events written to the spool.", ("type",), durable_producer.spooled),
+            counter("millpond_bridge_events_spooled_total", "Events that were written to the spool.", ("type",), durable_producer.spooled),
             gauge("millpond_bridge_spool_records", "Events in the spool.", (), {(): records}),
-            gauge("millpond_bridge_spool_bytes", "Size of the spool.", (), {(): size}),
-            gauge("millpond_bridge_spooling", "1 while events go to the spool.", (), {(): float(durable_producer.spooling)}),
-            gauge("millpond_bridge_refusing", "1 while events are refused.", (), {(): float(durable_producer.complaint is not None)}),
+            gauge("millpond_bridge_spool_bytes", "The size of the spool.", (), {(): size}),
+            gauge("millpond_bridge_spooling", "1 while events go to the spool, else 0.", (), {(): float(durable_producer.spooling)}),
+            gauge("millpond_bridge_refusing", "1 while publishes are refused, else 0.", (), {(): float(durable_producer.complaint is not None)}),
         ]
         # fmt: on
 
 
 class ProducerMetrics:
-    """What a bridge without a spool has entered."""
+    """The events of a bridge without a spool."""
 
     def __init__(self, event_producer: Any) -> None:
-        """Reads what an embedded broker's `Recorder` counts, when somebody asks."""
         self._event_producer = event_producer
 
     def metrics(self) -> Sequence[Metric]:
@@ -144,17 +148,16 @@ class ProducerMetrics:
         # fmt: off
         return [
             *entered_metrics(event_producer),
-            gauge("millpond_bridge_events_unacknowledged", "Events that Kafka has not acknowledged.", (), {(): len(event_producer.unacknowledged)}),
-            histogram("millpond_bridge_event_duration_seconds", "Until Kafka has an event, and a publisher its acknowledgement.", (), {(): event_producer.kept_s}),
+            gauge("millpond_bridge_events_unacknowledged", "Events that Kafka has not acknowledged yet.", (), {(): len(event_producer.unacknowledged)}),
+            histogram("millpond_bridge_event_duration_seconds", "Until Kafka has an event, and so until a publisher gets its acknowledgement.", (), {(): event_producer.kept_s}),
         ]
         # fmt: on
 
 
 class CommandMetrics:
-    """What became of the agents' commands."""
+    """The commands of the agents, and the deliveries that they led to."""
 
     def __init__(self, command_consumer: Any, deliveries: Any) -> None:
-        """Reads what a bridge's `Commander` and `Deliveries` count, when somebody asks."""
         self._command_consumer, self._deliveries = command_consumer, deliveries
 
     def metrics(self) -> Sequence[Metric]:
@@ -163,9 +166,9 @@ class CommandMetrics:
         # fmt: off
         return [
             counter("millpond_bridge_commands_total", "Commands of the agents, by type.", ("type",), command_consumer.taken),
-            gauge("millpond_bridge_commands_unfinished", "Commands of which Kafka does not know what became of them.", (), {(): command_consumer.unfinished}),
-            histogram("millpond_bridge_command_to_report_seconds", "From a command in Kafka until Kafka knows what became of it.", (), {(): command_consumer.seconds}),
-            counter("millpond_bridge_deliveries_total", "Copies handed to clients, or why not.", ("agent", "outcome"), deliveries.outcomes),
-            histogram("millpond_publish_to_client_seconds", "From a publish until a copy is handed to a client, waiting included.", ("agent",), latency),
+            gauge("millpond_bridge_commands_unfinished", "Commands whose report is not in Kafka yet.", (), {(): command_consumer.unfinished}),
+            histogram("millpond_bridge_command_to_report_seconds", "From a command in Kafka until its report is in Kafka.", (), {(): command_consumer.seconds}),
+            counter("millpond_bridge_deliveries_total", "Copies that the bridge sent to clients, or failed to send, by outcome.", ("agent", "outcome"), deliveries.outcomes),
+            histogram("millpond_publish_to_client_seconds", "From a publish until a copy is sent to a client, waiting included.", ("agent",), latency),
         ]
         # fmt: on

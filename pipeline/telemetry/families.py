@@ -1,4 +1,4 @@
-"""Counters and histograms of ours, in the form that prometheus_client shows."""
+"""Turns our counters and histograms into the metric families of prometheus_client."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from prometheus_client.utils import floatToGoString
 from millpond.pipeline.telemetry.histogram import Histogram
 
 Labels: TypeAlias = Sequence[str]
-# By label values: a tuple of texts, or the text of the only label.
+# By label values: a tuple of texts, or a single text for a single label.
 Values: TypeAlias = Mapping[Any, float]
 
 __all__ = ["Collector", "Metric", "MetricsSource", "counter", "gauge", "histogram"]
 
 
 class MetricsSource(Protocol):
-    """What a process shows of one of its parts."""
+    """A part of a process that has metrics."""
 
     def metrics(self) -> Sequence[Metric]:
-        """All of its families, also those without a sample so far."""
+        """Return all families of the part, also those without a sample."""
         ...
 
 
 def counter(name: str, meaning: str, labels: Labels, values: Values) -> Metric:
-    """A family of counters; Prometheus wants `_total` at the end of its name."""
+    """Return a family of counters. The library adds `_total` to the name again."""
     family = CounterMetricFamily(name.removesuffix("_total"), meaning, labels=labels)
     for key, value in values.items():
         family.add_metric([key] if isinstance(key, str) else key, value)
@@ -41,7 +41,7 @@ def counter(name: str, meaning: str, labels: Labels, values: Values) -> Metric:
 
 
 def gauge(name: str, meaning: str, labels: Labels, values: Values) -> Metric:
-    """A family of gauges."""
+    """Return a family of gauges."""
     family = GaugeMetricFamily(name, meaning, labels=labels)
     for key, value in values.items():
         family.add_metric([key] if isinstance(key, str) else key, value)
@@ -49,7 +49,7 @@ def gauge(name: str, meaning: str, labels: Labels, values: Values) -> Metric:
 
 
 def histogram(name: str, meaning: str, labels: Labels, values: Mapping[Any, Histogram]) -> Metric:
-    """A family of histograms."""
+    """Return a family of histograms."""
     family = HistogramMetricFamily(name, meaning, labels=labels)
     for key, value in values.items():
         ends = [*map(floatToGoString, value.bounds), "+Inf"]

@@ -17,38 +17,43 @@ from millpond.schemas.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-HOST: Final = "127.0.0.1"  # unless told otherwise
-KAFKA_PATIENCE_S: Final = 2.0  # for its answer, when somebody asks whether a process is ready
-STOP_TIMEOUT_S: Final = 1.0  # for an answer under way
+HOST: Final = "127.0.0.1"  # if `listen` names none
+KAFKA_TIMEOUT_S: Final = 2.0  # for Kafka's answer, during a request for /readyz
+STOP_TIMEOUT_S: Final = 1.0  # for requests on their way, when the process stops
 
 
 class Health(Protocol):
-    """How a process is. Both answers are the reasons why not, a sentence each; none if all is well."""
+    """The health of a process. Both methods return reasons, one sentence each; an empty list means healthy."""
 
     async def not_alive(self) -> Sequence[str]:
-        """Why the process cannot go on."""
+        """Return why the process cannot continue."""
         ...
 
     async def not_ready(self) -> Sequence[str]:
-        """Why it does not do its work now."""
+        """Return why the process cannot do its work now."""
         ...
 
 
 class _PartsCollector(Collector):
-    """Metrics of all parts, when somebody asks for them."""
+    """Collects the metrics of all parts, at each request."""
 
     def __init__(self, process: str, parts: Sequence[MetricsSource]) -> None:
         self._process, self._parts = process, parts
 
     def collect(self) -> Iterator[Metric]:
         labels = {(self._process, version("millpond")): 1.0}
-        yield gauge("millpond_build_info", "Which process this is.", ("process", "version"), labels)
+        yield gauge(
+            "millpond_build_info",
+            "1. The labels say which process this is.",
+            ("process", "version"),
+            labels,
+        )
         for part in self._parts:
             yield from part.metrics()
 
 
 def registry_of(process: str, parts: Sequence[MetricsSource]) -> CollectorRegistry:
-    """Everything that a process shows."""
+    """Return the registry of a process: metrics of its parts, of the process itself, of the garbage collector."""
     registry = CollectorRegistry()
     registry.register(_PartsCollector(process, parts))
     ProcessCollector(registry=registry)
@@ -57,15 +62,14 @@ def registry_of(process: str, parts: Sequence[MetricsSource]) -> CollectorRegist
 
 
 class Listener:
-    """Answers for one process."""
+    """Answers the HTTP requests of one process."""
 
     def __init__(self, process: str, parts: Sequence[MetricsSource], health: Health) -> None:
-        """`parts` have metrics; `health` has answers."""
         self._process, self._health = process, health
         self._registry = registry_of(process, parts)
 
     def app(self) -> web.Application:
-        """What is served."""
+        """Return the web application."""
         app = web.Application()
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/healthz", self._healthz)
@@ -84,18 +88,18 @@ class Listener:
         return self._answer([*await self._health.not_alive(), *await self._health.not_ready()])
 
     def _answer(self, reasons: Sequence[str]) -> web.Response:
-        said = {"process": self._process, "ok": not reasons, "reasons": list(reasons)}
-        return web.json_response(said, status=503 if reasons else 200)
+        body = {"process": self._process, "ok": not reasons, "reasons": list(reasons)}
+        return web.json_response(body, status=503 if reasons else 200)
 
 
 @asynccontextmanager
 async def serving(
     listen: str | None, process: str, parts: Sequence[MetricsSource], health: Health
 ) -> AsyncIterator[None]:
-    """Listen at `[HOST:]PORT`, if anywhere, for as long as this lasts.
+    """Listen at `[HOST:]PORT` inside this context. None means: do not listen.
 
     Raises:
-        ConfigError: nobody can listen there.
+        ConfigError: The process cannot listen there, for example because the port is in use.
     """
     if listen is None:
         yield

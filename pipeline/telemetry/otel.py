@@ -1,4 +1,4 @@
-"""Traces with OpenTelemetry, over OTLP/HTTP. Imported only where traces are wanted."""
+"""Traces with OpenTelemetry, over OTLP/HTTP. Imported only if an endpoint is set. Module `tracing` has the concepts."""
 
 from __future__ import annotations
 
@@ -33,21 +33,22 @@ from millpond.schemas.events import AgentName, MessagePublished
 from millpond.schemas.keys import Partition
 
 EXPORT_INTERVAL_MS: Final = 1_000
-EXPORT_TIMEOUT_S: Final = 3.0  # a collector that is away is not waited for
+EXPORT_TIMEOUT_S: Final = 3.0  # for the collector's answer; then the spans are dropped
 TRACES_PATH: Final = "/v1/traces"
-# Contexts that wait for their fold, and for their delivery. A message that waits longer is delivered without.
+# Contexts in memory: of fetched publishes, and of folded ones. Beyond that the oldest are dropped, and those messages
+# get no further spans.
 CONTEXTS_MAX: Final = 10_000
 
 _propagator: Final = TraceContextTextMapPropagator()
 
 
-class _Named(Struct):
-    """What of a command says which message it delivers."""
+class _CommandMessage(Struct):
+    """The only field of a command that tracing needs. Decoding skips the others."""
 
     message_id: str = ""
 
 
-_name_of: Final = msgspec.json.Decoder(_Named).decode
+_decode_message_id: Final = msgspec.json.Decoder(_CommandMessage).decode
 
 
 def _provider(settings: TelemetrySettings, process: str) -> TracerProvider:
@@ -72,7 +73,7 @@ def _headers(span: Span) -> Headers:
 
 
 def _context(carrier: Mapping[str, str]) -> Context | None:
-    """The sampled context in there, if there is one."""
+    """Return the trace context in `carrier`. None if there is none, or if it is not sampled."""
     context = _propagator.extract(carrier, Context())
     found = trace.get_current_span(context).get_span_context()
     return context if found.is_valid and found.trace_flags.sampled else None
@@ -84,7 +85,7 @@ def _context_of(headers: Sequence[tuple[str, bytes]]) -> Context | None:
 
 
 def _message(event: MessagePublished | Deliver) -> dict[str, str]:
-    """Attributes, after OpenTelemetry's conventions for messaging; never a payload."""
+    """Return attributes by OpenTelemetry's conventions for messaging. They never include the payload."""
     return {
         "messaging.system": "mqtt",
         "messaging.message.id": event.message_id,
@@ -94,10 +95,9 @@ def _message(event: MessagePublished | Deliver) -> dict[str, str]:
 
 
 class OtelSpan:
-    """A span that goes on. See `tracing.Publish`."""
+    """A span that has begun. See `tracing.TraceSpan`."""
 
     def __init__(self, span: Span) -> None:
-        """It has begun."""
         self._span = span
         self.headers = _headers(span)
 
@@ -111,16 +111,18 @@ class OtelSpan:
 
 
 class OtelBridgeTracing:
-    """See `tracing.BridgeTracing`."""
+    """See `tracing.BridgeTracing`. Spans are sent from a thread of their own."""
 
     def __init__(self, settings: TelemetrySettings, kind: str) -> None:
-        """Spans are sent from a thread of their own."""
         self._provider = _provider(settings, f"bridge-{kind}")
         self._tracer = self._provider.get_tracer(__name__)
         self._ratio = settings.trace_ratio
 
     def publish(self, event: MessagePublished) -> OtelSpan | None:
-        """See `tracing.BridgeTracing`. A publisher that traces already (MQTT 5) has decided."""
+        """See `tracing.BridgeTracing`.
+
+        A publish with a sampled context of its own, an MQTT 5 user property, is always traced. Chance decides others.
+        """
         parent = _context(event.user_properties) if event.user_properties else None
         if parent is None and random.random() >= self._ratio:  # noqa: S311  chance, not a secret
             return None
@@ -141,54 +143,58 @@ class OtelBridgeTracing:
 
 
 class OtelWorkerTracing:
-    """See `tracing.WorkerTracing`."""
+    """See `tracing.WorkerTracing`. Spans are sent from a thread of their own."""
 
     def __init__(self, settings: TelemetrySettings, agent: AgentName) -> None:
-        """Spans are sent from a thread of their own."""
         self._provider = _provider(settings, f"worker-{agent}")
         self.tracer = self._provider.get_tracer(__name__)
-        self.unfolded: OrderedDict[tuple[int, int], Context] = OrderedDict()  # by place in the log
-        self.folded: OrderedDict[str, Headers] = OrderedDict()  # by message id
+        # Of fetched records: (partition, offset) → the context of the `publish` span.
+        self.unfolded: OrderedDict[tuple[int, int], Context] = OrderedDict()
+        # Of stored publishes: message id → headers with the context of the `fold` span. Kept for redeliveries.
+        self.folded: OrderedDict[str, Headers] = OrderedDict()
 
     def fetched(self, topic_partition: Any, records: Sequence[Any]) -> None:
         for record in records:
             if record.headers:
                 context = _context_of(record.headers)
                 if context is not None:
-                    _put(self.unfolded, (topic_partition.partition, record.offset), context)
+                    _remember(self.unfolded, (topic_partition.partition, record.offset), context)
 
-    def observer(self, inside: Observer, number: int) -> Observer:
-        return TracedBatches(inside, number, self)
+    def observer(self, inner: Observer, number: int) -> Observer:
+        return TracedBatches(inner, number, self)
 
-    def log(self, inside: Log) -> Log:
-        return TracedLog(inside, self.folded)
+    def log(self, inner: Log) -> Log:
+        return TracedLog(inner, self.folded)
 
     def close(self) -> None:
         self._provider.shutdown()
 
 
-def _put(contexts: OrderedDict[Any, Any], name: Any, context: Any) -> None:
-    contexts[name] = context
+def _remember(contexts: OrderedDict[Any, Any], key: Any, context: Any) -> None:
+    contexts[key] = context
     if len(contexts) > CONTEXTS_MAX:
         contexts.popitem(last=False)
 
 
 class TracedBatches:
-    """A span for each batch with a traced publish in it, and one for each such publish, which is of its own trace."""
+    """Adds a `fold` span to the trace of each traced publish, and a `batch` span to each batch with such a publish.
 
-    def __init__(self, inside: Observer, number: int, worker: OtelWorkerTracing) -> None:
-        """`number` is the partition's."""
-        self._inside, self._number, self._worker = inside, number, worker
+    The `batch` span is a trace of its own, because a batch belongs to many traces. Links connect it with them.
+    """
+
+    def __init__(self, inner: Observer, number: int, worker: OtelWorkerTracing) -> None:
+        """`number` is the number of the partition."""
+        self._inner, self._number, self._worker = inner, number, worker
         self._began_ns = 0
 
     def stepping(self, sequence: int) -> None:
         self._began_ns = time.time_ns()
-        self._inside.stepping(sequence)
+        self._inner.stepping(sequence)
 
     def applied(
         self, batch: Batch, transaction: Transaction, refused: Sequence[DeadLetter]
     ) -> None:
-        self._inside.applied(batch, transaction, refused)
+        self._inner.applied(batch, transaction, refused)
         if self._worker.unfolded and batch.records:
             self._trace(batch)
 
@@ -207,7 +213,7 @@ class TracedBatches:
         if not publishes:
             return
         tracer = self._worker.tracer
-        # The next batch may have begun to be stepped: this is when it began, at the latest.
+        # An approximation: the next batch may have begun meanwhile. The spans then begin too late.
         began = min(self._began_ns, time.time_ns())
         links = [
             Link(trace.get_current_span(context).get_span_context()) for context, _ in publishes
@@ -216,39 +222,39 @@ class TracedBatches:
             "millpond.partition": number,
             "millpond.records": len(batch.records),
         }
-        whole = tracer.start_span(
+        batch_span = tracer.start_span(
             "batch", Context(), SpanKind.CONSUMER, attributes, links, start_time=began
         )
         for context, event in publishes:
-            link = [Link(whole.get_span_context())]
+            link = [Link(batch_span.get_span_context())]
             span = tracer.start_span(
                 "fold", context, SpanKind.CONSUMER, _message(event), link, start_time=began
             )
             span.end()
-            _put(self._worker.folded, event.message_id, _headers(span))
-        whole.end()
+            _remember(self._worker.folded, event.message_id, _headers(span))
+        batch_span.end()
 
 
 class TracedLog:
-    """See `millpond.agents.ports.Log`; commands carry the context of the publish that they deliver."""
+    """A log that adds the context of its publish to each command. See `millpond.agents.ports.Log`."""
 
-    def __init__(self, inside: Log, contexts: Mapping[str, Headers]) -> None:
-        """`contexts` by message id."""
-        self._inside, self._contexts = inside, contexts
+    def __init__(self, inner: Log, contexts: Mapping[str, Headers]) -> None:
+        """`contexts` are headers by message id."""
+        self._inner, self._contexts = inner, contexts
 
     async def bounds(self, partition: Partition) -> LogBounds:
-        return await self._inside.bounds(partition)
+        return await self._inner.bounds(partition)
 
     def read(self, partition: Partition, start: int, stop: int) -> AsyncIterator[Sequence[Record]]:
-        return self._inside.read(partition, start, stop)
+        return self._inner.read(partition, start, stop)
 
     def produce(self, records: Sequence[OutgoingRecord]) -> Awaitable[None]:
         if self._contexts:
             records = [self._with_context(record) for record in records]
-        return self._inside.produce(records)
+        return self._inner.produce(records)
 
     def _with_context(self, record: OutgoingRecord) -> OutgoingRecord:
         if record.topic != keys.DELIVERIES_TOPIC or record.value is None:
             return record
-        headers = self._contexts.get(_name_of(record.value).message_id, ())
+        headers = self._contexts.get(_decode_message_id(record.value).message_id, ())
         return record._replace(headers=(*record.headers, *headers))

@@ -1,4 +1,4 @@
-"""A partition's store, watched: how long its answers take, and since when one is waited for."""
+"""Measures a partition's store: the time of each answer, and the age of the oldest open request."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from millpond.pipeline.telemetry.histogram import histogram_of
 
 
 class TimedStore(Generic[Packed]):
-    """See `millpond.agents.ports.Store`; it does what the one inside does."""
+    """A store that passes every call to another one, and measures it. See `millpond.agents.ports.Store`."""
 
     def __init__(self, store: Store[Packed], counts: AgentCounts) -> None:
-        """`counts` hears of every answer."""
         self._store, self._counts = store, counts
-        self._waiting: dict[str, float] = {}  # since when, by operation
-        self.loaded: Applied | None = None  # the fence, as it was loaded last
+        # Operation → start of its open request. Of one operation at most one request is open at a time.
+        self._waiting: dict[str, float] = {}
+        self.loaded: Applied | None = None  # the fence at the last load
 
     @property
-    def silent_s(self) -> float:
-        """How long the oldest question has been without an answer."""
+    def unanswered_s(self) -> float:
+        """The age of the oldest open request; 0 if no request is open."""
         return time.perf_counter() - min(self._waiting.values()) if self._waiting else 0.0
 
     async def load(self) -> LoadedState:

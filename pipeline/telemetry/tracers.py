@@ -1,4 +1,4 @@
-"""Which tracing a process uses: OpenTelemetry where an endpoint is configured, else none."""
+"""Chooses the tracing of a process: OpenTelemetry with a configured endpoint, else none."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from millpond.schemas.events import AgentName
 
 
 def bridge_tracing(settings: TelemetrySettings, kind: str) -> BridgeTracing | None:
-    """Of a bridge of this kind; None if nobody wants traces.
+    """Return the tracing of a bridge of this kind, or None without an endpoint.
 
     Raises:
-        ConfigError: the extra is not installed.
+        ConfigError: The extra `otel` is not installed.
     """
     if settings.otlp_endpoint is None:
         return None
@@ -23,10 +23,10 @@ def bridge_tracing(settings: TelemetrySettings, kind: str) -> BridgeTracing | No
 
 
 def worker_tracing(settings: TelemetrySettings, agent: AgentName) -> WorkerTracing | None:
-    """Of a worker of this agent; None if nobody wants traces.
+    """Return the tracing of a worker of this agent, or None without an endpoint.
 
     Raises:
-        ConfigError: the extra is not installed.
+        ConfigError: The extra `otel` is not installed.
     """
     if settings.otlp_endpoint is None:
         return None

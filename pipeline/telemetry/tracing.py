@@ -1,8 +1,10 @@
-"""Traces from a publish to its delivery, if they are wanted: what bridges and workers call. Off, nobody calls anything.
+"""The interface of tracing, from a publish to its delivery. Without an endpoint there is no tracing object.
 
-A bridge begins a trace with a publish and puts its context into the Kafka record (W3C Trace Context). A worker keeps
-the contexts of what it has fetched and not folded yet beside the records, so that a record is the same with and
-without; it puts the context on the commands that come of them. A bridge ends the trace with the delivery.
+1. A bridge begins a trace with a publish, and puts its context into a header of the Kafka record (W3C Trace Context).
+2. A worker keeps the contexts of fetched records in memory, beside the records. So a record is the same with and
+   without tracing, and an agent cannot see the context.
+3. When the store has the publish, the worker adds a span. Its context goes into the header of each command for it.
+4. A bridge ends the trace with a span for each delivery.
 """
 
 from __future__ import annotations
@@ -20,16 +22,16 @@ Headers: TypeAlias = tuple[tuple[str, bytes], ...]
 
 
 class TraceSpan(Protocol):
-    """A publish that is traced, until it is kept."""
+    """A span that has begun, of a publish or of a delivery."""
 
-    headers: Headers
+    headers: Headers  # for the Kafka record: the context of this span
 
     def end(self, *, failed: bool = False) -> None:
-        """Kafka has it, or not."""
+        """End the span, with the status of an error if it failed."""
         ...
 
     def answered(self, kept: asyncio.Future[Any]) -> None:
-        """The end, by what became of a future."""
+        """End the span with the result of a finished future. A callback of that future."""
         ...
 
 
@@ -37,15 +39,18 @@ class BridgeTracing(Protocol):
     """The spans of a bridge."""
 
     def publish(self, event: MessagePublished) -> TraceSpan | None:
-        """A publish begins; None if it is not traced."""
+        """Begin the span of a publish. None if the publish is not traced."""
         ...
 
     def deliver(self, headers: Sequence[tuple[str, bytes]], command: Command) -> TraceSpan | None:
-        """A command begins; None if what it comes from is not traced. It ends when Kafka knows what became of it."""
+        """Begin the span of a delivery. None if its publish is not traced.
+
+        The caller ends the span when Kafka has the report.
+        """
         ...
 
     def close(self) -> None:
-        """Send what is left. May take some seconds."""
+        """Send the remaining spans. Blocks for up to some seconds."""
         ...
 
 
@@ -53,17 +58,17 @@ class WorkerTracing(Protocol):
     """The spans of a worker."""
 
     def fetched(self, topic_partition: Any, records: Sequence[Any]) -> None:
-        """Records of a partition, as aiokafka has them."""
+        """Remember the contexts of fetched records. The arguments are aiokafka's."""
         ...
 
-    def observer(self, inside: Observer, number: int) -> Observer:
-        """Who looks on besides `inside`."""
+    def observer(self, inner: Observer, number: int) -> Observer:
+        """Return an observer of partition `number` that adds spans, and calls `inner` as well."""
         ...
 
-    def log(self, inside: Log) -> Log:
-        """A log that passes contexts on with what is produced."""
+    def log(self, inner: Log) -> Log:
+        """Return a log that adds contexts to the commands that it produces."""
         ...
 
     def close(self) -> None:
-        """Send what is left. May take some seconds."""
+        """Send the remaining spans. Blocks for up to some seconds."""
         ...

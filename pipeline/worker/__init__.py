@@ -1,1 +1,1 @@
-"""The worker process: one Faust app with one agent. Only this package knows Faust."""
+"""The worker process: one Faust app with one agent. Only this package imports Faust."""

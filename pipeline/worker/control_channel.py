@@ -1,8 +1,10 @@
-"""The control channel: applications publish in Redis what a client is to be subscribed to, at once.
+"""The control channel: applications ask through Redis Pub/Sub to subscribe or unsubscribe a client at once.
 
-Redis delivers a message to every worker of the agent and keeps it for none. The worker that owns the client's
-partition records it as an event, and only that event is acted on. The owner of partition 0 gives up on what nobody
-can read.
+1. Redis delivers an order to every connected worker of the sessions agent, and does not store it.
+2. The worker that owns the client's partition produces an event. The agent acts on that event alone.
+3. An invalid order names no client. The worker that owns partition 0 makes a dead letter of it.
+
+Redis guarantees no delivery: an order is lost while Redis is down, or while no worker owns the partition.
 """
 
 from __future__ import annotations
@@ -31,13 +33,12 @@ from millpond.schemas.topics import filter_error
 logger = logging.getLogger(__name__)
 
 RETRY_INTERVAL_S: Final = 1.0
-ORDER_BYTES_MAX: Final = (
-    256 * 1024
-)  # more of what is no order is not carried along: two texts of 65,535 bytes fit
+# The dead letter of an invalid order holds no more of it. A valid order has two texts of up to 65,535 bytes.
+ORDER_BYTES_MAX: Final = 256 * 1024
 
 
-class ControlMessage(Struct, frozen=True):
-    """What applications publish; `qos` may be text, as the broker backends' users wrote it."""
+class ControlOrder(Struct, frozen=True):
+    """The JSON that applications publish. `qos` may be text, as EMQ X's own backends accepted it."""
 
     type: Literal["subscribe", "unsubscribe"]
     topic: Topic
@@ -45,14 +46,14 @@ class ControlMessage(Struct, frozen=True):
     qos: int | Literal["0", "1", "2"] = 0
 
 
-_decode: Final = msgspec.json.Decoder(ControlMessage).decode
+_decode: Final = msgspec.json.Decoder(ControlOrder).decode
 
 
 def order_event(data: bytes, now_ms: int) -> ControlSubscribe | ControlUnsubscribe:
-    """The event of a message on the channel.
+    """Return the event of an order on the channel.
 
     Raises:
-        DecodeError: it is no order.
+        DecodeError: The order is invalid.
     """
     try:
         order = _decode(data)
@@ -72,12 +73,12 @@ def order_event(data: bytes, now_ms: int) -> ControlSubscribe | ControlUnsubscri
 
 
 def partition_of(client_id: str, partition_count: int) -> int:
-    """The partition of a client's records, as every Kafka client chooses it."""
+    """Return the partition of a client's records, by the rule of Kafka's own clients: murmur2 of the key."""
     return int((murmur2(client_id.encode()) & 0x7FFF_FFFF) % partition_count)
 
 
 class ControlChannel:
-    """Listens for as long as it runs; a Redis that is away is waited for."""
+    """Reads the control channel. While Redis or Kafka is down it retries."""
 
     def __init__(
         self,
@@ -86,17 +87,19 @@ class ControlChannel:
         partition_count: int,
         owned: Callable[[], Container[int]],
     ) -> None:
-        """`owned` says which partitions are this worker's now."""
+        """`owned` returns the partitions that this worker owns now."""
         self._pool, self._producer = pool, producer
         self._partition_count, self._owned = partition_count, owned
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Listen until cancelled."""
         while True:
             try:
                 await self._listen()
             except (RedisError, OSError, MillpondError, KafkaError) as error:
-                logger.warning("%s: %s; listening again soon", self._pool.channel, error)
+                logger.warning(
+                    "control channel %s: %s; connecting again", self._pool.channel, error
+                )
             await asyncio.sleep(RETRY_INTERVAL_S)
 
     async def _listen(self) -> None:
@@ -111,22 +114,22 @@ class ControlChannel:
                 await channel.subscribe(self._pool.channel)
                 async for message in channel.listen():
                     if message["type"] == "message":
-                        await self._record(message["data"])
+                        await self._handle(message["data"])
         finally:
             await redis.aclose()
 
-    async def _record(self, data: bytes) -> None:
+    async def _handle(self, data: bytes) -> None:
         try:
             event = order_event(data, now_ms())
         except DecodeError as error:
             if 0 in self._owned():
-                await self._give_up(data, str(error))
+                await self._produce_dead_letter(data, str(error))
             return
         if partition_of(event.client_id, self._partition_count) in self._owned():
             key = keys.record_key(event).encode()
             await self._producer.send(keys.CLIENTS_TOPIC, key, codec.encode(event))
 
-    async def _give_up(self, data: bytes, reason: str) -> None:
+    async def _produce_dead_letter(self, data: bytes, reason: str) -> None:
         headers = (
             ("source-channel", self._pool.channel.encode()),
             ("agent", b"sessions"),

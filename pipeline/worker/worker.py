@@ -1,4 +1,21 @@
-"""A worker: one Faust app with one agent, the only place besides the transport that knows Faust."""
+"""A worker process: one Faust app that runs one agent.
+
+Parts, in the order of the data:
+
+1. The consumer (`faust_transport`) fetches runs of records from the agent's source topic.
+2. `_take_runs`, the only Faust agent here, passes each run to `Partitions`.
+3. `Partitions` has one task for each owned partition. Its driver folds the run into the store.
+4. The consumer commits the drivers' committable offsets.
+
+Beside these run the control channel (sessions agent only), and telemetry if it listens.
+
+ON start: check the rules' user commands and the partition count, connect, start Faust. Kafka assigns partitions.
+ON a partition's failure, a crash of Faust, a failure of the control channel: note the failure, and stop.
+ON SIGTERM, SIGINT: stop.
+ON stop: the consumer releases the partitions and commits. Then the Kafka clients disconnect.
+ON stop that takes `session_timeout_s`: exit with code 1, without any cleaning. Kafka has given the partitions away by
+then, or soon does. The next owner continues from the store.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +46,7 @@ from millpond.pipeline.rebuild.rebuild import check_not_rebuilding
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.stores.redis.command_check import check_commands
 from millpond.pipeline.stores.registry import open_store
-from millpond.pipeline.telemetry.http import KAFKA_PATIENCE_S, serving
+from millpond.pipeline.telemetry.http import KAFKA_TIMEOUT_S, serving
 from millpond.pipeline.telemetry.tracers import worker_tracing
 from millpond.pipeline.telemetry.worker import WorkerTelemetry
 from millpond.pipeline.worker.control_channel import ControlChannel
@@ -45,35 +62,36 @@ logger = logging.getLogger(__name__)
 
 
 class App(faust.App):
-    """Faust's, without the directories for tables that it makes wherever it is started: we have no tables."""
+    """A Faust app that creates no directories. Faust keeps tables in them; Millpond has none."""
 
-    logger = logging.getLogger("faust.app")  # or it would say in our name what each part of it does
+    # mode names a logger after the module of a class. This name is among the libraries that log from WARNING on.
+    logger = logging.getLogger("faust.app")
 
     def _create_directories(self) -> None:
-        """Write nothing."""
+        """Do nothing: the process may run where it must not write."""
 
 
 class RunSchema(faust.Schema[Any, Any]):
-    """Hands a run of records over as it is: the driver decodes what its agent owns, and only that."""
+    """Hands runs over unchanged. The driver decodes the records that its agent owns, and no others."""
 
     def loads_key(self, app: Any, message: Message, **_: Any) -> None:
-        """A run has many keys, and so none."""
+        """Return None: each record of a run has a key of its own."""
 
     def loads_value(self, app: Any, message: Message, **_: Any) -> Any:
-        """The list of records."""
+        """Return the run."""
         return message.value
 
 
 class Worker:
-    """One process of one agent: wires Kafka, store and machine together, and ends them in order."""
+    """One process of one agent: connects Kafka, store and machine, and stops them in order."""
 
     def __init__(self, agent: AgentName, settings: Settings, rules: Rules) -> None:
-        """Nothing is opened before `run`."""
+        """Open nothing yet; `run` connects."""
         self.agent, self.settings, self.rules = agent, settings, rules
         self._stopping = asyncio.Event()
-        # Who has not been heard of for a session is gone for Kafka: no use in saying good-bye any longer.
-        self._patience = threading.Timer(settings.worker.session_timeout_s, self._give_up)
-        self._patience.daemon = True
+        # Without heartbeats Kafka gives the partitions away after this time. A clean stop has no use any more then.
+        self._stop_deadline = threading.Timer(settings.worker.session_timeout_s, self._exit_now)
+        self._stop_deadline.daemon = True
         self._failure: BaseException | None = None
         kafka = settings.kafka
         self._producer = Producer(kafka.client_options(), kafka.message_bytes_max)
@@ -84,8 +102,9 @@ class Worker:
             settings.worker.batch_records_max,
         )
         self._tracing = worker_tracing(settings.telemetry, agent)
-        self._telemetry = WorkerTelemetry(agent, lambda: self._partitions, self._ends)
-        self._measured = settings.telemetry.listen is not None  # or nobody can ask
+        self._telemetry = WorkerTelemetry(agent, lambda: self._partitions, self._log_ends)
+        # Without a listener nothing reads the numbers.
+        self._measured = settings.telemetry.listen is not None
         self._partitions = Partitions(
             self._new_driver,
             self._log,
@@ -95,10 +114,10 @@ class Worker:
         )
 
     async def run(self) -> None:
-        """Work until SIGTERM or SIGINT.
+        """Run until SIGTERM or SIGINT.
 
         Raises:
-            MillpondError: what made it impossible to go on; nothing beyond it was committed.
+            MillpondError: The worker cannot start or continue. The record that failed is not committed.
         """
         on_signal(self._stop)
         listen, name = self.settings.telemetry.listen, f"worker {self.agent}"
@@ -107,20 +126,21 @@ class Worker:
 
     async def _run(self) -> None:
         await check_commands(self.rules.pool(self.agent), self.rules)
-        with suppress(StoreDown):  # its partitions wait for it
+        # A store that is down is no reason to fail: the partitions wait for it.
+        with suppress(StoreDown):
             await check_not_rebuilding(self.agent, self.settings, self.rules)
         await self._producer.start()
         await self._log.start()
         await self._check_partitions()
         app = self._app()
-        listening = asyncio.ensure_future(self._control())
+        control = asyncio.ensure_future(self._run_control_channel())
         sampling = asyncio.ensure_future(self._telemetry.run()) if self._measured else None
         try:
             await app.start()
-            await self._until_stopping(app, listening)
+            await self._until_stopping(app, control)
         finally:
             self._stop()
-            listening.cancel()
+            control.cancel()
             if sampling is not None:
                 sampling.cancel()
             await app.stop()
@@ -128,7 +148,7 @@ class Worker:
             await self._producer.stop()
             if self._tracing is not None:
                 await asyncio.to_thread(self._tracing.close)
-            self._patience.cancel()
+            self._stop_deadline.cancel()
         if isinstance(self._failure, MillpondError):
             raise self._failure
         if self._failure is not None:
@@ -136,31 +156,35 @@ class Worker:
 
     async def not_alive(self) -> list[str]:
         if self._failure is not None:
-            return [f"it stops: {self._failure}"]
-        return ["it was asked to stop"] if self._stopping.is_set() else []
+            return [f"the worker is stopping after a failure: {self._failure}"]
+        return ["the worker was asked to stop"] if self._stopping.is_set() else []
 
     async def not_ready(self) -> list[str]:
-        kafka = await self._producer.complaint(KAFKA_PATIENCE_S)
-        return [*([kafka] if kafka else []), *self._telemetry.complaints()]
+        kafka = await self._producer.why_unreachable(KAFKA_TIMEOUT_S)
+        return [*([kafka] if kafka else []), *self._telemetry.not_ready_reasons()]
 
-    async def _ends(self, numbers: Sequence[int]) -> Mapping[int, int]:
+    async def _log_ends(self, numbers: Sequence[int]) -> Mapping[int, int]:
         return await self._log.ends(keys.SOURCE_TOPIC[self.agent], numbers)
 
-    async def _until_stopping(self, app: faust.App, listening: asyncio.Future[None]) -> None:
-        """Until a signal, a partition that cannot go on, or a part that crashed."""
+    async def _until_stopping(self, app: faust.App, control: asyncio.Future[None]) -> None:
+        """Wait for a signal, the failure of a partition, a crash of Faust or a failure of the control channel."""
         ends: list[asyncio.Future[Any]] = [
             asyncio.ensure_future(end) for end in (self._stopping.wait(), app.wait())
         ]
-        await asyncio.wait([*ends, listening], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([*ends, control], return_when=asyncio.FIRST_COMPLETED)
         for end in ends:
             end.cancel()
         if app.crashed:
             self._failure = self._failure or app.crash_reason
-        if listening.done():
-            self._failure = self._failure or listening.exception()
+        if control.done():
+            self._failure = self._failure or control.exception()
 
     async def _check_partitions(self) -> None:
-        """Which partition a client or topic is in is worked out from the settings, too."""
+        """Compare the partition count with the settings: the control channel and tools compute partitions from them.
+
+        Raises:
+            ConfigError: The counts differ.
+        """
         partition = Partition(self.settings.app, self.agent, 0)
         count, configured = (
             (await self._log.bounds(partition)).partition_count,
@@ -171,10 +195,10 @@ class Worker:
                 f"[kafka] partitions is {configured}, but {partition.topic} has {count}: set partitions = {count}"
             )
 
-    async def _control(self) -> None:
-        """The sessions agent also hears what applications ask for."""
+    async def _run_control_channel(self) -> None:
+        """Read the control channel until cancelled. Agents other than sessions have none, and only wait."""
         if self.agent != "sessions":
-            await asyncio.get_running_loop().create_future()  # nobody has anything to say
+            await asyncio.get_running_loop().create_future()
         channel = ControlChannel(
             self.rules.pool(self.agent),
             self._producer,
@@ -185,14 +209,17 @@ class Worker:
 
     def _stop(self) -> None:
         if not self._stopping.is_set():
-            logger.info("worker %s stops", self.agent)
+            logger.info("worker %s is stopping", self.agent)
             self._stopping.set()
-            self._patience.start()
+            self._stop_deadline.start()
 
-    def _give_up(self) -> None:
-        """In a thread of its own: Faust and aiokafka wait for a Kafka that is away, some of it for ever."""
+    def _exit_now(self) -> None:
+        """End the process at once. Runs in the timer's thread.
+
+        Faust and aiokafka wait for Kafka when they stop, in some places without limit. No task could end that.
+        """
         logger.error(
-            "worker %s: no clean end within %.0f s%s; leaving: the next owner goes on from what the store holds",
+            "worker %s: no clean end within %.0f s%s; exiting: the next owner continues from the store",
             self.agent,
             self.settings.worker.session_timeout_s,
             f" after {self._failure!r}" if self._failure else "",
@@ -221,19 +248,19 @@ class Worker:
         )
         app.transport = self._transport(app, brokers)
         topic = app.topic(keys.SOURCE_TOPIC[self.agent], schema=RunSchema(), acks=False)
-        app.agent(topic, name=self.agent)(self._fold)
+        app.agent(topic, name=self.agent)(self._take_runs)
         app.on_partitions_assigned.connect(self._assigned, weak=False)
         return app
 
     def _transport(self, app: faust.App, brokers: list[URL]) -> Transport:
-        """Our transport, with a consumer that knows whom to ask: Faust makes it from a class."""
+        """Return the transport. Its consumer is a class made here, because Faust creates the consumer itself."""
         worker = self.settings.worker
 
         class WorkerConsumer(Consumer):
             run_records_max = worker.batch_records_max
             run_bytes_max = worker.batch_bytes_max
             release = staticmethod(self._release)
-            fetched = None if self._tracing is None else staticmethod(self._tracing.fetched)
+            on_fetched = None if self._tracing is None else staticmethod(self._tracing.fetched)
             committable = staticmethod(self._committable)
 
         class WorkerTransport(Transport):
@@ -241,8 +268,8 @@ class Worker:
 
         return WorkerTransport(brokers, app)
 
-    async def _fold(self, runs: StreamT[Any]) -> None:
-        """The agent: every run to its partition's task."""
+    async def _take_runs(self, runs: StreamT[Any]) -> None:
+        """Pass each run to its partition's task: the body of the Faust agent."""
         async for event in runs.events():
             await self._partitions.put(event.message.partition, event.value)
 
@@ -275,14 +302,14 @@ class Worker:
         say_ready(f"worker {self.agent}")
 
     def _fail(self, error: BaseException) -> None:
-        """A partition cannot go on: the process stops, and commits nothing beyond."""
+        """Note the first failure, and stop. The record that failed is not committed."""
         logger.error("worker %s stops: %s", self.agent, error)
         self._failure = self._failure or error
         self._stop()
 
 
 def _credentials(options: dict[str, Any]) -> Any:
-    """Faust's form of the connection options that every other client takes as they are."""
+    """Return Faust's form of the connection options of aiokafka."""
     if options["security_protocol"] == "PLAINTEXT":
         return None
     context = options.get("ssl_context")
@@ -300,12 +327,12 @@ def run(agent: AgentName, settings: Settings, rules: Rules) -> None:
     """Run a worker until SIGTERM or SIGINT.
 
     Raises:
-        MillpondError: it could not go on; the message says why.
+        MillpondError: The worker cannot start or continue. The message says why.
     """
-    # What lives here is a batch, thousands of objects without cycles, or for ever: collecting after every 700
-    # allocations, as Python does, costs a fifth of the time and finds nothing.
+    # A batch is thousands of objects without cycles; all other objects live as long as the process. Python collects
+    # after every 700 allocations by default. That costs a fifth of the time, and finds nothing.
     gc.set_threshold(50_000, 20, 50)
-    # As policy, not for one loop: Faust's consumer has a loop of its own, in its own thread.
+    # A policy, not one loop: Faust's consumer thread creates a loop of its own.
     use_uvloop()
     asyncio.run(_run(agent, settings, rules))
 

@@ -1,4 +1,4 @@
-"""Faust apps with our transport over a real Kafka: members of a group whose work is what a test says it is."""
+"""Faust apps with our transport on a real Kafka. A test decides what each member of the group has finished."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from tests.support.workers import until
 
 RUN_RECORDS_MAX = 50
 RUN_BYTES_MAX = 10_000
-# So long that no test sees the periodic commit, and so short that it sees many.
-NEVER_S, ALL_THE_TIME_S = 3_600.0, 0.1
+# Intervals of the periodic commit: too long to see one in a test, and short enough to see many.
+NEVER_S, OFTEN_S = 3_600.0, 0.1
 
 
 class Member:
-    """One app of the group. It does nothing with its runs; a test says what of them is done."""
+    """One app of the group. It only keeps its runs; the test sets which offsets may be committed."""
 
     def __init__(self, group: Group, consumer: type[Consumer], commit_interval_s: float) -> None:
         self.runs: dict[int, list[list[Record]]] = defaultdict(list)
-        self.done: dict[TP, int] = {}  # what may be committed while owned
-        self.last: dict[TP, int] = {}  # what may be committed once released
+        self.done: dict[TP, int] = {}  # committable offsets of owned partitions
+        self.last: dict[TP, int] = {}  # the last offsets of released partitions
         self.releasing = asyncio.Event()
         self.may_release = asyncio.Event()
         self.may_release.set()
@@ -82,19 +82,19 @@ class Member:
         return set() if self.app.rebalancing else self.consumer.assignment()
 
     def offsets(self, partition: int) -> list[int]:
-        """Of all records handed over so far, in the order they were."""
+        """The offsets of all records handed over so far, in order."""
         return [record.offset for run in self.runs[partition] for record in run]
 
     async def has(self, partition: int, offset: int) -> None:
-        """Wait until a record was handed over."""
+        """Wait until the record at `offset` was handed over."""
 
-        async def there() -> bool:
+        async def arrived() -> bool:
             return offset in self.offsets(partition)
 
-        await until(there, f"offset {offset} of partition {partition}")
+        await until(arrived, f"offset {offset} of partition {partition}")
 
     async def owns(self, count: int) -> None:
-        """Wait until the rebalance is over and it has so many partitions."""
+        """Wait until the rebalance is over and the member has `count` partitions."""
 
         async def owned() -> bool:
             return len(self.assignment) == count
@@ -103,7 +103,7 @@ class Member:
 
 
 class Group:
-    """A consumer group over a topic of its own."""
+    """A consumer group with a topic of its own."""
 
     def __init__(self, name: str, bootstrap: str, admin: AIOKafkaAdminClient) -> None:
         self.name, self.bootstrap, self.admin = name, bootstrap, admin
@@ -119,7 +119,7 @@ class Group:
     async def fill(
         self, partition: int, values: list[bytes | None], transactional_id: str | None = None
     ) -> None:
-        """Append these values; with an id as one transaction, which leaves a marker behind them."""
+        """Append values. With an id they are one transaction, whose marker takes the offset behind them."""
         producer = AIOKafkaProducer(
             bootstrap_servers=self.bootstrap, transactional_id=transactional_id
         )
@@ -140,14 +140,14 @@ class Group:
     async def member(
         self, consumer: type[Consumer] = Consumer, commit_interval_s: float = NEVER_S
     ) -> Member:
-        """One more app, started."""
+        """Start one more app."""
         member = Member(self, consumer, commit_interval_s)
         self.members.append(member)
         await member.app.start()
         return member
 
     async def committed(self) -> dict[int, int]:
-        """What Kafka says is committed, by partition."""
+        """The committed offsets in Kafka, by partition."""
         offsets = await self.admin.list_consumer_group_offsets(self.name)
         return {at.partition: found.offset for at, found in offsets.items() if found.offset >= 0}
 

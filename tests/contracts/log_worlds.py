@@ -1,4 +1,4 @@
-"""The two logs that one contract suite is run over, and what happens to them behind their backs."""
+"""The two logs of the contract suite, with what other processes do to a log: append, retention, commit."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ RUN_RECORDS_MAX = 5
 MESSAGE_BYTES_MAX = 1 << 20
 
 
-class Kept(NamedTuple):
-    """A record as any consumer sees it."""
+class ConsumedRecord(NamedTuple):
+    """A record as a consumer sees it."""
 
     key: bytes | None
     value: bytes | None
@@ -42,23 +42,23 @@ class World(Protocol):
         """The log itself."""
 
     async def append(self, partition: Partition, values: Sequence[bytes]) -> None:
-        """Somebody else writes these values."""
+        """Append these values, as another producer does."""
 
     async def append_and_leave_a_hole(self, partition: Partition, values: Sequence[bytes]) -> None:
-        """The same, and the offset after them holds no record."""
+        """Append these values, then leave an offset without a record, then append one more."""
 
     async def forget(self, partition: Partition, before: int) -> None:
-        """Retention drops what is below `before`."""
+        """Delete the records below `before`, as retention does."""
 
     async def commit(self, partition: Partition, offset: int) -> None:
-        """The agent's group commits."""
+        """Commit an offset of the agent's group."""
 
-    async def kept(self, topic: str) -> list[list[Kept]]:
-        """All records of a topic, partition by partition."""
+    async def consume(self, topic: str) -> list[list[ConsumedRecord]]:
+        """All records of a topic, one list for each partition."""
 
 
 class MemoryWorld:
-    """In memory."""
+    """The world of a `MemoryLog`."""
 
     def __init__(self, app: str) -> None:
         self.app = app
@@ -78,11 +78,11 @@ class MemoryWorld:
     async def commit(self, partition: Partition, offset: int) -> None:
         self.log.committed[partition] = offset
 
-    async def kept(self, topic: str) -> list[list[Kept]]:
+    async def consume(self, topic: str) -> list[list[ConsumedRecord]]:
         headers = {sent.value: sent.headers for sent in self.log.produced if sent.topic == topic}
         return [
             [
-                Kept(record.key, record.value, headers[record.value])
+                ConsumedRecord(record.key, record.value, headers[record.value])
                 for record in self.log.records[topic, number]
             ]
             for number in range(PARTITION_COUNT)
@@ -90,7 +90,7 @@ class MemoryWorld:
 
 
 class KafkaWorld:
-    """A real Kafka; `topic` is made for this world."""
+    """The world of a `KafkaLog` on a real Kafka. It creates `topic` for itself."""
 
     def __init__(self, app: str, bootstrap: str, topic: str) -> None:
         self.app, self._bootstrap, self._topic = app, bootstrap, topic
@@ -136,7 +136,7 @@ class KafkaWorld:
             await self._write(writer, partition, values)
 
     async def append_and_leave_a_hole(self, partition: Partition, values: Sequence[bytes]) -> None:
-        """The end of a transaction is an offset of its own, which no consumer is shown."""
+        """The marker at the end of a transaction takes an offset, and no consumer sees it."""
         end = (await self.log.bounds(partition)).end + len(values)
         async with self._writer(transactional_id=self._topic) as writer, writer.transaction():
             await self._write(writer, partition, values)
@@ -161,19 +161,20 @@ class KafkaWorld:
         await consumer.commit({place: offset})
         await consumer.stop()
 
-    async def kept(self, topic: str) -> list[list[Kept]]:
+    async def consume(self, topic: str) -> list[list[ConsumedRecord]]:
         consumer = AIOKafkaConsumer(auto_offset_reset="earliest", **self._options)
         await consumer.start()
-        found: list[list[Kept]] = []
+        found: list[list[ConsumedRecord]] = []
         for number in range(PARTITION_COUNT):
             place = TopicPartition(topic, number)
             consumer.assign([place])
             end = (await consumer.end_offsets([place]))[place]
-            records: list[Kept] = []
+            records: list[ConsumedRecord] = []
             while await consumer.position(place) < end:
                 fetched = await consumer.getmany(place, timeout_ms=500)
                 records += [
-                    Kept(read.key, read.value, read.headers) for read in fetched.get(place, ())
+                    ConsumedRecord(read.key, read.value, read.headers)
+                    for read in fetched.get(place, ())
                 ]
             found.append(records)
         await consumer.stop()

@@ -1,4 +1,4 @@
-"""What aiokafka makes of a connection that has just broken, on the event loop that our processes run on."""
+"""A write to a connection that has just broken, on uvloop: the event loop of our processes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ SEND = AIOKafkaConnection.send
 
 
 @pytest.fixture
-def as_before() -> Iterator[None]:
-    """The other tests' event loops are asyncio's."""
+def restored_event_loop() -> Iterator[None]:
+    """Restore the event loop policy and aiokafka's `send` for the other tests."""
     policy = asyncio.get_event_loop_policy()
     yield
     asyncio.set_event_loop_policy(policy)
@@ -30,7 +30,8 @@ async def send_on_a_broken_connection(bootstrap: str) -> None:
     connection = await create_conn(host, int(port))
     assert (await connection.send(MetadataRequest([]))).brokers
     connection._writer.transport.abort()
-    await asyncio.sleep(0)  # the loop closes it, and has not woken aiokafka's reader yet
+    # The loop closes the connection now. aiokafka's reader does not know it yet.
+    await asyncio.sleep(0)
     try:
         with pytest.raises(KafkaConnectionError, match="broken"):
             await connection.send(MetadataRequest([]))
@@ -39,8 +40,8 @@ async def send_on_a_broken_connection(bootstrap: str) -> None:
         connection.close()
 
 
-def test_a_write_to_a_connection_that_has_just_broken_is_an_error_of_kafkas(
-    kafka: str, as_before: None
+def test_a_write_to_a_connection_that_has_just_broken_raises_a_kafka_error(
+    kafka: str, restored_event_loop: None
 ) -> None:
     use_uvloop()
     with asyncio.Runner() as runner:
@@ -48,7 +49,8 @@ def test_a_write_to_a_connection_that_has_just_broken_is_an_error_of_kafkas(
         runner.run(send_on_a_broken_connection(kafka))
 
 
-def test_it_is_uvloop_that_says_it_otherwise(kafka: str) -> None:
+def test_without_our_correction_uvloop_raises_a_runtime_error(kafka: str) -> None:
+    # Guards against: a correction that is no longer needed.
     with (
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
         pytest.raises(RuntimeError, match="the handler is closed"),

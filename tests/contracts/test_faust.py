@@ -1,7 +1,7 @@
-"""What we rely on in Faust, mode and aiokafka: first their shapes, then what they do with a real Kafka.
+"""The private parts of Faust, mode and aiokafka that we rely on: first their signatures, then their behaviour on Kafka.
 
-Each test says which change of theirs it guards against. A failure after an upgrade means: read the new source and
-think again, not: adapt the test.
+Each test says which upstream change it guards against. After a failure, read the new source and think again. Do not
+simply adapt the test.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from millpond.pipeline.settings import KafkaSettings
 from millpond.pipeline.stack.ports import HOST, free_port
 from millpond.pipeline.worker.faust_transport import Consumer
 from tests.contracts.faust_worlds import (
-    ALL_THE_TIME_S,
+    OFTEN_S,
     RUN_BYTES_MAX,
     RUN_RECORDS_MAX,
     Group,
@@ -41,13 +41,13 @@ from tests.contracts.faust_worlds import (
 from tests.support.workers import until
 
 Function = Callable[..., Any]
-OURS = frozenset({"_seek_back", "_runs", "_run_message", "_commit_news", "_release_and_commit"})
+OURS = frozenset({"_seek_back", "_runs", "_run_message", "_commit_changed", "_release_and_commit"})
 OVERRIDES = sorted(
     name for name, value in vars(Consumer).items() if inspect.isfunction(value) and name not in OURS
 )
 
 
-# -- shapes ---------------------------------------------------------------------------------------------
+# -- signatures ---------------------------------------------------------------------------------------------
 
 
 def parameters(function: Function) -> list[str]:
@@ -59,15 +59,15 @@ def kind(function: Function) -> tuple[bool, bool]:
 
 
 @pytest.mark.parametrize("name", OVERRIDES)
-def test_what_we_override_is_there_with_the_parameters_that_we_take(name: str) -> None:
-    # Guards against: a method renamed (ours would never be called) or called with other arguments.
+def test_each_method_that_we_override_exists_with_the_same_parameters(name: str) -> None:
+    # Guards against: a renamed method, so that ours is never called; other arguments.
     ours, theirs = getattr(Consumer, name), getattr(stock.Consumer, name)
     assert parameters(ours) == parameters(theirs)
     assert kind(ours) == kind(theirs)
 
 
-def test_names_of_our_own_are_nobody_elses() -> None:
-    # Guards against: upstream adding a method under a name of ours, which would be an override by accident.
+def test_upstream_has_no_method_with_a_name_of_ours() -> None:
+    # Guards against: a new upstream method, which ours would override by accident.
     assert [name for name in sorted(OURS) if hasattr(stock.Consumer, name)] == []
 
 
@@ -85,47 +85,47 @@ def test_names_of_our_own_are_nobody_elses() -> None:
     ],
     ids=lambda value: getattr(value, "__qualname__", None),
 )
-def test_what_we_call_and_is_private_takes_what_we_give(
+def test_each_private_function_that_we_call_takes_our_arguments(
     function: Function, expected: list[str]
 ) -> None:
-    # Guards against: a changed signature of something that has no promise of staying.
+    # Guards against: a changed signature. Private functions promise nothing.
     assert parameters(function) == expected
 
 
 @pytest.mark.parametrize(
     ("caller", "call"),
     [
-        # Runs come from our getmany, and from nowhere else.
+        # Runs come only from our getmany.
         (base.Consumer._drain_messages, "getmany = self.getmany"),
-        # With runs there is a gap before nearly every offset that Faust sees: it must not file them.
+        # Faust sees one offset of each run, so there are gaps between them. It must not keep a list of gaps.
         (base.Consumer._drain_messages, "acks_enabled = acks_enabled_for(message.topic)"),
-        # Every commit ends in ours; that there is a periodic one is seen below.
+        # Every commit ends in our force_commit. A test below sees the periodic one.
         (base.Consumer.commit, "await self.force_commit("),
-        # Upstream waits here without a limit: for messages that are acknowledged, of which there are none.
+        # Upstream waits here without limit for acknowledgements. With acks=False there is nothing to wait for.
         (base.Consumer.wait_empty, "while not self.should_stop and self._unacked_messages:"),
-        # Revoking goes through us, and is awaited by the thread that is about to join anew.
+        # A revocation calls our method. The consumer thread waits for it before it joins the group again.
         (base.ThreadDelegateConsumer.threadsafe_partitions_revoked, "self.on_partitions_revoked,"),
         (base.ThreadDelegateConsumer.threadsafe_partitions_revoked, "await promise"),
-        # A commit for another generation is no crash: this is how it is told from other errors.
+        # A commit for an older generation must not crash the app. Faust recognises it by this text.
         (stock.AIOKafkaConsumerThread._commit, 'if "already rebalanced" in str(exc)'),
-        # Runs that wait in a stream at a rebalance are dropped, by their generation.
+        # Runs of an older generation that wait in a stream are dropped.
         (Stream._py_aiter, "message.generation_id != self.app.consumer_generation_id"),
-        # Our `on_buffer_full` does nothing: a full buffer must make the fetch loop wait by itself.
+        # Our `on_buffer_full` does nothing, because a full buffer already makes the fetch loop wait.
         (ConductorCompiler.build, "if queue.full():"),
         (ConductorCompiler.build, "asyncio.ensure_future(dest_chan.put(dest_event))"),
-        # What a batch without a leader lives for.
+        # The lifetime of a batch without a leader.
         (MessageAccumulator._append_batch, "self._batch_ttl"),
         (MessageAccumulator.drain_by_nodes, ".expired()"),
     ],
     ids=lambda value: getattr(value, "__qualname__", None),
 )
 def test_upstream_still_calls_it_where_we_rely_on_it(caller: Function, call: str) -> None:
-    # Guards against: a way around our overrides.
+    # Guards against: a path that bypasses our overrides.
     assert call in inspect.getsource(caller)
 
 
-def test_the_error_of_a_commit_that_came_too_late_says_so() -> None:
-    # Guards against: aiokafka rewording it; Faust would then crash at every rebalance.
+def test_the_error_of_a_late_commit_has_the_text_that_faust_looks_for() -> None:
+    # Guards against: another wording in aiokafka. Faust would then crash at every rebalance.
     source = inspect.getsource(GroupCoordinator.commit_offsets)
     assert '"Commit cannot be completed since the group has already "\n' in source
     assert "already rebalanced" in str(CommitFailedError("the group has already rebalanced"))
@@ -136,8 +136,8 @@ def test_the_error_of_a_commit_that_came_too_late_says_so() -> None:
 
 @pytest.fixture
 async def idle(kafka: str) -> AsyncIterator[Member]:
-    """A member that was never started."""
-    member = Member(Group("idle", kafka, None), Consumer, ALL_THE_TIME_S)
+    """A member that never starts."""
+    member = Member(Group("idle", kafka, None), Consumer, OFTEN_S)
     yield member
     member.consumer._thread.thread_loop.close()
 
@@ -150,7 +150,7 @@ def fetched(offset: int, value: bytes | None = b"v") -> Any:
 
 
 def hand_over(member: Member, answer: tuple[Any, Any]) -> AsyncIterator[tuple[TP, Any]]:
-    """The runs of what `_wait_next_records` answers."""
+    """Run our getmany over an answer of `_wait_next_records`."""
 
     async def wait_next_records(_: float) -> tuple[Any, Any]:
         return answer
@@ -167,7 +167,7 @@ A, B = TP("t", 0), TP("t", 1)
 async def test_a_run_is_a_message_with_the_offset_time_and_generation_of_its_last_record(
     idle: Member,
 ) -> None:
-    # Guards against: fields of ConsumerMessage that moved; it takes them by position.
+    # Guards against: another order of the fields of ConsumerMessage. We pass them by position.
     idle.app.consumer_generation_id = 7
     ((tp, message),) = [
         run async for run in hand_over(idle, ({A: [fetched(3), fetched(5, None)]}, {A}))
@@ -179,7 +179,7 @@ async def test_a_run_is_a_message_with_the_offset_time_and_generation_of_its_las
 
 
 async def test_only_active_and_buffered_partitions_are_handed_over(idle: Member) -> None:
-    # Guards against: `_buffered_partitions` renamed; what was fetched of a full partition would be lost.
+    # Guards against: a renamed `_buffered_partitions`. The fetched records of a full partition would be lost.
     answer = {A: [fetched(1)], B: [fetched(1)]}
     assert [tp async for tp, _ in hand_over(idle, (answer, {A}))] == [A]
     idle.consumer._buffered_partitions.add(B)
@@ -187,8 +187,8 @@ async def test_only_active_and_buffered_partitions_are_handed_over(idle: Member)
     assert [tp async for tp, _ in hand_over(idle, (answer, None))] == [A, B]
 
 
-async def test_a_partition_whose_buffer_is_full_is_still_asked_for(idle: Member) -> None:
-    # Guards against: `on_buffer_full` no longer being what takes a partition out, for a second at least.
+async def test_a_partition_with_a_full_buffer_is_still_fetched(idle: Member) -> None:
+    # Guards against: another method that stops fetching a full partition.
     consumer = idle.consumer
     consumer._active_partitions = {A, B}
     consumer.on_buffer_full(A)
@@ -197,10 +197,10 @@ async def test_a_partition_whose_buffer_is_full_is_still_asked_for(idle: Member)
     assert consumer._active_partitions == {B}
 
 
-async def test_nothing_is_handed_over_of_an_older_generation_or_while_the_flow_is_stopped(
+async def test_no_run_of_an_older_generation_or_with_a_stopped_flow_is_handed_over(
     idle: Member,
 ) -> None:
-    # Guards against: `flow_active` or `consumer_generation_id` no longer being what a rebalance changes.
+    # Guards against: a rebalance that no longer changes `flow_active` or `consumer_generation_id`.
     answer = {A: [fetched(1)], B: [fetched(1)]}
     handing_over = hand_over(idle, (answer, {A, B}))
     assert (await anext(handing_over))[0] == A
@@ -212,8 +212,8 @@ async def test_nothing_is_handed_over_of_an_older_generation_or_while_the_flow_i
     assert [tp async for tp, _ in handing_over] == []
 
 
-async def test_a_seek_that_fails_while_the_flow_is_stopped_crashes_nothing(idle: Member) -> None:
-    # In the middle of a rebalance nothing is assigned, and aiokafka's seek_to_committed says so by raising.
+async def test_a_failed_seek_with_a_stopped_flow_does_not_crash(idle: Member) -> None:
+    # During a rebalance no partition is assigned. aiokafka's seek_to_committed then raises.
     async def perform_seek() -> None:
         raise AssertionError("No partitions are currently assigned")
 
@@ -223,7 +223,7 @@ async def test_a_seek_that_fails_while_the_flow_is_stopped_crashes_nothing(idle:
 
 
 async def test_a_consumer_that_never_started_can_be_stopped(idle: Member) -> None:
-    # Guards against: another error than ConsumerNotStarted; the end of a worker without Kafka would be a traceback.
+    # Guards against: another error than ConsumerNotStarted. A worker without Kafka would stop with a traceback.
     await idle.consumer.on_stop()
 
 
@@ -240,8 +240,8 @@ async def group(app_name: str, kafka: str) -> AsyncIterator[Group]:
     await admin.close()
 
 
-async def many_commits(member: Member) -> None:
-    """Wait until the periodic commit has come round several times."""
+async def several_commits(member: Member) -> None:
+    """Wait until the periodic commit has run several times."""
     consumer, rounds = member.consumer, 0
     force_commit = consumer.force_commit
 
@@ -258,21 +258,21 @@ async def many_commits(member: Member) -> None:
     await until(often, "the periodic commit")
 
 
-def nothing_is_kept(member: Member) -> bool:
-    """Of what was taken: neither offsets, which only commits of Faust's own would drop, nor gaps, nor messages."""
+def faust_keeps_nothing(member: Member) -> bool:
+    """True if Faust keeps no offsets, gaps or messages of the runs. Only its own commits would remove them."""
     consumer = member.consumer
     return not (consumer._acked or consumer._acked_index or consumer._gap or consumer.unacked)
 
 
-async def test_runs_arrive_whole_in_order_and_bounded_and_only_what_is_done_is_committed(
+async def test_runs_are_complete_ordered_and_bounded_and_only_committable_offsets_are_committed(
     group: Group,
 ) -> None:
-    # Guards against: records that pass getmany by; any way in which a run that was only taken is committed.
+    # Guards against: records that bypass getmany; a commit of a run that was only handed over.
     sizes = [3_000] * 12 + [20_000, 1] * 3
     await group.create(2)
     await group.fill(0, [b"%d" % number for number in range(320)])
     await group.fill(1, [None, *(b"x" * size for size in sizes)])
-    member = await group.member(commit_interval_s=ALL_THE_TIME_S)
+    member = await group.member(commit_interval_s=OFTEN_S)
     await member.has(0, 319)
     await member.has(1, len(sizes))
     assert member.offsets(0) == list(range(320))
@@ -283,40 +283,40 @@ async def test_runs_arrive_whole_in_order_and_bounded_and_only_what_is_done_is_c
     for run in member.runs[0] + member.runs[1]:
         assert 1 <= len(run) <= RUN_RECORDS_MAX
         assert len(run) == 1 or sum(len(record.value or b"") for record in run) <= RUN_BYTES_MAX
-    await many_commits(member)
+    await several_commits(member)
     assert await group.committed() == {}
     member.done = {group.tp(0): 17, group.tp(1): 5}
-    await many_commits(member)
+    await several_commits(member)
     assert await group.committed() == {0: 17, 1: 5}
     member.done = {group.tp(0): 320, TP("another topic", 0): 9}
-    await many_commits(member)
+    await several_commits(member)
     assert await group.committed() == {0: 320, 1: 5}
-    assert nothing_is_kept(member)
+    assert faust_keeps_nothing(member)
 
 
-async def test_a_gap_in_the_offsets_commits_nothing_and_costs_nothing(group: Group) -> None:
-    # Guards against: upstream counting the record after a gap as done, and keeping a list of a gap's offsets.
+async def test_a_gap_in_the_offsets_commits_nothing_and_takes_no_memory(group: Group) -> None:
+    # Guards against: upstream taking the record after a gap as finished, or keeping a list of the gap's offsets.
     await group.create(1)
     await group.fill(0, [b"gone"] * 10)
     await group.delete_below(0, 10)
     await group.fill(0, [b"a"] * 5, transactional_id=group.name)
     await group.fill(0, [b"b"] * 5, transactional_id=group.name)
-    member = await group.member(commit_interval_s=ALL_THE_TIME_S)
+    member = await group.member(commit_interval_s=OFTEN_S)
     await member.has(0, 20)
     assert member.offsets(0) == [10, 11, 12, 13, 14, 16, 17, 18, 19, 20]
-    await many_commits(member)
+    await several_commits(member)
     assert await group.committed() == {}
     member.done = {group.tp(0): 15}
-    await many_commits(member)
+    await several_commits(member)
     assert await group.committed() == {0: 15}
-    assert nothing_is_kept(member)
+    assert faust_keeps_nothing(member)
 
 
 async def test_a_rebalance_waits_for_the_release_and_the_next_owner_starts_where_it_ended(
     group: Group,
 ) -> None:
-    # Guards against: partitions that move before they are released; a commit that comes too late or knows too
-    # little (upstream forgets before it commits); a new owner that starts anywhere but at the committed offset.
+    # Guards against: partitions that move before they are released; a last commit that is late or incomplete
+    # (upstream forgets before it commits); a new owner that does not start at the committed offset.
     await group.create(2)
     for partition in (0, 1):
         await group.fill(partition, [b"v"] * 100)
@@ -329,9 +329,9 @@ async def test_a_rebalance_waits_for_the_release_and_the_next_owner_starts_where
     joining = asyncio.create_task(group.member())
     await member.releasing.wait()
     member.runs.clear()
-    # To be able to fail it has to wait for what must not come; a rebalance takes a tenth of this.
+    # Time for the rebalance to finish too early, if it could. A rebalance takes a tenth of this.
     await asyncio.wait((joining,), timeout=1.0)
-    assert not joining.done()  # a member has started once it has partitions
+    assert not joining.done()  # `start` ends when the member has partitions
     assert await group.committed() == {}
     member.may_release.set()
     other = await joining
@@ -348,7 +348,7 @@ async def test_a_rebalance_waits_for_the_release_and_the_next_owner_starts_where
 
 
 class HeldCommit(Consumer):
-    """Its first commit waits until it may go on."""
+    """A consumer whose first commit waits for `may_commit`."""
 
     held: asyncio.Event
     may_commit: asyncio.Event
@@ -360,8 +360,8 @@ class HeldCommit(Consumer):
         return await super()._commit(offsets)
 
 
-async def test_the_last_commit_is_made_although_another_one_is_under_way(group: Group) -> None:
-    # `commit` of upstream only waits for one that is under way: what was done meanwhile would stay uncommitted.
+async def test_the_last_commit_happens_although_another_one_is_running(group: Group) -> None:
+    # Upstream's `commit` only waits for a running one. Later offsets would stay uncommitted.
     await group.create(1)
     await group.fill(0, [b"v"] * 100)
     HeldCommit.held, HeldCommit.may_commit = asyncio.Event(), asyncio.Event()
@@ -379,8 +379,8 @@ async def test_the_last_commit_is_made_although_another_one_is_under_way(group: 
     assert await group.committed() == {0: 60}
 
 
-async def test_the_last_commit_is_made_at_the_end(group: Group) -> None:
-    # Guards against: a consumer thread that ends before the last commit, or an on_stop that nobody calls.
+async def test_the_last_commit_happens_when_the_app_stops(group: Group) -> None:
+    # Guards against: a consumer thread that ends before the last commit; an on_stop that is not called.
     await group.create(1)
     await group.fill(0, [b"v"] * 10)
     member = await group.member()
@@ -390,8 +390,8 @@ async def test_the_last_commit_is_made_at_the_end(group: Group) -> None:
     assert await group.committed() == {0: 7}
 
 
-async def test_a_commit_that_kafka_refuses_is_no_crash_and_is_tried_again(group: Group) -> None:
-    # Guards against: a failed commit that is recorded as done, or taken for a reason to crash.
+async def test_a_commit_that_kafka_refuses_does_not_crash_and_is_retried(group: Group) -> None:
+    # Guards against: a failed commit that counts as successful, or that crashes the app.
     await group.create(1)
     await group.fill(0, [b"v"] * 10)
     member = await group.member()
@@ -399,27 +399,27 @@ async def test_a_commit_that_kafka_refuses_is_no_crash_and_is_tried_again(group:
     thread = member.consumer._thread
     coordinator = thread._ensure_consumer()._coordinator
 
-    async def leave_behind_its_back() -> None:
-        await coordinator._stop_heartbeat_task()  # it would find out
+    async def leave_the_group_unnoticed() -> None:
+        await coordinator._stop_heartbeat_task()  # a heartbeat would notice
         await coordinator._send_req(LeaveGroupRequest(group.name, coordinator.member_id))
 
-    await thread.call_thread(leave_behind_its_back)
+    await thread.call_thread(leave_the_group_unnoticed)
     member.done = {group.tp(0): 8}
     assert not await member.consumer.commit()
     assert member.consumer._committed_offset[group.tp(0)] is None
 
     async def committed() -> bool:
-        member.done = {group.tp(0): 8}  # a release that came in between has dropped it
+        member.done = {group.tp(0): 8}  # a release in between has removed it
         done: bool = await member.consumer.commit()
         return done
 
-    await until(committed, "the commit of the member that joined anew")
+    await until(committed, "the commit of the member that joined again")
     assert await group.committed() == {0: 8}
     assert not member.app.crashed
 
 
-async def test_an_error_that_the_consumer_thread_does_not_expect_ends_the_app(group: Group) -> None:
-    # Guards against: a crash that only a log hears of; the worker waits for app.wait() to end its process.
+async def test_an_unexpected_error_in_the_consumer_thread_ends_the_app(group: Group) -> None:
+    # Guards against: a crash that is only logged. The worker relies on app.wait() to notice it.
     await group.create(1)
     await group.fill(0, [b"v"] * 10)
     member = await group.member()
@@ -434,18 +434,18 @@ async def test_an_error_that_the_consumer_thread_does_not_expect_ends_the_app(gr
     await asyncio.wait_for(member.app.stop(), 10.0)
 
 
-async def test_an_app_leaves_nothing_where_it_was_started(group: Group) -> None:
-    # Guards against: `_create_directories` renamed; a worker could not start where it may not write.
+async def test_an_app_creates_no_directory(group: Group) -> None:
+    # Guards against: a renamed `_create_directories`. A worker could not start in a read-only directory.
     await group.create(1)
     member = await group.member()
     assert not member.app.conf.datadir.exists()
 
 
-# -- aiokafka by itself ---------------------------------------------------------------------------------
+# -- aiokafka alone ---------------------------------------------------------------------------------
 
 
-async def test_a_record_waits_for_a_leader_without_end(kafka: str) -> None:
-    # Guards against: `_batch_ttl` renamed; batches would be dropped after 40 s without a leader, out of order.
+async def test_a_record_waits_for_a_leader_without_limit(kafka: str) -> None:
+    # Guards against: a renamed `_batch_ttl`. Batches would be dropped after 40 s without a leader.
     producer = Producer({"bootstrap_servers": kafka}, 1 << 20)
     await producer.start()
     try:
@@ -459,8 +459,8 @@ async def test_a_record_waits_for_a_leader_without_end(kafka: str) -> None:
         await producer.stop()
 
 
-async def test_metadata_is_new_once_it_was_forced(kafka: str, app_name: str) -> None:
-    # Guards against: `_client.force_metadata_update` going; `millpond status` would show an old partition count.
+async def test_metadata_is_current_after_a_forced_update(kafka: str, app_name: str) -> None:
+    # Guards against: a removed `_client.force_metadata_update`. `millpond status` would show an old partition count.
     topic = f"metadata-{app_name}"
     consumer = AIOKafkaConsumer(bootstrap_servers=kafka)
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
@@ -480,10 +480,10 @@ async def test_metadata_is_new_once_it_was_forced(kafka: str, app_name: str) -> 
         await consumer.stop()
 
 
-async def test_a_connection_can_be_made_to_ask_why_it_cannot_be_made(
+async def test_a_connection_can_be_opened_to_find_out_why_a_client_fails(
     kafka: str, tmp_path: Path
 ) -> None:
-    # Guards against: create_conn taking other options than all clients, or raising something else.
+    # Guards against: create_conn with other options than the clients, or with other errors.
     password = tmp_path / "password"
     password.write_text("p")
     options = KafkaSettings(

@@ -1,4 +1,4 @@
-"""What the driver may expect of a log, of Kafka and of the one in memory alike."""
+"""The contract of a log, for Kafka and for the log in memory: what the driver may rely on."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from millpond.schemas.keys import Partition
 from tests.contracts.log_worlds import (
     PARTITION_COUNT,
     RUN_RECORDS_MAX,
+    ConsumedRecord,
     KafkaWorld,
-    Kept,
     MemoryWorld,
     World,
 )
@@ -26,7 +26,8 @@ TWELVE = [b"%d" % number for number in range(12)]
 async def world(
     request: pytest.FixtureRequest, app_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[World]:
-    topic = f"log-{app_name}"  # of its own: nothing has to be deleted, which takes Kafka a while
+    # A topic for each test, because deleting one takes Kafka a while.
+    topic = f"log-{app_name}"
     monkeypatch.setitem(keys.SOURCE_TOPIC, "messages", topic)
     if request.param == "memory":
         yield MemoryWorld(app_name)
@@ -48,7 +49,7 @@ def second(world: World) -> Partition:
 
 
 async def read(world: World, partition: Partition, start: int, stop: int) -> list[Record]:
-    """The records, after a look at how they come."""
+    """Read a range, and check the size of its runs."""
     runs = [run async for run in world.log.read(partition, start, stop)]
     assert all(1 <= len(run) <= RUN_RECORDS_MAX for run in runs)
     return [record for run in runs for record in run]
@@ -58,7 +59,7 @@ async def offsets(world: World, partition: Partition, start: int, stop: int) -> 
     return [record.offset for record in await read(world, partition, start, stop)]
 
 
-async def test_bounds_tell_cluster_partitions_begin_end_and_what_the_group_committed(
+async def test_bounds_have_cluster_partition_count_start_end_and_committed_offset(
     world: World, first: Partition, second: Partition
 ) -> None:
     fresh = await world.log.bounds(first)
@@ -79,7 +80,7 @@ async def test_bounds_tell_cluster_partitions_begin_end_and_what_the_group_commi
     assert await world.log.bounds(second) == fresh
 
 
-async def test_a_range_is_read_in_order_and_whole_with_its_end_left_out(
+async def test_a_range_is_read_completely_and_in_order_without_its_end(
     world: World, first: Partition
 ) -> None:
     await world.append(first, TWELVE)
@@ -92,7 +93,7 @@ async def test_a_range_is_read_in_order_and_whole_with_its_end_left_out(
     assert await offsets(world, first, 4, 4) == []
 
 
-async def test_what_retention_dropped_is_passed_over(world: World, first: Partition) -> None:
+async def test_records_that_retention_deleted_are_skipped(world: World, first: Partition) -> None:
     await world.append(first, TWELVE)
     await world.forget(first, 9)
     assert await offsets(world, first, 0, 12) == [9, 10, 11]
@@ -101,7 +102,7 @@ async def test_what_retention_dropped_is_passed_over(world: World, first: Partit
     assert await offsets(world, first, 0, 12) == []
 
 
-async def test_offsets_that_hold_no_record_are_passed_over(world: World, first: Partition) -> None:
+async def test_offsets_without_a_record_are_skipped(world: World, first: Partition) -> None:
     await world.append_and_leave_a_hole(first, [b"a", b"b", b"c"])
     await world.append(first, TWELVE)
     assert await offsets(world, first, 0, 8) == [0, 1, 2, 4, 5, 6, 7]
@@ -125,7 +126,7 @@ async def test_two_partitions_can_be_read_in_turn(
     assert values == (TWELVE, TWELVE[::-1])
 
 
-async def test_the_time_of_a_record_is_when_the_log_took_it(world: World, first: Partition) -> None:
+async def test_the_timestamp_of_a_record_is_its_append_time(world: World, first: Partition) -> None:
     begin_ms = int(time.time() * 1_000)
     for value in TWELVE[:3]:
         await world.append(first, [value])
@@ -136,7 +137,7 @@ async def test_the_time_of_a_record_is_when_the_log_took_it(world: World, first:
     assert times[-1] <= time.time() * 1_000
 
 
-async def test_what_is_produced_is_kept_whole_where_it_was_sent(
+async def test_a_produced_record_is_unchanged_and_in_the_named_partition(
     world: World, first: Partition
 ) -> None:
     headers = (("reason", b"\xff\x00"), ("reason", b"twice"), ("empty", b""))
@@ -145,55 +146,55 @@ async def test_what_is_produced_is_kept_whole_where_it_was_sent(
         OutgoingRecord(first.topic, None, b"no key", (), 2),
         OutgoingRecord(first.topic, b"no value", None, (), 2),
     ])  # fmt: skip
-    assert await world.kept(first.topic) == [
+    assert await world.consume(first.topic) == [
         [], [],
-        [Kept(b"k", b"v", headers), Kept(None, b"no key", ()), Kept(b"no value", None, ())],
+        [ConsumedRecord(b"k", b"v", headers), ConsumedRecord(None, b"no key", ()), ConsumedRecord(b"no value", None, ())],
     ]  # fmt: skip
 
 
 async def test_a_record_with_neither_key_nor_value_can_be_produced(
     world: World, first: Partition
 ) -> None:
-    # The dead letter of a record that is gone, or was empty to begin with, has only headers.
+    # The dead letter of an empty or deleted record has only headers.
     await world.log.produce([OutgoingRecord(first.topic, None, None, (("reason", b"r"),), 1)])
-    (letter,) = (await world.kept(first.topic))[1]
-    assert not letter.key
-    assert not letter.value
-    assert letter.headers == (("reason", b"r"),)
+    (dead_letter,) = (await world.consume(first.topic))[1]
+    assert not dead_letter.key
+    assert not dead_letter.value
+    assert dead_letter.headers == (("reason", b"r"),)
 
 
-async def test_the_key_decides_where_no_partition_is_named(world: World, first: Partition) -> None:
+async def test_without_a_named_partition_the_key_decides(world: World, first: Partition) -> None:
     names = [b"key %d" % number for number in range(30)]
     await world.log.produce([
         OutgoingRecord(first.topic, name, b"%s, %d" % (name, turn)) for turn in range(3) for name in names
     ])  # fmt: skip
-    partitions = await world.kept(first.topic)
+    partitions = await world.consume(first.topic)
     assert all(partitions)
     for name in names:
-        (held,) = [
+        (found,) = [
             values
-            for kept in partitions
-            if (values := [record.value for record in kept if record.key == name])
+            for records in partitions
+            if (values := [record.value for record in records if record.key == name])
         ]
-        assert held == [b"%s, %d" % (name, turn) for turn in range(3)]
+        assert found == [b"%s, %d" % (name, turn) for turn in range(3)]
 
 
-async def test_batches_are_produced_in_the_order_in_which_they_were_begun(
+async def test_concurrent_batches_are_produced_in_the_order_of_their_calls(
     world: World, first: Partition
 ) -> None:
-    # Far more than fits into the producer's buffer; and where a large record has to wait, a small one would not.
+    # Far more than the producer's buffer holds. A small record could overtake a large one that waits for room.
     sizes = [200_000, 100] * 5
     batches = [
         [b"%d.%d " % (batch, at) + b"x" * size for at in range(4)]
         for batch, size in enumerate(sizes)
     ]
-    under_way = [
+    acknowledgements = [
         world.log.produce([OutgoingRecord(first.topic, b"k", value, (), 0) for value in batch])
         for batch in batches
     ]
-    for acknowledged in under_way:
+    for acknowledged in acknowledgements:
         await acknowledged
-        await acknowledged  # again is allowed
-    kept = (await world.kept(first.topic))[0]
-    labels = [(record.value or b"").partition(b" ")[0].decode() for record in kept]
+        await acknowledged  # a second time is allowed
+    records = (await world.consume(first.topic))[0]
+    labels = [(record.value or b"").partition(b" ")[0].decode() for record in records]
     assert labels == [f"{batch}.{at}" for batch in range(10) for at in range(4)]

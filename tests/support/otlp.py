@@ -1,4 +1,4 @@
-"""A collector of traces, over OTLP/HTTP, that remembers what it gets."""
+"""A collector of traces over OTLP/HTTP, for tests. It keeps all spans."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 
 class Span(NamedTuple):
-    """One span, as it came."""
+    """One span as it was received."""
 
     service: str
     name: str
     trace_id: str
     span_id: str
     parent_id: str
-    links: list[tuple[str, str]]  # trace and span
+    links: list[tuple[str, str]]  # (trace id, span id)
     attributes: dict[str, Any]
     began_ns: int
     ended_ns: int
 
 
 class Collector:
-    """Spans so far. Nobody but its own handler adds to them."""
+    """The spans received so far. Only the HTTP handler adds to them."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -57,7 +57,7 @@ def _attributes(pairs: Any) -> dict[str, Any]:
 
 @contextmanager
 def collecting() -> Iterator[Collector]:
-    """A collector on a free port."""
+    """Run a collector on a free port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -68,7 +68,7 @@ def collecting() -> Iterator[Collector]:
             self.end_headers()
 
         def log_message(self, *_: Any) -> None:
-            """Say nothing."""
+            """Write no access log."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     collector = Collector(f"http://127.0.0.1:{server.server_port}")

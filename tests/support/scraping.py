@@ -1,4 +1,4 @@
-"""Asks a process of ours what it tells: its metrics, as Prometheus reads them, and its health."""
+"""Requests the metrics and the health of a process."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from urllib.error import HTTPError
 
 from prometheus_client.parser import text_string_to_metric_families
 
-# To be put into the configuration of a world, beside its rules.
+# A part of a configuration: the process listens on a free port.
 LISTEN = '[telemetry]\nlisten = "0"\n'
 
 
 def address(log: Path) -> str:
-    """Where the process listens that writes this log; the last one, if there were several."""
+    """The address in this log of a process; the last one, if it has several."""
     found: list[str] = re.findall(r"metrics and health: (http://[0-9.:]+)", log.read_text())
     return found[-1]
 
 
 def get(url: str) -> tuple[int, str]:
-    """Status and body."""
+    """The status and body of a response."""
     try:
         with urllib.request.urlopen(url, timeout=20) as answer:
             return answer.status, answer.read().decode()
@@ -31,13 +31,13 @@ def get(url: str) -> tuple[int, str]:
 
 
 def health(log: Path, path: str) -> tuple[int, Any]:
-    """Status, and what the JSON says."""
+    """The status and the JSON object of a health response."""
     status, body = get(address(log) + path)
     return status, json.loads(body)
 
 
 class Scrape:
-    """All samples of a process."""
+    """All metrics of a process, as Prometheus reads them."""
 
     def __init__(self, log: Path) -> None:
         status, body = get(address(log) + "/metrics")
@@ -47,7 +47,7 @@ class Scrape:
         ]
 
     def value(self, name: str, **labels: str) -> float:
-        """The sum of the samples that have these labels, among others."""
+        """The sum of the samples with at least these labels."""
         return sum(
             sample.value for sample in self.samples
             if sample.name == name and labels.items() <= sample.labels.items()

@@ -1,4 +1,4 @@
-"""A pipeline under test: real workers as processes, real records in Kafka, and what they come to in Redis."""
+"""A pipeline under test: real worker processes, real records in Kafka, and their effects in Redis."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from tests.support import given
 from tests.support.replays import check_replay
 
 PARTITIONS = 4
-WAIT_S = 60.0  # for a condition that comes true; generous, since machines are shared
+WAIT_S = 60.0  # for a condition to become true; generous, because machines are shared
 
 
 async def until(condition: Callable[[], Awaitable[Any]], what: str) -> Any:
-    """The condition's first true answer."""
+    """Poll a condition, and return its first true answer."""
     deadline = time.monotonic() + WAIT_S
     while True:
         answer = await condition()
@@ -52,7 +52,7 @@ class Worker:
             )  # fmt: skip
 
     async def until_ready(self) -> None:
-        """It has partitions and their state."""
+        """Wait until the worker has loaded the partitions that it owns."""
 
         async def ready() -> bool:
             assert self.process.poll() is None, f"the worker ended:\n{self.log.read_text()}"
@@ -64,12 +64,12 @@ class Worker:
         self.process.send_signal(number)
 
     async def ended(self) -> int:
-        """Its exit code."""
+        """Wait for the end of the process, and return its exit code."""
         return await asyncio.to_thread(self.process.wait, WAIT_S)
 
 
 class Pipeline:
-    """Topics and keys of one test, and the workers it starts."""
+    """The Kafka topics and Redis keys of one test, and the workers that it starts."""
 
     def __init__(self, app: str, bootstrap: str, redis_url: str, directory: Path) -> None:
         self.app, self.bootstrap, self.redis_url, self.directory = (
@@ -78,10 +78,10 @@ class Pipeline:
             redis_url,
             directory,
         )
-        # Tests kill their Redis: a connection that broke is made anew.
+        # Some tests kill their Redis. The client must then connect again.
         self.redis: Redis = Redis.from_url(redis_url, retry=Retry(ConstantBackoff(0.1), 50))
         self.workers: list[Worker] = []
-        # Whether Redis has in the end what follows from the log alone: not if a test has put something else there.
+        # True if a replay of the log must give the same Redis. False if the test wrote to Redis itself.
         self.replays_as_live = True
         self.producer = AIOKafkaProducer(bootstrap_servers=bootstrap, max_request_size=4 << 20)
 
@@ -98,7 +98,7 @@ class Pipeline:
         return config
 
     async def worker(self, agent: str = "messages") -> Worker:
-        """Start one more worker and wait until it is ready."""
+        """Start one more worker, and wait until it is ready."""
         log = self.directory / f"worker-{len(self.workers)}.log"
         worker = Worker(self.directory / "millpond.toml", log, agent)
         self.workers.append(worker)
@@ -106,7 +106,7 @@ class Pipeline:
         return worker
 
     async def publish(self, events: Iterable[Event]) -> None:
-        """Events as a bridge writes them, acknowledged by Kafka."""
+        """Produce events as a bridge does, and wait for Kafka's acknowledgements."""
         sent = [
             await self.producer.send(keys.MESSAGES_TOPIC, key=key, value=value)
             for key, value in map(given.key_and_value, events)
@@ -114,7 +114,7 @@ class Pipeline:
         await asyncio.gather(*sent)
 
     async def dead_letters(self) -> list[Any]:
-        """All dead letters of this test's Kafka so far."""
+        """All records in the dead-letter topic so far."""
         consumer = AIOKafkaConsumer(
             bootstrap_servers=self.bootstrap, group_id="tests", enable_auto_commit=False,
             max_partition_fetch_bytes=8 << 20,
@@ -124,13 +124,13 @@ class Pipeline:
             parts = [TopicPartition(keys.DEAD_LETTERS_TOPIC, at) for at in range(PARTITIONS)]
             consumer.assign(parts)
             ends = await consumer.end_offsets(parts)
-            letters = []
+            dead_letters = []
             for part in parts:
                 await consumer.seek_to_beginning(part)
                 while await consumer.position(part) < ends[part]:
                     fetched = await consumer.getmany(part, timeout_ms=500)
-                    letters += fetched.get(part, [])
-            return letters
+                    dead_letters += fetched.get(part, [])
+            return dead_letters
         finally:
             await consumer.stop()
 
@@ -147,7 +147,10 @@ class Pipeline:
 async def running(
     app: str, bootstrap: str, redis_url: str, directory: Path
 ) -> AsyncIterator[Pipeline]:
-    """A pipeline whose topics exist and are empty; its workers end with it."""
+    """A pipeline with new, empty topics and an empty Redis. Its workers end with the context.
+
+    At the end a replay of the log must give the same Redis, unless the test has switched that off.
+    """
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
     await admin.start()
     topics = [
@@ -164,7 +167,7 @@ async def running(
         async def gone() -> bool:
             return not set(await admin.list_topics()) & set(keys.TOPICS)
 
-        await until(gone, "the topics of the test before to be gone")
+        await until(gone, "the topics of the previous test to be gone")
     await admin.create_topics(topics)
     await admin.close()
     pipeline = Pipeline(app, bootstrap, redis_url, directory)

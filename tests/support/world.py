@@ -1,4 +1,4 @@
-"""Everything at work: a real bridge, real workers, and MQTT clients that write down what they send and get."""
+"""A complete system under test: a real bridge, real workers, and MQTT clients that record all messages."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from tests.support.replays import check_replay
 from tests.support.workers import PARTITIONS, WAIT_S, Worker, until
 
 KILLED = -signal.SIGKILL
-PUBLISH_WINDOW = 100  # what a publisher sends before it waits for an acknowledgement
+PUBLISH_WINDOW = 100  # unacknowledged messages of one publisher
 _numbers = count(1)
 
 
 class World:
-    """One application: its topics are empty when it starts, and its processes end with it."""
+    """One application with empty topics, an empty Redis, a bridge and workers."""
 
     def __init__(
         self, app: str, bootstrap: str, redis_url: str, directory: Path, *rules: str
@@ -60,7 +60,7 @@ class World:
         )
 
     async def start(self, *agents: str) -> World:
-        """Its bridge, and a worker of each of these agents."""
+        """Start the bridge and one worker of each of these agents."""
         await make_topics(self.bootstrap)
         self.redis.flushall()
         self._start_bridge()
@@ -76,7 +76,7 @@ class World:
         )  # fmt: skip
 
     async def worker(self, agent: str) -> Worker:
-        """One more, which is ready."""
+        """Start one more worker, and wait until it is ready."""
         log = self.directory / f"{agent}-{len(self.workers)}.log"
         worker = Worker(self.directory / "millpond.toml", log, agent)
         self.workers.append(worker)
@@ -84,33 +84,33 @@ class World:
         return worker
 
     def workers_of(self, agent: str) -> list[Worker]:
-        """Those that run."""
+        """The running workers of an agent."""
         return [
             each for each in self.workers
             if each.log.name.startswith(f"{agent}-") and each.process.poll() is None
         ]  # fmt: skip
 
     async def kill_worker(self, agent: str) -> None:
-        """The first one of an agent; kill -9."""
+        """Kill the first worker of an agent with SIGKILL."""
         worker = self.workers_of(agent)[0]
         worker.signal(signal.SIGKILL)
         await worker.ended()
 
     async def kill_bridge(self) -> None:
-        """kill -9, and another on the same port."""
+        """Kill the bridge with SIGKILL, and start another one on the same port."""
         self.bridge.kill()
         self._start_bridge()
         await asyncio.to_thread(self.bridge.until_ready)
 
     async def tell(self, *events: Event) -> None:
-        """Records of the events, acknowledged by Kafka."""
+        """Produce these events, and wait for Kafka's acknowledgements."""
         async with AIOKafkaProducer(bootstrap_servers=self.bootstrap) as producer:
             for event in events:
                 key, value = given.key_and_value(event)
                 await producer.send_and_wait(keys.MESSAGES_TOPIC, key=key, value=value)
 
     def stored(self, *topics: str) -> int:
-        """How many messages of these topics there are in Redis."""
+        """The number of messages of these topics in Redis."""
         return sum(int(self.redis.zcard(keys.message_index(topic))) for topic in topics)
 
     async def until_stored(self, number: int, *topics: str) -> None:
@@ -120,15 +120,15 @@ class World:
         await until(so_many, f"{number} stored messages of {topics}")
 
     async def until_nothing_is_left(self, *topics: str) -> None:
-        """No index and no body of these topics."""
+        """Wait until Redis has no index entry and no body of these topics."""
 
-        async def nothing() -> bool:
+        async def empty() -> bool:
             return not self.stored(*topics) and not self.bodies(*topics)
 
-        await until(nothing, f"nothing of {topics} to be stored")
+        await until(empty, f"no stored message of {topics}")
 
     def bodies(self, *topics: str) -> list[str]:
-        """The payloads of all messages of these topics that are in Redis."""
+        """The payloads of all messages of these topics in Redis."""
         found = []
         for key in self.redis.scan_iter("mqtt:msg:*", count=1_000, _type="HASH"):
             topic, payload = self.redis.hmget(key, ["topic", "payload"])
@@ -137,7 +137,7 @@ class World:
         return found
 
     def complaints(self) -> list[str]:
-        """What its processes said of faults in their own code, and why any ended that was not killed."""
+        """The logs with a traceback, and of workers that ended without being killed."""
         logs = [*self.directory.glob("*.log"), *self.directory.glob("bridge-*/bridge.log")]
         ended = {each.log for each in self.workers if each.process.poll() not in (None, KILLED)}
         return [
@@ -160,7 +160,7 @@ class World:
 def running(
     app: str, bootstrap: str, redis_url: str, directory: Path, rules: Sequence[str], *agents: str
 ) -> Iterator[World]:
-    """A world that has nothing to complain of in its own code."""
+    """Run a world. At the end no process may have failed, and a replay must give the same Redis."""
     world = World(app, bootstrap, redis_url, directory, *rules)
     try:
         yield asyncio.run(world.start(*agents))
@@ -171,7 +171,7 @@ def running(
 
 
 class Got(NamedTuple):
-    """One copy. `at` counts what all consumers of this process got."""
+    """One received copy. `at` numbers the copies of all consumers in this process."""
 
     at: int
     topic: str
@@ -182,7 +182,7 @@ class Got(NamedTuple):
 
 
 class Consumer:
-    """A client that takes what comes; it acknowledges unless it is told not to."""
+    """A client that records each copy, and acknowledges it unless `acks` is False."""
 
     def __init__(
         self, world: World, client_id: str, *filters: str,
@@ -198,7 +198,7 @@ class Consumer:
         self._answered = asyncio.Event()
 
     async def come(self, *, subscribe: bool = True) -> Consumer:
-        """Connect as soon as the broker is there, and subscribe unless the session has gone on."""
+        """Connect as soon as the broker listens, and subscribe unless the session was resumed."""
         deadline = time.monotonic() + WAIT_S
         while not await self._connect(subscribe=subscribe):
             assert time.monotonic() < deadline, f"{self.client_id} cannot connect"
@@ -223,7 +223,7 @@ class Consumer:
         assert await self._ask(10, b"".join(map(text, filters)))
 
     async def _ask(self, kind: int, fields: bytes) -> bool:
-        """Whether the broker answered, before the connection ended."""
+        """Send a request. True if the broker answered before the connection ended."""
         assert self._client is not None
         self._answered.clear()
         self._client.send(packet(kind, 2, b"\0\7" + fields))
@@ -251,7 +251,7 @@ class Consumer:
             self._ack(client, got)
 
     def ack(self, *copies: Got) -> None:
-        """Acknowledge what came over this connection."""
+        """Acknowledge copies that arrived on this connection."""
         assert self._client is not None
         for got in copies:
             self._ack(self._client, got)
@@ -264,7 +264,7 @@ class Consumer:
         return [got.payload for got in self.got if topic in (None, got.topic)]
 
     async def until_got(self, number: int) -> list[Got]:
-        """At least so many copies."""
+        """Wait for at least `number` copies."""
 
         async def so_many() -> bool:
             return len(self.got) >= number
@@ -273,13 +273,13 @@ class Consumer:
         return self.got
 
     async def leave(self) -> None:
-        """DISCONNECT."""
+        """Disconnect with a DISCONNECT packet."""
         if self._client is not None and self.online:
             self._client.send(packet(14, 0, b""))
             await self._gone()
 
     async def vanish(self) -> None:
-        """Reset the connection, as if killed."""
+        """Reset the connection, like a killed client."""
         if self._client is not None:
             self._client.vanish()
             await self._gone()
@@ -292,23 +292,23 @@ class Consumer:
 
 
 async def _take(client: Client) -> Packet | None:
-    """The next packet, however long it takes; None when the connection has ended."""
+    """Wait for the next packet. None if the connection has ended."""
     while True:
         with suppress(TimeoutError):
             return await client.take()
 
 
 class Publisher:
-    """A client that publishes at QoS 1, and once more what was not acknowledged when its connection ended."""
+    """A client that publishes at QoS 1. After a broken connection it publishes unacknowledged messages again."""
 
     def __init__(self, world: World, client_id: str, *, rate_max: float = 1e6) -> None:
         """`rate_max` is in messages a second."""
         self.world, self.client_id, self._pause_s = world, client_id, 1 / rate_max
-        self.acknowledged: dict[str, None] = {}  # payloads
+        self.acknowledged: dict[str, None] = {}  # payloads, in the order of their acknowledgement
         self.sent: Counter[str] = Counter()  # how often each payload
 
     async def publish(self, messages: Iterable[tuple[str, str]]) -> None:
-        """Topics and payloads, in this order, until all are acknowledged."""
+        """Publish these topics and payloads in order, until all are acknowledged."""
         left = dict(enumerate(messages))
         deadline = time.monotonic() + 4 * WAIT_S
         while left:
@@ -323,7 +323,7 @@ class Publisher:
             client.vanish()
 
     async def _over(self, client: Client, left: dict[int, tuple[str, str]]) -> None:
-        """As many as can be published over one connection."""
+        """Publish over one connection, until it ends or all messages were sent."""
         room = asyncio.Semaphore(PUBLISH_WINDOW)
         reading = asyncio.create_task(self._acknowledgements(client, left, room))
         for number, (topic, payload) in list(left.items()):
@@ -344,11 +344,12 @@ class Publisher:
             _, payload = left.pop(numbers[came.packet_id])
             self.acknowledged[payload] = None
             room.release()
-        room.release()  # whoever waits for room sees that the connection has ended
+        # The publishing task may wait for room. It must see that the connection has ended.
+        room.release()
 
 
 async def publish(world: World, topic: str, *payloads: str, qos: int = 1) -> None:
-    """Each is acknowledged."""
+    """Publish these payloads. At QoS 1, wait until all are acknowledged."""
     client = await Client.open(world.port)
     await client.connect(f"publisher-{next(_numbers)}")
     for packet_id, payload in enumerate(payloads, start=1):
@@ -359,5 +360,5 @@ async def publish(world: World, topic: str, *payloads: str, qos: int = 1) -> Non
 
 
 def numbered(first: int, number: int) -> list[str]:
-    """So many payloads."""
+    """Return `number` payloads: the numbers from `first` on."""
     return [str(each) for each in range(first, first + number)]

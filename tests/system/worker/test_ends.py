@@ -1,4 +1,4 @@
-"""How a worker process ends: soon, whatever has gone wrong, and with everything committed that can be."""
+"""The end of a worker process: it comes soon, after any failure, and with all possible offsets committed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def configure(pipeline: Pipeline, commit_interval_s: float) -> None:
 
 
 async def applied(pipeline: Pipeline) -> dict[int, dict[str, Any]]:
-    """The fences, by partition."""
+    """The fences in Redis, by partition."""
     found = {}
     for number in range(PARTITIONS):
         fence: Any = await pipeline.redis.get(fence_key(pipeline, number))
@@ -53,10 +53,10 @@ def fence_key(pipeline: Pipeline, number: int) -> str:
 
 
 async def all_applied(pipeline: Pipeline) -> None:
-    async def all_there() -> bool:
+    async def every_partition() -> bool:
         return len(await applied(pipeline)) == PARTITIONS
 
-    await until(all_there, "every partition to be in Redis")
+    await until(every_partition, "a fence of every partition")
 
 
 async def committed(pipeline: Pipeline) -> dict[int, int]:
@@ -71,7 +71,7 @@ async def publish(pipeline: Pipeline, count: int = 400) -> None:
     await pipeline.publish([given.published(f"m{n}", f"t/{n % 40}") for n in range(count)])
 
 
-async def test_what_is_in_redis_is_committed_at_the_end(pipeline: Pipeline) -> None:
+async def test_a_worker_that_stops_commits_everything_that_redis_has(pipeline: Pipeline) -> None:
     configure(pipeline, commit_interval_s=3_600)
     worker = await pipeline.worker()
     await publish(pipeline)
@@ -82,7 +82,7 @@ async def test_what_is_in_redis_is_committed_at_the_end(pipeline: Pipeline) -> N
     assert await committed(pipeline) == {at: fences[at]["offset"] + 1 for at in range(PARTITIONS)}
 
 
-async def test_a_partition_that_cannot_go_on_ends_the_process_and_the_others_finish_first(
+async def test_a_partition_that_cannot_continue_ends_the_process_and_the_others_finish_first(
     pipeline: Pipeline,
 ) -> None:
     configure(pipeline, commit_interval_s=3_600)
@@ -94,9 +94,9 @@ async def test_a_partition_that_cannot_go_on_ends_the_process_and_the_others_fin
     fence = (await applied(pipeline))[2] | {"cluster_id": "another"}
     await pipeline.redis.set(fence_key(pipeline, 2), json.dumps(fence))
     assert await worker.ended() == 1
-    said = worker.log.read_text()
-    assert "another" in said
-    assert "Traceback" not in said
+    log = worker.log.read_text()
+    assert "another" in log
+    assert "Traceback" not in log
     fences, offsets = await applied(pipeline), await committed(pipeline)
     for number in (0, 1, 3):
         assert offsets[number] == fences[number]["offset"] + 1
@@ -117,14 +117,14 @@ async def test_a_crash_of_fausts_consumer_thread_ends_the_process(pipeline: Pipe
     )
     try:
         await publish(pipeline)
-        _, said = await asyncio.to_thread(process.communicate, timeout=60)
+        _, log = await asyncio.to_thread(process.communicate, timeout=60)
     finally:
         process.kill()
     assert process.returncode == 1
-    assert b"worker messages failed: RuntimeError('planted')" in said
+    assert b"worker messages failed: RuntimeError('planted')" in log
 
 
-async def test_sigterm_ends_a_worker_whose_kafka_is_away(
+async def test_sigterm_ends_a_worker_while_kafka_is_down(
     app_name: str, own_kafka: Server, redis_server: str, tmp_path: Path
 ) -> None:
     async with running(app_name, own_kafka.address, redis_server, tmp_path) as pipeline:
@@ -132,11 +132,11 @@ async def test_sigterm_ends_a_worker_whose_kafka_is_away(
         worker = await pipeline.worker()
         await publish(pipeline)
         await all_applied(pipeline)
-        own_kafka.pause()  # connections stay, and nothing answers: aiokafka would wait for ever
+        # Connections stay open without answers: aiokafka would wait without limit.
+        own_kafka.pause()
         begin_s = time.monotonic()
         worker.signal(signal.SIGTERM)
         assert await worker.ended() == 1
         assert time.monotonic() - begin_s < SESSION_TIMEOUT_S + 2
         own_kafka.resume()
-        said = worker.log.read_text()
-        assert "no clean end within 6 s; leaving" in said
+        assert "no clean end within 6 s; exiting" in worker.log.read_text()

@@ -1,6 +1,6 @@
-"""Bad days, against real servers: nothing accepted is lost, and nothing is applied twice.
+"""Faults of workers, Redis and Kafka, with real servers: no message is lost, and none is applied twice.
 
-A rule `INCR seen:${msgid}` counts how often each message was applied: after every fault every counter is 1.
+A rule `INCR seen:${msgid}` counts how often each message was applied. After every fault each counter must be 1.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ async def counted(pipeline: Pipeline, count: int) -> dict[bytes, int]:
 
 
 async def all_applied_once(pipeline: Pipeline, count: int) -> None:
-    """Every message is counted, stored and indexed exactly once."""
+    """Wait until every message is counted, stored and indexed, and check that each is so exactly once."""
 
     async def all_there() -> bool:
         return len(await counted(pipeline, count)) == count
@@ -61,7 +61,7 @@ async def all_applied_once(pipeline: Pipeline, count: int) -> None:
 
 
 async def some_applied(pipeline: Pipeline, count: int) -> None:
-    """The worker is in the middle of it."""
+    """Wait until the worker has applied a part of the messages."""
 
     async def some() -> bool:
         return bool(await counted(pipeline, count))
@@ -94,7 +94,7 @@ async def test_a_worker_killed_again_and_again_applies_everything_once(pipeline:
     await all_applied_once(pipeline, count)
 
 
-async def test_a_worker_asked_to_stop_finishes_its_batch_and_its_successor_goes_on(
+async def test_a_worker_that_is_asked_to_stop_finishes_its_batch_and_its_successor_continues(
     pipeline: Pipeline,
 ) -> None:
     count = 20_000
@@ -145,7 +145,7 @@ async def test_a_paused_worker_that_wakes_after_its_successor_wrote_writes_nothi
     assert successor.process.poll() is None
 
 
-async def test_redis_killed_and_back_loses_and_repeats_nothing(
+async def test_a_restart_of_redis_loses_and_repeats_nothing(
     app_name: str, kafka: str, own_redis: Server, tmp_path: Path
 ) -> None:
     count = 6_000
@@ -161,7 +161,7 @@ async def test_redis_killed_and_back_loses_and_repeats_nothing(
         await all_applied_once(pipeline, count)
 
 
-async def test_redis_that_does_not_answer_for_a_while_is_waited_for(
+async def test_a_worker_waits_for_a_redis_that_does_not_answer(
     app_name: str, kafka: str, own_redis: Server, tmp_path: Path
 ) -> None:
     async with running(app_name, kafka, own_redis.address, tmp_path) as pipeline:
@@ -169,7 +169,7 @@ async def test_redis_that_does_not_answer_for_a_while_is_waited_for(
         worker = await pipeline.worker()
         own_redis.pause()
         await pipeline.publish(messages(0, 2_000))
-        await asyncio.sleep(15)  # longer than a reply is waited for: this is the fault, not a guess
+        await asyncio.sleep(15)  # longer than the time-out of a reply: this is the fault itself
         own_redis.resume()
         await all_applied_once(pipeline, 2_000)
         assert worker.process.poll() is None
@@ -187,7 +187,7 @@ async def test_redis_emptied_under_a_running_worker_is_rebuilt_from_the_log(
     await all_applied_once(pipeline, 3_100)
 
 
-async def test_kafka_away_for_a_while_is_waited_for(
+async def test_a_worker_waits_for_a_kafka_that_is_down(
     app_name: str, own_kafka: Server, redis_server: str, tmp_path: Path
 ) -> None:
     async with running(app_name, own_kafka.address, redis_server, tmp_path) as pipeline:
@@ -196,14 +196,14 @@ async def test_kafka_away_for_a_while_is_waited_for(
         await pipeline.publish(messages(0, 1_000))
         await some_applied(pipeline, 1_000)
         await asyncio.to_thread(own_kafka.kill)
-        await asyncio.sleep(10)  # longer than a session: this is the fault, not a guess
+        await asyncio.sleep(10)  # longer than a session: this is the fault itself
         await asyncio.to_thread(own_kafka.start)
         await pipeline.publish(messages(1_000, 1_000))
         await all_applied_once(pipeline, 2_000)
         assert worker.process.poll() is None
 
 
-async def test_a_topic_made_anew_under_an_old_redis_is_refused_by_name(pipeline: Pipeline) -> None:
+async def test_a_worker_refuses_a_topic_that_was_created_again(pipeline: Pipeline) -> None:
     worker = await pipeline.worker()
     await pipeline.publish(messages(0, 1_000))
     await all_applied_once(pipeline, 1_000)
@@ -223,11 +223,11 @@ async def test_a_topic_made_anew_under_an_old_redis_is_refused_by_name(pipeline:
     refused = Worker(tmp_config(pipeline), pipeline.directory / "refused.log")
     pipeline.workers.append(refused)
     assert await refused.ended() == 1
-    said = refused.log.read_text()
-    assert "was the topic made anew?" in said
-    assert keys.MESSAGES_TOPIC in said
-    assert "Traceback" not in said
-    # Nor is there anything to compare it with.
+    log = refused.log.read_text()
+    assert "was the topic made anew?" in log
+    assert keys.MESSAGES_TOPIC in log
+    assert "Traceback" not in log
+    # A replay refuses the topic, too.
     pipeline.replays_as_live = False
     with pytest.raises(MillpondError, match="was the topic made anew"):
         await check_replay(tmp_config(pipeline), pipeline.redis_url)

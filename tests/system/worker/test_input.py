@@ -1,4 +1,4 @@
-"""Bad input, against a real Kafka, a real Redis and a real worker: each ends in the right place, and the rest goes on."""
+"""Unusual and bad input, with a real Kafka, Redis and worker. A bad record stops no other one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def pipeline(
 
 
 async def stored(pipeline: Pipeline, topic: str, count: int) -> list[bytes]:
-    """The ids in a topic's index, once there are so many."""
+    """Wait for `count` entries in a topic's index, and return the message ids."""
 
     async def enough() -> list[bytes]:
         found: Any = await pipeline.redis.zrange(keys.message_index(topic), 0, -1)
@@ -37,19 +37,19 @@ async def stored(pipeline: Pipeline, topic: str, count: int) -> list[bytes]:
     return found
 
 
-async def letters(pipeline: Pipeline, count: int) -> dict[bytes, str]:
-    """Value and reason of the dead letters, once there are so many."""
+async def dead_letters(pipeline: Pipeline, count: int) -> dict[bytes, str]:
+    """Wait for `count` dead letters, and return the reason of each, by value."""
 
     async def enough() -> dict[bytes, str]:
         found = await pipeline.dead_letters()
-        reasons = {letter.value: dict(letter.headers)["reason"].decode() for letter in found}
+        reasons = {each.value: dict(each.headers)["reason"].decode() for each in found}
         return reasons if len(found) >= count else {}
 
     found: dict[bytes, str] = await until(enough, f"{count} dead letters")
     return found
 
 
-async def test_a_message_is_stored_whole_and_in_order(pipeline: Pipeline) -> None:
+async def test_messages_are_stored_completely_and_in_order(pipeline: Pipeline) -> None:
     await pipeline.publish(given.published(f"m{number}", "a/b") for number in range(10))
     assert await stored(pipeline, "a/b", 10) == [b"m%d" % number for number in range(10)]
     assert await pipeline.redis.hgetall(keys.message_body("m3")) == {
@@ -59,14 +59,14 @@ async def test_a_message_is_stored_whole_and_in_order(pipeline: Pipeline) -> Non
 
 
 @pytest.mark.parametrize("payload", [b"", b"\xff\x00binary", "emoji 🦆".encode(), b"x" * (1 << 20)])
-async def test_any_payload_comes_through_byte_for_byte(pipeline: Pipeline, payload: bytes) -> None:
+async def test_any_payload_is_stored_byte_for_byte(pipeline: Pipeline, payload: bytes) -> None:
     text, encoding = codec.payload_text(payload)
     await pipeline.publish([given.published(payload=text, payload_encoding=encoding)])
     await stored(pipeline, "t", 1)
     assert await pipeline.redis.hget(keys.message_body("m1"), "payload") == payload
 
 
-async def test_any_utf_8_is_a_topic_and_a_client_id(pipeline: Pipeline) -> None:
+async def test_any_utf_8_can_be_a_topic_and_a_client_id(pipeline: Pipeline) -> None:
     topics = ["with space", "with:colon", "🦆/é", "a//b", "{tag}", 'quote"', "new\nline", "/"]
     await pipeline.publish(
         given.published(f"m{number}", topic, client_id=topic) for number, topic in enumerate(topics)
@@ -77,7 +77,7 @@ async def test_any_utf_8_is_a_topic_and_a_client_id(pipeline: Pipeline) -> None:
         assert body[b"from"] == topic.encode()
 
 
-async def test_what_cannot_be_read_is_a_dead_letter_with_its_bytes_and_the_rest_goes_on(
+async def test_an_unreadable_record_becomes_a_dead_letter_with_its_bytes_and_the_others_are_applied(
     pipeline: Pipeline,
 ) -> None:
     good = json.loads(codec.encode(given.published("bad")))
@@ -97,7 +97,7 @@ async def test_what_cannot_be_read_is_a_dead_letter_with_its_bytes_and_the_rest_
     await pipeline.producer.send_and_wait(keys.MESSAGES_TOPIC, key=b"\xff", value=b"unreadable key")
     await pipeline.publish([given.published("after")])
     assert await stored(pipeline, "t", 1) == [b"after"]
-    found = await letters(pipeline, len(poison) + 2)
+    found = await dead_letters(pipeline, len(poison) + 2)
     for value, reason in poison.items():
         assert reason in found[value]
 
@@ -108,9 +108,9 @@ async def test_a_dead_letter_says_where_it_came_from(pipeline: Pipeline) -> None
     async def arrived() -> list[object]:
         return await pipeline.dead_letters()
 
-    (letter,) = await until(arrived, "a dead letter")
-    headers = {name: value.decode() for name, value in letter.headers}
-    assert letter.key == b"t"
+    (dead_letter,) = await until(arrived, "a dead letter")
+    headers = {name: value.decode() for name, value in dead_letter.headers}
+    assert dead_letter.key == b"t"
     assert headers["source-topic"] == keys.MESSAGES_TOPIC
     assert headers["source-partition"] == str(metadata.partition)
     assert headers["source-offset"] == str(metadata.offset)
@@ -118,12 +118,12 @@ async def test_a_dead_letter_says_where_it_came_from(pipeline: Pipeline) -> None
 
 
 async def test_a_topic_shaped_like_a_message_id_does_no_harm(pipeline: Pipeline) -> None:
-    pipeline.replays_as_live = False  # who of two partitions came first is not in the log
+    pipeline.replays_as_live = False  # the order of two partitions is not in the log
     await pipeline.publish([given.published("m1", TOPIC_LIKE_AN_ID)])
     await stored(pipeline, TOPIC_LIKE_AN_ID, 1)
-    # A message whose body's key is that topic's index: it cannot be kept, the topic can.
+    # The body of this message would have the key of that topic's index. The message is refused; the topic stays.
     await pipeline.publish([given.published(TOPIC_LIKE_AN_ID, "t"), given.published("after", "t")])
-    found = await letters(pipeline, 1)
+    found = await dead_letters(pipeline, 1)
     assert "WRONGTYPE" in next(iter(found.values()))
 
     async def cleaned() -> bool:
@@ -135,23 +135,24 @@ async def test_a_topic_shaped_like_a_message_id_does_no_harm(pipeline: Pipeline)
     assert await pipeline.redis.ttl(keys.message_index(TOPIC_LIKE_AN_ID)) == -1
 
 
-async def test_a_foreign_key_in_the_way_is_left_alone_and_costs_only_its_own_messages(
+async def test_a_foreign_key_stays_and_only_the_messages_of_its_topic_are_refused(
     pipeline: Pipeline,
 ) -> None:
-    pipeline.replays_as_live = False  # this is not in the log:
-    await pipeline.redis.set(keys.message_index("taken"), "somebody's")
+    # The log does not have this key.
+    pipeline.replays_as_live = False
+    await pipeline.redis.set(keys.message_index("taken"), "foreign")
     await pipeline.publish([given.published("m1", "taken"), given.published("m2", "free")])
     assert await stored(pipeline, "free", 1) == [b"m2"]
-    await letters(pipeline, 1)
+    await dead_letters(pipeline, 1)
 
     async def cleaned() -> bool:
         return not await pipeline.redis.exists(keys.message_body("m1"))
 
     await until(cleaned, "no body without an index entry")
-    assert await pipeline.redis.get(keys.message_index("taken")) == b"somebody's"
+    assert await pipeline.redis.get(keys.message_index("taken")) == b"foreign"
 
 
-async def test_a_retained_message_is_kept_replaced_and_cleared(pipeline: Pipeline) -> None:
+async def test_a_retained_message_is_stored_replaced_and_cleared(pipeline: Pipeline) -> None:
     await pipeline.publish([given.published("m1", retain=True)])
     await stored(pipeline, "t", 1)
     assert await pipeline.redis.zrange(keys.retained("t"), 0, -1) == [b"m1"]
@@ -186,13 +187,13 @@ async def test_receipts_commands_and_expiry(pipeline: Pipeline) -> None:
         index, body = keys.message_index("short/x"), keys.message_body("m1")
         return not await pipeline.redis.exists(index, body)
 
-    await until(gone, "an expired message to be gone, body and entry")
+    await until(gone, "an expired message to be deleted, body and index entry")
 
 
-async def test_a_record_too_large_to_be_carried_along_is_a_dead_letter_without_its_bytes(
+async def test_a_dead_letter_that_would_be_too_large_for_kafka_has_no_bytes(
     pipeline: Pipeline,
 ) -> None:
-    # It fits as it is; with the headers that say why it was given up on it does not.
+    # The record fits. With the headers of a dead letter it does not.
     value = b"x" * ((4 << 20) - 150)
     await pipeline.producer.send_and_wait(keys.MESSAGES_TOPIC, key=b"t", value=value)
     await pipeline.publish([given.published("after")])
@@ -201,8 +202,8 @@ async def test_a_record_too_large_to_be_carried_along_is_a_dead_letter_without_i
     async def arrived() -> list[Any]:
         return await pipeline.dead_letters()
 
-    (letter,) = await until(arrived, "a dead letter")
-    headers = {name: text.decode() for name, text in letter.headers}
-    assert (letter.key, letter.value) == (b"t", b"")
+    (dead_letter,) = await until(arrived, "a dead letter")
+    headers = {name: text.decode() for name, text in dead_letter.headers}
+    assert (dead_letter.key, dead_letter.value) == (b"t", b"")
     assert "JSON is malformed" in headers["reason"]
     assert "too large" in headers["not-produced"]

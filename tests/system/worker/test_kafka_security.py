@@ -1,4 +1,4 @@
-"""One table of Kafka settings reaches a SASL_SSL listener from every part, with secrets in files only."""
+"""Every part of Millpond can use a SASL_SSL listener of Kafka, with one table of settings and secrets only in files."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ MODULES = "org.apache.kafka.common.security"
 
 
 class SecureKafka(NamedTuple):
-    """Where the SASL_SSL listener is, and who signed its certificate."""
+    """The address of the SASL_SSL listener, and the CA of its certificate."""
 
     address: str
     ca_file: Path
-    plain: str = ""  # of the listener that the broker has for itself
+    plain: str = ""  # the address of the broker's own plain listener
 
 
 def overrides(port: int, secure: int, controller: int, files: Certificate) -> dict[str, str]:
-    """A plain listener for the broker itself, and one for us that wants TLS and a password."""
+    """Configure a plain listener for the broker itself, and one for the tests with TLS and a password."""
     keystore = files.key.with_name("keystore.pem")
     keystore.write_bytes(files.key.read_bytes() + files.certificate.read_bytes())
     listeners = f"PLAINTEXT://{HOST}:{port},SASL_SSL://{HOST}:{secure}"
@@ -71,7 +71,7 @@ def overrides(port: int, secure: int, controller: int, files: Certificate) -> di
 
 
 def format_with_users(server: KafkaServer) -> list[str]:
-    """As `prepare`, and the storage knows the SCRAM user from its first moment."""
+    """Prepare the server, and format its storage with the SCRAM users."""
     command = server.prepare()
     shutil.rmtree(server.directory / "data")
     java, configuration = command[:-2], command[-1]
@@ -113,7 +113,7 @@ def secure_kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureKaf
 def configured(
     kafka: SecureKafka, directory: Path, mechanism: str = "PLAIN", password: str = PASSWORD
 ) -> Path:
-    """A `millpond.toml` as its user writes it."""
+    """Write a `millpond.toml`."""
     secret = directory / "password"
     secret.write_text(password + "\n")
     config = directory / "millpond.toml"
@@ -131,7 +131,7 @@ partitions = 2
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-async def test_what_is_produced_over_tls_with_a_password_is_consumed_the_same_way(
+async def test_a_record_is_produced_and_consumed_over_tls_with_a_password(
     secure_kafka: SecureKafka, tmp_path: Path, mechanism: str
 ) -> None:
     settings, _ = load(configured(secure_kafka, tmp_path, mechanism), {})
@@ -151,7 +151,7 @@ async def test_what_is_produced_over_tls_with_a_password_is_consumed_the_same_wa
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-async def test_a_wrong_password_is_said_to_be_one(
+async def test_the_error_of_a_wrong_password_names_authentication(
     secure_kafka: SecureKafka, tmp_path: Path, mechanism: str
 ) -> None:
     settings, _ = load(configured(secure_kafka, tmp_path, mechanism, "chaff"), {})
@@ -160,7 +160,7 @@ async def test_a_wrong_password_is_said_to_be_one(
     assert "chaff" not in str(caught.value)
 
 
-async def test_a_certificate_of_an_unknown_authority_is_said_to_be_one(
+async def test_the_error_of_an_unknown_authority_names_the_certificate(
     secure_kafka: SecureKafka, tmp_path: Path
 ) -> None:
     (tmp_path / "other").mkdir()
@@ -186,7 +186,7 @@ def test_a_command_with_a_wrong_password_ends_with_one_line(
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-async def test_a_worker_reads_its_partitions_over_tls_with_secrets_in_no_command_line(
+async def test_a_worker_reads_over_tls_and_its_command_line_has_no_secret(
     secure_kafka: SecureKafka, redis_server: str, app_name: str, tmp_path: Path, mechanism: str
 ) -> None:
     config = configured(secure_kafka, tmp_path, mechanism)

@@ -1,4 +1,4 @@
-"""What the logs must not say: a story with secrets and payloads, much of it going wrong, and every line read."""
+"""No log has a secret or a payload. Processes with secrets meet many faults, and the test reads every log line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.system.worker.test_kafka_security import (
 __all__ = ["secure_kafka"]  # a fixture
 
 REDIS_PASSWORD = "flour-for-redis"
-PAYLOAD = "bread-of-nobody-else"
+PAYLOAD = "a-private-payload"
 RULES = (
     given.store(),
     given.queue("queue/#"),
@@ -37,11 +37,11 @@ RULES = (
     given.command("INCR ${payload}", topic="command/#"),
 )
 PUBLISHES = 300
-LINES_MAX = 60  # of all processes: one for each notable moment, none for a message
+LINES_MAX = 60  # in the logs of all processes: a line for each notable moment, none for a message
 
 
-class Story:
-    """A bridge and two workers, with every secret in a file."""
+class System:
+    """A bridge and three workers, with every secret in a file."""
 
     def __init__(self, kafka: SecureKafka, redis: Server, directory: Path) -> None:
         self.kafka, self.directory = kafka, directory
@@ -68,7 +68,7 @@ class Story:
         self.bridge.until_ready()
 
     async def publish(self) -> None:
-        """Some that are kept, and some that are not."""
+        """Publish messages that are stored, messages that are refused, and malformed packets."""
         client = await self.bridge.connect("pub", will=Will("plain", PAYLOAD.encode(), 1))
         for number in range(1, PUBLISHES + 1):
             client.publish("plain", PAYLOAD.encode(), 1, number)
@@ -84,7 +84,7 @@ class Story:
         broken.send(packet(1, 0, text(PAYLOAD) + bytes((4, 0xC2, 0, 0)) + text(PAYLOAD) * 3))
         await broken.closed()
 
-    async def write_what_nobody_can_read(self) -> None:
+    async def produce_unreadable_records(self) -> None:
         bad = (PAYLOAD, f'{{"type": "{PAYLOAD}"}}', f'{{"type":"tick","at":"{PAYLOAD}"}}')
         async with AIOKafkaProducer(bootstrap_servers=self.kafka.plain) as producer:
             for topic in (keys.MESSAGES_TOPIC, keys.DELIVERIES_TOPIC):
@@ -117,7 +117,7 @@ async def test_no_log_has_a_secret_or_a_payload(
     secure_kafka: SecureKafka, own_redis: Server, tmp_path: Path, form: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    # Given processes that have to know secrets, and keys of others in the way
+    # Given processes with secrets, and foreign keys in Redis that make commands fail
     files = {"PASSWORD_FILE": tmp_path / "password", "CA_FILE": secure_kafka.ca_file}
     for name, value in {
         "SECURITY_PROTOCOL": "SASL_SSL", "USERNAME": USER, "PARTITIONS": "2",
@@ -126,40 +126,40 @@ async def test_no_log_has_a_secret_or_a_payload(
         monkeypatch.setenv(f"MILLPOND_KAFKA_{name}", value)
     monkeypatch.setenv("MILLPOND_LOG_FORMAT", form)
     monkeypatch.setenv("MILLPOND_APP", f"log-{form}")
-    story = Story(secure_kafka, own_redis, tmp_path)
-    story.redis.set("text", "no hash")
-    story.redis.set(PAYLOAD, "no number")
-    story.redis.set(keys.message_index("in-the-way"), "no zset")
+    system = System(secure_kafka, own_redis, tmp_path)
+    system.redis.set("text", "no hash")
+    system.redis.set(PAYLOAD, "no number")
+    system.redis.set(keys.message_index("in-the-way"), "no zset")
     try:
-        await story.start()
-        # When much is published, and much of it goes wrong
-        await story.publish()
-        await story.write_what_nobody_can_read()
+        await system.start()
+        # When many messages are published, and some of them fail
+        await system.publish()
+        await system.produce_unreadable_records()
 
         async def stored() -> bool:
-            return int(story.redis.zcard(keys.message_index("plain"))) >= PUBLISHES
+            return int(system.redis.zcard(keys.message_index("plain"))) >= PUBLISHES
 
-        await until(stored, "what is published to be stored")
+        await until(stored, "the messages to be stored")
         # and connections break
-        story.redis.client_kill_filter(_type="normal", skipme=True)
+        system.redis.client_kill_filter(_type="normal", skipme=True)
 
         async def noticed() -> bool:
             return all(
-                "loading what the store holds" in each.log.read_text() for each in story.workers
+                "loading what the store holds" in each.log.read_text() for each in system.workers
             )
 
-        await until(noticed, "the workers to say that their store was away")
-        await story.end()
-        # Then nothing of it is in the logs
-        lines = story.lines()
+        await until(noticed, "the workers to log that their store was down")
+        await system.end()
+        # Then no log has a secret or the payload
+        lines = system.lines()
         for secret in (PASSWORD, REDIS_PASSWORD, PAYLOAD):
             assert [line for line in lines if secret in line] == []
-        # and they are short, but not empty
+        # and the logs are short, but not empty
         assert 5 < len(lines) < LINES_MAX, "\n".join(lines)
         if form == "json":
-            said = [json.loads(line) for line in lines]
-            assert {each["process"] for each in said} == {
+            objects = [json.loads(line) for line in lines]
+            assert {each["process"] for each in objects} == {
                 "bridge embedded", "worker sessions", "worker messages", "worker queue",
             }  # fmt: skip
     finally:
-        story.kill()
+        system.kill()

@@ -1,4 +1,4 @@
-"""What processes tell of themselves, compared with what was done to them."""
+"""Metrics and health of real processes, compared with the work that they did."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def log_of(world: World, agent: str) -> Path:
     return world.workers_of(agent)[0].log
 
 
-async def test_the_numbers_are_those_of_what_was_published(world: World) -> None:
-    # Given messages for nobody, and others for a consumer that acknowledges them
+async def test_the_metrics_match_the_published_messages(world: World) -> None:
+    # Given stored messages without a consumer, and queued ones whose consumer acknowledges them
     consumer = await Consumer(world, "anna", "queue/#").come()
 
     async def joined() -> bool:
         queue = Scrape(log_of(world, "queue"))
         number = queue.value("millpond_events_total", type="subscriber.joined", outcome="applied")
-        return number == PARTITIONS  # a filter with a wildcard concerns all of them
+        return number == PARTITIONS  # a join with a wildcard goes to every partition
 
     await until(joined, "the subscription to be known")
     await publish(world, "plain", *numbered(0, STORED))
@@ -56,14 +56,14 @@ async def test_the_numbers_are_those_of_what_was_published(world: World) -> None
         )
 
     await until(caught_up, "no lag")
-    # Then the owner of each topic has counted them, and the other one has skipped them
+    # Then the owner of each topic has counted its messages, and the other agent has skipped them
     messages, queue = Scrape(log_of(world, "messages")), Scrape(log_of(world, "queue"))
     applied = {"outcome": "applied", "type": "message.published"}
     assert messages.value("millpond_events_total", **applied, agent="messages") == STORED
     assert queue.value("millpond_events_total", **applied, agent="queue") == QUEUED
     assert messages.value("millpond_records_skipped_total") >= QUEUED
     assert messages.value("millpond_seen_ids_total") == STORED
-    # and leases, reports and acknowledgements are as many as the messages
+    # and there are as many leases, reports and acknowledgements as messages
     assert queue.value("millpond_leases_total") == QUEUED
     assert queue.value("millpond_outputs_total", type="hand_out") == QUEUED
     assert queue.value("millpond_deliveries_total", outcome="sent") == QUEUED
@@ -78,7 +78,7 @@ async def test_the_numbers_are_those_of_what_was_published(world: World) -> None
     assert queue.value("millpond_batch_duration_seconds_count") > 0
     assert queue.value("millpond_store_duration_seconds_count", operation="commit") > 0
     assert queue.value("millpond_partitions", state="loaded") == PARTITIONS
-    # and the bridge has told of all of it
+    # and the bridge has counted all of them
     bridge = Scrape(world.bridge.log)
     assert bridge.value("millpond_bridge_events_total", type="message.published") == (
         STORED + QUEUED
@@ -96,8 +96,8 @@ async def test_the_numbers_are_those_of_what_was_published(world: World) -> None
     await consumer.leave()
 
 
-async def test_what_is_delivered_again_and_what_nobody_can_read_is_counted(world: World) -> None:
-    # Given a consumer that does not acknowledge, and one that comes when the lease has ended
+async def test_redeliveries_and_unreadable_records_are_counted(world: World) -> None:
+    # Given a consumer that does not acknowledge, and a second one after the end of its lease
     idle = await Consumer(world, "idle", "queue/#", acks=False).come()
     await publish(world, "queue/a", "once more")
     await idle.until_got(1)
@@ -124,7 +124,7 @@ async def test_what_is_delivered_again_and_what_nobody_can_read_is_counted(world
     await anna.leave()
 
 
-async def test_a_process_is_ready_when_all_that_it_needs_answers(world: World) -> None:
+async def test_a_process_is_ready_when_kafka_and_redis_answer(world: World) -> None:
     for log in (log_of(world, "messages"), log_of(world, "sessions"), world.bridge.log):
         for path in ("/healthz", "/readyz"):
             status, said = await asyncio.to_thread(health, log, path)
@@ -139,14 +139,14 @@ def own_redis_world(
     yield from worlds.running(app_name, kafka, own_redis.address, tmp_path, rules, "messages")
 
 
-async def test_a_worker_without_its_store_says_so(
+async def test_a_worker_without_its_store_is_not_ready_and_says_why(
     own_redis_world: World, own_redis: Server
 ) -> None:
     # Given a worker that is ready
     world = own_redis_world
     log = log_of(world, "messages")
     assert health(log, "/readyz")[0] == 200
-    # When its store is gone, and events come
+    # When its store is down, and events arrive
     own_redis.kill()
     await publish(world, "plain", *numbered(0, 5))
 
@@ -157,7 +157,7 @@ async def test_a_worker_without_its_store_says_so(
         )
         return status == expected
 
-    # Then it is not ready, and says why; but it can go on, and its lag shows
+    # Then it is not ready, and says why. It can continue, and its lag is visible.
     await until(lambda: ready(503), "a worker that is not ready")
     assert health(log, "/healthz")[0] == 200
 
@@ -168,7 +168,7 @@ async def test_a_worker_without_its_store_says_so(
     scrape = Scrape(log)
     assert scrape.value("millpond_lag_seconds") > 0
     assert scrape.value("millpond_store_failures_total") > 0
-    # And when it is back, all is well
+    # And when the store is back, the worker is ready again
     own_redis.start()
     await until(lambda: ready(200), "a worker that is ready")
     await world.until_stored(5, "plain")
@@ -186,7 +186,9 @@ def own_kafka_world(
         world.stop()
 
 
-async def test_without_kafka_nobody_is_ready(own_kafka_world: World, own_kafka: Server) -> None:
+async def test_without_kafka_neither_worker_nor_bridge_is_ready(
+    own_kafka_world: World, own_kafka: Server
+) -> None:
     world = own_kafka_world
     logs = (log_of(world, "messages"), world.bridge.log)
     for log in logs:
@@ -203,13 +205,13 @@ async def test_without_kafka_nobody_is_ready(own_kafka_world: World, own_kafka: 
         found = [await asyncio.to_thread(health, log, "/readyz") for log in logs]
         return all(status == 200 for status, _ in found)
 
-    await until(ready, "everybody to be ready")
+    await until(ready, "worker and bridge to be ready")
 
 
-async def test_a_worker_that_is_asked_to_stop_is_not_alive_any_more(
+async def test_a_worker_that_was_asked_to_stop_is_not_healthy(
     own_kafka_world: World, own_kafka: Server
 ) -> None:
-    # Given a worker that cannot end cleanly, since Kafka is away
+    # Given a worker that cannot stop cleanly, because Kafka is down
     world = own_kafka_world
     log = log_of(world, "messages")
     own_kafka.pause()
@@ -217,7 +219,7 @@ async def test_a_worker_that_is_asked_to_stop_is_not_alive_any_more(
 
     async def stopping() -> bool:
         status, said = await asyncio.to_thread(health, log, "/healthz")
-        return status == 503 and said["reasons"] == ["it was asked to stop"]
+        return status == 503 and said["reasons"] == ["the worker was asked to stop"]
 
-    await until(stopping, "a worker that says that it stops")
+    await until(stopping, "a worker that says that it was asked to stop")
     own_kafka.resume()

@@ -1,4 +1,4 @@
-"""One trace from a publish to its delivery, as a collector gets it; and nothing of it when nobody wants traces."""
+"""One trace from a publish to its delivery, as a collector receives it. Without an endpoint there is none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.world import Consumer, World, numbered, publish
 
 RULES = (given.store(), given.queue("queue/#", ack_timeout_s=2))
 AGENTS = ("sessions", "messages", "queue")
-PAYLOAD = "bread-of-nobody-else"
+PAYLOAD = "a-private-payload"
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ async def test_a_publish_its_fold_and_its_delivery_are_one_trace(
     async def complete() -> bool:
         return all(map(collector.named, ("publish", "fold", "batch", "deliver")))
 
-    # Then its spans are children of one another, from three processes
+    # Then each span is a child of the one before, over three processes
     await until(complete, "the spans")
     (published,), (folded,) = collector.named("publish"), collector.named("fold")
     (delivered,) = collector.named("deliver")
@@ -59,12 +59,12 @@ async def test_a_publish_its_fold_and_its_delivery_are_one_trace(
         "millpond-bridge-embedded", "millpond-worker-queue", "millpond-bridge-embedded",
     ]  # fmt: skip
     assert published.began_ns <= folded.began_ns <= folded.ended_ns <= delivered.ended_ns
-    # and the batch, a trace of its own, and the fold know each other
+    # and links connect the fold with the batch, which is a trace of its own
     (batch,) = collector.named("batch")
     assert batch.trace_id != published.trace_id
     assert batch.links == [(published.trace_id, published.span_id)]
     assert folded.links == [(batch.trace_id, batch.span_id)]
-    # and they say which message it was, but not what is in it
+    # and the spans have the message id, but not the payload
     ids = {span.attributes["messaging.message.id"] for span in (published, folded, delivered)}
     assert len(ids) == 1
     assert delivered.attributes["messaging.client.id"] == "anna"
@@ -73,10 +73,10 @@ async def test_a_publish_its_fold_and_its_delivery_are_one_trace(
     await consumer.leave()
 
 
-async def test_a_trace_begins_and_ends_at_the_bridge_of_an_emqx_and_no_log_has_its_key(
+async def test_a_trace_begins_and_ends_at_an_emqx_bridge_and_no_log_has_the_api_key(
     collector: Collector, app_name: str, kafka: str, redis_server: str, tmp_path: Path
 ) -> None:
-    # Given an EMQX whose clients Millpond delivers to, and which has to know a key
+    # Given an EMQX through which Millpond delivers, and whose API needs a key
     telemetry = f'[telemetry]\notlp_endpoint = "{collector.url}"\ntrace_ratio = 1.0\nlisten = "0"\n'
     logs = '[log]\nformat = "json"\n'
     rules = (telemetry, logs, *RULES)
@@ -96,26 +96,26 @@ async def test_a_trace_begins_and_ends_at_the_bridge_of_an_emqx_and_no_log_has_i
         assert (folded.trace_id, folded.parent_id) == (published.trace_id, published.span_id)
         assert (delivered.trace_id, delivered.parent_id) == (published.trace_id, folded.span_id)
         assert published.service == delivered.service == "millpond-bridge-emqx"
-        # When the broker's API refuses what is asked of it
+        # When EMQX's API refuses the key
         world.rest.key = "another:key"
         await publisher.publish("queue/a", PAYLOAD.encode())
         await world.until_stored("queue/a", 1)
-        said = [log.read_text() for log in tmp_path.glob("*.log")]
-        assert said
-        # Then the logs have neither the key nor what was published
+        logs_text = [log.read_text() for log in tmp_path.glob("*.log")]
+        assert logs_text
+        # Then the logs have neither the key nor the payload
         secret = (tmp_path / "api-key").read_text().strip()
-        for text in said:
+        for text in logs_text:
             assert secret.partition(":")[2] not in text
             assert PAYLOAD not in text
 
 
 async def test_a_redelivery_belongs_to_the_same_trace(traced: World, collector: Collector) -> None:
-    # Given one that does not acknowledge, and goes
+    # Given a consumer that disconnects without an acknowledgement
     idle = await Consumer(traced, "idle", "queue/#", acks=False).come()
     await publish(traced, "queue/a", "once more")
     await idle.until_got(1)
     await idle.vanish()
-    # When another one gets it
+    # When another consumer gets the message
     anna = await Consumer(traced, "anna", "queue/#").come()
     await anna.until_got(1)
 
@@ -147,7 +147,7 @@ async def test_without_an_endpoint_no_record_carries_a_context(
 
 
 async def headers(bootstrap: str) -> set[tuple[object, ...]]:
-    """Those of all publishes and commands."""
+    """The headers of all publishes and commands in Kafka."""
     found = set()
     async with AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False) as consumer:
         parts = [
@@ -166,7 +166,7 @@ async def headers(bootstrap: str) -> set[tuple[object, ...]]:
     return found
 
 
-async def test_a_collector_that_is_away_is_waited_for_by_nobody(
+async def test_no_process_waits_for_a_collector_that_is_down(
     app_name: str, kafka: str, redis_server: str, tmp_path: Path
 ) -> None:
     telemetry = '[telemetry]\notlp_endpoint = "http://127.0.0.1:9"\ntrace_ratio = 1.0\n'

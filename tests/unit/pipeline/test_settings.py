@@ -1,4 +1,4 @@
-"""Settings: what a file and the environment come to, and how what is wrong with them is said."""
+"""Settings from a file and the environment, and the errors that they can have."""
 
 from __future__ import annotations
 
@@ -60,9 +60,7 @@ def test_the_environment_outranks_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["emqx_backend_redis.conf", "rules.txt"])
-def test_a_file_of_the_old_backend_brings_rules_and_leaves_the_settings(
-    tmp_path: Path, name: str
-) -> None:
+def test_a_file_of_the_old_backend_has_rules_and_no_settings(tmp_path: Path, name: str) -> None:
     text = (
         "backend.redis.pool1.server = 127.0.0.1:7001\n"
         'backend.redis.hook.message.publish.1 = {"topic": "#", "action": '
@@ -79,7 +77,7 @@ def test_rules_may_have_a_file_of_their_own(tmp_path: Path) -> None:
     assert rules.pool("messages").name == "store"
 
 
-def test_one_address_can_replace_that_of_every_pool(tmp_path: Path) -> None:
+def test_one_address_can_replace_the_addresses_of_all_pools(tmp_path: Path) -> None:
     environment = {"MILLPOND_REDIS": "rediss://user@cache:7002/3"}
     _, rules = load(written(tmp_path, FILE), environment)
     pool = rules.pool("messages")
@@ -102,7 +100,7 @@ def test_one_address_can_replace_that_of_every_pool(tmp_path: Path) -> None:
         ('[kafka]\nsasl_mechanism = "GSSAPI"\n', 2, "Invalid enum value 'GSSAPI'"),
     ],
 )
-def test_what_is_wrong_in_a_file_is_named_with_its_line(
+def test_an_error_in_a_file_names_the_line(
     tmp_path: Path, text: str, line: int, reason: str
 ) -> None:
     path = written(tmp_path, text)
@@ -115,7 +113,7 @@ def test_what_is_wrong_in_a_file_is_named_with_its_line(
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
-        ({"MILLPOND_KAFKA_PARTITIONS": "many"}, "the environment's MILLPOND_KAFKA_PARTITIONS"),
+        ({"MILLPOND_KAFKA_PARTITIONS": "many"}, "environment variable MILLPOND_KAFKA_PARTITIONS"),
         ({"MILLPOND_REDIS": "cache:6379"}, "is not redis://"),
         ({"MILLPOND_REDIS": "redis://:word@cache"}, "password_file"),
         ({"MILLPOND_REDIS": "redis://cache/first"}, "is not a number"),
@@ -123,7 +121,7 @@ def test_what_is_wrong_in_a_file_is_named_with_its_line(
         ({"MILLPOND_RULES_FILE": "/nowhere.toml"}, "/nowhere.toml: cannot be read"),
     ],
 )
-def test_what_is_wrong_in_the_environment_is_named(
+def test_an_error_in_the_environment_names_the_variable_or_setting(
     environment: dict[str, str], reason: str
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
@@ -174,6 +172,6 @@ def test_kafka_secrets_are_read_from_their_files_when_a_client_is_made(tmp_path:
         (KafkaSettings(security_protocol="SSL", ca_file="/nowhere/ca.pem"), "ca_file"),
     ],
 )
-def test_missing_kafka_secrets_are_the_users_to_mend(settings: KafkaSettings, reason: str) -> None:
+def test_a_missing_kafka_secret_is_a_config_error(settings: KafkaSettings, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         settings.client_options()

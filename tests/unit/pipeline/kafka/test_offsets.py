@@ -1,32 +1,32 @@
-"""Which commands of a partition are finished: they finish in any order, and are committed in theirs."""
+"""The offset tracker: records finish in any order, and are committed in log order."""
 
 from __future__ import annotations
 
 from millpond.pipeline.kafka.offsets import UNFINISHED_BYTES_MAX, UNFINISHED_MAX, OffsetTracker
 
 
-def test_a_partition_is_committed_up_to_the_first_command_that_is_not_finished() -> None:
+def test_the_offset_to_commit_is_that_of_the_first_unfinished_record() -> None:
     tracker = OffsetTracker(5)
-    assert tracker.due() is None
+    assert tracker.offset_to_commit() is None
     for offset in (5, 6, 9, 10):  # the log may have gaps
         tracker.begin(offset, 1)
-    assert tracker.due() is None
+    assert tracker.offset_to_commit() is None
     tracker.finish(6)
-    assert tracker.due() is None
+    assert tracker.offset_to_commit() is None
     tracker.finish(5)
-    assert tracker.due() == 9
-    tracker.committed(9)
-    assert tracker.due() is None
+    assert tracker.offset_to_commit() == 9
+    tracker.mark_committed(9)
+    assert tracker.offset_to_commit() is None
     tracker.finish(10)
-    assert tracker.due() is None
+    assert tracker.offset_to_commit() is None
     tracker.finish(9)
-    assert tracker.due() == 11
-    tracker.finish(9)  # told twice
-    tracker.committed(11)
-    assert tracker.due() is None
+    assert tracker.offset_to_commit() == 11
+    tracker.finish(9)  # a second time: no effect
+    tracker.mark_committed(11)
+    assert tracker.offset_to_commit() is None
 
 
-def test_it_is_full_with_too_many_commands_or_too_many_bytes() -> None:
+def test_it_is_full_with_too_many_records_or_too_many_bytes() -> None:
     many, large = OffsetTracker(0), OffsetTracker(0)
     for offset in range(UNFINISHED_MAX):
         assert not many.full

@@ -1,4 +1,4 @@
-"""Lines of a log: for people, and for programs."""
+"""The log of a process, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from millpond.pipeline.settings import LogSettings
 
 
 @pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    """The root logger, and those of the libraries, as they were."""
+def restored_loggers() -> Iterator[None]:
+    """Restore the root logger and the libraries' loggers after the test."""
     root = logging.getLogger()
     before = root.level, root.handlers[:]
     levels = {name: logging.getLogger(name).level for name in LIBRARIES}
@@ -26,7 +26,9 @@ def as_before() -> Iterator[None]:
         logging.getLogger(name).setLevel(level)
 
 
-def test_a_json_line_says_when_how_bad_who_and_what(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_json_line_has_time_level_logger_message_process_and_pid(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     log_to_stderr(LogSettings(format="json"), "worker queue")
     logging.getLogger("millpond.x").warning('%s: two\nlines of "text" ü', "queue/3")
     (text,) = capsys.readouterr().err.splitlines()
@@ -39,7 +41,7 @@ def test_a_json_line_says_when_how_bad_who_and_what(capsys: pytest.CaptureFixtur
     assert line.keys() == {"time", "level", "logger", "message", "process", "pid"}
 
 
-def test_an_error_keeps_its_traceback_on_its_one_line() -> None:
+def test_the_traceback_of_an_error_is_on_the_same_line() -> None:
     try:
         raise ValueError("wrong")
     except ValueError:
@@ -50,7 +52,7 @@ def test_an_error_keeps_its_traceback_on_its_one_line() -> None:
     assert "\n" not in JsonLines("bridge emqx").format(record)
 
 
-def test_the_console_has_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_console_line_is_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
     log_to_stderr(LogSettings(), "worker queue")
     logging.getLogger("millpond.x").info("ready")
     assert capsys.readouterr().err.endswith(" INFO millpond.x ready\n")
@@ -60,7 +62,9 @@ def test_the_console_has_plain_lines(capsys: pytest.CaptureFixture[str]) -> None
     ("level", "ours", "theirs"),
     [("debug", 10, 30), ("info", 20, 30), ("warning", 30, 30), ("error", 40, 40)],
 )
-def test_libraries_are_heard_from_warnings_on(level: str, ours: int, theirs: int) -> None:
+def test_libraries_log_from_warning_on_or_from_a_higher_level(
+    level: str, ours: int, theirs: int
+) -> None:
     log_to_stderr(LogSettings(level=level), "p")  # type: ignore[arg-type]  # each of them is one
     assert logging.getLogger("millpond.x").getEffectiveLevel() == ours
     for name in LIBRARIES:

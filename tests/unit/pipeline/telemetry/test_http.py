@@ -1,4 +1,4 @@
-"""The HTTP listener: what it answers to whom, and where it listens."""
+"""The HTTP listener: its address, its three paths and their answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from millpond.schemas.errors import ConfigError
 
 
 class Health:
-    """As it is told to be."""
+    """A health that the test chooses."""
 
     def __init__(self, dead: list[str], waiting: list[str]) -> None:
         self._dead, self._waiting = dead, waiting
@@ -26,14 +26,14 @@ class Health:
         return self._waiting
 
 
-WELL = Health([], [])
+HEALTHY = Health([], [])
 
 
 def port_of(caplog: pytest.LogCaptureFixture) -> int:
     return int(caplog.messages[-1].rpartition(":")[2])
 
 
-async def asked(port: int, path: str, **headers: str) -> tuple[int, str, str]:
+async def request(port: int, path: str, **headers: str) -> tuple[int, str, str]:
     url = f"http://127.0.0.1:{port}{path}"
     async with aiohttp.ClientSession() as session, session.get(url, headers=headers) as answer:
         return answer.status, answer.content_type, await answer.text()
@@ -47,7 +47,7 @@ async def asked(port: int, path: str, **headers: str) -> tuple[int, str, str]:
         (["it stops"], ["no store"], (503, ["it stops"]), (503, ["it stops", "no store"])),
     ],
 )
-async def test_health_says_why_not(
+async def test_an_unhealthy_process_answers_with_its_reasons(
     caplog: pytest.LogCaptureFixture, dead: list[str], waiting: list[str],
     healthz: tuple[int, list[str]], readyz: tuple[int, list[str]],
 ) -> None:  # fmt: skip
@@ -61,42 +61,44 @@ async def test_health_says_why_not(
             assert said == {"process": "worker queue", "ok": not reasons, "reasons": reasons}
 
 
-async def test_metrics_are_in_the_form_that_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+async def test_metrics_have_the_format_that_the_request_accepts(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level("INFO")
     hooks = HookMetrics({})
     hooks.observe("message.publish", 0.01, "kept")
-    async with serving("127.0.0.1:0", "bridge emqx", [hooks], WELL):
+    async with serving("127.0.0.1:0", "bridge emqx", [hooks], HEALTHY):
         port = port_of(caplog)
-        status, kind, text = await asked(port, "/metrics")
+        status, kind, text = await request(port, "/metrics")
         assert (status, kind) == (200, "text/plain")
         assert 'millpond_bridge_hook_calls_total{hook="message.publish",outcome="kept"} 1.0' in text
         openmetrics = "application/openmetrics-text"
-        _, kind, text = await asked(port, "/metrics", Accept=f"{openmetrics};version=1.0.0")
+        _, kind, text = await request(port, "/metrics", Accept=f"{openmetrics};version=1.0.0")
         assert kind == openmetrics
         assert text.endswith("# EOF\n")
-        assert (await asked(port, "/"))[0] == 404
+        assert (await request(port, "/"))[0] == 404
 
 
-async def test_nobody_listens_unless_told_to(caplog: pytest.LogCaptureFixture) -> None:
+async def test_without_an_address_nothing_listens(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    async with serving(None, "worker queue", [], WELL):
+    async with serving(None, "worker queue", [], HEALTHY):
         assert caplog.messages == []
 
 
-async def test_an_address_that_is_taken_is_one_sentence() -> None:
+async def test_an_address_in_use_is_an_error_of_one_sentence() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"^\[telemetry\] listen: {port}: .*in use"):
-            async with serving(str(port), "worker queue", [], WELL):
+            async with serving(str(port), "worker queue", [], HEALTHY):
                 pass
 
 
 def test_a_listener_has_three_paths() -> None:
     paths = {
         route.resource.canonical
-        for route in Listener("p", [], WELL).app().router.routes()
+        for route in Listener("p", [], HEALTHY).app().router.routes()
         if route.resource
     }
     assert paths == {"/metrics", "/healthz", "/readyz"}

@@ -1,4 +1,4 @@
-"""What batches are counted as, and the names and labels under which that is shown."""
+"""Metrics: their names and labels, what a batch counts as, lag, and readiness."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from millpond.pipeline.telemetry.families import Metric
 from millpond.pipeline.telemetry.histogram import SHORT_S, Histogram
 from millpond.pipeline.telemetry.http import registry_of
 from millpond.pipeline.telemetry.timed_store import TimedStore
-from millpond.pipeline.telemetry.worker import STORE_PATIENCE_S, WorkerTelemetry
+from millpond.pipeline.telemetry.worker import STORE_TIMEOUT_S, WorkerTelemetry
 from millpond.schemas.errors import StoreDown
 from millpond.schemas.events import AgentName, DeliveryFailed
 from millpond.schemas.keys import Partition
@@ -39,21 +39,21 @@ from tests.benchmarks import telemetry as benchmark
 from tests.support import given
 from tests.support.partition import World, once, run
 
-# Each may have few values: agents, partitions, types of events, outcomes. Never a topic or a client.
+# The allowed labels. Each has few values: agents, partitions, types of events, outcomes. Never a topic or a client.
 LABELS = {
     "agent", "partition", "type", "outcome", "reason", "operation", "state", "hook", "process",
     "version", "le", "generation",
 }  # fmt: skip
 BASE_UNITS = ("_seconds", "_bytes", "_records", "_partitions", "_info", "_total")
-# Gauges that count things which are neither of these; their names say what.
+# Gauges without one of these endings. Their names say what they count.
 COUNTS = {
     "millpond_partitions", "millpond_leases_unconfirmed", "millpond_windows_waiting", "millpond_bridge_spooling",
     "millpond_bridge_refusing", "millpond_bridge_events_unacknowledged", "millpond_bridge_commands_unfinished",
 }  # fmt: skip
 
 
-class Inlet:
-    """A spool that has seen something."""
+class SpooledEvents:
+    """The counts of a bridge with a spool that was used."""
 
     entered = {"message.publish": 5}  # noqa: RUF012
     spooled = {"message.publish": 3}  # noqa: RUF012
@@ -79,7 +79,7 @@ async def no_ends(numbers: Sequence[int]) -> dict[int, int]:
 
 
 class Owned:
-    """The partitions of a worker."""
+    """A stub of the partitions that a worker owns."""
 
     def __init__(self) -> None:
         self.of: dict[int, PartitionDriver[Any]] = {}
@@ -96,11 +96,11 @@ def worker_telemetry(agent: AgentName = "queue") -> WorkerTelemetry:
 
 
 def every_family() -> list[Metric]:
-    """All that any process shows."""
+    """All metric families of all processes."""
     registries = (
         registry_of("worker queue", [worker_telemetry()]),
         registry_of("bridge embedded", bridge_parts()),
-        registry_of("bridge emqx", [HookMetrics({}), SpoolMetrics(Inlet())]),
+        registry_of("bridge emqx", [HookMetrics({}), SpoolMetrics(SpooledEvents())]),
     )
     return [family for registry in registries for family in registry.collect()]
 
@@ -112,7 +112,7 @@ OURS = {family.name: family for family in every_family() if family.name.startswi
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_a_name_says_its_unit_and_a_counter_that_it_is_one(name: str) -> None:
+def test_a_name_ends_with_its_unit_and_a_help_text_is_a_sentence(name: str) -> None:
     family = OURS[name]
     assert re.fullmatch(r"millpond(_[a-z]+)+", name)
     assert not name.endswith("_total"), "the library adds it"
@@ -125,7 +125,7 @@ def test_a_name_says_its_unit_and_a_counter_that_it_is_one(name: str) -> None:
     assert family.documentation.endswith(".")
 
 
-def test_what_has_no_samples_yet_is_shown_all_the_same() -> None:
+def test_a_family_without_samples_is_still_shown() -> None:
     assert {"millpond_events", "millpond_bridge_hook_duration_seconds"} <= OURS.keys()
 
 
@@ -138,18 +138,18 @@ def test_labels_have_few_values() -> None:
     hooks.observe("message.publish", 0.1, "kept")
     for registry in (
         registry_of("p", [telemetry]),
-        registry_of("p", [hooks, SpoolMetrics(Inlet())]),
+        registry_of("p", [hooks, SpoolMetrics(SpooledEvents())]),
     ):
         for family in registry.collect():
             if family.name.startswith("millpond"):
                 assert {name for sample in family.samples for name in sample.labels} <= LABELS
 
 
-def test_what_is_shown_can_be_read_again() -> None:
+def test_the_exposition_can_be_parsed_again() -> None:
     hooks = HookMetrics({})
     for seconds in (0.0005, 0.002, 0.003, 20.0):
         hooks.observe("message.publish", seconds, "kept")
-    samples = shown(registry_of("bridge emqx", [hooks, SpoolMetrics(Inlet())]))
+    samples = shown(registry_of("bridge emqx", [hooks, SpoolMetrics(SpooledEvents())]))
     bucket, kept = "millpond_bridge_hook_duration_seconds", {"hook": "message.publish"}
     assert value(samples, f"{bucket}_bucket", **kept, le="0.001") == 1
     assert value(samples, f"{bucket}_bucket", **kept, le="0.0025") == 2
@@ -185,8 +185,8 @@ def value(samples: Iterable[Any], name: str, **labels: str) -> float:
 # -- what is counted ------------------------------------------------------------------------------------
 
 
-class Watched:
-    """A partition in memory, with somebody who looks on."""
+class ObservedPartition:
+    """A partition in memory, with an observer that counts."""
 
     def __init__(self, agent: AgentName, *rules: str) -> None:
         self.world = World(*rules, partition=Partition("millpond", agent, 0))
@@ -204,101 +204,105 @@ class Watched:
         self.world.feed(self.driver)
 
 
-def test_events_are_counted_when_they_are_in_the_store() -> None:
-    watched = Watched("messages", given.store())
-    watched.world.server.fault = once("before")
-    watched.fold(given.published("a"), given.published("b"), given.published("a"), given.acked("a"))
-    assert watched.counts.events == {
+def test_an_event_counts_when_the_store_has_it() -> None:
+    observed = ObservedPartition("messages", given.store())
+    observed.world.server.fault = once("before")
+    observed.fold(
+        given.published("a"), given.published("b"), given.published("a"), given.acked("a")
+    )
+    assert observed.counts.events == {
         ("rules.changed", "applied"): 1,
         ("message.published", "applied"): 3,
         ("message.acked", "applied"): 1,
     }
-    assert watched.counts.seen_ids == 2
-    assert sum(watched.counts.batch_records.counts) == 2  # the batch that failed is none
-    assert watched.counts.batch_records.sum == 5
-    assert watched.observer.fence is not None
-    assert watched.observer.fence.offset == 4
-    assert watched.observer._since == {}  # what failed is forgotten
+    assert observed.counts.seen_ids == 2
+    assert sum(observed.counts.batch_records.counts) == 2  # the failed batch does not count
+    assert observed.counts.batch_records.sum == 5
+    assert observed.observer.fence is not None
+    assert observed.observer.fence.offset == 4
+    assert observed.observer._began_s == {}  # the failed batch was dropped
 
 
-def test_a_dead_letter_is_counted_by_what_it_is_of_and_why() -> None:
-    watched = Watched("messages", given.store(), given.command("INCR t"))
-    watched.world.append_raw(b"t", b"no event")
-    watched.world.server.values["t"] = b"no number"  # so that the command fails
-    watched.fold(given.published("a"))
-    events, letters = watched.counts.events, watched.counts.dead_letters
+def test_a_dead_letter_counts_by_event_type_and_by_reason() -> None:
+    observed = ObservedPartition("messages", given.store(), given.command("INCR t"))
+    observed.world.append_raw(b"t", b"no event")
+    observed.world.server.values["t"] = b"no number"  # so that the command fails
+    observed.fold(given.published("a"))
+    events, letters = observed.counts.events, observed.counts.dead_letters
     assert events["unreadable", "dead_letter"] == 1
     assert events["message.published", "dead_letter"] == 1
     assert events["message.published", "applied"] == 0
     assert (letters["unreadable"], letters["refused"], letters["failed"]) == (1, 1, 0)
 
 
-def test_hand_outs_reports_and_redeliveries_are_counted() -> None:
-    watched = Watched("queue", given.store(), given.queue(ack_timeout_s=1, max_deliveries=2))
-    watched.fold(given.joined("anna", "queue/a"))
-    watched.fold(given.published("a", "queue/a"), given.published("b", "queue/a"))
-    counts = watched.counts
+def test_deliveries_reports_and_leases_are_counted() -> None:
+    observed = ObservedPartition(
+        "queue", given.store(), given.queue(ack_timeout_s=1, max_deliveries=2)
+    )
+    observed.fold(given.joined("anna", "queue/a"))
+    observed.fold(given.published("a", "queue/a"), given.published("b", "queue/a"))
+    counts = observed.counts
     assert (counts.leases, counts.redeliveries) == (2, 0)
     assert counts.outputs["hand_out"] == 2
     assert sum(counts.delivery_s.counts) == 2
-    fence = watched.observer.fence
+    fence = observed.observer.fence
     assert fence is not None
     assert fence.machine["delivery"]["unconfirmed"] == 2
     failed = DeliveryFailed(
         at=0, node="n", agent="queue", lease="queue/0/1", client_id="anna", message_id="a",
         reason="no_client",
     )  # fmt: skip
-    watched.fold(failed)
+    observed.fold(failed)
     assert counts.deliveries == {"no_client": 1}
 
 
-def test_what_waited_for_somebody_is_not_part_of_the_latency() -> None:
-    watched = Watched("queue", given.store(), given.queue())
-    watched.fold(given.published("a", "queue/a"))
-    watched.fold(given.joined("anna", "queue/a"))
-    assert watched.counts.leases == 1
-    assert sum(watched.counts.delivery_s.counts) == 0
+def test_a_message_that_waited_for_a_client_has_no_latency() -> None:
+    observed = ObservedPartition("queue", given.store(), given.queue())
+    observed.fold(given.published("a", "queue/a"))
+    observed.fold(given.joined("anna", "queue/a"))
+    assert observed.counts.leases == 1
+    assert sum(observed.counts.delivery_s.counts) == 0
 
 
-def test_what_others_own_is_counted_though_no_batch_has_it() -> None:
-    watched = Watched("messages", given.store(), given.queue())
+def test_records_of_other_agents_are_counted_although_no_batch_has_them() -> None:
+    observed = ObservedPartition("messages", given.store(), given.queue())
     owned, telemetry = Owned(), worker_telemetry("messages")
     telemetry._owned = lambda: owned
-    watched.world.append(given.published("a", "queue/a"))
-    watched.world.feed(watched.driver)
-    telemetry.watch(0, watched.driver.store)
-    owned.of[0] = watched.driver
-    for _ in range(2):  # asking twice counts once
+    observed.world.append(given.published("a", "queue/a"))
+    observed.world.feed(observed.driver)
+    telemetry.watch(0, observed.driver.store)
+    owned.of[0] = observed.driver
+    for _ in range(2):  # a second request adds nothing
         samples = shown(registry_of("w", [telemetry]))
     assert value(samples, "millpond_records_skipped_total", agent="messages") == 1
 
 
-# -- how far it is --------------------------------------------------------------------------------------
+# -- lag -------------------------------------------------------------------------------------------------
 
 
-async def test_lag_is_what_is_not_known_to_be_in_the_store(monkeypatch: Any) -> None:
-    watched = Watched("messages", given.store())
+async def test_lag_counts_the_records_not_known_to_be_in_the_store(monkeypatch: Any) -> None:
+    observed = ObservedPartition("messages", given.store())
     ends, now = {0: 1}, 100.0
     owned = Owned()
 
-    async def asked(numbers: Sequence[int]) -> dict[int, int]:
+    async def ends_now(numbers: Sequence[int]) -> dict[int, int]:
         return ends
 
-    telemetry = WorkerTelemetry("messages", lambda: owned, asked)
-    telemetry.watch(0, watched.driver.store)[0].loaded = watched.world.applied
-    owned.of[0] = watched.driver
+    telemetry = WorkerTelemetry("messages", lambda: owned, ends_now)
+    telemetry.watch(0, observed.driver.store)[0].loaded = observed.world.applied
+    owned.of[0] = observed.driver
     clock = SimpleNamespace(time=lambda: now)
     monkeypatch.setattr("millpond.pipeline.telemetry.worker.time", clock)
-    # Before Kafka was asked, nothing is said
+    # Before the first sample there is no lag
     assert "millpond_lag_records{" not in str(shown(registry_of("w", [telemetry])))
     await telemetry.sample()
     assert lag_and_age(telemetry) == (0, 0)
-    # Two records come, and are not folded: they came after the time when there were none
+    # Two records arrive and are not folded. They arrived after the sample at 100 s, whose end was reached.
     now, ends[0] = 107.0, 3
     await telemetry.sample()
     now = 109.0
     assert lag_and_age(telemetry) == (2, 9)
-    watched.fold(given.published("a"), given.published("b"))
+    observed.fold(given.published("a"), given.published("b"))
     assert lag_and_age(telemetry) == (0, 0)
 
 
@@ -311,20 +315,20 @@ def lag_and_age(telemetry: WorkerTelemetry) -> tuple[float, float]:
     )
 
 
-def test_a_partition_that_went_is_not_shown_any_more() -> None:
-    watched = Watched("messages", given.store())
+def test_a_released_partition_is_no_longer_shown() -> None:
+    observed = ObservedPartition("messages", given.store())
     owned = Owned()
     telemetry = WorkerTelemetry("messages", lambda: owned, no_ends)
-    telemetry.watch(0, watched.driver.store)
-    assert telemetry.complaints() == []
+    telemetry.watch(0, observed.driver.store)
+    assert telemetry.not_ready_reasons() == []
     assert telemetry._watched == {}
 
 
 # -- ready ----------------------------------------------------------------------------------------------
 
 
-async def test_a_store_that_does_not_answer_is_noticed(monkeypatch: Any) -> None:
-    watched = Watched("messages", given.store())
+async def test_a_store_that_does_not_answer_makes_the_worker_not_ready(monkeypatch: Any) -> None:
+    observed = ObservedPartition("messages", given.store())
     owned = Owned()
     telemetry = WorkerTelemetry("messages", lambda: owned, no_ends)
     answer: asyncio.Future[LoadedState] = asyncio.get_running_loop().create_future()
@@ -333,27 +337,27 @@ async def test_a_store_that_does_not_answer_is_noticed(monkeypatch: Any) -> None
         return await answer
 
     store, _ = telemetry.watch(3, SimpleNamespace(load=silent))
-    owned.of[3] = watched.driver
+    owned.of[3] = observed.driver
     owned.loading = [3]
     began = asyncio.ensure_future(store.load())
     await asyncio.sleep(0)
-    assert telemetry.complaints() == ["partitions 3 are not loaded yet"]
-    store._waiting["load"] -= STORE_PATIENCE_S + 1
-    assert telemetry.complaints()[1] == "the store has not answered for 4 s: partitions 3"
+    assert telemetry.not_ready_reasons() == ["partitions 3 are not loaded yet"]
+    store._waiting["load"] -= STORE_TIMEOUT_S + 1
+    assert telemetry.not_ready_reasons()[1] == "the store has not answered for 4 s: partitions 3"
     owned.loading = []
-    answer.set_result(run(watched.driver.store.load()))
+    answer.set_result(run(observed.driver.store.load()))
     await began
-    assert telemetry.complaints() == []
-    assert store.loaded == watched.world.applied
+    assert telemetry.not_ready_reasons() == []
+    assert store.loaded == observed.world.applied
     owned.assigned = False
-    assert telemetry.complaints() == ["Kafka has not assigned any partitions yet"]
+    assert telemetry.not_ready_reasons() == ["Kafka has not assigned any partitions yet"]
 
 
-async def test_a_store_is_the_same_when_it_is_watched() -> None:
+async def test_a_measured_store_raises_the_same_errors() -> None:
     counts = AgentCounts()
 
     class Down:
-        """Everything fails."""
+        """A store whose calls all fail."""
 
         async def read(self, reads: Sequence[Read]) -> list[Any]:
             raise StoreDown("away")
@@ -367,13 +371,13 @@ async def test_a_store_is_the_same_when_it_is_watched() -> None:
             await call
     assert counts.store_failures == {"load": 0, "read": 1, "commit": 1, "check": 0}
     assert counts.store_s == {}
-    assert store.silent_s == 0
+    assert store.unanswered_s == 0
 
 
 # -- bridges --------------------------------------------------------------------------------------------
 
 
-def test_the_time_of_a_publish_is_read_from_its_id() -> None:
+def test_the_time_of_a_publish_comes_from_its_message_id() -> None:
     us = 1_700_000_000_123_456
     assert published_at_s(f"{us:016X}{'0' * 16}") == pytest.approx(1_700_000_000.123456)
     for foreign in ("m1", "x" * 32, "0" * 32, "F" * 32):
@@ -388,9 +392,9 @@ def test_copies_without_a_lease_are_counted_too() -> None:
     assert deliveries.outcomes == {("none", "sent"): 1, ("none", "stale"): 1}
 
 
-def test_what_alerts_watch_is_there_before_it_happens() -> None:
-    """Prometheus sees no increase in what was not there before."""
-    durable_producer = Inlet()
+def test_counters_for_alerts_exist_before_the_first_increase() -> None:
+    """Prometheus cannot see an increase of a series that did not exist."""
+    durable_producer = SpooledEvents()
     durable_producer.lost = {}
     samples = shown(registry_of("bridge emqx", [SpoolMetrics(durable_producer)]))
     assert value(samples, "millpond_bridge_events_lost_total", type="message.publish") == 0
@@ -402,16 +406,16 @@ def test_what_alerts_watch_is_there_before_it_happens() -> None:
     assert value(samples, "millpond_records_lost_total") == 0
 
 
-# -- its cost -------------------------------------------------------------------------------------------
+# -- cost -----------------------------------------------------------------------------------------------
 
 
-def test_being_watched_costs_little() -> None:
-    """The benchmark says how little; here it is only that nothing is done for each record that could be seen."""
+def test_telemetry_costs_little() -> None:
+    """The benchmark has the limit. Five times the limit would mean that telemetry works for each record."""
     for _, _, share in benchmark.measure():
-        assert share < 5 * benchmark.SHARE_MAX  # on a machine that others use, too
+        assert share < 5 * benchmark.SHARE_MAX  # machines are shared
 
 
-def test_every_agent_can_be_watched() -> None:
+def test_every_agent_can_be_observed() -> None:
     for agent in get_args(AgentName):
-        watched = Watched(agent, given.store(), given.queue(), given.pubsub())
-        assert watched.counts.events["rules.changed", "applied"] == 1
+        observed = ObservedPartition(agent, given.store(), given.queue(), given.pubsub())
+        assert observed.counts.events["rules.changed", "applied"] == 1

@@ -1,4 +1,4 @@
-"""Which publishes are traced, and how a context goes from record to command."""
+"""Tracing: which publishes are traced, and how a context travels from record to command."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from tests.support import given
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SAMPLED = f"00-{TRACE}-{SPAN}-01"
-# Nobody listens there; nothing is sent before the tests are over.
+# Nothing listens on this port. No span is sent before the test ends.
 SETTINGS = TelemetrySettings(otlp_endpoint="http://127.0.0.1:9", trace_ratio=1.0)
 
 
 @pytest.fixture
 def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
-    """What would be sent."""
+    """The spans that would be sent."""
     exporter = InMemorySpanExporter()
     monkeypatch.setattr(otel, "BatchSpanProcessor", lambda *_, **__: SimpleSpanProcessor(exporter))
     return exporter
@@ -66,7 +66,7 @@ def fetched(*headers: tuple[str, bytes], offset: int = 0) -> SimpleNamespace:
 
 
 class Log:
-    """Remembers what is produced."""
+    """A log that keeps the produced records."""
 
     def __init__(self) -> None:
         self.produced: list[OutgoingRecord] = []
@@ -78,12 +78,12 @@ class Log:
 # -- off ------------------------------------------------------------------------------------------------
 
 
-def test_without_an_endpoint_there_is_nobody_to_call() -> None:
+def test_without_an_endpoint_there_is_no_tracing() -> None:
     assert bridge_tracing(TelemetrySettings(), "embedded") is None
     assert worker_tracing(TelemetrySettings(), "queue") is None
 
 
-def test_without_the_extra_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     monkeypatch.delitem(sys.modules, "millpond.pipeline.telemetry.otel", raising=False)
     monkeypatch.delattr("millpond.pipeline.telemetry.otel", raising=False)
@@ -95,7 +95,7 @@ def test_without_the_extra_it_is_said_what_to_install(monkeypatch: pytest.Monkey
 # -- bridges --------------------------------------------------------------------------------------------
 
 
-def test_of_publishes_so_many_are_traced_as_the_ratio_says(spans: InMemorySpanExporter) -> None:
+def test_the_ratio_decides_how_many_publishes_are_traced(spans: InMemorySpanExporter) -> None:
     never = otel.OtelBridgeTracing(
         TelemetrySettings(otlp_endpoint="http://127.0.0.1:9", trace_ratio=0), "e"
     )
@@ -106,7 +106,7 @@ def test_of_publishes_so_many_are_traced_as_the_ratio_says(spans: InMemorySpanEx
     assert 300 < sum(half.publish(given.published()) is not None for _ in range(1_000)) < 700
 
 
-def test_a_publisher_that_traces_has_decided(
+def test_a_publish_with_a_sampled_context_is_always_traced(
     bridge: otel.OtelBridgeTracing, spans: InMemorySpanExporter
 ) -> None:
     event = given.published(user_properties={"traceparent": SAMPLED})
@@ -120,7 +120,7 @@ def test_a_publisher_that_traces_has_decided(
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", SAMPLED[:-2] + "00", "00-" + "0" * 32])
-def test_what_is_no_context_or_is_not_sampled_is_as_good_as_none(
+def test_an_invalid_or_unsampled_context_counts_as_none(
     text: str, spans: InMemorySpanExporter
 ) -> None:
     never = otel.OtelBridgeTracing(
@@ -133,7 +133,7 @@ def test_what_is_no_context_or_is_not_sampled_is_as_good_as_none(
     assert never.deliver([], deliver()) is None
 
 
-def test_what_kafka_refused_is_an_error(
+def test_a_publish_that_kafka_refused_has_an_error_status(
     bridge: otel.OtelBridgeTracing, spans: InMemorySpanExporter
 ) -> None:
     span = bridge.publish(given.published())
@@ -143,7 +143,7 @@ def test_what_kafka_refused_is_an_error(
     assert not sent.status.is_ok
 
 
-def test_a_payload_is_in_no_span(
+def test_no_span_contains_the_payload(
     bridge: otel.OtelBridgeTracing, spans: InMemorySpanExporter
 ) -> None:
     span = bridge.publish(given.published(payload="bread"))
@@ -161,15 +161,15 @@ def test_a_payload_is_in_no_span(
 # -- workers --------------------------------------------------------------------------------------------
 
 
-def folded(worker: otel.OtelWorkerTracing, *message_ids: str) -> None:
-    """A batch with these publishes, from offset 0 on."""
+def fold(worker: otel.OtelWorkerTracing, *message_ids: str) -> None:
+    """Apply a batch with these publishes, from offset 0 on."""
     observer = worker.observer(NullObserver(), 0)
     observer.stepping(1)
     batch = benchmark.batch_of([given.published(each) for each in message_ids])
     observer.applied(batch, benchmark.transaction_of(()), ())
 
 
-def test_a_command_carries_the_context_of_its_publish_and_no_other_does(
+def test_only_a_command_for_a_traced_publish_carries_a_context(
     worker: otel.OtelWorkerTracing, spans: InMemorySpanExporter
 ) -> None:
     log = Log()
@@ -177,12 +177,12 @@ def test_a_command_carries_the_context_of_its_publish_and_no_other_does(
     traced.produce([command()])
     worker.fetched(SimpleNamespace(partition=0), [fetched(("traceparent", SAMPLED.encode()))])
     worker.fetched(SimpleNamespace(partition=0), [fetched(("other", b"x"), offset=1)])
-    folded(worker, "m1", "m2")
+    fold(worker, "m1", "m2")
     other = OutgoingRecord(keys.MESSAGES_TOPIC, b"k", b"{}")
     traced.produce([command(), command("m2"), other, command()._replace(value=None)])
     marked = [dict(each.headers).get("traceparent") for each in log.produced]
-    fold = next(span for span in spans.get_finished_spans() if span.name == "fold")
-    context = fold.get_span_context()
+    fold_span = next(span for span in spans.get_finished_spans() if span.name == "fold")
+    context = fold_span.get_span_context()
     assert context is not None
     expected = f"00-{TRACE}-{context.span_id:016x}-01".encode()
     assert marked == [None, expected, None, None, None]
@@ -193,11 +193,11 @@ def test_a_batch_without_a_traced_publish_has_no_span(
     worker: otel.OtelWorkerTracing, spans: InMemorySpanExporter
 ) -> None:
     worker.fetched(SimpleNamespace(partition=1), [fetched(("traceparent", SAMPLED.encode()))])
-    folded(worker, "m1")  # of another partition
+    fold(worker, "m1")  # of another partition
     assert spans.get_finished_spans() == ()
 
 
-def test_contexts_that_nobody_asks_for_are_forgotten(
+def test_the_oldest_contexts_are_dropped(
     worker: otel.OtelWorkerTracing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(otel, "CONTEXTS_MAX", 3)

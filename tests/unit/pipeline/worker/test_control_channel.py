@@ -1,4 +1,4 @@
-"""What applications publish on the control channel."""
+"""Orders on the control channel, and the events that they become."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FIELDS = {"at": 7, "node": "millpond", "client_id": "c", "topic_filter": "a/+"}
         ),
     ],
 )
-def test_an_order_is_an_event_of_its_client(
+def test_an_order_becomes_an_event_of_its_client(
     data: bytes, event: ControlSubscribe | ControlUnsubscribe
 ) -> None:
     assert order_event(data, 7) == event
@@ -54,6 +54,6 @@ def test_an_order_is_an_event_of_its_client(
     ],
     ids=range(10),
 )
-def test_what_is_no_order_is_a_decode_error(data: bytes) -> None:
+def test_an_invalid_order_raises_a_decode_error(data: bytes) -> None:
     with pytest.raises(DecodeError):
         order_event(data, 7)
