@@ -270,7 +270,7 @@ def _rules(path: Path | None, text: str, tables: dict[str, Any]) -> Rules | None
 def _apply_environment(tables: dict[str, Any], environment: Mapping[str, str]) -> None:
     """Override settings in `tables`: `MILLPOND_APP`, `MILLPOND_KAFKA_PARTITIONS`, and so on.
 
-    The values of `MILLPOND_KAFKA_BOOTSTRAP_SERVERS` are separated by commas.
+    The items of a list, as in `MILLPOND_KAFKA_BOOTSTRAP_SERVERS`, are separated by commas.
     """
     for info in msgspec.structs.fields(Settings):
         name = f"{ENVIRONMENT_PREFIX}{info.name}".upper()
@@ -281,7 +281,7 @@ def _apply_environment(tables: dict[str, Any], environment: Mapping[str, str]) -
         for setting in msgspec.structs.fields(info.type):
             value: Any = environment.get(f"{name}_{setting.name}".upper())
             if value is not None:
-                listed = setting.name == "bootstrap_servers"
+                listed = "tuple" in str(setting.type)
                 tables.setdefault(info.name, {})[setting.name] = (
                     value.split(",") if listed else value
                 )

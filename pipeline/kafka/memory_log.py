@@ -69,7 +69,7 @@ class MemoryLog:
             self.produced.append(record)
             number = record.partition
             if number is None:
-                number = murmur2(record.key or b"") % self.partition_count
+                number = (murmur2(record.key or b"") & 0x7FFF_FFFF) % self.partition_count
             self.append(record.topic, number, record.key, record.value)
         return _Acknowledged()
 

@@ -52,10 +52,12 @@ def test_the_environment_outranks_the_file(tmp_path: Path) -> None:
         "MILLPOND_APP": "mill",
         "MILLPOND_KAFKA_BOOTSTRAP_SERVERS": "three:9092,four:9092",
         "MILLPOND_WORKER_BATCH_RECORDS_MAX": "7",
+        "MILLPOND_BRIDGE_WEBSOCKET_ORIGINS": "https://one.example,https://two.example",
     }
     settings, _ = load(written(tmp_path, FILE), environment)
     assert settings.app == "mill"
     assert settings.kafka.bootstrap_servers == ("three:9092", "four:9092")
+    assert settings.bridge.websocket_origins == ("https://one.example", "https://two.example")
     assert (settings.kafka.partitions, settings.worker.batch_records_max) == (6, 7)
 
 
