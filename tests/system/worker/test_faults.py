@@ -224,7 +224,7 @@ async def test_a_topic_made_anew_under_an_old_redis_is_refused_by_name(pipeline:
     pipeline.workers.append(refused)
     assert await refused.ended() == 1
     said = refused.log.read_text()
-    assert "was the topic made anew?" in said
+    assert "was the topic deleted and created again?" in said
     assert keys.MESSAGES_TOPIC in said
     assert "Traceback" not in said
     # Nor is there anything to compare it with.

@@ -90,7 +90,7 @@ def test_records_gone_before_they_were_read_are_counted_and_passed() -> None:
     successor = world.started()
     world.feed(successor)
     assert successor.records_lost == 2
-    assert any("2 records were gone" in notice for notice in world.notices)
+    assert any("2 records are no longer in the log" in notice for notice in world.notices)
     assert world.counted_once("c")
     assert world.text("seen:a") is None
 

@@ -91,7 +91,7 @@ def test_an_owner_says_that_it_rebuilds_and_produces_nothing_again() -> None:
     lose(world)
     world.started()
     assert any(
-        "the store holds nothing of it: rebuilding it from the log" in each
+        "the store holds no state of it: rebuilding it from the log" in each
         for each in world.notices
     )
     assert len(world.log.produced) == produced

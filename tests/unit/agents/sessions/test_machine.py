@@ -537,7 +537,7 @@ def test_more_filters_than_a_command_may_hold_are_named(monkeypatch: pytest.Monk
     world.server.keep(keys.subscriptions("c"), Hash({"a": b"1", "b": b"1"}))
     world.tell(world.connected())
     assert world.commands == [Subscribe(client_id="c", topic_filters=(("a", 1),))]
-    assert "'b' is one too many" in dict(world.dead_letters[0].headers)["reason"].decode()
+    assert "'b' is beyond the limit of 1" in dict(world.dead_letters[0].headers)["reason"].decode()
 
 
 def test_an_applications_order_is_a_command() -> None:
