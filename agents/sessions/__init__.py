@@ -1,1 +1,1 @@
-"""The sessions agent: who is online, who is subscribed to what, and who is to be told."""
+"""The sessions agent: it knows connections, sessions and subscriptions, and announces members to the delivery agents."""
