@@ -21,10 +21,10 @@ INVARIANTS
 4. At most one transaction is in flight, and the next one is sent only when the reply of this one is known.
 5. If a step finds a bug, nothing of its batch is written.
 
-How they couple: 4 makes the reply of a transaction known before the next one builds on it. The fence then says after
-a lost reply whether the store applied it, so nothing is sent twice blindly. 1 holds because the position moves when a
-record is stepped, the fence with the transaction, and the committable offset only with Kafka's acknowledgement. 2 is why
-a rebuild repeats no output. 3 keeps a journal entry from being taken for another one with the same number.
+How they couple: because of 4, the fence alone answers after a lost reply whether the store applied the transaction. So
+none is sent twice blindly. 1 follows from the order of work: stepping moves the position, the transaction writes the
+fence, and Kafka's acknowledgement moves the committable offset. Because of 2, a rebuild repeats no output. Because of 3,
+a journal entry is never mistaken for a later one of this worker.
 
 STATE
 
@@ -341,6 +341,7 @@ class PartitionDriver(Generic[Packed]):
                 if batch.owned:
                     await self._send(batch)
                 await self._finish()
+                # A batch that owns nothing is not sent: the next transaction's fence covers its records.
                 batch = Batch()
             self._advance(record)
             batch.add(record, found, self._now_ms)
@@ -406,6 +407,8 @@ class PartitionDriver(Generic[Packed]):
     async def _supply(self, events: Sequence[Event]) -> None:
         """Read for the machine until it wants nothing more; an answer can lead to another read."""
         while reads := self.machine.wanted(events, self._now_ms):
+            # An index or a due set changes with every transaction. The other reads are of states, which only this machine
+            # writes: those of the transaction in flight are in its memory.
             if self._in_flight is not None and any(isinstance(x, OF_ALL_BATCHES) for x in reads):
                 await self._finish()
             for read, answer in zip(reads, await self.store.read(reads), strict=True):

@@ -319,7 +319,7 @@ class SessionsMachine:
         before, can_be_delivered = self._clients[change.client_id], self._rules.can_be_delivered
         members_before, members = after.announced, after.members(can_be_delivered)
         if not before.same_session(after):
-            # The delivery agents heard that an offline client's members left. They must hear that the session ended.
+            # The delivery agents know that an offline client's members left. They must learn that the session ended, too.
             members_before = {**before.session_members(can_be_delivered), **members_before}
         # The first change after new rules announces all, whether or not the sweep has reached the client.
         announce_all |= after.announced_by < self._partition.rules_offset

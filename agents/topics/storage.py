@@ -13,8 +13,8 @@ INVARIANTS
 1. A body lives until its last reference goes. Then it is unreferenced, and the end of the batch deletes it.
 2. A topic has at most one retained message. The cached `RetainedState` says which, and whether the body has another
    reference beside it (`indexed`). Without it the body belongs to the index or a dead letter alone.
-3. A body that is stored and deleted in one batch is left as the last of the two says: the store deletes after all
-   writes, so `_store` takes a body back from the unreferenced ones.
+3. A body that one batch releases and then stores again stays. The store deletes after all writes, so `_store` takes the
+   body back from the unreferenced ones.
 4. A repeat of a publish changes nothing, while its id is among the seen ids.
 
 They couple in `let_go`: index and dead letters release a body there, and the retained state decides whether it stays.

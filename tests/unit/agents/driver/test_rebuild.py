@@ -25,7 +25,7 @@ def folded_world(*tables: str) -> World:
 
 
 def public(world: World) -> dict[str, object]:
-    return {name: held for name, held in world.server.dump().items() if name.startswith("mqtt:")}
+    return {name: value for name, value in world.server.dump().items() if name.startswith("mqtt:")}
 
 
 def lose(world: World) -> dict[str, object]:

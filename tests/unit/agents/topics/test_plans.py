@@ -65,10 +65,10 @@ def test_topics_that_the_same_rules_match_share_a_plan_and_memory_is_bounded(
 ) -> None:
     monkeypatch.setattr(plans, "PLANS_MAX", 2)
     rules = given.rules(given.store(), given.retain("b/#"))
-    held = TopicPlans(rules)
+    topic_plans = TopicPlans(rules)
     for topic in ("a", "a/1", "b/1", "b/2", "a/+", "a"):
-        assert held.of(topic) == make_plan(rules, topic)
-        assert len(held._plans) <= 2
-    assert held.of("a/1") is held.of("a/2")
-    assert held.of("b/1") is held.of("b/2")
-    assert len(held._shared) == 3
+        assert topic_plans.of(topic) == make_plan(rules, topic)
+        assert len(topic_plans._plans) <= 2
+    assert topic_plans.of("a/1") is topic_plans.of("a/2")
+    assert topic_plans.of("b/1") is topic_plans.of("b/2")
+    assert len(topic_plans._shared) == 3
