@@ -1,4 +1,4 @@
-"""Which records are an agent's, and which events they hold. Bytes from outside reach the decoder and nothing behind it."""
+"""Which records are an agent's, and which events they hold. Bytes from outside reach no code behind the decoder."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ INVARIANTS
 
 How they couple: because of 4, the fence alone answers after a lost reply whether the store applied the transaction. So
 none is sent twice blindly. 1 follows from the order of work: stepping moves the position, the transaction writes the
-fence, and Kafka's acknowledgement moves the committable offset. Because of 2, a rebuild repeats no output. Because of 3,
-a journal entry is never mistaken for a later one of this worker.
+fence, and Kafka's acknowledgement moves the committable offset. Because of 2, a rebuild repeats no output. Because of
+3, a journal entry is never mistaken for a later one of this worker.
 
 STATE
 
@@ -407,8 +407,8 @@ class PartitionDriver(Generic[Packed]):
     async def _supply(self, events: Sequence[Event]) -> None:
         """Read for the machine until it wants nothing more; an answer can lead to another read."""
         while reads := self.machine.wanted(events, self._now_ms):
-            # An index or a due set changes with every transaction. The other reads are of states, which only this machine
-            # writes: those of the transaction in flight are in its memory.
+            # An index or a due set changes with every transaction. The other reads are of states: those of the
+            # transaction in flight are in the machine's memory, and are not read.
             if self._in_flight is not None and any(isinstance(x, OF_ALL_BATCHES) for x in reads):
                 await self._finish()
             for read, answer in zip(reads, await self.store.read(reads), strict=True):

@@ -46,9 +46,8 @@ class Outbox:
         # Journal entries that Kafka has, and that the store still keeps: sequence → outputs.
         self._produced: dict[int, Sequence[Output]] = {}
         self.produced = 0  # transactions up to this sequence have nothing left to produce
-        self.committable_offset = (
-            0  # Kafka has the outputs of all records below; it never goes back
-        )
+        # Kafka has the outputs of all records below it. It never goes back.
+        self.committable_offset = 0
 
     async def finish_journal(self, stored: LoadedState, committed: int | None) -> None:
         """Produce the journal's entries: those of an earlier owner, and those of a transaction whose reply was lost.

@@ -52,14 +52,14 @@ class Outputs:
     def __init__(self, partition: Partition, read: ReadStore) -> None:
         self._partition, self._read = partition, read
         self._delivery_records = DeliveryRecords(partition, read)
-        self.partition_count = 0  # all of Millpond's topics have the same
+        self.partition_count = 0  # of each of Millpond's topics
 
     async def records(
         self, outputs: Sequence[Output], sources: Sources
     ) -> AsyncIterator[OutgoingRecord]:
         """Yield the Kafka records of the outputs, in order.
 
-        `sources` has the records that outputs came from, by offset: those of the batch, or those that the journal needs.
+        `sources` are the records that outputs came from, by offset: those of the batch, or as the journal needs them.
         """
         # Consecutive outputs with a message are collected: their bodies are read together.
         message_outputs: list[DeliverMessage | DeadLetterMessage] = []
@@ -106,7 +106,7 @@ class Outputs:
     async def _subscriptions(
         self, output: LookUpSubscriptions, source: Record | None
     ) -> list[OutgoingRecord]:
-        """Return one command with the client's subscriptions in the store, and one dead letter with the invalid ones."""
+        """Return one command with the client's subscriptions in the store, and one dead letter for invalid ones."""
         (table,) = await self._read([ReadSubscriptions(output.client_id)])
         filters, invalid = [], []
         for name, qos in sorted(table.items()):

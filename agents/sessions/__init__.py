@@ -1,1 +1,1 @@
-"""The sessions agent: it knows connections, sessions and subscriptions, and announces members to the delivery agents."""
+"""The sessions agent: connections, sessions and subscriptions of clients, and announcements to the delivery agents."""

@@ -23,7 +23,7 @@ HANDED_OVER: Final = frozenset({"takenover", "discarded"})
 
 
 class Presence(NamedTuple):
-    """The public state of a client. Times are in ms. `node` is None while the client is offline, or being taken over."""
+    """The public state of a client. Times are in ms. `node` is None while the client is offline or being taken over."""
 
     online: bool
     online_at: int

@@ -106,7 +106,7 @@ ANNOUNCED: Final = "announced"  # the index of clients with subscriptions, by `a
 
 
 class Sweep(Struct, frozen=True, array_like=True):
-    """A change to all clients that `index` has below the offset `before`. `at` is the time of the event that caused it."""
+    """A change to all clients that `index` has below the offset `before`. `at` is the time of its event."""
 
     kind: Literal["restarted", "unseen", "announce"]
     node: str
@@ -127,7 +127,7 @@ class Sync(Struct, frozen=True, array_like=True):
 
 
 class PartitionState(Struct):
-    """The part of the fence: node → the snapshot on its way, the sweeps in order, the offset of the rules in force."""
+    """The machine's part of the fence: node → its snapshot on the way, sweeps in order, the offset of the rules."""
 
     syncs: dict[str, Sync]
     sweeps: list[Sweep]
@@ -319,7 +319,7 @@ class SessionsMachine:
         before, can_be_delivered = self._clients[change.client_id], self._rules.can_be_delivered
         members_before, members = after.announced, after.members(can_be_delivered)
         if not before.same_session(after):
-            # The delivery agents know that an offline client's members left. They must learn that the session ended, too.
+            # The delivery agents know that an offline client's members left, but not that its session has ended.
             members_before = {**before.session_members(can_be_delivered), **members_before}
         # The first change after new rules announces all, whether or not the sweep has reached the client.
         announce_all |= after.announced_by < self._partition.rules_offset

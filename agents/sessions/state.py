@@ -21,9 +21,9 @@ from millpond.schemas.events import SessionSubscribed
 class Subscription(Struct, frozen=True, array_like=True):
     """A topic filter that a session holds.
 
-    `since` is the offset of the SUBSCRIBE, `at` the log's time there. `seen` is the offset of the last event that showed
-    it, `seen_at` that event's own time. `proxied`: the bridge subscribed the client, by a command. `broker_delivers` and
-    `reachable`: see `SessionSubscribed`.
+    `since` is the offset of the SUBSCRIBE, `at` the log's time there. `seen` is the offset of the last event that
+    showed it, `seen_at` that event's own time. `proxied` is true if the bridge subscribed the client by a command.
+    `SessionSubscribed` explains `broker_delivers` and `reachable`.
     """
 
     qos: int
@@ -37,10 +37,11 @@ class Subscription(Struct, frozen=True, array_like=True):
 
 
 class Session(Struct, frozen=True, array_like=True):
-    """An MQTT session. `id` is the offset of the event that created it, `node` the node of the last event that showed it.
+    """An MQTT session.
 
-    `resumed` is the offset of its last resumption, or 0. `began_at` is its start by the node's clock in ms, or 0 where
-    events arrive in order.
+    `id` is the offset of the event that created it. `node` and `seen` are node and offset of the last event that showed
+    it. `resumed` is the offset of its last resumption, or 0. `began_at` is its start by the node's clock in ms, or 0
+    where events arrive in order.
     """
 
     id: int
@@ -123,9 +124,9 @@ class ClientState(Struct, array_like=True):
     def created(self, node: str, seen: int, began_at: int | None = None) -> bool:
         """Fold the start of a session. True if it is new: then its predecessor ends, with its subscriptions.
 
-        Bridges give `began_at` where events can arrive late or twice. Then a session that is known on this node counts:
-        if it did not begin before, the event is a repeat or late, and changes nothing. If it did, the subscriptions made
-        since `began_at` belong to the new session, and stay.
+        Bridges give `began_at` where events can arrive late or twice. If the session known on this node began later or
+        at the same time, the event is late or a repeat, and only shows the session. If it began earlier, the
+        subscriptions made since `began_at` belong to the new session, and stay.
         """
         known = self.session
         if began_at is None or known is None or known.node != node:
@@ -193,7 +194,7 @@ class ClientState(Struct, array_like=True):
     # -- snapshots
 
     def node_restarted(self, node: str, seen: int, at: int) -> None:
-        """End the connections of a node that restarted. The session counts as seen: the snapshot that follows decides."""
+        """End the connections of a node that restarted. The session counts as seen: the next snapshot decides."""
         self.connections.close_unseen(node, seen, at)
         if self.session is not None and self.session.node == node:
             self._show_session(seen, node)
@@ -206,7 +207,7 @@ class ClientState(Struct, array_like=True):
             )
 
     def close_unseen(self, node: str, before: int, at: int) -> None:
-        """End what a snapshot of a node, started at offset `before`, did not show: connections, session, subscriptions."""
+        """End connections, session and subscriptions that a snapshot of a node, begun at `before`, did not show."""
         self.connections.close_unseen(node, before, at)
         session = self.session
         if session is None or session.node != node:

@@ -14,7 +14,7 @@ from millpond.agents.reads import ReadDue
 # Due things for one tick. The rest stays due, so another tick follows at once.
 SWEEP_DUE_MAX: Final = 32
 
-# Members of the due set: `{kind}\0{key}`, or `{kind}\0{topic}\0{message id}` for one message. No topic or client id holds
+# Members of the due set: `{kind}\0{key}`, or `{kind}\0{topic}\0{message id}` for one message. No topic or client id has
 # a null character ([MQTT-1.5.4-2]). An index or a window has one member with its earliest deadline, not one a message.
 INDEX, RETAINED, MESSAGE = "index", "retained", "message"
 WINDOW, MEMBER, DEAD, SUBSCRIBER = "window", "member", "dead", "subscriber"

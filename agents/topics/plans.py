@@ -10,7 +10,7 @@ from msgspec import Struct
 from millpond.schemas.codec import topic_name_error
 from millpond.schemas.rules import Rule, Rules
 
-# Topics whose plan is remembered; a full memory is cleared. It takes about 2 MiB for the names: most topics share a plan.
+# Topics whose plan is remembered; a full memory is cleared. Their names take about 2 MiB. Most topics share a plan.
 PLANS_MAX = 10_000
 RECEIPT_LIFETIME_S = 86_400  # one day, for a receipt rule without `expired_time`
 
@@ -71,7 +71,7 @@ def make_plan(rules: Rules, topic: str) -> TopicPlan:
 def _combine(
     error: str | None, delivery: Rule | None, matching: Sequence[Sequence[Rule]]
 ) -> TopicPlan:
-    """Return the plan of all topics that these rules match. `matching` has one sequence of rules for each of `HOOKS`."""
+    """Return the plan of all topics that these rules match. `matching` has one sequence for each of `HOOKS`."""
     first: dict[str, Rule] = {}
     for rule in matching[HOOKS.index("message.publish")]:
         if rule.action is not None:

@@ -100,9 +100,8 @@ class MessageStorage:
         self.seen = SeenIds()
         self.rules_changed(Rules())
         self.retained: StateCache[RetainedState | None] = StateCache(unpack)
-        self._unreferenced: dict[
-            str, None
-        ] = {}  # message ids whose body the end of the batch deletes
+        # Message ids whose body the end of the batch deletes.
+        self._unreferenced: dict[str, None] = {}
         # Index scores that `message.retained` needs, read in this batch; None if the index lacks the message.
         self._entry_scores: dict[ReadEntry, int | None] = {}
 

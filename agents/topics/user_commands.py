@@ -12,7 +12,7 @@ from millpond.schemas.rules.user_commands import command_values, forbidden_key, 
 def run_commands(
     commands: Sequence[Sequence[str]], offset: int, event: Event
 ) -> list[RunCommand | DeadLetter]:
-    """Substitute the event's values into each command. One that would write Millpond's own keys becomes a dead letter."""
+    """Substitute the event's values into each command. One that would touch Millpond's keys becomes a dead letter."""
     if not commands:
         return []
     values = command_values(event)
