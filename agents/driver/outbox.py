@@ -3,7 +3,8 @@
 A transaction stores its outputs in the journal. The outbox produces them, and the next transaction removes the entry.
 So a worker that dies in between leaves the entry to the next owner, which produces it (again).
 
-Dead letters of refused parts are the exception: they are known only from the reply, so no journal has them.
+Dead letters of refused parts are the exception: they are known only from the reply, so no journal has them. They are
+lost if the reply is lost, or if the worker dies before Kafka has them. Then the other parts of the record stay, too.
 """
 
 from __future__ import annotations
