@@ -1,4 +1,4 @@
-"""Records on their way to become one transaction, and that transaction on its way into the store."""
+"""A batch: the records that become one transaction, and that transaction while the store applies it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ class FoldedEvent(NamedTuple):
 
 
 class Batch(Struct):
-    """Records in order, skipped ones among them; what was read of them, and which cannot be read."""
+    """Consecutive records, with what the decoder found in them.
+
+    `records` has all of them, also those of other agents. `folded` has the owned events, `unreadable` one dead letter
+    for each owned record that does not decode.
+    """
 
     records: list[Record] = field(default_factory=list)
     folded: list[FoldedEvent] = field(default_factory=list)
@@ -29,11 +33,11 @@ class Batch(Struct):
 
     @property
     def owned(self) -> bool:
-        """Whether any of it is this agent's."""
+        """True if any record of the batch is this agent's."""
         return bool(self.folded or self.unreadable)
 
     def add(self, record: Record, found: Event | DeadLetter | None, now_ms: int) -> None:
-        """One more record, with what the intake found in it."""
+        """Append a record with the result of `RecordDecoder.decode`."""
         self.records.append(record)
         if isinstance(found, DeadLetter):
             self.unreadable.append(found)
@@ -42,14 +46,17 @@ class Batch(Struct):
 
 
 class HalfWrittenEvent(NamedTuple):
-    """An event of which the store refused a part."""
+    """An event of which the store refused a part and wrote the others."""
 
     event: Event
     refusal: Refusal
 
 
 class InFlight(NamedTuple):
-    """A transaction on its way, with what is needed once it is in. It cleans up after `cleaned`."""
+    """The transaction that the store is applying, with what the driver needs when the reply arrives.
+
+    `cleaned` are the half-written events of earlier batches that this transaction cleans up.
+    """
 
     transaction: Transaction
     batch: Batch
@@ -57,23 +64,27 @@ class InFlight(NamedTuple):
     committing: Awaitable[Sequence[Refusal]]
 
 
-def sort_out(
+def sort_refusals(
     batch: Batch, refusals: Sequence[Refusal]
 ) -> tuple[list[HalfWrittenEvent], list[DeadLetter], list[str]]:
-    """What refusals come to: the half written events, one dead letter for each, and what no event asked for."""
+    """Sort the store's refusals of a batch.
+
+    Returns:
+        The half-written events, one for each refusal. One dead letter for each record that has refusals. The reasons of
+        refusals that belong to no event of the batch: the driver can only log them.
+    """
     events = {folded.record.offset: folded.event for folded in batch.folded}
     half_written: list[HalfWrittenEvent] = []
     reasons: dict[int, list[str]] = {}
     others: list[str] = []
     for refusal in refusals:
         reason = f"the store refused its {refusal.part}: {refusal.reason}"
-        event = events.get(
-            refusal.offset
-        )  # never of NO_SOURCE, nor of what cleans up after an earlier batch
+        # Expiry has no record (NO_SOURCE), and cleaning up belongs to a record of an earlier batch.
+        event = events.get(refusal.offset)
         if event is None:
             others.append(reason)
         else:
             half_written.append(HalfWrittenEvent(event, refusal))
             reasons.setdefault(refusal.offset, []).append(reason)
-    letters = [DeadLetter(offset, "; ".join(why)) for offset, why in reasons.items()]
-    return half_written, letters, others
+    dead_letters = [DeadLetter(offset, "; ".join(parts)) for offset, parts in reasons.items()]
+    return half_written, dead_letters, others

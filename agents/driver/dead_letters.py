@@ -1,4 +1,4 @@
-"""A record that was given up on, as it goes to the dead-letter topic: its own bytes, and headers that say why."""
+"""A dead letter as Kafka has it: the bytes of the record, and headers that say where it was and what is wrong."""
 
 from __future__ import annotations
 
@@ -8,27 +8,31 @@ from millpond.agents.effects import DeadLetter
 from millpond.agents.ports import OutgoingRecord, Record
 from millpond.schemas.keys import DEAD_LETTERS_TOPIC, Partition
 
-# A reason may quote a topic of 65,535 bytes; the beginning is enough to understand it.
+# A reason may quote a topic of 65,535 bytes. The first 1,000 characters are enough to understand it.
 REASON_LENGTH_MAX: Final = 1_000
 GONE: Final = " (its bytes are no longer in the log)"
 
 
-def dead_letter(partition: Partition, letter: DeadLetter, record: Record | None) -> OutgoingRecord:
-    """The dead letter of a record; `record` is None when the log no longer holds it."""
-    reason = letter.reason[:REASON_LENGTH_MAX]
+def dead_letter_record(
+    partition: Partition, dead_letter: DeadLetter, record: Record | None
+) -> OutgoingRecord:
+    """Return what to produce for a dead letter. `record` is None if Kafka's retention has removed it."""
+    reason = dead_letter.reason[:REASON_LENGTH_MAX]
     key, value = None, None
     if record is None:
         reason += GONE
     else:
         key, value = record.key, record.value
-    headers = headers_of(partition.topic, partition.number, letter.offset, partition.agent, reason)
+    headers = headers_of(
+        partition.topic, partition.number, dead_letter.offset, partition.agent, reason
+    )
     return OutgoingRecord(DEAD_LETTERS_TOPIC, key, value, headers)
 
 
 def headers_of(
     topic: str, number: int, offset: int, reader: str, reason: str
 ) -> tuple[tuple[str, bytes], ...]:
-    """Where a record was, who gave up on it, and why."""
+    """Return the headers of a dead letter. `reader` is the agent or bridge that gave the record up."""
     return (
         ("source-topic", topic.encode()),
         ("source-partition", b"%d" % number),

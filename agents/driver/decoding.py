@@ -1,4 +1,4 @@
-"""Which records are an agent's, and what they say: foreign bytes come this far and no further."""
+"""Which records are an agent's, and which events they hold. Bytes from outside reach no code behind the decoder."""
 
 from __future__ import annotations
 
@@ -12,29 +12,34 @@ from millpond.schemas.errors import DecodeError
 from millpond.schemas.events import Event
 from millpond.schemas.keys import Partition
 
-# Record keys whose owner is remembered; past that the memory starts anew. With keys of 60 bytes about 2 MiB.
+# Record keys whose owner is remembered. A full memory is cleared. With keys of 60 bytes it takes about 2 MiB.
 OWNED_KEYS_MAX: Final = 10_000
 
 
 class RecordDecoder:
-    """Reads the records of one partition; asks who owns a key once, and decodes nothing before."""
+    """Decodes the records of one partition that the agent owns. The key decides that, before anything is decoded."""
 
     def __init__(self, partition: Partition, owns: Callable[[str], bool]) -> None:
-        """`owns` says of the key of an MQTT topic or client whether its records are this agent's."""
+        """`owns` is true for the MQTT topics or client ids whose records are this agent's."""
         self._partition, self._owns = partition, owns
-        self._owned: dict[bytes | None, str | None] = {}  # raw key → the key as text if it is ours
+        # Raw key → the key as text if the agent owns it, else None.
+        self._owned: dict[bytes | None, str | None] = {}
         self.records_skipped = 0
 
-    def forget(self) -> None:
-        """Who owns what may have changed: ask again."""
+    def forget_owners(self) -> None:
+        """Forget the owner of every key: new rules may change it."""
         self._owned.clear()
 
-    def event(self, record: Record) -> Event | DeadLetter | None:
-        """The event of a record; a dead letter if nobody can read it; None if it is another agent's."""
+    def decode(self, record: Record) -> Event | DeadLetter | None:
+        """Return the event of a record.
+
+        A record that does not decode, or whose key is not its event's, gives a dead letter. A record of another agent
+        gives None.
+        """
         try:
             key = self._owned[record.key]
         except KeyError:
-            key = self._own(record.key)
+            key = self._owned_key(record.key)
         if key is None:
             self.records_skipped += 1
             return None
@@ -47,8 +52,11 @@ class RecordDecoder:
             return DeadLetter(record.offset, str(error))
         return event
 
-    def _own(self, raw: bytes | None) -> str | None:
-        """The key as text if its records are this agent's. A key nobody can read is as good as empty."""
+    def _owned_key(self, raw: bytes | None) -> str | None:
+        """Return the key as text if the agent owns it, else None; remember the answer.
+
+        A key that is not UTF-8 counts as the empty key, so exactly one agent owns its records and reports them.
+        """
         try:
             key = "" if raw is None else raw.decode()
         except UnicodeDecodeError:

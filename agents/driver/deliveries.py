@@ -1,7 +1,7 @@
-"""Messages on their way to one client, or to the dead letters, as Kafka records.
+"""Outputs with a message, as Kafka records: deliveries to a client, and dead letters of messages.
 
-A message that was published in the batch is in the record that it came from; any other is read from the store, many at
-once, after the transaction that leased it.
+The record that published a message in this batch has its payload. For any other message, the body is read from the
+store after the transaction that leased it, many bodies at once.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from millpond.schemas.events import DeliveryFailed, MessagePublished, PayloadEnc
 from millpond.schemas.keys import Partition
 from millpond.schemas.leases import lease_name
 
-BODIES_READ_MAX: Final = 100  # messages read at once: some MiB, but for large ones
+# Bodies read at once: some MiB, unless messages are large.
+BODIES_READ_MAX: Final = 100
 
 MessageOutput: TypeAlias = DeliverMessage | DeadLetterMessage
 
 
 class DeliverableMessage(NamedTuple):
-    """What of a message goes to a client. `expires_at` is its own, in ms."""
+    """The parts of a message that a client gets. `expires_at` is the message's own expiry in ms, or None."""
 
     qos: int
     payload: str
@@ -35,22 +36,26 @@ class DeliverableMessage(NamedTuple):
 
 
 class DeliveryRecords:
-    """Makes the records of one partition's hand-outs and dead messages."""
+    """Makes the Kafka records of one partition's outputs with a message."""
 
     def __init__(
         self, partition: Partition, read: Callable[[Sequence[Read]], Awaitable[list[Any]]]
     ) -> None:
-        """`read` reads the store."""
+        """`read` is the store's."""
         self._partition, self._read = partition, read
 
     async def records(
         self, outputs: Sequence[MessageOutput], sources: Mapping[int, Record | None]
     ) -> AsyncIterator[OutgoingRecord]:
-        """In order. A message that is gone is reported to the agent itself, which holds a lease of it."""
-        for some in _chunks(outputs):
-            found = [published(output, sources.get(output.offset)) for output in some]
+        """Yield the records in order.
+
+        A leased message whose body is gone becomes a `delivery.failed` in the agent's own partition: it ends the lease.
+        Without a lease nothing is produced.
+        """
+        for chunk in _chunks(outputs):
+            found = [published(output, sources.get(output.offset)) for output in chunk]
             missing = [
-                output for output, message in zip(some, found, strict=True)
+                output for output, message in zip(chunk, found, strict=True)
                 if message is None and (isinstance(output, DeadLetterMessage) or output.stored)
             ]  # fmt: skip
             reads = [ReadBody(output.message_id) for output in missing]
@@ -59,7 +64,7 @@ class DeliveryRecords:
                 id(output): stored_message(body)
                 for output, body in zip(missing, bodies, strict=True)
             }
-            for output, message in zip(some, found, strict=True):
+            for output, message in zip(chunk, found, strict=True):
                 record = self._record(output, message or stored.get(id(output)))
                 if record is not None:
                     yield record
@@ -68,10 +73,10 @@ class DeliveryRecords:
         self, output: MessageOutput, message: DeliverableMessage | None
     ) -> OutgoingRecord | None:
         if isinstance(output, DeadLetterMessage):
-            return self._given_up(output, message)
+            return self._dead_letter(output, message)
         if message is not None:
             return to_bridge(self._deliver(output, message))
-        return self._gone(output) if output.lease else None
+        return self._failed(output) if output.lease else None
 
     def _deliver(self, output: DeliverMessage, message: DeliverableMessage) -> Deliver:
         ends = [at for at in (output.expires_at, message.expires_at) if at is not None]
@@ -86,7 +91,7 @@ class DeliveryRecords:
             expires_at=min(ends, default=None),
         )  # fmt: skip
 
-    def _gone(self, output: DeliverMessage) -> OutgoingRecord:
+    def _failed(self, output: DeliverMessage) -> OutgoingRecord:
         event = DeliveryFailed(
             at=0, node=keys.AGENT_NODE, agent=self._partition.agent,
             lease=lease_name(self._partition, output.lease), client_id=output.client_id,
@@ -97,10 +102,10 @@ class DeliveryRecords:
             self._partition.topic, key, codec.encode(event), (), self._partition.number
         )
 
-    def _given_up(
+    def _dead_letter(
         self, output: DeadLetterMessage, message: DeliverableMessage | None
     ) -> OutgoingRecord:
-        """The payload as it was published, under the topic; the headers say the rest."""
+        """Return the dead letter of a message: key is the topic, value the payload as it was published."""
         topic, number, agent = self._partition.topic, self._partition.number, self._partition.agent
         headers = (
             *headers_of(topic, number, output.offset, agent, output.reason),
@@ -117,7 +122,7 @@ def _chunks(outputs: Sequence[MessageOutput]) -> Iterator[Sequence[MessageOutput
 
 
 def published(output: MessageOutput, source: Record | None) -> DeliverableMessage | None:
-    """The message, if the record that the output came from is its publish."""
+    """Return the message if the output's source record is its publish, else None."""
     if source is None or source.key != output.topic.encode():
         return None
     try:
@@ -130,7 +135,7 @@ def published(output: MessageOutput, source: Record | None) -> DeliverableMessag
 
 
 def stored_message(body: Mapping[str, bytes]) -> DeliverableMessage | None:
-    """The message in a body; None if it has gone, or is somebody else's key."""
+    """Return the message in a stored body; None if the body is gone, or the key is not Millpond's."""
     try:
         qos, expiry = int(body["qos"]), body.get("expires_at")
         expires_at = None if expiry is None else int(expiry)
@@ -142,5 +147,5 @@ def stored_message(body: Mapping[str, bytes]) -> DeliverableMessage | None:
 
 
 def to_bridge(command: Command) -> OutgoingRecord:
-    """A command on its way to the broker."""
+    """Return the Kafka record of a command. Its key is the client id: the commands of a client stay in order."""
     return OutgoingRecord(keys.DELIVERIES_TOPIC, command.client_id.encode(), codec.encode(command))

@@ -1,4 +1,4 @@
-"""Who looks on while a partition is folded, and changes nothing: asked once for each batch, never for a record."""
+"""Observers watch the folding of one partition, for metrics and traces. The driver calls them once a batch."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from millpond.agents.ports import Transaction
 
 
 class Observer(Protocol):
-    """Of one partition. Neither call may wait or raise."""
+    """Watches one partition. Neither call may wait or raise."""
 
     def stepping(self, sequence: int) -> None:
-        """A batch begins, which will be the transaction of this sequence, if nothing comes between."""
+        """The driver begins to step a batch. Without an error it becomes the transaction with this sequence."""
         ...
 
     def applied(
         self, batch: Batch, transaction: Transaction, refused: Sequence[DeadLetter]
     ) -> None:
-        """A batch is in the store; of these records it would not take a part."""
+        """The store has applied a batch. `refused` has a dead letter for each record with a refused part."""
         ...
 
 
 class NullObserver:
-    """Nobody looks on."""
+    """Ignores everything."""
 
     def stepping(self, sequence: int) -> None:
         pass

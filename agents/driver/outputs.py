@@ -1,11 +1,15 @@
-"""Outputs as Kafka records. What an output refers to is read now, after its transaction, and is never state."""
+"""Outputs as Kafka records.
+
+An output refers to its data. The data is read here, after the transaction: so no journal holds payloads, and what a
+look-up finds is never part of an agent's state.
+"""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from millpond.agents.driver.dead_letters import dead_letter
+from millpond.agents.driver.dead_letters import dead_letter_record
 from millpond.agents.driver.deliveries import BODIES_READ_MAX, DeliveryRecords, to_bridge
 from millpond.agents.effects import (
     AnnounceMembership,
@@ -25,9 +29,9 @@ from millpond.schemas.events import SubscriberJoined, SubscriberLeft
 from millpond.schemas.keys import Partition
 from millpond.schemas.topics import WILDCARDS, filter_error, has_wildcard, matches
 
-# What one look-up may bring: a client that asks for everything gets this much of it.
+# Retained messages for one look-up. A client that subscribes to "#" gets so many, and no more.
 RETAINED_MAX: Final = 1_000
-# How far a partition's index of retained topics is searched: 100,000 of them.
+# A look-up searches at most 100 pages of 1,000 topics in each partition's index of retained topics.
 TOPICS_READ_MAX: Final = 1_000
 PAGES_MAX: Final = 100
 
@@ -36,42 +40,45 @@ Sources = Mapping[int, Record | None]
 
 
 def needs_source(output: Output) -> bool:
-    """Whether an output carries bytes that only the record has which it came from."""
+    """True if making the output's Kafka record needs the record that the output came from."""
     if isinstance(output, DeliverMessage):
         return not output.stored
     return isinstance(output, DeadLetter | LookUpSubscriptions)
 
 
 class Outputs:
-    """Makes the records of one partition's outputs."""
+    """Makes the Kafka records of one partition's outputs. The driver sets `partition_count` before the first one."""
 
     def __init__(self, partition: Partition, read: ReadStore) -> None:
-        """`partition_count` is set before the first output."""
         self._partition, self._read = partition, read
         self._delivery_records = DeliveryRecords(partition, read)
-        self.partition_count = 0  # of every topic
+        self.partition_count = 0  # of each of Millpond's topics
 
     async def records(
         self, outputs: Sequence[Output], sources: Sources
     ) -> AsyncIterator[OutgoingRecord]:
-        """What outputs come to, in order; `sources` are the records that they came from, as far as they are known."""
-        of_messages: list[DeliverMessage | DeadLetterMessage] = []  # until something else comes
+        """Yield the Kafka records of the outputs, in order.
+
+        `sources` are the records that outputs came from, by offset: those of the batch, or as the journal needs them.
+        """
+        # Consecutive outputs with a message are collected: their bodies are read together.
+        message_outputs: list[DeliverMessage | DeadLetterMessage] = []
         for output in outputs:
             if isinstance(output, DeliverMessage | DeadLetterMessage):
-                of_messages.append(output)
+                message_outputs.append(output)
                 continue
-            async for record in self._delivery_records.records(of_messages, sources):
+            async for record in self._delivery_records.records(message_outputs, sources):
                 yield record
-            of_messages.clear()
+            message_outputs.clear()
             async for record in self._record(output, sources.get(output.offset)):
                 yield record
-        async for record in self._delivery_records.records(of_messages, sources):
+        async for record in self._delivery_records.records(message_outputs, sources):
             yield record
 
     async def _record(self, output: Output, source: Record | None) -> AsyncIterator[OutgoingRecord]:
         match output:
             case DeadLetter():
-                yield dead_letter(self._partition, output, source)
+                yield dead_letter_record(self._partition, output, source)
             case AnnounceMembership(event=event):
                 for record in self._announcements(event):
                     yield record
@@ -81,12 +88,15 @@ class Outputs:
                 for record in await self._subscriptions(output, source):
                     yield record
             case _:
-                assert isinstance(output, LookUpRetained), "the rest are of messages"
+                assert isinstance(output, LookUpRetained), "`records` handles the others"
                 async for deliver in self._retained(output):
                     yield to_bridge(deliver)
 
     def _announcements(self, event: SubscriberJoined | SubscriberLeft) -> list[OutgoingRecord]:
-        """To the partition of its topic; with a wildcard to every one, since its topics are in any."""
+        """Return one record for a plain filter, and one for each partition if the filter has a wildcard.
+
+        The topics that match a wildcard can be in any partition.
+        """
         key = keys.record_key(event)
         record = OutgoingRecord(keys.MESSAGES_TOPIC, key.encode(), codec.encode(event))
         if not has_wildcard(key):
@@ -96,31 +106,35 @@ class Outputs:
     async def _subscriptions(
         self, output: LookUpSubscriptions, source: Record | None
     ) -> list[OutgoingRecord]:
-        """What the database says now, as one command; what makes no sense there is a dead letter."""
+        """Return one command with the client's subscriptions in the store, and one dead letter for invalid ones."""
         (table,) = await self._read([ReadSubscriptions(output.client_id)])
-        filters, wrong = [], []
+        filters, invalid = [], []
         for name, qos in sorted(table.items()):
             topic_filter = name.decode("utf-8", "replace")
             if filter_error(topic_filter) is None and qos in (b"0", b"1", b"2"):
                 filters.append((topic_filter, int(qos)))
             else:
-                wrong.append(f"{topic_filter!r} → {qos.decode(errors='replace')!r}")
+                invalid.append(f"{topic_filter!r} → {qos.decode(errors='replace')!r}")
         records = []
         if filters:
             chosen = tuple(filters[:SUBSCRIPTIONS_MAX])
             records.append(to_bridge(Subscribe(client_id=output.client_id, topic_filters=chosen)))
-        wrong += [f"{name!r} is one too many" for name, _ in filters[SUBSCRIPTIONS_MAX:]]
-        if wrong:
+        invalid += [
+            f"{name!r} is beyond the limit of {SUBSCRIPTIONS_MAX}"
+            for name, _ in filters[SUBSCRIPTIONS_MAX:]
+        ]
+        if invalid:
             key = keys.subscriptions(output.client_id)
-            letter = DeadLetter(output.offset, f"{key} holds no subscriptions: {', '.join(wrong)}")
-            records.append(dead_letter(self._partition, letter, source))
+            reason = f"{key} holds invalid subscriptions: {', '.join(invalid)}"
+            dead_letter = DeadLetter(output.offset, reason)
+            records.append(dead_letter_record(self._partition, dead_letter, source))
         return records
 
     async def _retained(self, output: LookUpRetained) -> AsyncIterator[Deliver]:
         topics = await self._retained_topics(output.topic_filter)
         for first in range(0, len(topics), BODIES_READ_MAX):
-            some = topics[first : first + BODIES_READ_MAX]
-            found = await self._read([ReadRetained(topic) for topic in some])
+            chunk = topics[first : first + BODIES_READ_MAX]
+            found = await self._read([ReadRetained(topic) for topic in chunk])
             ids = [message_id for message_id in found if message_id is not None]
             for body in await self._read([ReadBody(message_id) for message_id in ids]):
                 deliver = _delivery(output, body)
@@ -128,13 +142,18 @@ class Outputs:
                     yield deliver
 
     async def _retained_topics(self, topic_filter: str) -> list[str]:
-        """Topics that match, by the indexes of the agents that retain; one without a wildcard is itself."""
+        """Return the topics that match a filter, sorted, at most `RETAINED_MAX`.
+
+        A filter without a wildcard is the topic itself. A wildcard searches the indexes of all agents that retain.
+        """
         if not has_wildcard(topic_filter):
             return [topic_filter]
         levels = topic_filter.split("/")
+        # The levels in front of the first wildcard limit the search: index entries are sorted by name.
         plain = levels[: next(at for at, level in enumerate(levels) if level in WILDCARDS)]
         prefix = "".join(f"{level}/" for level in plain)
-        found = {"/".join(plain)} if plain else set()  # "a/#" matches "a" too
+        # "a/#" matches "a" too (MQTT 3.1.1, 4.7.1.2), and the prefix "a/" does not find it.
+        found = {"/".join(plain)} if plain else set()
         pages = [
             ReadNames(partition, keys.RETAINED_INDEX, prefix, "", TOPICS_READ_MAX)
             for partition in self._retaining_partitions()
@@ -153,6 +172,7 @@ class Outputs:
         return sorted(found)[:RETAINED_MAX]
 
     def _retaining_partitions(self) -> Iterable[Partition]:
+        """Yield the partitions of the agents that own topics."""
         for agent, topic in keys.SOURCE_TOPIC.items():
             if topic == keys.MESSAGES_TOPIC:
                 for number in range(self.partition_count):
@@ -160,7 +180,7 @@ class Outputs:
 
 
 def _delivery(output: LookUpRetained, body: Mapping[str, bytes]) -> Deliver | None:
-    """The delivery of a stored message; None if it has just gone, or is somebody else's key."""
+    """Return the command that delivers a retained message; None if the body is gone, or the key is not Millpond's."""
     try:
         message_id, topic, qos = body["id"].decode(), body["topic"].decode(), int(body["qos"])
     except (KeyError, ValueError):

@@ -1,4 +1,4 @@
-"""Whose rules a partition is folded by: the last ones in its log, which are this worker's in the end."""
+"""The rules in force of a partition: the last ones in its log. In the end they are this worker's own."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from millpond.schemas.keys import Partition
 from millpond.schemas.rules import Rules
 
 
-async def lost_rules(partition: Partition, bounds: LogBounds, log: Log) -> str | None:
-    """The rules that the log begins with, where the store holds nothing of what was folded before: those that the log
-    names first, since who folded it first announced them only behind what waited there. None if nothing was folded
-    before, or the log has lost its beginning, or names none.
+async def first_rules_in_log(partition: Partition, bounds: LogBounds, log: Log) -> str | None:
+    """Return the first rules that the log names, to rebuild a state that the store has lost.
+
+    The partition's first owner folded the records in front of its own `rules.changed` by the same rules. So folding
+    them by those rules again repeats the original run.
+
+    Returns:
+        The rules in canonical form. None if the partition was never folded, if the log has lost its beginning, or if
+        it holds no readable `rules.changed`.
     """
+    # `start` is 0 while the log has its beginning. Without a committed offset nothing was folded before.
     if bounds.committed is None or bounds.start:
         return None
     own = keys.agent_record_key(partition.agent).encode()
@@ -26,7 +32,8 @@ async def lost_rules(partition: Partition, bounds: LogBounds, log: Log) -> str |
                     if isinstance(event, RulesChanged):
                         return Rules.from_canonical(event.rules).canonical()
                 except DecodeError:
-                    continue  # nobody could put those in force
+                    # The first run could not read this record either: it became a dead letter.
+                    continue
     return None
 
 
@@ -37,29 +44,29 @@ class RulesInForce:
         """`configured` are this worker's."""
         self._configured = configured
         self._wanted = configured.canonical()
-        self._in_force: str | None = None  # None until a record has set them
-        self._under_way = False
+        self._in_force: str | None = None  # None until a `rules.changed` is folded
+        self._announced = False  # this worker's rules are in the log, and not yet folded
 
     def restore(self, canonical: str | None) -> Rules:
-        """The rules to go on with: those in the store, else this worker's.
+        """Return the rules to fold by: those of the store, or this worker's if the store has none.
 
         Raises:
-            DecodeError: what the store holds cannot be read.
+            DecodeError: the rules in the store cannot be read.
         """
         rules = self._configured if canonical is None else Rules.from_canonical(canonical)
         self._in_force = None if canonical is None else rules.canonical()
-        self._under_way = False
+        self._announced = False
         return rules
 
     def changed(self, rules: Rules) -> None:
-        """A record has put `rules` in force."""
+        """Note that a record has put `rules` in force."""
         self._in_force = rules.canonical()
         if self._in_force == self._wanted:
-            self._under_way = False
+            self._announced = False
 
     def to_announce(self) -> str | None:
-        """This worker's rules, if they are neither in force nor on their way."""
-        if self._in_force == self._wanted or self._under_way:
+        """Return this worker's rules if they are neither in force nor announced; they count as announced then."""
+        if self._in_force == self._wanted or self._announced:
             return None
-        self._under_way = True
+        self._announced = True
         return self._wanted

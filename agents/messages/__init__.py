@@ -1,1 +1,1 @@
-"""The messages agent: keeps the messages of every topic that no delivery rule claims."""
+"""The messages agent: it stores the messages of every topic without a delivery rule."""

@@ -1,11 +1,43 @@
-"""The messages agent's machine.
+"""The messages agent's machine: it stores messages as the rules say, and removes them when they expire.
 
-Rule 1: every transition of a message without a delivery rule is in this file; what it has in common with those that
-are delivered is in `agents/topics/storage.py`. Rule 2: no IO, no clock, no chance.
+Rule 1: every transition of a message without a delivery rule is in this file, or in `agents/topics/storage.py`, whose
+header has the concepts and invariants: body, index entry, retained entry, receipt, and who refers to a body.
+Rule 2: no IO, no clock, no chance. docs/explanation/machines/messages.md is the specification.
 
-ON published: unless its id was seen, keep the body, its index entry and the retained entry, as the topic's rules
-say; run the user's commands. ON retained: the retained entry alone. ON delivered, acked: note the receipt; run the user's commands. ON tick: what is
-due goes, a bounded piece at a time. ON rules changed: go on by the new ones.
+STATE
+
+- In the fence (`partition_state`): the number and start of the current generation of seen ids, and the next due time.
+- For each topic that retains a message, in the table `states`: a `RetainedState`.
+- Stored messages have no private state: index and bodies are the state. Only the topic's owner writes them.
+- In memory only, during a tick: the due things (`DueTimes.supplied`), and the oldest index entries (`_entries`).
+
+INVARIANTS
+
+1. Everything that expires has a due thing at its end or earlier: an index (for its oldest entry), a retained entry, a
+   message with its own expiry. So a tick finds it. When can a due thing be late or missing? After new rules shorten the
+   lifetime of an index, or give it one: the old due thing stays, or the next publish to the topic makes the first one.
+2. A tick, `message.retained` and `rules.changed` are stepped alone: the first two read the index, so the index must
+   have everything published before. New rules change which topics the agent owns.
+
+TRANSITIONS
+
+ON message.published:
+1. An invalid topic is a DecodeError. A repeat of a seen id changes nothing.
+2. Unless it has expired on its way: store and index it, retain it, or clear the retained entry, as the plan says.
+3. Run the user commands. They run even for a message that has expired.
+
+ON message.retained: retain the message, or clear the retained entry.
+
+ON message.delivered, message.acked: write the receipt, and run the user commands.
+
+ON tick, for each due thing, at most 32:
+1. `index`: remove the expired entries and release their bodies. The oldest that is left falls due again.
+2. `retained`: clear the retained entry, if it has expired.
+3. `message`: remove the message everywhere.
+
+ON rules.changed: use the new rules, and store them.
+
+ON refused: remove the other parts of the message (`MessageStorage.refused`).
 """
 
 from __future__ import annotations
@@ -38,13 +70,13 @@ class MessagesMachine:
     agent: AgentName = "messages"
 
     def __init__(self) -> None:
-        """An empty partition without rules; `restore` follows."""
+        """Call `restore` before anything else."""
         self._due = DueTimes()
         self._storage = MessageStorage(self._due)
-        # Supplied for a tick: the oldest index entries, and how many were asked for.
+        # Supplied for a tick: topic → its oldest index entries, and how many were read at most.
         self._entries: dict[str, tuple[list[tuple[str, int]], int]] = {}
 
-    # -- what the driver asks ---------------------------------------------------------------------------
+    # -- interface of the driver ------------------------------------------------------------------------
 
     def restore(
         self, partition_state: Mapping[str, Any], stored: LoadedState, rules: Rules
@@ -58,7 +90,7 @@ class MessagesMachine:
         return self._due.next_ms
 
     def owns(self, key: str) -> bool:
-        """Every topic that no delivery rule claims."""
+        """True for every topic without a delivery rule."""
         return self.rules.owner(key) == self.agent
 
     @property
@@ -67,11 +99,11 @@ class MessagesMachine:
         return self._storage.rules
 
     def alone(self, event: Event) -> bool:
-        """Some read the index, so everything published before must be in it; new rules decide what is owned."""
+        """True for the events of invariant 2."""
         return isinstance(event, Tick | MessageRetained | RulesChanged)
 
     def wanted(self, events: Sequence[Event], now_ms: int) -> Sequence[Read]:
-        """The states of topics whose retained message may change; for a tick, what is due and its entries."""
+        """Return the reads for the retained states that may change; for a tick, for due things and index entries."""
         if len(events) == 1 and isinstance(events[0], Tick):
             return self._wanted_by_tick(now_ms)
         touched = filter(self._storage.touches_retained, events)
@@ -95,11 +127,15 @@ class MessagesMachine:
             case ReadEntry():
                 self._storage.supply_place(read, answer)
             case _:
-                assert isinstance(read, ReadIndex), "nothing else is wanted"
+                assert isinstance(read, ReadIndex), "`wanted` asks for nothing else"
                 self._entries[read.topic] = answer, read.limit
 
     def step(self, offset: int, event: Event, now_ms: int, score: int) -> Sequence[Effect | Output]:
-        """One event. A topic that cannot be published to, or rules that cannot be read, are a `DecodeError`."""
+        """Fold one event.
+
+        Raises:
+            DecodeError: a topic name is invalid, or new rules cannot be read.
+        """
         match event:
             case MessagePublished():
                 return self._published(offset, event, now_ms, score)
@@ -113,7 +149,7 @@ class MessagesMachine:
                 self._storage.rules_changed(Rules.from_canonical(event.rules))
                 return (SetRules(event.rules),)
             case _:
-                return ()  # another agent's concern
+                return ()  # an event of another agent
 
     def finish(self) -> Sequence[Effect]:
         return self._storage.finish()
@@ -158,10 +194,10 @@ class MessagesMachine:
         return effects
 
     def _sweep_index(self, topic: str, now_ms: int) -> list[Effect]:
-        """The index entries that are too old by the rules in force, and their bodies."""
+        """Remove the index entries that have expired by the rules in force."""
         lifetime = self._storage.plans.of(topic).index_lifetime_ms
         if lifetime is None:
-            return []  # the rules changed: nothing of this topic expires any more
+            return []  # new rules store the topic without `expired_time`, or no longer
         entries, limit = self._entries[topic]
         expired, next_end = expired_entries(entries, limit, lifetime, now_ms)
         effects = self._storage.unindex(NO_SOURCE, topic, expired)

@@ -1,1 +1,1 @@
-"""The sessions agent: who is online, who is subscribed to what, and who is to be told."""
+"""The sessions agent: connections, sessions and subscriptions of clients, and announcements to the delivery agents."""

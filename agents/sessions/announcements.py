@@ -1,4 +1,4 @@
-"""Telling the delivery agents of the members that came and went."""
+"""Announcements: `subscriber.joined` and `subscriber.left`, from the members before and after an event."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LeftReason: TypeAlias = Literal["unsubscribed", "session_ended", "disconnected"]
 
 
 class ClientChange(NamedTuple):
-    """What happened to a client at which record, and why those that left did."""
+    """The event that changed a client: its record's offset and its time. `reason` is why members may leave by it."""
 
     offset: int
     at: int
@@ -24,27 +24,30 @@ class ClientChange(NamedTuple):
 
 def announcements(
     change: ClientChange,
-    was: Mapping[str, ServedSubscription],
-    now: Mapping[str, ServedSubscription],
+    before: Mapping[str, ServedSubscription],
+    after: Mapping[str, ServedSubscription],
     *,
-    again: bool,
+    announce_all: bool,
 ) -> list[Output]:
-    """A leave for each member that is no more, a join for each that is new; with `again` for all there are."""
+    """Return a leave for each member that is gone, and a join for each new or changed one.
+
+    Both mappings are members by topic filter. `announce_all` sends a join for every member, changed or not.
+    """
     offset, at, client_id, reason = change
-    said: list[Output] = []
-    for topic_filter, member in was.items():
-        if topic_filter not in now:
+    outputs: list[Output] = []
+    for topic_filter, member in before.items():
+        if topic_filter not in after:
             left = SubscriberLeft(
                 at=at, node=AGENT_NODE, client_id=client_id, topic_filter=topic_filter,
                 reason=reason, session=member.session, source_offset=offset,
             )  # fmt: skip
-            said.append(AnnounceMembership(offset, left))
-    for topic_filter, member in now.items():
-        if again or was.get(topic_filter) != member:
+            outputs.append(AnnounceMembership(offset, left))
+    for topic_filter, member in after.items():
+        if announce_all or before.get(topic_filter) != member:
             joined = SubscriberJoined(
                 at=at, node=AGENT_NODE, client_id=client_id, topic_filter=topic_filter,
                 qos=member.qos, session=member.session, source_offset=offset,
                 broker_delivers=member.broker_delivers, subscribed_at=member.subscribed_at,
             )  # fmt: skip
-            said.append(AnnounceMembership(offset, joined))
-    return said
+            outputs.append(AnnounceMembership(offset, joined))
+    return outputs

@@ -1,8 +1,12 @@
-"""The connections of one client, each told from every other by its identity, and what they say of its presence.
+"""The connections of one client, and the presence that follows from them.
 
-A client has one connection at a time, but its events may come late, twice, from two nodes or not at all. So each
-connection is opened and ended by its own id, and the newest one decides: the client is online while that is live,
-or while it ended by `takenover` or `discarded` and its successor has not been heard of yet.
+A client has one connection at a time. But its events may arrive late, twice, from two nodes, or never. So events open
+and end only the connection that they name by its id, and the newest connection decides about presence:
+
+- The client is online while its newest connection is live.
+- It is also online while that connection ended by `takenover` or `discarded`, and its successor has not appeared yet.
+
+Methods are named for the events that they fold.
 """
 
 from __future__ import annotations
@@ -11,15 +15,15 @@ from typing import Final, NamedTuple
 
 from msgspec import Struct, field
 
-# A client reconnects often, but rarely more often than this between two events of an earlier connection.
+# Connections remembered for a client. A disconnect is rarely so late that more of them came and went before it.
 LIVE_MAX: Final = 4
 ENDED_IDS_MAX: Final = 8
-# The reasons of a disconnect that hands the client over to a newer connection.
+# Reasons of a disconnect that hand the client over to a newer connection.
 HANDED_OVER: Final = frozenset({"takenover", "discarded"})
 
 
 class Presence(NamedTuple):
-    """What others see of a client. Times are ms; `node` is where it is connected, if that is known."""
+    """The public state of a client. Times are in ms. `node` is None while the client is offline or being taken over."""
 
     online: bool
     online_at: int
@@ -28,7 +32,7 @@ class Presence(NamedTuple):
 
 
 class LiveConnection(Struct, frozen=True, array_like=True):
-    """A connection that is up. `seen` is the offset of the last event that showed it."""
+    """A connection that is up. `connected_at` is in ms; `seen` is the offset of the last event that showed it."""
 
     node: str
     connected_at: int
@@ -36,7 +40,7 @@ class LiveConnection(Struct, frozen=True, array_like=True):
 
 
 class EndedConnection(Struct, frozen=True, array_like=True):
-    """The newest connection that ended, and when (ms), and whether a newer one was to follow it."""
+    """The newest connection that ended, at `at` in ms. `handed_over` is true if a newer connection must follow."""
 
     node: str
     connected_at: int
@@ -46,23 +50,28 @@ class EndedConnection(Struct, frozen=True, array_like=True):
 
 
 class Connections(Struct, array_like=True):
-    """One client's. Mutable; a step works on a copy."""
+    """The connections of one client. Mutable; a step works on a copy.
+
+    `live` and `ended_ids` are by connection id; `ended_ids` has the time of the end in ms, and `handed_over`.
+    `last` is the newest connection that ended, `offline_at` when the client last went offline.
+    """
 
     live: dict[str, LiveConnection] = field(default_factory=dict)
-    ended_ids: dict[str, tuple[int, bool]] = field(default_factory=dict)  # when, handed over
+    ended_ids: dict[str, tuple[int, bool]] = field(default_factory=dict)
     last: EndedConnection | None = None
     offline_at: int | None = None
 
     def copy(self) -> Connections:
-        """One that may be changed without changing this one."""
+        """Return an independent copy."""
         return Connections(dict(self.live), dict(self.ended_ids), self.last, self.offline_at)
 
     def opened(self, connection_id: str, live: LiveConnection) -> bool:
-        """A connection is up, or told of again; whether this is news, and it has not ended since."""
+        """Fold a connection that is up. True if it is new: neither known, nor ended already."""
         known = self.live.get(connection_id)
         end = self.ended_ids.get(connection_id)
         if end is not None and live.connected_at <= end[0]:
-            self._end(live, *end, sure=False)  # its end overtook it, or it is told of once more
+            # The end overtook the connect, or the connect is a repeat.
+            self._note_end(live, *end, was_live=False)
             return False
         self.live[connection_id] = live
         if len(self.live) > LIVE_MAX:
@@ -71,30 +80,37 @@ class Connections(Struct, array_like=True):
         return known is None or known.connected_at != live.connected_at
 
     def ended(self, connection_id: str, at: int, reason: str) -> bool:
-        """A connection ended; whether it was up until now."""
+        """Fold the end of a connection. True if it was live until now."""
         live, handed_over = self.live.get(connection_id), reason in HANDED_OVER
         if live is not None and live.connected_at > at:
-            return False  # an earlier one from the same address
+            # The id is node and peer address: this is the late end of an earlier connection from the same address.
+            return False
         self.live.pop(connection_id, None)
+        # Removed first, so that the dict's order is the order of the ends.
         self.ended_ids.pop(connection_id, None)
         self.ended_ids[connection_id] = at, handed_over
         if len(self.ended_ids) > ENDED_IDS_MAX:
             del self.ended_ids[next(iter(self.ended_ids))]
         if live is not None:
-            self._end(live, at, handed_over, sure=True)
+            self._note_end(live, at, handed_over, was_live=True)
         return live is not None
 
-    def _end(self, live: LiveConnection, at: int, handed_over: bool, *, sure: bool) -> None:
-        """`sure`: it was up until now, so that what was handed over before was handed over to it."""
+    def _note_end(
+        self, live: LiveConnection, at: int, handed_over: bool, *, was_live: bool
+    ) -> None:
+        """Make a connection the last one that ended, unless a newer one ended before.
+
+        A connection that was live until now is the successor of a handed-over one, even if its node's clock is behind.
+        """
         last = self.last
-        awaited = sure and last is not None and last.handed_over
+        awaited = was_live and last is not None and last.handed_over
         if last is None or awaited or live.connected_at >= last.connected_at:
             self.last = EndedConnection(live.node, live.connected_at, at, handed_over, live.seen)
             if not handed_over:
                 self.offline_at = at
 
     def close_unseen(self, node: str, before: int, at: int) -> bool:
-        """End what was last seen on a node before an offset; whether anything was."""
+        """End the connections last seen on a node before an offset. True if there were any."""
         unseen = [
             connection_id
             for connection_id, live in self.live.items()
@@ -104,7 +120,7 @@ class Connections(Struct, array_like=True):
             self.ended(connection_id, at, "unseen")
         last = self.last
         if last is not None and last.handed_over and last.node == node and last.seen < before:
-            # The successor that was to follow never came.
+            # The handed-over connection still waits for its successor, which never came.
             self.last = EndedConnection(
                 node, last.connected_at, at, handed_over=False, seen=last.seen
             )
@@ -113,7 +129,7 @@ class Connections(Struct, array_like=True):
         return bool(unseen)
 
     def presence(self) -> Presence | None:
-        """What the newest connection says; None if there never was one."""
+        """Return the presence by the newest connection, or None if there never was one."""
         live = max(
             self.live.values(), key=lambda each: (each.connected_at, each.seen), default=None
         )
@@ -127,11 +143,14 @@ class Connections(Struct, array_like=True):
         return Presence(last.handed_over, last.connected_at, self.offline_at, None)
 
     def seen_on(self) -> dict[str, int]:
-        """Per node, the lowest offset at which something that is held open was last seen there."""
-        held: list[LiveConnection | EndedConnection] = list(self.live.values())
+        """Return node → the lowest offset at which one of its open connections was last seen.
+
+        A handed-over connection counts as open: a snapshot must be able to end the wait for its successor.
+        """
+        open_connections: list[LiveConnection | EndedConnection] = list(self.live.values())
         if self.last is not None and self.last.handed_over:
-            held.append(self.last)
+            open_connections.append(self.last)
         seen: dict[str, int] = {}
-        for each in held:
+        for each in open_connections:
             seen[each.node] = min(each.seen, seen.get(each.node, each.seen))
         return seen

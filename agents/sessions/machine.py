@@ -1,13 +1,69 @@
-"""The sessions agent's machine.
+"""The sessions agent's machine: connections, sessions and subscriptions of every client, and who is a member.
 
 Rule 1: every transition of a client is in this file, in `state.py` (its session) or `connections.py` (its presence).
-Rule 2: no IO, no clock, no chance.
+Rule 2: no IO, no clock, no chance. docs/explanation/machines/sessions.md is the specification.
 
-ON a client's event: change its state; write its presence if that changed; announce the subscriptions that are to be
-served from now on, or no longer, to the owners of delivery rules; look up what the database subscribes it to; run the
-user's commands. ON node.started, .stopped: its connections are gone. ON node.sync.completed: what was last seen
-before its `started` is gone. ON rules.changed: announce everything once more. Each of these three is a sweep over
-many clients: it waits in a queue, and every tick does a bounded piece of it.
+CONCEPTS
+
+- Connection: named by node and peer address. Session: named by the offset of the event that created it.
+- Member: a subscription that a delivery agent must serve now. Its client is online, the bridge can reach the client,
+  and a delivery rule can match the filter.
+- Snapshot: everything connected and subscribed at a node, between `node.sync.started` and `node.sync.completed`.
+- Seen: the offset of the last event that showed a connection, session or subscription.
+- Sweep: a change to all clients of a node, or to all clients with subscriptions. Ticks do it in pieces.
+
+INVARIANTS
+
+1. A disconnect ends only the connection that it names, whenever it arrives.
+2. A client is online while its newest connection is live, or while that is handed over and its successor is missing.
+3. A session is on one node at a time: the node of the last event that showed it.
+4. The announcements of an event are the difference between the members before and after it. `announced` is the former.
+5. A client stands in the index of a node at the lowest `seen` of anything it has there. So a sweep that reads the index
+   below an offset finds every client with something older. What it has done stands at or above the offset.
+
+They couple in `_apply`: each change of a client ends there, it is the only place that announces, and `finish` derives
+presence and indexes from the states before and after the batch. 5 is why a sweep needs no cursor: a new owner continues
+it from the fence.
+
+STATE
+
+- In the fence (`PartitionState`): snapshots on their way, sweeps that wait, the offset of the last `rules.changed`.
+- For each client, in the table `states`: a `ClientState`.
+- Indexes: `node:{node}` as in invariant 5; `announced`, client with subscriptions → `announced_by`.
+- In memory only, during a tick: the clients of the first sweep (`_page`).
+
+TRANSITIONS
+
+ON client.connected:
+1. Open the connection, and show the session.
+2. If the connection is new: run the hook (user commands, look-ups), and announce all members once more. Why? A command
+   that failed over the old connection may succeed over the new one.
+
+ON client.disconnected: end the connection. If it was live, run the hook. The session stays until its own end arrives.
+
+ON session.created: begin a session and end its predecessor, unless the event is late or a repeat.
+
+ON session.resumed: show the session on this node.
+
+ON session.terminated: end the session and its subscriptions, unless the session has moved to another node.
+
+ON session.discarded, session.takenover: nothing. The session that follows has the same news, in its own order.
+
+ON session.subscribed: store the subscription. Run the hook if it is new, or a SUBSCRIBE (not `told_again`).
+
+ON session.unsubscribed: end the subscription. If the session held it, run the hook.
+
+ON control.subscribe, control.unsubscribe: send the bridge a command.
+
+ON node.started, node.stopped: queue a sweep `restarted`. It ends the node's connections. Sessions count as seen.
+
+ON node.sync.started: note the snapshot.
+
+ON node.sync.completed: if it is the noted snapshot, queue a sweep `unseen`, for everything last seen before its start.
+
+ON rules.changed: use and store the rules, and queue a sweep `announce`.
+
+ON tick: do a piece of the first sweep. A sweep does not run the hook of `client.disconnected`.
 """
 
 from __future__ import annotations
@@ -42,15 +98,15 @@ from millpond.schemas.events import AgentName, Event
 from millpond.schemas.rules import Rules
 from millpond.schemas.topics import filter_error
 
-# One tick does no more of a sweep than this many clients: some ms of Redis. It begins with none once so many members
-# were announced: one with a wildcard is a record in each partition.
+# A tick sweeps at most this many clients: some ms of Redis. It stops before a client once so many outputs are decided:
+# an announcement with a wildcard is a record in each partition.
 SWEEP_CLIENTS_MAX: Final = 256
 SWEEP_OUTPUTS_MAX: Final = 256
 ANNOUNCED: Final = "announced"  # the index of clients with subscriptions, by `announced_by`
 
 
 class Sweep(Struct, frozen=True, array_like=True):
-    """Something to be done to all clients that an index has below an offset."""
+    """A change to all clients that `index` has below the offset `before`. `at` is the time of its event."""
 
     kind: Literal["restarted", "unseen", "announce"]
     node: str
@@ -59,19 +115,19 @@ class Sweep(Struct, frozen=True, array_like=True):
 
     @property
     def index(self) -> str:
-        """The index that has them."""
+        """The index to read."""
         return ANNOUNCED if self.kind == "announce" else seen_index(self.node)
 
 
 class Sync(Struct, frozen=True, array_like=True):
-    """A snapshot that has started and not completed."""
+    """A snapshot on its way; `offset` is that of its `node.sync.started`."""
 
     sync_id: str
     offset: int
 
 
 class PartitionState(Struct):
-    """What travels in the fence: by node the snapshot under way; the sweeps in order; the offset of the rules."""
+    """The machine's part of the fence: node → its snapshot on the way, sweeps in order, the offset of the rules."""
 
     syncs: dict[str, Sync]
     sweeps: list[Sweep]
@@ -79,7 +135,7 @@ class PartitionState(Struct):
 
 
 def seen_index(node: str) -> str:
-    """The index of clients of a node, by the lowest offset at which something of theirs was last seen."""
+    """Return the name of a node's index of clients (invariant 5)."""
     return f"node:{node}"
 
 
@@ -89,22 +145,22 @@ class SessionsMachine:
     agent: AgentName = "sessions"
 
     def __init__(self) -> None:
-        """An empty partition without rules; `restore` follows."""
-        self._clear(PartitionState({}, [], 0), Rules())
+        """Call `restore` before anything else."""
+        self._reset(PartitionState({}, [], 0), Rules())
 
-    def _clear(self, partition: PartitionState, rules: Rules) -> None:
+    def _reset(self, partition: PartitionState, rules: Rules) -> None:
         self._partition = partition
         self._clients: StateCache[ClientState] = StateCache(unpack)
-        self._page: list[tuple[str, int]] | None = None  # supplied for a tick: clients to be swept
+        self._page: list[tuple[str, int]] | None = None  # supplied for a tick
         self._rules = SessionRules(rules)
 
-    # -- what the driver asks ---------------------------------------------------------------------------
+    # -- interface of the driver ------------------------------------------------------------------------
 
     def restore(
         self, partition_state: Mapping[str, Any], stored: LoadedState, rules: Rules
     ) -> None:
         blank = {"syncs": {}, "sweeps": [], "rules_offset": 0}
-        self._clear(msgspec.convert({**blank, **partition_state}, PartitionState), rules)
+        self._reset(msgspec.convert({**blank, **partition_state}, PartitionState), rules)
 
     def partition_state(self) -> dict[str, Any]:
         state: dict[str, Any] = msgspec.to_builtins(self._partition)
@@ -112,7 +168,7 @@ class SessionsMachine:
 
     @property
     def next_due_ms(self) -> int | None:
-        """A sweep that waits is due at once."""
+        """0 while a sweep waits, so a tick follows at once; else None."""
         return 0 if self._partition.sweeps else None
 
     @property
@@ -121,15 +177,15 @@ class SessionsMachine:
         return self._rules.rules
 
     def owns(self, key: str) -> bool:
-        """Every client."""
+        """True for every client: no other agent folds `mqtt.clients`."""
         return True
 
     def alone(self, event: Event) -> bool:
-        """A tick reads an index, so everything before must be in it; new rules decide what is announced."""
+        """True for a tick, which reads an index that must have everything before, and for new rules."""
         return isinstance(event, events.Tick | events.RulesChanged)
 
     def wanted(self, events_: Sequence[Event], now_ms: int) -> Sequence[Read]:
-        """The states of the clients; for a tick, those of the next sweep."""
+        """Return the reads for the events' clients; for a tick, for the page of the first sweep and its clients."""
         if len(events_) == 1 and isinstance(events_[0], events.Tick):
             names = self._wanted_by_sweep()
             if isinstance(names, ReadBelow):
@@ -154,29 +210,33 @@ class SessionsMachine:
             self._page = answer
 
     def step(self, offset: int, event: Event, now_ms: int, score: int) -> Sequence[Effect | Output]:
-        """One event."""
+        """Fold one event.
+
+        Raises:
+            DecodeError: a filter is invalid or one too many, or new rules cannot be read.
+        """
         match event:
             case events.RulesChanged():
                 return self._rules_changed(offset, event)
             case events.Tick():
                 return self._tick(offset)
             case events.NodeStarted() | events.NodeStopped():
-                self._sweep("restarted", event.node, offset, event.at)
+                self._queue_sweep("restarted", event.node, offset, event.at)
             case events.NodeSyncStarted():
                 self._partition.syncs[event.node] = Sync(event.sync_id, offset)
             case events.NodeSyncCompleted():
                 sync = self._partition.syncs.get(event.node)
                 if sync is not None and sync.sync_id == event.sync_id:
                     del self._partition.syncs[event.node]
-                    self._sweep("unseen", event.node, sync.offset, event.at)
+                    self._queue_sweep("unseen", event.node, sync.offset, event.at)
             case events.ControlSubscribe() | events.ControlUnsubscribe():
-                return [controlled(offset, event)]
+                return [control_command(offset, event)]
             case _:
                 return self._client_event(offset, event, now_ms)
         return ()
 
     def finish(self) -> Sequence[Effect]:
-        """One write for each client that the batch changed, however often."""
+        """End a batch: write state, indexes and presence of each client that it changed, once."""
         effects: list[Effect] = []
         for offset, client_id, before, after in self._clients.finish():
             effects.append(SetState(client_id, pack(after)))
@@ -189,32 +249,34 @@ class SessionsMachine:
         self._clients.settled()
 
     def refused(self, event: Event, refusal: Refusal) -> Sequence[Effect]:
-        """A foreign key in the place of a presence: nothing was half written."""
+        """Return nothing: this agent's effects are independent, so none is half written without another."""
         return ()
 
-    # -- a client's events ------------------------------------------------------------------------------
+    # -- events of a client -----------------------------------------------------------------------------
 
     def _client_event(self, offset: int, event: Event, now_ms: int) -> Sequence[Effect | Output]:
         client_id = client_of(event)
         if client_id is None:
-            return ()  # another agent's concern
+            return ()
         before = self._clients[client_id]
         after = before.copy()
         done: list[Effect | Output] = []
         reason: LeftReason = "disconnected"
-        anew = False  # over a new connection: what failed over the old one may be tried again
+        reconnected = False
         match event:
             case events.ClientConnected(node=node):
                 live = LiveConnection(node, event.connected_at, offset)
-                anew = after.connected(event.connection_id, live, told_again=event.told_again)
-                if anew:
-                    done += self._rules.hooked("client.connected", offset, event)
+                reconnected = after.connected(
+                    event.connection_id, live, told_again=event.told_again
+                )
+                if reconnected:
+                    done += self._rules.run_hook("client.connected", offset, event)
             case events.ClientDisconnected(node=node):
                 if after.disconnected(event.connection_id, node, offset, event.at, event.reason):
-                    done += self._rules.hooked("client.disconnected", offset, event)
+                    done += self._rules.run_hook("client.disconnected", offset, event)
             case events.SessionCreated(node=node):
                 if after.created(node, offset, event.began_at):
-                    done += self._rules.hooked("session.created", offset, event)
+                    done += self._rules.run_hook("session.created", offset, event)
                 reason = "session_ended"
             case events.SessionResumed(node=node):
                 after.resumed(node, offset)
@@ -222,47 +284,50 @@ class SessionsMachine:
                 done += self._subscribed(after, offset, event, now_ms)
             case events.SessionUnsubscribed():
                 if after.unsubscribed(event.topic_filter):
-                    done += self._rules.hooked("session.unsubscribed", offset, event)
+                    done += self._rules.run_hook("session.unsubscribed", offset, event)
                 reason = "unsubscribed"
             case _:
                 after.session_ended(event.node)
                 reason = "session_ended"
         change = ClientChange(offset, event.at, client_id, reason)
-        return [*self._change(change, after, again=anew), *done]
+        return [*self._apply(change, after, announce_all=reconnected), *done]
 
     def _subscribed(
         self, state: ClientState, offset: int, event: events.SessionSubscribed, now_ms: int
     ) -> Sequence[Effect | Output]:
-        """A filter is held. What a snapshot tells once more is not the client's own SUBSCRIBE."""
+        """Store a subscription, and run the hook. An event of a snapshot is not the client's own SUBSCRIBE."""
         error = filter_error(event.topic_filter)
         if error is not None:
             raise DecodeError(error)
-        if event.told_again and state.full(event.topic_filter):
+        if event.told_again and state.is_full_for(event.topic_filter):
+            # The client's own SUBSCRIBE has become a dead letter. A snapshot must not make one each time.
             return ()
-        if state.precedes(event.node, event.at):
-            return ()  # it is told late: its session is over
-        news = state.subscribed(event, offset, now_ms)
-        if news or not event.told_again:
-            return self._rules.hooked("session.subscribed", offset, event, news=news)
+        if state.is_before_session(event.node, event.at):
+            # The event is late: its session has ended.
+            return ()
+        is_new = state.subscribed(event, offset, now_ms)
+        if is_new or not event.told_again:
+            return self._rules.run_hook("session.subscribed", offset, event, is_new=is_new)
         return ()
 
-    # -- announcing -------------------------------------------------------------------------------------
+    # -- announce ---------------------------------------------------------------------------------------
 
-    def _change(self, change: ClientChange, after: ClientState, *, again: bool) -> Sequence[Output]:
-        """Keep a new state, and tell the delivery agents of the members that came and went; `again` of all.
-
-        Of a session that ends while its client is away they know that it is away: they hear that it has ended, too.
-        """
-        before, delivered = self._clients[change.client_id], self._rules.delivered
-        was, now = after.announced, after.members(delivered)
+    def _apply(
+        self, change: ClientChange, after: ClientState, *, announce_all: bool
+    ) -> Sequence[Output]:
+        """Replace a client's state, and announce its members. `announce_all` announces unchanged ones, too."""
+        before, can_be_delivered = self._clients[change.client_id], self._rules.can_be_delivered
+        members_before, members = after.announced, after.members(can_be_delivered)
         if not before.same_session(after):
-            was = {**before.session_members(delivered), **was}
-        again |= after.announced_by < self._partition.rules_offset
-        after.announced, after.announced_by = now, self._partition.rules_offset
+            # The delivery agents know that an offline client's members left, but not that its session has ended.
+            members_before = {**before.session_members(can_be_delivered), **members_before}
+        # The first change after new rules announces all, whether or not the sweep has reached the client.
+        announce_all |= after.announced_by < self._partition.rules_offset
+        after.announced, after.announced_by = members, self._partition.rules_offset
         self._clients.change(change.offset, change.client_id, after)
-        if was == now and not again:
+        if members_before == members and not announce_all:
             return ()
-        return announcements(change, was, now, again=again)
+        return announcements(change, members_before, members, announce_all=announce_all)
 
     def _rules_changed(self, offset: int, event: events.RulesChanged) -> Sequence[Effect]:
         self._rules = SessionRules(Rules.from_canonical(event.rules))
@@ -272,16 +337,18 @@ class SessionsMachine:
 
     # -- sweeps -----------------------------------------------------------------------------------------
 
-    def _sweep(self, kind: Literal["restarted", "unseen"], node: str, before: int, at: int) -> None:
+    def _queue_sweep(
+        self, kind: Literal["restarted", "unseen"], node: str, before: int, at: int
+    ) -> None:
         new = Sweep(kind, node, before, at)
-        # A later snapshot tells all that an earlier one does.
+        # A later sweep of the same kind covers everything that an earlier one would have changed.
         waiting = [
             each for each in self._partition.sweeps if (each.kind, each.node) != (kind, node)
         ]
         self._partition.sweeps = [*waiting, new]
 
     def _tick(self, offset: int) -> Sequence[Effect | Output]:
-        """A piece of the first sweep. What it has done is no longer below its offset."""
+        """Do a piece of the first sweep."""
         page, self._page = self._page, None
         if page is None:
             return ()
@@ -289,24 +356,25 @@ class SessionsMachine:
         done: list[Effect | Output] = []
         for client_id, _ in page:
             if len(done) >= SWEEP_OUTPUTS_MAX:
-                return done  # the next tick goes on: what is done is no longer below the sweep's offset
+                # The next tick continues: swept clients are no longer below the sweep's offset.
+                return done
             after = self._clients[client_id].copy()
             reason: LeftReason = "disconnected"
             if sweep.kind == "restarted":
                 after.node_restarted(sweep.node, sweep.before, sweep.at)
             elif sweep.kind == "unseen":
                 after.close_unseen(sweep.node, sweep.before, sweep.at)
-                reason = _why(after)
-            done += self._change(
-                ClientChange(offset, sweep.at, client_id, reason), after, again=False
-            )
+                reason = _left_reason(after)
+            change = ClientChange(offset, sweep.at, client_id, reason)
+            done += self._apply(change, after, announce_all=False)
+        # A page that was not full was the last one.
         if len(page) < SWEEP_CLIENTS_MAX:
             del self._partition.sweeps[0]
         return done
 
 
 def client_of(event: Event) -> str | None:
-    """Whose state an event changes."""
+    """Return the client whose state an event changes, or None."""
     match event:
         case (
             events.ClientConnected()
@@ -322,8 +390,14 @@ def client_of(event: Event) -> str | None:
             return None
 
 
-def controlled(offset: int, event: events.ControlSubscribe | events.ControlUnsubscribe) -> Output:
-    """An application's order, as a command to the broker."""
+def control_command(
+    offset: int, event: events.ControlSubscribe | events.ControlUnsubscribe
+) -> Output:
+    """Return the command to the bridge for an application's request on the control channel.
+
+    Raises:
+        DecodeError: the filter is invalid.
+    """
     error = filter_error(event.topic_filter)
     if error is not None:
         raise DecodeError(error)
@@ -334,8 +408,8 @@ def controlled(offset: int, event: events.ControlSubscribe | events.ControlUnsub
     return SendCommand(offset, Unsubscribe(client_id=event.client_id, topic_filters=names))
 
 
-def _why(after: ClientState) -> LeftReason:
-    """Why a snapshot ended a membership."""
+def _left_reason(after: ClientState) -> LeftReason:
+    """Return why members left by a snapshot, from the state after it."""
     if after.session is None:
         return "session_ended"
     presence = after.connections.presence()
@@ -343,13 +417,13 @@ def _why(after: ClientState) -> LeftReason:
 
 
 def _index_changes(client_id: str, before: ClientState, after: ClientState) -> list[Effect]:
-    """Where the client stands in the indexes that sweeps read."""
+    """Return the changes of the client's scores in the indexes that sweeps read."""
     effects: list[Effect] = []
-    was, now = before.seen_on(), after.seen_on()
+    seen_before, seen_after = before.seen_on(), after.seen_on()
     effects += [
-        SetIndex(seen_index(node), client_id, now.get(node))
-        for node in {**was, **now}
-        if was.get(node) != now.get(node)
+        SetIndex(seen_index(node), client_id, seen_after.get(node))
+        for node in {**seen_before, **seen_after}
+        if seen_before.get(node) != seen_after.get(node)
     ]
     announced_before = before.announced_by if before.subscriptions else None
     announced = after.announced_by if after.subscriptions else None
@@ -361,12 +435,16 @@ def _index_changes(client_id: str, before: ClientState, after: ClientState) -> l
 def _presence_change(
     offset: int, client_id: str, before: ClientState, after: ClientState
 ) -> list[Effect]:
-    """What is to be shown: what changed, and what was told once more, so that a snapshot mends it."""
+    """Return the presence to write: if it changed, or if an event showed a live connection again.
+
+    The second is why a snapshot repairs a presence that Redis has wrong.
+    """
     was, now = before.connections.presence(), after.connections.presence()
     if now is None or (now == was and before.connections.live == after.connections.live):
         return []
-    left = None if was is None or was.node == now.node else was.node
-    shown = SetPresence(
-        offset, client_id, now.online, now.online_at, now.offline_at, left, now.node
-    )
-    return [shown]
+    left_node = None if was is None or was.node == now.node else was.node
+    return [
+        SetPresence(
+            offset, client_id, now.online, now.online_at, now.offline_at, left_node, now.node
+        )
+    ]

@@ -1,4 +1,4 @@
-"""What the rules in force ask of the sessions agent."""
+"""The rules in force, as far as they concern the sessions agent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from millpond.schemas.events import (
 from millpond.schemas.rules import Hook, Rule, Rules
 from millpond.schemas.topics import intersects, split_share
 
-FILTERS_REMEMBERED_MAX: Final = 10_000  # whether a delivery rule can match them
+# Topic filters of which the answer of `can_be_delivered` is remembered; a full memory is cleared.
+FILTERS_REMEMBERED_MAX: Final = 10_000
 
 HookedEvent: TypeAlias = (
     ClientConnected | ClientDisconnected | SessionCreated | SessionSubscribed | SessionUnsubscribed
@@ -24,27 +25,26 @@ HookedEvent: TypeAlias = (
 
 
 class SessionRules:
-    """The rules, as this agent asks them."""
+    """Answers to this agent's questions about one set of rules, computed when they are asked for."""
 
     def __init__(self, rules: Rules) -> None:
-        """Nothing is worked out before it is asked for."""
         self.rules = rules
-        self._delivered: dict[str, bool] = {}
-        self._of_hook: dict[Hook, tuple[Rule, ...]] = {}  # of the hooks without a topic
+        self._can_be_delivered: dict[str, bool] = {}
+        self._of_hook: dict[Hook, tuple[Rule, ...]] = {}  # for hooks without a topic
         actions = {rule.action for rule in rules.rules}
         self.keeps_presence = bool(actions & {"on_client_connected", "on_client_disconnected"})
 
-    def delivered(self, topic_filter: str) -> bool:
-        """Whether a delivery rule can match some topic of a client's filter."""
-        known = self._delivered.get(topic_filter)
-        if known is None:
-            if len(self._delivered) >= FILTERS_REMEMBERED_MAX:
-                self._delivered.clear()
+    def can_be_delivered(self, topic_filter: str) -> bool:
+        """True if a delivery rule can match a topic that the client's filter matches."""
+        answer = self._can_be_delivered.get(topic_filter)
+        if answer is None:
+            if len(self._can_be_delivered) >= FILTERS_REMEMBERED_MAX:
+                self._can_be_delivered.clear()
             plain = split_share(topic_filter)[1]
-            known = self._delivered[topic_filter] = any(
+            answer = self._can_be_delivered[topic_filter] = any(
                 intersects(rule.topic_filter, plain) for rule in self.rules.delivery_rules()
             )
-        return known
+        return answer
 
     def _matching(self, hook: Hook, event: HookedEvent) -> tuple[Rule, ...]:
         if isinstance(event, SessionSubscribed | SessionUnsubscribed):
@@ -53,12 +53,12 @@ class SessionRules:
             self._of_hook[hook] = self.rules.matching(hook, None)
         return self._of_hook[hook]
 
-    def hooked(
-        self, hook: Hook, offset: int, event: HookedEvent, *, news: bool = True
+    def run_hook(
+        self, hook: Hook, offset: int, event: HookedEvent, *, is_new: bool = True
     ) -> list[Effect | Output]:
-        """What the rules of a hook ask for: the user's commands, and looking things up.
+        """Return what the rules of a hook ask for: user commands and look-ups.
 
-        `news` is false for a SUBSCRIBE to what is subscribed already.
+        `is_new` is false for a SUBSCRIBE to a filter that the session holds already.
         """
         done: list[Effect | Output] = []
         actions: set[str | None] = set()
@@ -70,13 +70,14 @@ class SessionRules:
         if (
             "on_retain_lookup" in actions
             and isinstance(event, SessionSubscribed)
-            and _wants_retained(event, news=news)
+            and _wants_retained(event, is_new=is_new)
         ):
             done.append(LookUpRetained(offset, event.client_id, event.topic_filter, event.qos))
         return done
 
 
-def _wants_retained(event: SessionSubscribed, *, news: bool) -> bool:
-    """Whether a subscriber is to get retained messages (MQTT 5.0, 3.3.1.3 and 4.8.2: not if it is shared)."""
+def _wants_retained(event: SessionSubscribed, *, is_new: bool) -> bool:
+    """True if the SUBSCRIBE asks for retained messages. A shared subscription gets none (MQTT 5.0, 4.8.2)."""
     shared = split_share(event.topic_filter)[0] is not None
-    return not shared and event.retain_handling < (2 if news else 1)
+    # Retain handling (MQTT 5.0, 3.8.3.1): 0 is always, 1 only with a new subscription, 2 never.
+    return not shared and event.retain_handling < (2 if is_new else 1)

@@ -1,4 +1,8 @@
-"""What the sessions agent knows of one client: its connections, its session, its subscriptions."""
+"""The state of one client: its connections, its session, its subscriptions.
+
+`seen` is the offset of the last event that showed a connection, session or subscription. A snapshot of a node ends what
+was last seen before it started. Methods are named for the events that they fold.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +19,11 @@ from millpond.schemas.events import SessionSubscribed
 
 
 class Subscription(Struct, frozen=True, array_like=True):
-    """A filter that a session holds: since which offset, and at which one it was last shown; `at` is the log's time of
-    the former. `told_at` is the time of the event that told it last.
+    """A topic filter that a session holds.
+
+    `since` is the offset of the SUBSCRIBE, `at` the log's time there. `seen` is the offset of the last event that
+    showed it, `seen_at` that event's own time. `proxied` is true if the bridge subscribed the client by a command.
+    `SessionSubscribed` explains `broker_delivers` and `reachable`.
     """
 
     qos: int
@@ -26,14 +33,15 @@ class Subscription(Struct, frozen=True, array_like=True):
     broker_delivers: bool = False
     at: int = 0
     reachable: bool = True
-    told_at: int = 0
+    seen_at: int = 0
 
 
 class Session(Struct, frozen=True, array_like=True):
-    """A session, named by the offset of what created it, on the node that it was last seen on.
+    """An MQTT session.
 
-    `resumed` is the offset of its last resumption, or 0; `began_at` is in the node's time, or 0 where events are told
-    in order.
+    `id` is the offset of the event that created it. `node` and `seen` are node and offset of the last event that showed
+    it. `resumed` is the offset of its last resumption, or 0. `began_at` is its start by the node's clock in ms, or 0
+    where events arrive in order.
     """
 
     id: int
@@ -44,7 +52,7 @@ class Session(Struct, frozen=True, array_like=True):
 
 
 class ServedSubscription(Struct, frozen=True, array_like=True):
-    """A subscription that a delivery agent is to serve."""
+    """A member, as it is announced: a subscription that a delivery agent must serve now."""
 
     session: int
     qos: int
@@ -53,10 +61,10 @@ class ServedSubscription(Struct, frozen=True, array_like=True):
 
 
 class ClientState(Struct, array_like=True):
-    """One client's. Mutable; a step works on a copy.
+    """The state of one client. Mutable; a step works on a copy.
 
-    `announced` are the members that the delivery agents were told of, `announced_by` the offset of the `rules.changed`
-    by which that was decided.
+    `subscriptions` and `announced` are by topic filter. `announced` has the members that the delivery agents know.
+    `announced_by` is the offset of the `rules.changed` that decided about them, or 0.
     """
 
     connections: Connections = field(default_factory=Connections)
@@ -66,7 +74,7 @@ class ClientState(Struct, array_like=True):
     announced_by: int = 0
 
     def copy(self) -> ClientState:
-        """One that may be changed without changing this one."""
+        """Return an independent copy. `announced` is shared: it is replaced, never changed."""
         return ClientState(
             self.connections.copy(),
             self.session,
@@ -78,29 +86,32 @@ class ClientState(Struct, array_like=True):
     # -- connections
 
     def connected(self, connection_id: str, live: LiveConnection, *, told_again: bool) -> bool:
-        """A connection is up; whether that is news. It shows that there is a session.
+        """Fold a connection that is up, which shows the session, too. True if the connection is new.
 
-        What tells of it again may have another clock: of a connection that is known its time is, too.
+        `told_again` is true for a snapshot's event. Its `connected_at` may come from another clock: a known connection
+        keeps its own.
         """
         known = self.connections.live.get(connection_id)
         if told_again and known is not None:
             live = structs.replace(live, connected_at=known.connected_at)
-        news = self.connections.opened(connection_id, live)
+        is_new = self.connections.opened(connection_id, live)
         if connection_id in self.connections.live:
-            self._show(live.seen, live.node, moves=not told_again)
-        return news
+            self._show_session(live.seen, live.node, moves=not told_again)
+        return is_new
 
     def disconnected(self, connection_id: str, node: str, seen: int, at: int, reason: str) -> bool:
-        """A connection ended; whether it was up. The session stays until its own end is told."""
+        """Fold the end of a connection. True if it was live. The session stays until its own end arrives."""
         if self.session is not None and self.session.node == node:
-            self._show(seen, node)
+            self._show_session(seen, node)
         return self.connections.ended(connection_id, at, reason)
 
     # -- the session
 
-    def _show(self, seen: int, node: str, *, moves: bool = True) -> None:
-        """The session is on this node now. One that `moves` there brings its subscriptions along: a snapshot of the
-        node that began before does not know them. What is told in a snapshot is told whole.
+    def _show_session(self, seen: int, node: str, *, moves: bool = True) -> None:
+        """Note that the event at offset `seen` showed the session on this node. Create a session if none is known.
+
+        A session that moves here takes its subscriptions along, so they count as seen. A snapshot of this node that
+        started before does not list them. `moves` is false for a snapshot's own events: it lists subscriptions itself.
         """
         known = self.session
         if known is None:
@@ -111,57 +122,59 @@ class ClientState(Struct, array_like=True):
                 self._subscriptions_seen(seen)
 
     def created(self, node: str, seen: int, began_at: int | None = None) -> bool:
-        """A session began, and whatever went before it is over; whether that is news.
+        """Fold the start of a session. True if it is new: then its predecessor ends, with its subscriptions.
 
-        With `began_at` it may be told late: after what was subscribed in it, after a newer one, or once more.
+        Bridges give `began_at` where events can arrive late or twice. If the session known on this node began later or
+        at the same time, the event is late or a repeat, and only shows the session. If it began earlier, the
+        subscriptions made since `began_at` belong to the new session, and stay.
         """
         known = self.session
         if began_at is None or known is None or known.node != node:
             self.session, self.subscriptions = Session(seen, node, seen, 0, began_at or 0), {}
             return True
         if known.began_at >= began_at:
-            self._show(seen, node)
+            self._show_session(seen, node)
             return False
         self.session = Session(seen, node, seen, 0, began_at)
         self.subscriptions = {
-            topic_filter: held
-            for topic_filter, held in self.subscriptions.items()
-            if held.told_at >= began_at
+            topic_filter: subscription
+            for topic_filter, subscription in self.subscriptions.items()
+            if subscription.seen_at >= began_at
         }
         return True
 
-    def precedes(self, node: str, at: int) -> bool:
-        """Whether what happened then on this node belongs to a session before this one."""
+    def is_before_session(self, node: str, at: int) -> bool:
+        """True if an event of this node at time `at` belongs to an earlier session than the known one."""
         return self.session is not None and self.session.node == node and at < self.session.began_at
 
     def resumed(self, node: str, seen: int) -> None:
-        """The client came back to its session."""
-        self._show(seen, node)
-        assert self.session is not None, "it has just been shown"
+        """Fold a client's return to its session."""
+        self._show_session(seen, node)
+        assert self.session is not None, "_show_session creates one"
         self.session = structs.replace(self.session, resumed=seen)
 
     def session_ended(self, node: str) -> None:
-        """The session on this node is over; one that has moved on to another node is not."""
+        """Fold the end of the session on this node. A session that has moved to another node continues."""
         if self.session is not None and self.session.node == node:
             self.session, self.subscriptions = None, {}
 
-    def full(self, topic_filter: str) -> bool:
-        """Whether there is no room for this filter."""
+    def is_full_for(self, topic_filter: str) -> bool:
+        """True if one more filter would exceed the limit."""
         return topic_filter not in self.subscriptions and (
             len(self.subscriptions) >= SUBSCRIPTIONS_MAX
         )
 
     def subscribed(self, event: SessionSubscribed, seen: int, now_ms: int) -> bool:
-        """A filter is held, or told of again; whether that is news.
+        """Store a subscription, or update it. True if it is new, or has another QoS.
 
         Raises:
-            DecodeError: the session holds too many.
+            DecodeError: the session holds the maximum of subscriptions.
         """
         topic_filter = event.topic_filter
         known = self.subscriptions.get(topic_filter)
-        if self.full(topic_filter):
+        if self.is_full_for(topic_filter):
             raise DecodeError(f"the session holds {SUBSCRIPTIONS_MAX} subscriptions already")
-        self._show(seen, event.node, moves=not event.told_again)
+        self._show_session(seen, event.node, moves=not event.told_again)
         self.subscriptions[topic_filter] = Subscription(
             event.qos,
             seen if known is None else known.since,
@@ -175,24 +188,26 @@ class ClientState(Struct, array_like=True):
         return known is None or known.qos != event.qos
 
     def unsubscribed(self, topic_filter: str) -> bool:
-        """A filter was given up; whether it was held."""
+        """Remove a subscription. True if the session held it."""
         return self.subscriptions.pop(topic_filter, None) is not None
 
     # -- snapshots
 
     def node_restarted(self, node: str, seen: int, at: int) -> None:
-        """All connections of a node are gone. Its sessions may live: the snapshot that follows tells."""
+        """End the connections of a node that restarted. The session counts as seen: the next snapshot decides."""
         self.connections.close_unseen(node, seen, at)
         if self.session is not None and self.session.node == node:
-            self._show(seen, node)
+            self._show_session(seen, node)
             self._subscriptions_seen(seen)
 
     def _subscriptions_seen(self, seen: int) -> None:
-        for topic_filter, held in self.subscriptions.items():
-            self.subscriptions[topic_filter] = structs.replace(held, seen=max(held.seen, seen))
+        for topic_filter, subscription in self.subscriptions.items():
+            self.subscriptions[topic_filter] = structs.replace(
+                subscription, seen=max(subscription.seen, seen)
+            )
 
     def close_unseen(self, node: str, before: int, at: int) -> None:
-        """A snapshot of a node that began at offset `before` did not show it: it is no more."""
+        """End connections, session and subscriptions that a snapshot of a node, begun at `before`, did not show."""
         self.connections.close_unseen(node, before, at)
         session = self.session
         if session is None or session.node != node:
@@ -201,42 +216,46 @@ class ClientState(Struct, array_like=True):
             self.session, self.subscriptions = None, {}
             return
         self.subscriptions = {
-            topic_filter: held
-            for topic_filter, held in self.subscriptions.items()
-            if held.seen >= before
+            topic_filter: subscription
+            for topic_filter, subscription in self.subscriptions.items()
+            if subscription.seen >= before
         }
 
     def seen_on(self) -> dict[str, int]:
-        """Per node, the lowest offset at which anything that is held there was last seen."""
+        """Return node → the lowest offset at which anything of this client on it was last seen."""
         seen = self.connections.seen_on()
         if self.session is not None:
-            offsets = [held.seen for held in self.subscriptions.values()]
+            offsets = [subscription.seen for subscription in self.subscriptions.values()]
             node = self.session.node
             seen[node] = min(*offsets, self.session.seen, seen.get(node, self.session.seen))
         return seen
 
-    # -- what follows from it
+    # -- members
 
-    def members(self, delivered: Callable[[str], bool]) -> dict[str, ServedSubscription]:
-        """The subscriptions to be served now: of a client that is online, where a delivery rule can match."""
+    def members(self, can_be_delivered: Callable[[str], bool]) -> dict[str, ServedSubscription]:
+        """Return the members of a client: `session_members` while it is online, else none."""
         presence = self.connections.presence() if self.subscriptions else None
         if presence is None or not presence.online:
             return {}
-        return self.session_members(delivered)
+        return self.session_members(can_be_delivered)
 
-    def session_members(self, delivered: Callable[[str], bool]) -> dict[str, ServedSubscription]:
-        """The subscriptions of the session that a delivery rule can match, and the bridge can serve."""
+    def session_members(
+        self, can_be_delivered: Callable[[str], bool]
+    ) -> dict[str, ServedSubscription]:
+        """Return the subscriptions that a delivery rule can match, and whose client the bridge can reach."""
         session = self.session
         if session is None:
             return {}
         return {
-            topic_filter: ServedSubscription(session.id, held.qos, held.broker_delivers, held.at)
-            for topic_filter, held in self.subscriptions.items()
-            if held.reachable and delivered(topic_filter)
+            topic_filter: ServedSubscription(
+                session.id, subscription.qos, subscription.broker_delivers, subscription.at
+            )
+            for topic_filter, subscription in self.subscriptions.items()
+            if subscription.reachable and can_be_delivered(topic_filter)
         }
 
     def same_session(self, other: ClientState) -> bool:
-        """Whether the session is the one that the other state has."""
+        """True if both states have a session, and it is the same."""
         return (
             self.session is not None
             and other.session is not None
@@ -249,10 +268,10 @@ _decode: Final = msgspec.json.Decoder(ClientState).decode
 
 
 def pack(state: ClientState) -> bytes:
-    """The state as it is stored."""
+    """Encode a client's state for the store."""
     return _encode(state)
 
 
 def unpack(packed: bytes | None) -> ClientState:
-    """The state as it was stored; of a client never heard of, an empty one."""
+    """Decode a client's stored state; None gives an empty one."""
     return ClientState() if packed is None else _decode(packed)

@@ -1,1 +1,1 @@
-"""What the owners of topics share: message storage, plans, deduplication, due times, user commands, cached states."""
+"""Parts of the agents that own topics: message storage, plans, deduplication, due times, user commands, state cache."""

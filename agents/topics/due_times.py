@@ -1,4 +1,7 @@
-"""What falls due in a partition: names with a time, in the store; here only when the next tick is needed."""
+"""Due things of a partition: names with a time. The store has all of them, this module the earliest time only.
+
+That time decides when the owner sends a tick. The tick then reads the earliest due things from the store.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ from typing import Any, Final
 from millpond.agents.effects import SetDue
 from millpond.agents.reads import ReadDue
 
-# One tick looks at no more than this many due things. What is left over is still due, so that another tick follows.
+# Due things for one tick. The rest stays due, so another tick follows at once.
 SWEEP_DUE_MAX: Final = 32
 
-# Members of the due set: a kind and a key, which for some is a topic and a message id. A null character separates: no
-# topic holds one ([MQTT-1.5.4-2]). An index or a window has its earliest deadline there, not one for each message.
+# Members of the due set: `{kind}\0{key}`, or `{kind}\0{topic}\0{message id}` for one message. No topic or client id has
+# a null character ([MQTT-1.5.4-2]). An index or a window has one member with its earliest deadline, not one a message.
 INDEX, RETAINED, MESSAGE = "index", "retained", "message"
 WINDOW, MEMBER, DEAD, SUBSCRIBER = "window", "member", "dead", "subscriber"
 
@@ -20,12 +23,12 @@ OF_MESSAGES: Final = (MESSAGE, DEAD)
 
 
 def due_member(kind: str, key: str, message_id: str = "") -> str:
-    """The name of something that falls due: of a topic, a member, or one message of a topic."""
+    """Return the name of a due thing: of a topic, a member, a subscriber, or one message of a topic."""
     return f"{kind}\0{key}\0{message_id}" if message_id else f"{kind}\0{key}"
 
 
 def split_due(member: str) -> tuple[str, str, str]:
-    """Kind, key and message id (may be empty)."""
+    """Return kind, key and message id of a due thing; the message id is empty for most kinds."""
     kind, _, key = member.partition("\0")
     if kind not in OF_MESSAGES:
         return kind, key, ""
@@ -34,38 +37,44 @@ def split_due(member: str) -> tuple[str, str, str]:
 
 
 class DueTimes:
-    """When something falls due next, and what a tick has been told is due."""
+    """The earliest due time, and during a tick the due things that were read for it.
+
+    `next_ms` is None if nothing falls due. It may be too early, never too late: a tick that finds nothing corrects it.
+    `supplied` is None outside of a tick.
+    """
 
     def __init__(self) -> None:
-        """Nothing falls due."""
         self.restore({})
 
     def restore(self, partition_state: Mapping[str, Any]) -> None:
-        """Go on from what `partition_state` returned."""
+        """Continue from an earlier `partition_state`."""
         self.next_ms: int | None = partition_state.get("next_due_ms")
         self.supplied: Sequence[tuple[str, int]] | None = None
 
     def partition_state(self) -> dict[str, int]:
-        """What travels in the fence."""
+        """Return the part of the fence that `restore` needs."""
         return {} if self.next_ms is None else {"next_due_ms": self.next_ms}
 
     def falls_due(self, member: str, at: int) -> SetDue:
-        """`member` is to be looked at, at this time or earlier."""
+        """Let `member` fall due at this time. An earlier time that the store has stays."""
         if self.next_ms is None or at < self.next_ms:
             self.next_ms = at
         return SetDue(member, at)
 
     def wanted(self) -> ReadDue:
-        """What a tick asks for first."""
+        """Return the read that a tick needs first. One more than a tick handles shows when the next is due."""
         return ReadDue(SWEEP_DUE_MAX + 1)
 
     def overdue(self, now_ms: int) -> list[tuple[str, str, str]]:
-        """Of what is supplied, the parts of what a tick at `now_ms` will look at."""
+        """Return kind, key and message id of the due things that a tick at `now_ms` will handle."""
         assert self.supplied is not None, "the driver supplies what a tick wants"
         return [split_due(member) for member, at in self.supplied[:SWEEP_DUE_MAX] if at <= now_ms]
 
     def take(self, now_ms: int) -> list[str]:
-        """What is due; the next thing due is known again afterwards, and each of these is looked at once."""
+        """Return the due things that a tick at `now_ms` handles, and set `next_ms` to the earliest of the others.
+
+        The caller removes each one, or lets it fall due again.
+        """
         assert self.supplied is not None, "the driver supplies what a tick wants"
         due, self.supplied = self.supplied, None
         self.next_ms = min((at for _, at in due if at > now_ms), default=None)

@@ -1,4 +1,4 @@
-"""What the rules in force ask for one topic, worked out once and remembered."""
+"""Plans: what the rules in force ask for one topic. A plan is computed once and remembered."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from msgspec import Struct
 from millpond.schemas.rules import Rule, Rules
 from millpond.schemas.topics import topic_name_error
 
-# Topics whose plan is remembered, about 2 MiB of names; past that the memory starts anew. Most share a plan.
+# Topics whose plan is remembered; a full memory is cleared. Their names take about 2 MiB. Most topics share a plan.
 PLANS_MAX = 10_000
-RECEIPT_LIFETIME_S = 86_400  # of a receipt rule that names no `expired_time`: one day
+RECEIPT_LIFETIME_S = 86_400  # one day, for a receipt rule without `expired_time`
 
 MessageHook = Literal["message.publish", "message.delivered", "message.acked"]
 HOOKS: Final[tuple[MessageHook, ...]] = get_args(MessageHook)
 
 
 class DeliveryPlan(Struct, frozen=True):
-    """How the messages of a topic are delivered, by the rule that makes it a queue's or pubsub's. `max_length` None: no
-    limit. See `millpond.schemas.rules.rule.Rule`.
+    """How the messages of a topic are delivered, from the topic's delivery rule. `max_length` None is no limit.
+
+    `millpond.schemas.rules.rule.Rule` explains the settings.
     """
 
     max_inflight: int
@@ -33,8 +34,10 @@ class DeliveryPlan(Struct, frozen=True):
 
 
 class TopicPlan(Struct, frozen=True):
-    """The rules of one topic. Lifetimes are ms; None means for ever. `delivery` is None where nobody delivers: then
-    messages are kept if a rule says so; where somebody does, they always are.
+    """The rules of one topic. Lifetimes are in ms; None is for ever. `error` says why the topic is invalid, or None.
+
+    `delivery` is None without a delivery rule: then messages are stored only if a storing rule matches. With a delivery
+    rule they are always stored.
     """
 
     error: str | None
@@ -45,22 +48,22 @@ class TopicPlan(Struct, frozen=True):
     clear_retained: bool
     retained_lifetime_ms: int | None
     commands: Mapping[MessageHook, tuple[tuple[str, ...], ...]]
-    receipts: Mapping[MessageHook, int]  # the hooks that keep a receipt, and its lifetime
+    receipts: Mapping[MessageHook, int]  # hooks that write a receipt → its lifetime in ms
     delivery: DeliveryPlan | None = None
 
     @property
     def touches_retained(self) -> bool:
-        """Whether a publish with the retain flag changes what the topic retains."""
+        """True if a publish with the retain flag can change what the topic retains."""
         return self.retain or self.clear_retained
 
 
 def lifetime_ms(rule: Rule | None) -> int | None:
-    """How long what a rule keeps is kept."""
+    """Return the `expired_time` of a rule in ms, or None."""
     return None if rule is None or rule.expired_time is None else rule.expired_time * 1000
 
 
 def make_plan(rules: Rules, topic: str) -> TopicPlan:
-    """Of several rules with the same action for a topic, the first one counts; commands add up."""
+    """Compute the plan of a topic. The first rule of each action counts. The commands of all matching rules run."""
     matching = [rules.matching(hook, topic) for hook in HOOKS]
     return _combine(topic_name_error(topic), rules.delivery_rule(topic), matching)
 
@@ -68,7 +71,7 @@ def make_plan(rules: Rules, topic: str) -> TopicPlan:
 def _combine(
     error: str | None, delivery: Rule | None, matching: Sequence[Sequence[Rule]]
 ) -> TopicPlan:
-    """The plan of topics that these rules match, one sequence for each of `HOOKS`."""
+    """Return the plan of all topics that these rules match. `matching` has one sequence for each of `HOOKS`."""
     first: dict[str, Rule] = {}
     for rule in matching[HOOKS.index("message.publish")]:
         if rule.action is not None:
@@ -101,7 +104,7 @@ def _combine(
 
 
 def _delivery(rule: Rule) -> DeliveryPlan:
-    """A queue that keeps the newest message only is one of the length 1."""
+    """Return the settings of a delivery rule. A queue that keeps the latest message only has the length 1."""
     latest = rule.action == "on_message_fetch_for_keep_latest"
     return DeliveryPlan(
         max_inflight=rule.max_inflight,
@@ -115,16 +118,15 @@ def _delivery(rule: Rule) -> DeliveryPlan:
 
 
 class TopicPlans:
-    """The plans of the rules in force."""
+    """The plans of all topics by one set of rules, computed when they are asked for."""
 
     def __init__(self, rules: Rules) -> None:
-        """Nothing is worked out before it is asked for."""
         self._rules = rules
         self._plans: dict[str, TopicPlan] = {}
         self._shared: dict[tuple[object, ...], TopicPlan] = {}  # by the rules that match
 
     def of(self, topic: str) -> TopicPlan:
-        """The plan of a topic."""
+        """Return the plan of a topic."""
         plan = self._plans.get(topic)
         if plan is None:
             if len(self._plans) >= PLANS_MAX:
@@ -133,11 +135,11 @@ class TopicPlans:
         return plan
 
     def _plan(self, topic: str) -> TopicPlan:
-        """A million topics of one kind have one plan: what tells plans apart is which rules match."""
+        """Return the plan that all topics with the same matching rules share: a million topics need few plans."""
         error = topic_name_error(topic)
         matching = [self._rules.matching(hook, topic) for hook in HOOKS]
         delivery = self._rules.delivery_rule(topic)
-        which = (error, id(delivery), *(tuple(map(id, of_hook)) for of_hook in matching))
-        if which not in self._shared:
-            self._shared[which] = _combine(error, delivery, matching)
-        return self._shared[which]
+        rules_matched = (error, id(delivery), *(tuple(map(id, of_hook)) for of_hook in matching))
+        if rules_matched not in self._shared:
+            self._shared[rules_matched] = _combine(error, delivery, matching)
+        return self._shared[rules_matched]

@@ -1,4 +1,7 @@
-"""The states that a machine holds in memory, by record key, and which of them a batch has changed."""
+"""The states that a machine has in memory, by key, and which of them a batch has changed.
+
+Only the owner of a partition changes its states. So a state that was read once stays right until the next reload.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, Generic, NamedTuple, TypeVar
 
-STATES_HELD_MAX: Final = (
-    2_000  # remembered beyond their batch: two MiB, if each is of a kilobyte, as a reader is
-)
+# States remembered beyond their batch: 2 MiB, if each takes a kilobyte, as a reader of pubsub does.
+STATES_HELD_MAX: Final = 2_000
 
 State = TypeVar("State")
 
 
 class ChangedState(NamedTuple, Generic[State]):
-    """A state that a batch has changed: by which record last, from what, to what."""
+    """A state that a batch has changed. `offset` is that of the last record which changed it."""
 
     offset: int
     key: str
@@ -23,63 +25,63 @@ class ChangedState(NamedTuple, Generic[State]):
 
 
 class StateCache(Generic[State]):
-    """A state once read stays right, because only the partition's owner changes it."""
+    """States by key. Its machine either replaces states (`change`), or changes them in place (`touch`), never both."""
 
     def __init__(self, unpack: Callable[[bytes | None], State]) -> None:
-        """`unpack` makes a state from what is stored; of None, the state of a key that has none."""
+        """`unpack` makes a state from its stored bytes, and from None the state of a key without stored bytes."""
         self._unpack = unpack
-        self._held: dict[str, State] = {}
-        self._touched: dict[str, tuple[int, State]] = {}  # last offset, state before the batch
-        self._in_place: dict[
-            str, int
-        ] = {}  # last offset, of states that change without being replaced
-        self._unsettled: deque[tuple[str, ...]] = deque()  # of each batch not yet in the store
+        self._states: dict[str, State] = {}
+        # Changed in this batch: key → last offset, and the state before the batch.
+        self._replaced: dict[str, tuple[int, State]] = {}
+        self._in_place: dict[str, int] = {}  # key → last offset
+        # The changed keys of each batch that the store may have yet to apply, oldest batch first.
+        self._unsettled: deque[tuple[str, ...]] = deque()
 
     def __getitem__(self, key: str) -> State:
-        return self._held[key]
+        return self._states[key]
 
     def get(self, key: str) -> State | None:
-        """The state of a key, if it is held."""
-        return self._held.get(key)
+        """Return the state of a key, or None if it is not in memory."""
+        return self._states.get(key)
 
     def values(self) -> Iterable[State]:
-        """All states that are held."""
-        return self._held.values()
+        """Return all states in memory."""
+        return self._states.values()
 
-    def unknown(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Those of the keys whose state is not held, each once."""
-        return tuple(dict.fromkeys(name for name in names if name not in self._held))
+    def unknown(self, keys: Iterable[str]) -> tuple[str, ...]:
+        """Return those of the keys whose state is not in memory, each once."""
+        return tuple(dict.fromkeys(key for key in keys if key not in self._states))
 
     def supply(self, packed: Mapping[str, bytes | None]) -> None:
-        """States as they are in the store."""
+        """Take states that were read from the store."""
         for key, state in packed.items():
-            self._held[key] = self._unpack(state)
+            self._states[key] = self._unpack(state)
 
     def change(self, offset: int, key: str, after: State) -> None:
-        """The record at `offset` replaces the state of a key that is held."""
-        before = self._held[key]
-        self._touched[key] = offset, self._touched.get(key, (offset, before))[1]
-        self._held[key] = after
+        """Replace the state of a key in memory; the record at `offset` causes it."""
+        before = self._states[key]
+        self._replaced[key] = offset, self._replaced.get(key, (offset, before))[1]
+        self._states[key] = after
 
     def touch(self, offset: int, key: str) -> State:
-        """The state of a key that is held, which the record at `offset` changes in place."""
+        """Return the state of a key in memory for a change in place; the record at `offset` causes it."""
         self._in_place[key] = offset
-        return self._held[key]
+        return self._states[key]
 
     def finish(self) -> Iterator[ChangedState[State]]:
-        """The end of a batch: what it changed, each key once. A state changed in place is both before and after."""
-        touched, self._touched = self._touched, {}
+        """End a batch: yield each state that it changed, once. After a change in place, `before` is `after`."""
+        replaced, self._replaced = self._replaced, {}
         in_place, self._in_place = self._in_place, {}
-        self._unsettled.append((*touched, *in_place))
+        self._unsettled.append((*replaced, *in_place))
         for key, offset in in_place.items():
-            yield ChangedState(offset, key, self._held[key], self._held[key])
-        for key, (offset, before) in touched.items():
-            if self._held[key] != before:
-                yield ChangedState(offset, key, before, self._held[key])
-        if len(self._held) > STATES_HELD_MAX:
-            # What is on its way into the store cannot be read from there yet.
-            self._held = {key: self._held[key] for batch in self._unsettled for key in batch}
+            yield ChangedState(offset, key, self._states[key], self._states[key])
+        for key, (offset, before) in replaced.items():
+            if self._states[key] != before:
+                yield ChangedState(offset, key, before, self._states[key])
+        if len(self._states) > STATES_HELD_MAX:
+            # A state of a batch in flight cannot be read from the store yet, so it has to stay.
+            self._states = {key: self._states[key] for batch in self._unsettled for key in batch}
 
     def settled(self) -> None:
-        """The oldest batch finished and not yet settled is in the store."""
+        """Note that the store has applied the oldest unsettled batch."""
         self._unsettled.popleft()

@@ -1,4 +1,4 @@
-"""The user's own commands, as effects."""
+"""User commands: the Redis commands in the rules, as effects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from millpond.schemas.rules.user_commands import command_values, forbidden_key, 
 def run_commands(
     commands: Sequence[Sequence[str]], offset: int, event: Event
 ) -> list[RunCommand | DeadLetter]:
-    """Each command with the event's values; one that would touch our own keys is given up on."""
+    """Substitute the event's values into each command. One that would touch Millpond's keys becomes a dead letter."""
     if not commands:
         return []
     values = command_values(event)

@@ -221,7 +221,7 @@ def _check_ends(
         if ends[number] > max(extent.end, extent.start):
             raise MillpondError(
                 f"{live.where} holds the state of {agent} up to offset {ends[number] - 1} of"
-                f" {keys.SOURCE_TOPIC[agent]}[{number}], but the log ends before {extent.end}: was the topic made anew?"
+                f" {keys.SOURCE_TOPIC[agent]}[{number}], but the log ends before {extent.end}: was the topic deleted and created again?"
             )
 
 

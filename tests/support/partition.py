@@ -1,4 +1,4 @@
-"""A partition in memory, for tests of the driver: a log, a server, owners of it. No event loop and no clock."""
+"""A partition in memory, for tests of the driver: a log, a store, and owners. It has no event loop and no clock."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ Result = TypeVar("Result")
 
 
 def run(coroutine: Coroutine[Any, Any, Result]) -> Result:
-    """The result of a coroutine that never has to wait."""
+    """Return the result of a coroutine that never has to wait."""
     try:
         coroutine.send(None)
     except StopIteration as finished:
         result: Result = finished.value
         return result
     coroutine.close()
-    raise AssertionError("it waits")
+    raise AssertionError("the coroutine waits for something")
 
 
 def waits(coroutine: Coroutine[Any, Any, Any]) -> bool:
-    """Go on with a coroutine; whether it still waits."""
+    """Continue a coroutine; True if it still waits."""
     try:
         coroutine.send(None)
     except StopIteration:
@@ -45,7 +45,7 @@ def waits(coroutine: Coroutine[Any, Any, Any]) -> bool:
 
 
 class Log(MemoryLog):
-    """Kafka, which acknowledges at once unless told to wait."""
+    """Kafka. It acknowledges at once, or never while `acknowledges` is false."""
 
     acknowledges = True
 
@@ -68,7 +68,7 @@ async def _wait(awaitable: Awaitable[None]) -> None:
 
 
 class World:
-    """One partition. The log's clock is `now_ms`."""
+    """One partition of one agent, with its log, its store and its rules. The log's clock is `now_ms`."""
 
     def __init__(self, *tables: str, partition: Partition = PARTITION) -> None:
         self.partition = partition
@@ -79,20 +79,20 @@ class World:
         self.notices: list[str] = []
 
     def append(self, *events: Event) -> list[Record]:
-        """Events, as the bridge writes them."""
+        """Append events, as a bridge writes them."""
         return [self.append_raw(*given.key_and_value(event)) for event in events]
 
     def append_raw(self, key: bytes | None, value: bytes | None) -> Record:
         return self.log.append(self.partition.topic, 0, key, value)
 
     def append_tick(self, driver: Driver, wall_ms: int) -> None:
-        """The tick that an owner sends at this time."""
+        """Append the tick that an owner sends at this time."""
         tick = driver.tick(wall_ms)
         assert tick is not None
         run(_wait(self.log.produce([tick])))
 
     def owner(self, rules: Rules | None = None) -> Driver:
-        """A new owner of the partition."""
+        """Return a new owner of the partition."""
         store = MemoryStore(self.partition, self.server)
         machine = MACHINES[self.partition.agent]()
         configured = self.rules if rules is None else rules
@@ -101,7 +101,7 @@ class World:
         )
 
     def started(self, rules: Rules | None = None) -> Driver:
-        """A new owner that has loaded, with its rules in the log."""
+        """Return a new owner that has loaded the state, and has announced its rules."""
         driver = self.owner(rules)
         run(driver.start())
         return driver
@@ -111,12 +111,12 @@ class World:
         return [record for record in log if record.offset >= driver.next_offset]
 
     def feed(self, driver: Driver) -> None:
-        """All that the log holds, folded and settled."""
+        """Fold the rest of the log, and wait for store and Kafka."""
         run(driver.process(self.unread(driver)))
         run(driver.settle())
 
     def commit(self, driver: Driver) -> None:
-        """What the worker does from time to time."""
+        """Commit the committable offset to Kafka, as the worker does from time to time."""
         if driver.committable is not None:
             self.log.committed[self.partition] = driver.committable
 
@@ -129,7 +129,7 @@ class World:
         return list(run(MemoryStore(self.partition, self.server).load()).journal)
 
     def stored(self, topic: str = "t") -> list[str]:
-        """The ids in a topic's index, each with its body."""
+        """Return the message ids in a topic's index; each must have its body."""
         index = self.server.of(keys.message_index(topic), Zset)
         assert all(keys.message_body(message_id) in self.server.values for message_id in index)
         return list(index)
@@ -139,13 +139,13 @@ class World:
         return None if value is None else value.decode()
 
     def counted_once(self, *names: str) -> bool:
-        """Whether a rule `INCR seen:${msgid}` ran once for each of these ids."""
+        """True if a rule `INCR seen:${msgid}` ran once for each of these ids."""
         return all(self.text(f"seen:{name}") == "1" for name in names)
 
     @property
-    def letters(self) -> Counter[int]:
-        """How many dead letters there are of each offset."""
-        return Counter(int(dict(letter.headers)["source-offset"]) for letter in self.dead_letters)
+    def dead_letter_counts(self) -> Counter[int]:
+        """Offset of a record → how many dead letters were produced for it."""
+        return Counter(int(dict(each.headers)["source-offset"]) for each in self.dead_letters)
 
     @property
     def dead_letters(self) -> list[OutgoingRecord]:
@@ -153,13 +153,13 @@ class World:
 
     @property
     def written(self) -> list[Event]:
-        """What the agents wrote into the partition themselves."""
+        """The events that owners produced into the partition."""
         own = [sent for sent in self.log.produced if sent.topic == self.partition.topic]
         return [codec.decode(sent.value) for sent in own]
 
 
 def once(moment: Moment) -> Callable[[Moment, Partition], None]:
-    """A fault: the store is down at the first such moment."""
+    """Return a fault: the store is down at the first such moment, and then works again."""
     left = [moment]
 
     def fault(at: Moment, partition: Partition) -> None:

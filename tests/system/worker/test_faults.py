@@ -224,12 +224,12 @@ async def test_a_worker_refuses_a_topic_that_was_created_again(pipeline: Pipelin
     pipeline.workers.append(refused)
     assert await refused.ended() == 1
     log = refused.log.read_text()
-    assert "was the topic made anew?" in log
+    assert "was the topic deleted and created again?" in log
     assert keys.MESSAGES_TOPIC in log
     assert "Traceback" not in log
     # A replay refuses the topic, too.
     pipeline.replays_as_live = False
-    with pytest.raises(MillpondError, match="was the topic made anew"):
+    with pytest.raises(MillpondError, match="was the topic deleted and created again"):
         await check_replay(tmp_config(pipeline), pipeline.redis_url)
 
 

@@ -145,7 +145,8 @@ async def test_no_log_has_a_secret_or_a_payload(
 
         async def noticed() -> bool:
             return all(
-                "loading what the store holds" in each.log.read_text() for each in system.workers
+                "loading the state from the store again" in each.log.read_text()
+                for each in system.workers
             )
 
         await until(noticed, "the workers to log that their store was down")

@@ -141,7 +141,7 @@ async def test_a_redis_emptied_under_running_workers_is_as_before_and_nobody_is_
     assert [len(each.got) for each in consumers] == got
     for worker in world.workers:
         said = worker.log.read_text()
-        assert "the store holds nothing of it: rebuilding it from the log" in said
+        assert "the store holds no state of it: rebuilding it from the log" in said
     # They go on where they were.
     consumers[0].ack(*consumers[0].got[3:])
     await consumers[0].until_got(got[0] + 8)

@@ -1,4 +1,4 @@
-"""How the driver reads and batches, over a log and a store in memory; the other `test_driver_*` have the rest."""
+"""How the driver reads and batches, over a log and a store in memory. The other files here test the rest."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def test_another_agents_record_is_skipped_by_its_key_before_it_is_decoded() -> N
     )
     world = World(queue)
     driver = world.started()
-    world.append_raw(b"queue/a", b"nobody reads this")
-    world.append_raw(b"$millpond/queue", b"nor this")
+    world.append_raw(b"queue/a", b"not decoded")
+    world.append_raw(b"$millpond/queue", b"not decoded either")
     world.feed(driver)
     assert world.dead_letters == []
     assert driver.records_skipped == 2
     assert driver.next_offset == 3
 
 
-def test_a_record_that_cannot_be_decoded_is_a_dead_letter_and_the_rest_goes_on() -> None:
+def test_a_record_that_does_not_decode_becomes_a_dead_letter_and_later_records_are_folded() -> None:
     world = World(given.store())
     driver = world.started()
     world.append(given.published("a"))
@@ -49,9 +49,9 @@ def test_a_record_that_cannot_be_decoded_is_a_dead_letter_and_the_rest_goes_on()
     world.append(given.published("b"))
     world.feed(driver)
     assert world.stored() == ["a", "b"]
-    (letter,) = world.dead_letters
-    headers = dict(letter.headers)
-    assert (letter.key, letter.value) == (b"t", b"\xff{")
+    (dead_letter,) = world.dead_letters
+    headers = dict(dead_letter.headers)
+    assert (dead_letter.key, dead_letter.value) == (b"t", b"\xff{")
     assert headers["source-topic"] == b"mqtt.messages"
     assert headers["source-partition"] == b"0"
     assert headers["source-offset"] == b"%d" % poison.offset
@@ -60,47 +60,49 @@ def test_a_record_that_cannot_be_decoded_is_a_dead_letter_and_the_rest_goes_on()
 
 
 @pytest.mark.parametrize("value", [None, b"", b"{}", b"[]", b'{"type":"unknown","at":1}'])
-def test_a_value_that_is_no_event_is_a_dead_letter(value: bytes | None) -> None:
+def test_a_value_that_is_not_an_event_becomes_a_dead_letter(value: bytes | None) -> None:
     world = World(given.store())
     driver = world.started()
     poison = world.append_raw(b"t", value)
     world.feed(driver)
-    assert world.letters == {poison.offset: 1}
+    assert world.dead_letter_counts == {poison.offset: 1}
     assert world.dead_letters[0].value == value
 
 
 @pytest.mark.parametrize("key", [b"other", None, b"", b"\xff"])
-def test_a_record_under_a_key_that_is_not_its_events_is_a_dead_letter(key: bytes | None) -> None:
+def test_a_record_whose_key_is_not_its_events_becomes_a_dead_letter(key: bytes | None) -> None:
     world = World(given.store())
     driver = world.started()
     poison = world.append_raw(key, codec.encode(given.published()))
     world.feed(driver)
-    assert world.letters == {poison.offset: 1}
+    assert world.dead_letter_counts == {poison.offset: 1}
     assert world.dead_letters[0].key == key
     assert b"key" in dict(world.dead_letters[0].headers)["reason"]
     assert world.stored() == []
 
 
-def test_a_topic_that_cannot_be_published_to_is_a_dead_letter() -> None:
+def test_a_publish_with_an_invalid_topic_becomes_a_dead_letter() -> None:
     world = World(given.store())
     driver = world.started()
     (poison,) = world.append(given.published(topic="a/+"))
     world.append(given.published("b"))
     world.feed(driver)
-    assert world.letters == {poison.offset: 1}
+    assert world.dead_letter_counts == {poison.offset: 1}
     assert world.stored() == ["b"]
 
 
-def test_a_command_that_is_given_up_is_a_dead_letter_and_the_message_is_kept() -> None:
+def test_a_forbidden_user_command_becomes_a_dead_letter_and_the_message_is_stored() -> None:
     world = World(given.store(), given.command("SET ${payload} x"))
     driver = world.started()
     (record,) = world.append(given.published(payload="millpond:mine"))
     world.feed(driver)
-    assert world.letters == {record.offset: 1}
+    assert world.dead_letter_counts == {record.offset: 1}
     assert world.stored() == ["m1"]
 
 
-def test_keys_beyond_the_bound_are_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_owner_of_a_key_is_determined_again_when_the_memory_was_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(decoding, "OWNED_KEYS_MAX", 1)
     world = World(given.store())
     driver = world.started()
@@ -138,23 +140,23 @@ def test_the_next_batch_is_packed_while_the_one_before_is_in_the_store(
     driver = world.started()
     world.feed(driver)
     calls: list[str] = []
-    note(monkeypatch, driver.store, "pack", calls)
-    note(monkeypatch, driver.machine, "settled", calls)
+    record_calls(monkeypatch, driver.store, "pack", calls)
+    record_calls(monkeypatch, driver.machine, "settled", calls)
     run(driver.process(world.append(given.published("a"))))
     run(driver.process(world.append(given.published("b"))))
     run(driver.settle())
     assert calls == ["pack", "pack", "settled", "settled"]
 
 
-def note(monkeypatch: pytest.MonkeyPatch, of: object, name: str, calls: list[str]) -> None:
-    """Write the name down whenever the method is called."""
+def record_calls(monkeypatch: pytest.MonkeyPatch, of: object, name: str, calls: list[str]) -> None:
+    """Append the method's name to `calls` whenever it is called."""
     method = getattr(of, name)
 
-    def noted(*arguments: object) -> object:
+    def recorded(*arguments: object) -> object:
         calls.append(name)
         return method(*arguments)
 
-    monkeypatch.setattr(of, name, noted)
+    monkeypatch.setattr(of, name, recorded)
 
 
 def test_a_batch_is_one_transaction() -> None:
@@ -197,7 +199,7 @@ def test_a_tick_finds_in_the_store_what_was_published_before_it_in_the_same_run(
     assert keys.message_body("a") not in world.server.values
 
 
-def test_what_the_store_holds_says_which_record_it_came_to() -> None:
+def test_the_fence_identifies_the_last_applied_record() -> None:
     world = World(given.store())
     driver = world.started()
     world.now_ms = 12_345
@@ -232,7 +234,7 @@ def test_the_logs_clock_never_goes_back() -> None:
     assert world.stored() == ["a", "b"]
 
 
-def test_times_that_go_back_change_no_order_and_nothing_expires_early_or_twice() -> None:
+def test_timestamps_that_go_back_change_no_order_and_no_expiry() -> None:
     world = World(given.store(expired_time=60))
     driver = world.started()
     for world.now_ms, name in ((70_000, "a"), (10_000, "b"), (50_000, "c")):
@@ -240,10 +242,10 @@ def test_times_that_go_back_change_no_order_and_nothing_expires_early_or_twice()
     world.feed(driver)
     index = world.server.of(keys.message_index("t"), Zset)
     assert [name for name, _ in index.ordered()] == ["a", "b", "c"]
-    for world.now_ms, left in ((129_999, ["a", "b", "c"]), (130_000, []), (60_000, [])):
+    for world.now_ms, remaining in ((129_999, ["a", "b", "c"]), (130_000, []), (60_000, [])):
         world.append(Tick(at=0, node="n", agent="messages"))
         world.feed(driver)
-        assert world.stored() == left
+        assert world.stored() == remaining
     world.append(given.published("d"))
     world.now_ms = 189_999
     world.append(Tick(at=0, node="n", agent="messages"))
@@ -265,7 +267,7 @@ def test_skipped_records_move_the_clock() -> None:
     assert world.applied.now_ms == 99_000
 
 
-def test_a_batch_with_nothing_owned_is_written_only_when_tended() -> None:
+def test_the_offset_of_skipped_records_is_written_by_maintain() -> None:
     world = World(
         given.a_rule(hook="session.subscribed", topic="q", action="on_message_fetch_for_queue")
     )
@@ -281,7 +283,7 @@ def test_a_batch_with_nothing_owned_is_written_only_when_tended() -> None:
     assert driver.committable == skipped.offset + 1
 
 
-def test_tending_writes_nothing_when_there_is_nothing_to_say() -> None:
+def test_maintain_writes_nothing_when_nothing_has_changed() -> None:
     world = World(given.store())
     driver = world.started()
     world.feed(driver)
@@ -291,7 +293,7 @@ def test_tending_writes_nothing_when_there_is_nothing_to_say() -> None:
     assert world.applied == before
 
 
-def test_a_bug_stops_the_worker_names_the_record_and_leaves_nothing_of_the_batch(
+def test_a_bug_raises_an_error_with_the_offset_and_nothing_of_the_batch_is_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     world = World(given.store())

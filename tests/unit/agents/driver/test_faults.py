@@ -1,4 +1,4 @@
-"""Bad days of the driver: a store that is down, or written by another owner."""
+"""Faults: a store that is down, and a partition that another owner has written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RULES = (given.store(), given.retain(), given.command("INCR seen:${msgid}"))
 
 @pytest.mark.parametrize("moment", ["read", "before", "after"])
 @pytest.mark.parametrize("skipped", [0, 1, 2, 3, 4])
-def test_a_store_that_is_down_for_a_moment_has_applied_everything_once(
+def test_everything_is_applied_once_although_the_store_was_down_for_a_moment(
     moment: Moment, skipped: int
 ) -> None:
     world = World(*RULES)
@@ -42,8 +42,8 @@ def test_a_store_that_is_down_for_a_moment_has_applied_everything_once(
         run(driver.process(world.unread(driver)))
         run(driver.maintain())
     assert world.counted_once("a", "b", "c")
-    assert set(world.letters.values()) == {1}
-    assert len(world.letters) == 3
+    assert set(world.dead_letter_counts.values()) == {1}
+    assert len(world.dead_letter_counts) == 3
     assert world.journal == []
 
 
@@ -79,7 +79,7 @@ def test_skipped_records_between_a_lost_batch_and_the_next_still_move_the_clock(
     assert world.counted_once("a", "b")
 
 
-def test_a_store_that_refuses_us_stops_the_worker() -> None:
+def test_a_store_that_refuses_commands_stops_the_worker() -> None:
     world = World(*RULES)
     driver = world.started()
     world.feed(driver)
@@ -95,7 +95,7 @@ def test_a_store_that_refuses_us_stops_the_worker() -> None:
     assert driver.committable == 1
 
 
-def test_closing_while_the_store_is_down_leaves_the_rest_to_the_next_owner() -> None:
+def test_the_next_owner_continues_after_a_close_while_the_store_is_down() -> None:
     world = World(*RULES)
     driver = world.started()
     world.feed(driver)
@@ -107,7 +107,7 @@ def test_closing_while_the_store_is_down_leaves_the_rest_to_the_next_owner() -> 
     assert world.counted_once("a")
 
 
-def test_closing_finishes_what_is_in_flight_and_notes_it() -> None:
+def test_close_finishes_the_transaction_in_flight_and_removes_its_journal_entry() -> None:
     world = World(*RULES)
     driver = world.started()
     world.append_raw(b"t", b"poison")
@@ -117,7 +117,7 @@ def test_closing_finishes_what_is_in_flight_and_notes_it() -> None:
     assert driver.committable == 2
 
 
-def test_an_owner_that_is_cancelled_amid_a_batch_writes_nothing_of_it() -> None:
+def test_an_owner_that_is_cancelled_within_a_batch_writes_nothing_of_it() -> None:
     world = World(*RULES)
     driver = world.started()
     world.feed(driver)
@@ -136,23 +136,23 @@ def test_an_owner_that_is_cancelled_amid_a_batch_writes_nothing_of_it() -> None:
     assert world.counted_once("a")
 
 
-# -- cleaning up survives -------------------------------------------------------------------------------
+# -- cleaning up ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_what_was_half_written_is_cleaned_up_even_if_the_cleaning_fails_at_first(
+def test_half_written_parts_are_removed_even_if_the_first_attempt_fails(
     moment: Moment,
 ) -> None:
     world = World(given.store())
     driver = world.started()
     world.feed(driver)
     foreign = keys.message_body("m1")
-    world.server.keep(foreign, b"somebody else's")
+    world.server.keep(foreign, b"foreign")
     (record,) = world.append(given.published())
     world.feed(driver)
     world.server.fault = once(moment)
     run(driver.maintain())
-    assert world.letters == {record.offset: 1}
+    assert world.dead_letter_counts == {record.offset: 1}
     assert keys.message_index("t") not in world.server.values
 
 
@@ -161,7 +161,7 @@ def test_nothing_is_cleaned_up_after_a_record_that_the_store_has_lost() -> None:
     driver = world.started()
     world.feed(driver)
     before = copy.deepcopy(world.server.values)
-    world.server.keep(keys.message_body("m1"), b"somebody else's")
+    world.server.keep(keys.message_body("m1"), b"foreign")
     world.append(given.published())
     world.feed(driver)
     world.server.values = before
@@ -172,7 +172,7 @@ def test_nothing_is_cleaned_up_after_a_record_that_the_store_has_lost() -> None:
 # -- another owner --------------------------------------------------------------------------------------
 
 
-def test_a_paused_owner_that_wakes_after_its_successor_wrote_changes_nothing() -> None:
+def test_a_paused_owner_that_continues_after_its_successor_wrote_changes_nothing() -> None:
     world = World(*RULES)
     paused = world.started()
     world.feed(paused)
@@ -185,7 +185,7 @@ def test_a_paused_owner_that_wakes_after_its_successor_wrote_changes_nothing() -
     assert any("somebody else" in notice for notice in world.notices)
 
 
-def test_an_owner_that_only_tends_notices_that_another_one_wrote() -> None:
+def test_maintain_finds_out_that_another_owner_has_written() -> None:
     world = World(*RULES)
     paused = world.started()
     world.feed(paused)
@@ -201,15 +201,16 @@ def test_the_journal_of_an_owner_that_crashed_before_producing_is_finished() -> 
     driver = world.started()
     world.feed(driver)
     poison = world.append_raw(b"t", b"\xff")
-    run(driver.process([poison]))  # applied, and then it crashed
+    # Applied, and then the owner crashes.
+    run(driver.process([poison]))
     assert world.dead_letters == []
     successor = world.started()
-    assert world.letters == {poison.offset: 1}
+    assert world.dead_letter_counts == {poison.offset: 1}
     assert world.dead_letters[0].value == b"\xff"
     run(successor.maintain())
     assert world.journal == []
     run(successor.maintain())
-    assert world.letters == {poison.offset: 1}
+    assert world.dead_letter_counts == {poison.offset: 1}
 
 
 def test_an_unfinished_journal_is_finished_even_below_the_committed_offset() -> None:
@@ -220,7 +221,7 @@ def test_an_unfinished_journal_is_finished_even_below_the_committed_offset() -> 
     run(driver.process([poison]))
     world.log.committed[PARTITION] = poison.offset + 1
     world.started()
-    assert world.letters == {poison.offset: 1}
+    assert world.dead_letter_counts == {poison.offset: 1}
 
 
 def test_a_journal_finished_once_is_not_finished_again_because_the_store_was_down() -> None:
@@ -232,21 +233,21 @@ def test_a_journal_finished_once_is_not_finished_again_because_the_store_was_dow
     successor = world.started()
     world.server.fault = once("before")
     run(successor.maintain())
-    assert world.letters == {poison.offset: 1}
+    assert world.dead_letter_counts == {poison.offset: 1}
     assert world.journal == []
 
 
-def test_what_a_crashed_owner_produced_but_did_not_note_is_produced_again() -> None:
+def test_outputs_that_a_crashed_owner_produced_and_left_in_the_journal_are_produced_again() -> None:
     world = World(*RULES)
     driver = world.started()
     poison = world.append_raw(b"t", b"\xff")
     world.feed(driver)
-    assert world.letters == {poison.offset: 1}
+    assert world.dead_letter_counts == {poison.offset: 1}
     world.started()
-    assert world.letters == {poison.offset: 2}
+    assert world.dead_letter_counts == {poison.offset: 2}
 
 
-def test_a_dead_letter_whose_record_is_gone_from_the_log_says_so() -> None:
+def test_a_dead_letter_of_the_journal_whose_record_is_gone_has_that_in_its_reason() -> None:
     world = World(*RULES)
     driver = world.started()
     world.feed(driver)
@@ -254,12 +255,12 @@ def test_a_dead_letter_whose_record_is_gone_from_the_log_says_so() -> None:
     world.append(given.published("a"))
     world.log.forget(PARTITION.topic, 0, 2)
     world.started()
-    (letter,) = world.dead_letters
-    assert (letter.key, letter.value) == (None, None)
-    assert b"no longer in the log" in dict(letter.headers)["reason"]
+    (dead_letter,) = world.dead_letters
+    assert (dead_letter.key, dead_letter.value) == (None, None)
+    assert b"no longer in the log" in dict(dead_letter.headers)["reason"]
 
 
-def test_a_successor_knows_that_what_it_finished_is_out() -> None:
+def test_a_successor_does_not_repeat_the_outputs_of_the_journal_that_it_finished() -> None:
     world = World(*RULES)
     driver = world.started()
     world.feed(driver)
@@ -268,4 +269,4 @@ def test_a_successor_knows_that_what_it_finished_is_out() -> None:
     assert successor.committable == 2
     world.server.values.clear()
     run(successor.maintain())
-    assert set(world.letters.values()) == {1}
+    assert set(world.dead_letter_counts.values()) == {1}

@@ -1,4 +1,4 @@
-"""What the driver does when the store or the log has lost something, and with logs that do not fit."""
+"""Losses: a store that lost data, a log that lost records, and a log that is not the state's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.partition import PARTITION, World, once, run
 RULES = (given.store(), given.retain(), given.command("INCR seen:${msgid}"))
 
 
-# -- the store lost something ---------------------------------------------------------------------------
+# -- the store lost data --------------------------------------------------------------------------------
 
 
 def test_an_emptied_store_is_rebuilt_from_the_logs_start() -> None:
@@ -32,10 +32,10 @@ def test_an_emptied_store_is_rebuilt_from_the_logs_start() -> None:
     run(driver.maintain())
     assert {name for name in before if name.startswith("mqtt:")} <= world.server.dump().keys()
     assert world.counted_once("a")
-    assert set(world.letters.values()) == {1}
+    assert set(world.dead_letter_counts.values()) == {1}
 
 
-def test_writes_that_a_failover_lost_are_made_again() -> None:
+def test_records_whose_writes_a_failover_lost_are_folded_again() -> None:
     world = World(*RULES)
     driver = world.started()
     world.append(given.published("a"))
@@ -80,7 +80,7 @@ def test_a_new_owner_catches_up_to_the_committed_offset_by_itself() -> None:
 # -- the log --------------------------------------------------------------------------------------------
 
 
-def test_records_gone_before_they_were_read_are_counted_and_passed() -> None:
+def test_records_removed_before_they_were_read_are_counted_and_skipped() -> None:
     world = World(*RULES)
     driver = world.started()
     world.feed(driver)
@@ -90,12 +90,12 @@ def test_records_gone_before_they_were_read_are_counted_and_passed() -> None:
     successor = world.started()
     world.feed(successor)
     assert successor.records_lost == 2
-    assert any("2 records were gone" in notice for notice in world.notices)
+    assert any("2 records are no longer in the log" in notice for notice in world.notices)
     assert world.counted_once("c")
     assert world.text("seen:a") is None
 
 
-def test_records_gone_while_a_run_was_handed_over_are_counted_too() -> None:
+def test_records_removed_in_front_of_a_run_are_counted_as_well() -> None:
     world = World(*RULES)
     driver = world.started()
     world.feed(driver)
@@ -107,7 +107,7 @@ def test_records_gone_while_a_run_was_handed_over_are_counted_too() -> None:
     assert world.counted_once("c")
 
 
-def test_a_log_that_begins_later_is_no_loss_for_a_store_that_is_empty() -> None:
+def test_an_empty_store_counts_no_lost_records_when_the_log_begins_later() -> None:
     world = World(*RULES)
     world.append(*(given.published(name) for name in "abc"))
     world.log.forget(PARTITION.topic, 0, 2)
@@ -143,7 +143,7 @@ def another_record(world: World) -> None:
         (another_record, "of 10000 ms, but the log's record there is of 10001 ms"),
     ],
 )
-def test_a_store_of_another_log_is_refused_by_name(
+def test_a_store_of_another_log_is_refused_and_both_sides_are_named(
     change: Callable[[World], None], reason: str
 ) -> None:
     world = World(*RULES)
@@ -155,7 +155,7 @@ def test_a_store_of_another_log_is_refused_by_name(
         world.started()
 
 
-def test_a_log_whose_applied_record_is_gone_by_retention_still_fits() -> None:
+def test_a_log_without_the_applied_record_still_continues_the_state() -> None:
     world = World(*RULES)
     driver = world.started()
     world.append(given.published("a"), given.published("b"))
@@ -166,13 +166,13 @@ def test_a_log_whose_applied_record_is_gone_by_retention_still_fits() -> None:
     assert world.counted_once("a", "b")
 
 
-def test_the_store_is_let_go_even_if_nothing_was_loaded() -> None:
+def test_the_store_is_closed_even_if_nothing_was_loaded() -> None:
     world = World(*RULES)
     driver = world.owner()
     run(driver.close())
 
 
-def test_a_journal_entry_of_another_owner_under_a_sequence_of_ours_is_finished() -> None:
+def test_a_journal_entry_of_another_owner_under_a_sequence_of_this_one_is_finished() -> None:
     world = World(*RULES)
     driver = world.started()
     world.append_raw(b"t", b"\xff")
@@ -183,4 +183,4 @@ def test_a_journal_entry_of_another_owner_under_a_sequence_of_ours_is_finished()
     journal[str(world.applied.sequence)] = b'[{"type":"dead_letter","offset":0,"reason":"another"}]'
     world.server.fault = once("before")
     run(driver.maintain())
-    assert world.letters == {1: 1, 0: 1}
+    assert world.dead_letter_counts == {1: 1, 0: 1}

@@ -1,4 +1,4 @@
-"""What goes out of the driver to Kafka: dead letters, refusals, rules and ticks."""
+"""What the driver produces to Kafka: dead letters, refusals, rules and ticks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INCR = given.command("INCR seen:${msgid}")
 # -- outputs --------------------------------------------------------------------------------------------
 
 
-def test_what_is_produced_is_in_the_journal_until_it_is_out() -> None:
+def test_outputs_are_in_the_journal_until_kafka_has_them() -> None:
     world = World(given.store())
     driver = world.started()
     world.feed(driver)
@@ -53,7 +53,7 @@ def test_nothing_is_committable_before_anything_is_folded() -> None:
     assert driver.committable is None
 
 
-def test_a_few_batches_of_outputs_may_be_under_way_but_not_more() -> None:
+def test_four_batches_of_outputs_can_be_pending_and_the_next_one_waits() -> None:
     world = World(given.store())
     driver = world.started()
     world.feed(driver)
@@ -65,8 +65,8 @@ def test_a_few_batches_of_outputs_may_be_under_way_but_not_more() -> None:
     world.log.acknowledges = True
     assert not waits(sixth)
     run(driver.settle())
-    assert set(world.letters.values()) == {1}
-    assert len(world.letters) == 6
+    assert set(world.dead_letter_counts.values()) == {1}
+    assert len(world.dead_letter_counts) == 6
 
 
 def test_outputs_below_the_committed_offset_are_not_produced_again() -> None:
@@ -80,84 +80,84 @@ def test_outputs_below_the_committed_offset_are_not_produced_again() -> None:
     later = world.append_raw(b"t", b"poison")
     rebuilt = world.started()
     world.feed(rebuilt)
-    assert world.letters == {1: 1, 2: 1, later.offset: 1}
+    assert world.dead_letter_counts == {1: 1, 2: 1, later.offset: 1}
     assert world.stored() == ["m1"]
 
 
 # -- refusals -------------------------------------------------------------------------------------------
 
 
-def test_what_the_store_refuses_is_a_dead_letter_and_is_cleaned_up_by_the_next_transaction() -> (
+def test_a_refused_record_becomes_a_dead_letter_and_the_next_transaction_removes_its_other_parts() -> (
     None
 ):
     world = World(given.store())
     driver = world.started()
-    world.server.keep(keys.message_body("m1"), b"somebody else's")
+    world.server.keep(keys.message_body("m1"), b"foreign")
     (record,) = world.append(given.published())
     world.feed(driver)
-    assert world.letters == {record.offset: 1}
+    assert world.dead_letter_counts == {record.offset: 1}
     assert b"WRONGTYPE" in dict(world.dead_letters[0].headers)["reason"]
     assert world.server.values[keys.message_index("t")]
     run(driver.maintain())
     assert keys.message_index("t") not in world.server.values
-    assert world.server.values[keys.message_body("m1")] == b"somebody else's"
+    assert world.server.values[keys.message_body("m1")] == b"foreign"
 
 
-def test_one_record_of_which_several_parts_are_refused_is_one_dead_letter() -> None:
+def test_a_record_with_several_refused_parts_becomes_one_dead_letter() -> None:
     world = World(given.store())
     driver = world.started()
-    world.server.keep(keys.message_body("m1"), b"somebody else's")
-    world.server.keep(keys.message_index("t"), b"somebody else's")
+    world.server.keep(keys.message_body("m1"), b"foreign")
+    world.server.keep(keys.message_index("t"), b"foreign")
     (record,) = world.append(given.published())
     world.feed(driver)
-    assert world.letters == {record.offset: 1}
+    assert world.dead_letter_counts == {record.offset: 1}
     reason = dict(world.dead_letters[0].headers)["reason"]
     assert b"body" in reason and b"index" in reason
 
 
-def test_a_refused_record_that_was_sent_once_is_not_sent_again_by_a_replay() -> None:
+def test_the_dead_letter_of_a_refused_record_is_not_produced_again_after_a_loss() -> None:
     world = World(given.store())
     driver = world.started()
     foreign = keys.message_body("m1")
-    world.server.keep(foreign, b"somebody else's")
+    world.server.keep(foreign, b"foreign")
     (record,) = world.append(given.published())
     world.feed(driver)
     run(driver.maintain())
-    world.server.values = {foreign: b"somebody else's"}
+    world.server.values = {foreign: b"foreign"}
     run(driver.maintain())
     run(driver.maintain())
-    assert world.letters == {record.offset: 1}
+    assert world.dead_letter_counts == {record.offset: 1}
     assert set(world.server.values) & {keys.message_index("t"), foreign} == {foreign}
 
 
-def test_a_refused_cleaning_up_is_only_noticed() -> None:
+def test_a_refused_cleaning_up_is_only_logged() -> None:
     world = World(given.retain())
     driver = world.started()
-    world.server.keep(keys.retained("t"), b"somebody else's")
+    world.server.keep(keys.retained("t"), b"foreign")
     (record,) = world.append(given.published(retain=True))
     world.feed(driver)
     run(driver.maintain())
     run(driver.maintain())
-    assert world.letters == {record.offset: 1}
+    assert world.dead_letter_counts == {record.offset: 1}
     assert any("refused its removal" in notice for notice in world.notices)
     assert keys.message_body("m1") not in world.server.values
 
 
-def test_a_refused_command_is_a_dead_letter_and_never_tried_again() -> None:
+def test_a_refused_user_command_becomes_a_dead_letter_and_is_not_retried() -> None:
     world = World(given.store(), given.command("INCR counter"))
     world.server.keep("counter", b"not a number")
     driver = world.started()
     (record,) = world.append(given.published())
     world.feed(driver)
     run(driver.maintain())
-    assert world.letters == {record.offset: 1}
+    assert world.dead_letter_counts == {record.offset: 1}
     assert world.stored() == ["m1"]
 
 
 # -- rules ----------------------------------------------------------------------------------------------
 
 
-def test_a_workers_rules_are_written_into_a_partition_that_has_none() -> None:
+def test_a_worker_announces_its_rules_in_a_partition_that_has_none() -> None:
     world = World(given.store())
     driver = world.started()
     assert world.written == [
@@ -168,7 +168,7 @@ def test_a_workers_rules_are_written_into_a_partition_that_has_none() -> None:
     assert world.text(keys.rules(PARTITION)) == world.rules.canonical()
 
 
-def test_rules_that_are_in_force_are_not_written_again() -> None:
+def test_rules_in_force_are_not_announced_again() -> None:
     world = World(given.store())
     world.feed(world.started())
     driver = world.started()
@@ -176,14 +176,14 @@ def test_rules_that_are_in_force_are_not_written_again() -> None:
     assert len(world.written) == 1
 
 
-def test_rules_on_their_way_are_not_written_again() -> None:
+def test_announced_rules_are_not_announced_again() -> None:
     world = World(given.store())
     driver = world.started()
     run(driver.maintain())
     assert len(world.written) == 1
 
 
-def test_other_rules_are_written_and_in_force_from_their_record_on() -> None:
+def test_other_rules_are_announced_and_in_force_from_their_record_on() -> None:
     world = World(given.store())
     world.feed(world.started())
     silent = given.rules(given.store("other/#"))
@@ -196,7 +196,7 @@ def test_other_rules_are_written_and_in_force_from_their_record_on() -> None:
     assert len(world.written) == 2
 
 
-def test_new_rules_decide_who_owns_what_comes_after_them() -> None:
+def test_new_rules_decide_the_owner_of_later_records() -> None:
     world = World(given.store())
     driver = world.started()
     world.append(given.published("a"))
@@ -210,11 +210,11 @@ def test_new_rules_decide_who_owns_what_comes_after_them() -> None:
     assert driver.records_skipped == 1
 
 
-def test_rules_that_somebody_left_in_the_log_are_answered_with_this_workers() -> None:
+def test_other_rules_at_the_end_of_the_log_make_the_worker_announce_its_own() -> None:
     world = World(given.store())
     world.feed(world.started())
-    left = given.rules()
-    world.append(RulesChanged(at=0, node="n", agent="messages", rules=left.canonical()))
+    other = given.rules()
+    world.append(RulesChanged(at=0, node="n", agent="messages", rules=other.canonical()))
     driver = world.started()
     world.feed(driver)
     run(driver.maintain())
@@ -224,13 +224,13 @@ def test_rules_that_somebody_left_in_the_log_are_answered_with_this_workers() ->
     assert len(world.written) == 2
 
 
-def test_rules_that_nobody_can_read_are_a_dead_letter_and_change_nothing() -> None:
+def test_rules_that_do_not_decode_become_a_dead_letter_and_change_nothing() -> None:
     world = World(given.store())
     driver = world.started()
     (bad,) = world.append(RulesChanged(at=0, node="n", agent="messages", rules="{"))
     world.append(given.published())
     world.feed(driver)
-    assert world.letters == {bad.offset: 1}
+    assert world.dead_letter_counts == {bad.offset: 1}
     assert world.stored() == ["m1"]
 
 
@@ -257,7 +257,7 @@ def test_a_tick_that_is_due_names_its_partition() -> None:
     assert codec.decode(tick.value) == Tick(at=70_000, node="millpond", agent="messages")
 
 
-def test_one_tick_is_under_way_at_a_time() -> None:
+def test_one_tick_is_in_flight_at_a_time() -> None:
     world = World(given.store(expired_time=60))
     driver = world.started()
     world.append(given.published())
@@ -288,14 +288,14 @@ def test_a_tick_follows_at_once_while_work_is_left_over(monkeypatch: pytest.Monk
     world.append(*(given.published(name) for name in "abc"))
     world.feed(driver)
     world.now_ms = 70_000
-    for left in (["b", "c"], ["c"], []):
+    for remaining in (["b", "c"], ["c"], []):
         world.append_tick(driver, 70_000)
         world.feed(driver)
-        assert world.stored() == left
+        assert world.stored() == remaining
     assert driver.tick(10_000_000) is None
 
 
-def test_a_tick_under_way_is_forgotten_with_the_partitions_state() -> None:
+def test_a_reload_forgets_the_tick_in_flight() -> None:
     world = World(given.store(expired_time=60))
     driver = world.started()
     world.append(given.published())

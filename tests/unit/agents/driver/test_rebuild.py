@@ -1,4 +1,4 @@
-"""A store that has lost everything is rebuilt as it was: by the rules of then, and without a second output."""
+"""A store that lost everything is rebuilt as it was: by the rules of that time, and without repeated outputs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ KEEP, RETAIN = (given.store(),), (given.retain(),)
 OWN_KEY = keys.agent_record_key("messages").encode()
 
 
-def emptied(*tables: str) -> World:
-    """A world whose messages were folded by these rules before these were in the log, and whose store is empty now."""
+def folded_world(*tables: str) -> World:
+    """Return a world that has folded one message in front of its first `rules.changed`, and one behind it."""
     world = World(*tables)
     world.append(given.published("early", retain=True))
     driver = world.started()
@@ -25,30 +25,31 @@ def emptied(*tables: str) -> World:
 
 
 def public(world: World) -> dict[str, object]:
-    return {name: held for name, held in world.server.dump().items() if name.startswith("mqtt:")}
+    return {name: value for name, value in world.server.dump().items() if name.startswith("mqtt:")}
 
 
 def lose(world: World) -> dict[str, object]:
-    """What there was."""
+    """Empty the store; return what it had."""
     before = public(world)
     world.server.values.clear()
     world.server.expires_at.clear()
     return before
 
 
-def test_what_came_before_the_first_rules_is_folded_by_them_and_not_by_new_ones() -> None:
-    world = emptied(*KEEP)
+def test_records_in_front_of_the_first_rules_are_folded_by_these_and_not_by_new_ones() -> None:
+    world = folded_world(*KEEP)
     before = lose(world)
     driver = world.started(given.rules(*RETAIN))
     assert public(world) == before
-    world.feed(driver)  # its own rules are in the log now, and count from there
+    # Its own rules are in the log now, and in force from there on.
+    world.feed(driver)
     world.append(given.published("new", "u", retain=True))
     world.feed(driver)
     assert keys.retained("u") in public(world)
     assert keys.message_index("u") not in public(world)
 
 
-def test_what_nobody_can_read_is_not_taken_for_rules() -> None:
+def test_records_that_do_not_decode_are_not_taken_for_the_first_rules() -> None:
     world = World(*KEEP)
     world.append(given.published("early", retain=True))
     world.append_raw(OWN_KEY, b"poison")
@@ -64,8 +65,8 @@ def test_what_nobody_can_read_is_not_taken_for_rules() -> None:
     assert public(world) == before
 
 
-def test_a_log_that_has_lost_its_beginning_or_names_no_rules_is_folded_by_the_owners() -> None:
-    world = emptied(*KEEP)
+def test_a_log_without_its_beginning_or_without_rules_is_folded_by_the_owners_rules() -> None:
+    world = folded_world(*KEEP)
     lose(world)
     world.log.forget(world.partition.topic, 0, 1)
     names = public_after(world)
@@ -80,26 +81,26 @@ def test_a_log_that_has_lost_its_beginning_or_names_no_rules_is_folded_by_the_ow
 
 
 def public_after(world: World) -> dict[str, object]:
-    """What a new owner with the same rules makes of what is left."""
+    """Return what a new owner with the same rules makes of the rest of the log."""
     world.started()
     return public(world)
 
 
-def test_an_owner_says_that_it_rebuilds_and_produces_nothing_again() -> None:
-    world = emptied(*KEEP)
+def test_an_owner_logs_that_it_rebuilds_and_produces_nothing_again() -> None:
+    world = folded_world(*KEEP)
     produced = len(world.log.produced)
     lose(world)
     world.started()
     assert any(
-        "the store holds nothing of it: rebuilding it from the log" in each
+        "the store holds no state of it: rebuilding it from the log" in each
         for each in world.notices
     )
     assert len(world.log.produced) == produced
 
 
 def test_a_driver_that_is_not_started_folds_what_is_committed_and_announces_nothing() -> None:
-    # As replays do.
-    world = emptied(*KEEP)
+    # A replay does so.
+    world = folded_world(*KEEP)
     before = lose(world)
     end = len(world.log.records[world.partition.topic, 0])
     world.log.committed[world.partition] = end

@@ -1,4 +1,4 @@
-"""The table of the messages machine: one row for each rule, and properties over whole logs."""
+"""The messages machine: one test for each rule of its transitions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TICK = Tick(at=0, node="millpond", agent="messages")
 
 
 class Running:
-    """A machine over a store that is a few dicts: what the driver does, without its care."""
+    """A machine over a store of a few dicts. It does what the driver does, without faults."""
 
     def __init__(self, *tables: str) -> None:
         self.machine = MessagesMachine()
@@ -54,7 +54,7 @@ class Running:
         self.score = 0
 
     def fold(self, *events: Event, now_ms: int = 10_000) -> list[Effect | Output]:
-        """One batch; the effects without the seen ids."""
+        """Fold one batch; return its effects without those of seen ids."""
         while reads := self.machine.wanted(events, now_ms):
             for read in reads:
                 self.machine.supply(read, self.answer(read))
@@ -108,7 +108,7 @@ def test_a_publish_is_stored_with_its_index_entry() -> None:
     assert Running(given.store()).fold(event) == [StoreMessage(0, event, 10_000_000, True, None)]
 
 
-def test_a_publish_that_no_rule_matches_leaves_nothing() -> None:
+def test_a_publish_without_a_matching_rule_stores_nothing() -> None:
     assert Running(given.store("other/#")).fold(given.published()) == []
 
 
@@ -135,7 +135,7 @@ def test_scores_follow_the_log_and_never_tie() -> None:
     assert earlier[0].score == 10_000_002  # type: ignore[union-attr]
 
 
-def test_an_expired_time_gives_the_body_an_end_and_the_topic_a_due_time() -> None:
+def test_expired_time_gives_the_body_a_lifetime_and_the_topic_a_due_time() -> None:
     running = Running(given.store(expired_time=60))
     event = given.published()
     assert running.fold(event) == [
@@ -145,27 +145,27 @@ def test_an_expired_time_gives_the_body_an_end_and_the_topic_a_due_time() -> Non
     assert running.machine.next_due_ms == 70_000
 
 
-def test_the_sooner_of_rule_and_message_expiry_ends_a_message() -> None:
+def test_the_earlier_of_rule_and_message_expiry_ends_a_message() -> None:
     running = Running(given.store(expired_time=60))
     effects = running.fold(given.published(expires_at=20_000))
     assert effects[0].expires_at == 20_000  # type: ignore[union-attr]
     assert SetDue(due_member(MESSAGE, "t", "m1"), 20_000) in effects
 
 
-def test_a_message_that_has_expired_on_its_way_is_not_stored_but_seen() -> None:
+def test_an_expired_message_is_not_stored_but_its_commands_run() -> None:
     running = Running(given.store(), given.command("INCR seen:${msgid}"))
     assert running.fold(given.published(expires_at=10_000)) == [
         RunCommand(0, (b"INCR", b"seen:m1"))
     ]
 
 
-def test_a_topic_that_cannot_be_published_to_is_a_decode_error() -> None:
+def test_an_invalid_topic_raises_a_decode_error() -> None:
     running = Running(given.store())
     with pytest.raises(DecodeError, match="wildcard"):
         running.machine.step(0, given.published(topic="a/+"), 0, 0)
 
 
-def test_a_topic_is_the_agents_unless_a_delivery_rule_claims_it() -> None:
+def test_the_agent_owns_topics_without_a_delivery_rule() -> None:
     queue = given.a_rule(
         hook="session.subscribed", topic="queue/#", action="on_message_fetch_for_queue"
     )
@@ -177,7 +177,7 @@ def test_a_topic_is_the_agents_unless_a_delivery_rule_claims_it() -> None:
 # -- retained -------------------------------------------------------------------------------------------
 
 
-def test_a_retained_publish_is_kept_once_for_index_and_retained_entry() -> None:
+def test_a_retained_publish_has_one_body_for_index_and_retained_entry() -> None:
     running = Running(given.store(), given.retain())
     event = given.published(retain=True)
     effects = running.fold(event)
@@ -185,7 +185,7 @@ def test_a_retained_publish_is_kept_once_for_index_and_retained_entry() -> None:
     assert of_kind(effects, Retain) == [Retain(0, "t", "m1", 10_000_000)]
 
 
-def test_a_retained_publish_replaces_the_one_before_and_drops_its_body() -> None:
+def test_a_retained_publish_replaces_the_former_one_and_deletes_its_body() -> None:
     running = Running(given.retain())
     running.fold(given.published("a", retain=True))
     effects = running.fold(given.published("b", retain=True))
@@ -193,13 +193,13 @@ def test_a_retained_publish_replaces_the_one_before_and_drops_its_body() -> None
     assert of_kind(effects, Retain) == [Retain(1, "t", "b", 10_000_001)]
 
 
-def test_a_replaced_body_stays_while_the_index_holds_it() -> None:
+def test_a_replaced_body_stays_while_the_index_refers_to_it() -> None:
     running = Running(given.store(), given.retain())
     running.fold(given.published("a", retain=True))
     assert of_kind(running.fold(given.published("b", retain=True)), DeleteBody) == []
 
 
-def test_several_retained_publishes_in_one_batch_come_to_one_write() -> None:
+def test_several_retained_publishes_in_one_batch_are_one_write() -> None:
     running = Running(given.retain())
     effects = running.fold(*(given.published(name, retain=True) for name in "abc"))
     assert of_kind(effects, Retain) == [Retain(2, "t", "c", 10_000_002)]
@@ -207,7 +207,7 @@ def test_several_retained_publishes_in_one_batch_come_to_one_write() -> None:
     assert len(of_kind(effects, SetState)) == 1
 
 
-def test_an_empty_retained_publish_clears() -> None:
+def test_an_empty_retained_publish_clears_the_retained_entry() -> None:
     running = Running(given.retain(), given.clear_retained())
     running.fold(given.published("a", retain=True))
     effects = running.fold(given.published("b", retain=True, payload=""))
@@ -223,7 +223,7 @@ def test_an_empty_retained_publish_clears_nothing_without_the_rule() -> None:
     assert running.fold(given.published("b", retain=True, payload="")) == []
 
 
-def test_a_publish_kept_and_cleared_in_one_batch_leaves_nothing() -> None:
+def test_a_publish_retained_and_cleared_in_one_batch_leaves_nothing() -> None:
     running = Running(given.retain(), given.clear_retained())
     effects = running.fold(
         given.published("a", retain=True), given.published("b", retain=True, payload="")
@@ -232,7 +232,7 @@ def test_a_publish_kept_and_cleared_in_one_batch_leaves_nothing() -> None:
     assert of_kind(effects, DeleteBody) == [DeleteBody("a")]
 
 
-def test_a_retained_publish_is_not_kept_by_a_clearing_rule_alone() -> None:
+def test_a_clearing_rule_alone_does_not_retain() -> None:
     assert Running(given.clear_retained()).fold(given.published(retain=True)) == []
 
 
@@ -245,7 +245,7 @@ def test_a_body_lives_as_long_as_the_longer_of_index_and_retained_entry() -> Non
     assert of_kind(running.fold(given.published(retain=True)), StoreMessage)[0].expires_at is None
 
 
-def test_replacing_a_retained_message_takes_its_due_time_along() -> None:
+def test_replacing_a_retained_message_replaces_its_due_time() -> None:
     running = Running(given.retain(expired_time=60))
     running.fold(given.published("a", retain=True))
     effects = running.fold(given.published("b", retain=True), now_ms=20_000)
@@ -254,10 +254,10 @@ def test_replacing_a_retained_message_takes_its_due_time_along() -> None:
     ]  # fmt: skip
 
 
-def test_a_body_let_go_and_stored_again_in_one_batch_stays(
+def test_a_body_released_and_stored_again_in_one_batch_stays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Found by the properties: the removals of a batch come after all that it stores."""
+    """Found by the properties: a store removes after everything that the batch stores."""
     monkeypatch.setattr("millpond.agents.topics.dedup.GENERATION_IDS_MAX", 1)
     running = Running(given.retain())
     effects = running.fold(*(given.published(name, retain=True) for name in "abca"))
@@ -276,7 +276,7 @@ def test_a_message_retained_again_after_others_has_its_new_score(
     assert of_kind(effects, Retain) == [Retain(3, "t", "a", 10_000_003)]
 
 
-def test_a_message_of_which_index_and_retained_entry_are_refused_leaves_no_body() -> None:
+def test_no_body_is_left_after_index_and_retained_entry_are_refused() -> None:
     running = Running(given.store(), given.retain())
     event = given.published(retain=True)
     running.fold(event)
@@ -295,19 +295,19 @@ def test_the_same_message_published_again_after_the_window_keeps_its_body() -> N
 # -- receipts, commands ---------------------------------------------------------------------------------
 
 
-def test_an_ack_leaves_a_receipt() -> None:
+def test_an_ack_writes_a_receipt() -> None:
     running = Running(given.receipt(expired_time=60))
     assert running.fold(given.acked()) == [KeepReceipt(0, "m1", "acked", "sub", 5, 70_000)]
 
 
-def test_a_delivery_leaves_a_receipt_for_a_day_unless_told_otherwise() -> None:
+def test_a_delivery_writes_a_receipt_for_a_day_without_expired_time() -> None:
     running = Running(given.receipt("message.delivered"))
     assert running.fold(given.delivered()) == [
         KeepReceipt(0, "m1", "delivered", "sub", 4, 10_000 + 86_400_000)
     ]
 
 
-def test_an_ack_that_no_rule_wants_leaves_nothing() -> None:
+def test_an_ack_without_a_receipt_rule_writes_nothing() -> None:
     assert Running(given.store()).fold(given.acked(), given.delivered()) == []
 
 
@@ -322,7 +322,7 @@ def test_commands_run_on_each_hook_with_their_values() -> None:
     ]
 
 
-def test_a_command_that_would_touch_our_own_keys_is_given_up() -> None:
+def test_a_command_that_would_write_millponds_own_keys_becomes_a_dead_letter() -> None:
     running = Running(given.command("SET ${topic} x"))
     effects = running.fold(given.published(topic="millpond:{x}:applied"))
     assert isinstance(effects[0], DeadLetter)
@@ -332,7 +332,7 @@ def test_a_command_that_would_touch_our_own_keys_is_given_up() -> None:
 # -- ticks ----------------------------------------------------------------------------------------------
 
 
-def test_a_tick_removes_what_expired_with_its_body_and_knows_what_is_next() -> None:
+def test_a_tick_removes_expired_messages_with_their_bodies_and_sets_the_next_due_time() -> None:
     running = Running(given.store(expired_time=60))
     running.fold(given.published("a"), now_ms=10_000)
     running.fold(given.published("b"), now_ms=20_000)
@@ -380,7 +380,7 @@ def test_a_retained_message_expires_by_its_own_rule() -> None:
     assert running.due == {}
 
 
-def test_a_message_with_an_expiry_of_its_own_goes_from_index_and_retained_entry() -> None:
+def test_a_message_with_its_own_expiry_is_removed_from_index_and_retained_entry() -> None:
     running = Running(given.store(), given.retain())
     running.fold(given.published("a", retain=True, expires_at=20_000))
     effects = running.fold(TICK, now_ms=20_000)
@@ -393,7 +393,7 @@ def test_a_message_with_an_expiry_of_its_own_goes_from_index_and_retained_entry(
     ]
 
 
-def test_a_due_time_outlived_by_a_change_of_rules_does_nothing() -> None:
+def test_a_due_time_of_former_rules_removes_nothing_that_new_rules_keep() -> None:
     running = Running(given.store(expired_time=60), given.retain(expired_time=60))
     running.fold(given.published("a", retain=True))
     lasting = given.rules(given.store(), given.retain())
@@ -454,7 +454,7 @@ def test_new_rules_are_in_force_from_their_record_on() -> None:
     assert running.machine.rules.canonical() == silent.canonical()
 
 
-def test_rules_that_cannot_be_read_are_a_decode_error() -> None:
+def test_rules_that_do_not_decode_raise_a_decode_error() -> None:
     running = Running(given.store())
     with pytest.raises(DecodeError):
         running.machine.step(0, RulesChanged(at=0, node="n", agent="messages", rules="{"), 0, 0)
@@ -464,19 +464,19 @@ def test_another_agents_event_is_ignored() -> None:
     assert Running(given.store()).fold(NodeStarted(at=0, node="n")) == []
 
 
-def test_a_restored_machine_goes_on_where_it_was() -> None:
+def test_a_restored_machine_continues_from_its_state() -> None:
     running = Running(given.store(expired_time=60))
     running.fold(given.published("a"))
     state = running.machine.partition_state()
     stored = LoadedState(None, {}, None, (("a",), ()))
-    anew = MessagesMachine()
-    anew.restore(state, stored, running.rules)
-    assert anew.next_due_ms == 70_000
-    assert anew.step(1, given.published("a"), 10_000, 10_000_001) == ()
-    assert anew.rules.canonical() == running.rules.canonical()
+    restored = MessagesMachine()
+    restored.restore(state, stored, running.rules)
+    assert restored.next_due_ms == 70_000
+    assert restored.step(1, given.published("a"), 10_000, 10_000_001) == ()
+    assert restored.rules.canonical() == running.rules.canonical()
 
 
-def test_a_machine_without_rules_keeps_nothing() -> None:
+def test_a_new_machine_has_no_rules() -> None:
     assert MessagesMachine().rules == Rules()
 
 
@@ -508,7 +508,7 @@ def test_states_beyond_the_bound_are_forgotten_and_read_again(
         ([given.store()], False, "command", []),
     ],
 )
-def test_what_was_half_written_of_a_refused_message_goes(
+def test_the_other_parts_of_a_refused_message_are_removed(
     tables: list[str], retained: bool, part: Any, cleaning: list[Effect]
 ) -> None:
     running = Running(*tables)
@@ -518,7 +518,7 @@ def test_what_was_half_written_of_a_refused_message_goes(
     assert of_kind(effects, Unindex, ClearBodyExpiry, DeleteBody) == cleaning
 
 
-def test_a_refused_body_is_not_left_as_the_topics_retained_message() -> None:
+def test_a_message_with_a_refused_body_does_not_stay_retained() -> None:
     running = Running(given.retain())
     event = given.published(retain=True)
     running.fold(event)
@@ -526,7 +526,7 @@ def test_a_refused_body_is_not_left_as_the_topics_retained_message() -> None:
     assert of_kind(running.fold(), ClearRetained) == [ClearRetained(0, "t")]
 
 
-def test_a_refusal_of_something_else_than_a_publish_needs_no_cleaning() -> None:
+def test_a_refusal_of_another_event_than_a_publish_needs_no_cleaning_up() -> None:
     machine = Running(given.receipt()).machine
     assert machine.refused(given.acked(), Refusal(0, "receipt", "WRONGTYPE")) == ()
 

@@ -1,4 +1,4 @@
-"""Presence from connections whose events come late, twice, reordered or not at all."""
+"""Presence, from connections whose events arrive late, twice, in another order, or never."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ A, B = "a@1", "b@1"
 
 
 def fold(*events: Any) -> Connections:
-    """`("+", id, connected_at[, node])` opens, `("-", id, at[, reason])` ends; each at the next offset."""
+    """Fold events, each at the next offset: `("+", id, connected_at[, node])` opens, `("-", id, at[, reason])` ends."""
     connections = Connections()
     for offset, (kind, connection_id, at, *more) in enumerate(events):
         if kind == "+":
@@ -29,7 +29,7 @@ def fold(*events: Any) -> Connections:
     return connections
 
 
-def shown(*events: Any) -> Presence | None:
+def presence_after(*events: Any) -> Presence | None:
     return fold(*events).presence()
 
 
@@ -39,19 +39,19 @@ def shown(*events: Any) -> Presence | None:
         ([], None),
         ([("+", "1", 10)], (True, 10, None, A)),
         ([("+", "1", 10), ("-", "1", 20)], (False, 10, 20, None)),
-        # An end that names another connection ends nothing.
+        # The end of another connection ends nothing.
         ([("+", "1", 10), ("-", "0", 20)], (True, 10, None, A)),
-        # A reconnect keeps when the client was offline last.
+        # A reconnect keeps the time when the client last went offline.
         ([("+", "1", 10), ("-", "1", 20), ("+", "2", 30)], (True, 30, 20, A)),
-        # The end of an old connection after the next connect.
+        # The end of a connection arrives after the next connect.
         ([("+", "1", 10), ("+", "2", 30), ("-", "1", 20)], (True, 30, 20, A)),
-        # An end that overtook its connect: the connection was over before we heard of it.
+        # The end of a connection arrives before its connect.
         ([("-", "1", 20), ("+", "1", 10)], (False, 10, 20, None)),
         # The late end of an earlier connection from the same address.
         ([("+", "1", 10), ("+", "1", 30), ("-", "1", 20)], (True, 30, None, A)),
-        # The same peer address once more, later: another connection.
+        # A later connection from the same peer address.
         ([("+", "1", 10), ("-", "1", 20), ("+", "1", 30)], (True, 30, 20, A)),
-        # Taken over: never offline, whichever comes first.
+        # A takeover: the client is never offline, whichever event arrives first.
         ([("+", "1", 10), ("-", "1", 20, "takenover")], (True, 10, None, None)),
         ([("+", "1", 10), ("-", "1", 20, "discarded"), ("+", "2", 20)], (True, 20, None, A)),
         ([("+", "1", 10), ("+", "2", 20, B), ("-", "1", 21, "takenover")], (True, 20, None, B)),
@@ -59,7 +59,7 @@ def shown(*events: Any) -> Presence | None:
             [("+", "1", 10), ("-", "1", 20, "takenover"), ("+", "2", 20, B), ("-", "2", 30)],
             (False, 20, 30, None),
         ),
-        # By another node, whose clock is behind.
+        # A takeover by another node, whose clock is behind.
         (
             [("+", "1", 100), ("+", "2", 20, B), ("-", "1", 101, "takenover"), ("-", "2", 30)],
             (False, 20, 30, None),
@@ -68,7 +68,7 @@ def shown(*events: Any) -> Presence | None:
             [("+", "1", 100), ("-", "1", 101, "takenover"), ("+", "2", 20, B), ("-", "2", 30)],
             (False, 20, 30, None),
         ),
-        # Told of an old connection once more, while a successor is awaited.
+        # The connect of an old connection is repeated, while the successor of a newer one is missing.
         (
             [
                 ("+", "1", 10),
@@ -79,21 +79,21 @@ def shown(*events: Any) -> Presence | None:
             ],
             (True, 30, 20, None),
         ),
-        # The successor's whole life was heard of before the old connection's end.
+        # Connect and end of the successor arrive before the old connection's end.
         (
             [("+", "1", 10), ("+", "2", 20), ("-", "2", 30), ("-", "1", 20, "takenover")],
             (False, 20, 30, None),
         ),
-        # Told of again after it ended: it stays ended.
+        # The connect is repeated after the end: the connection stays ended.
         ([("+", "1", 10), ("-", "1", 20), ("+", "1", 10)], (False, 10, 20, None)),
         ([("+", "2", 30), ("-", "2", 40), ("+", "1", 10)], (False, 30, 40, None)),
     ],
 )
 def test_the_newest_connection_decides(events: list[Any], expected: Any) -> None:
-    assert shown(*events) == expected
+    assert presence_after(*events) == expected
 
 
-def test_any_order_that_keeps_each_connections_own_ends_the_same() -> None:
+def test_every_order_that_keeps_each_connections_own_order_gives_the_same_presence() -> None:
     lives = [
         [("+", "1", 10), ("-", "1", 20, "takenover")],
         [("+", "2", 20), ("-", "2", 30, "discarded")],
@@ -101,10 +101,12 @@ def test_any_order_that_keeps_each_connections_own_ends_the_same() -> None:
     ]
     for order in set(permutations([0, 0, 1, 1, 2, 2])):
         left = [iter(life) for life in lives]
-        assert shown(*(next(left[which]) for which in order)) == (False, 30, 40, None), order
+        assert presence_after(*(next(left[which]) for which in order)) == (False, 30, 40, None), (
+            order
+        )
 
 
-def test_only_news_is_news() -> None:
+def test_opened_and_ended_are_true_only_for_a_change() -> None:
     connections = Connections()
     live = LiveConnection(A, 10, 0)
     assert connections.opened("1", live)
@@ -114,7 +116,7 @@ def test_only_news_is_news() -> None:
     assert not connections.opened("1", live)
 
 
-def test_what_a_snapshot_does_not_show_is_over() -> None:
+def test_connections_that_a_snapshot_does_not_show_end() -> None:
     connections = fold(("+", "1", 10), ("+", "2", 20, B))
     assert connections.seen_on() == {A: 0, B: 1}
     assert not connections.close_unseen(A, 0, 90)
@@ -125,14 +127,14 @@ def test_what_a_snapshot_does_not_show_is_over() -> None:
     assert connections.seen_on() == {}
 
 
-def test_a_successor_that_never_came_is_no_longer_awaited_after_a_snapshot() -> None:
+def test_a_snapshot_ends_the_wait_for_a_successor_that_never_came() -> None:
     connections = fold(("+", "1", 10), ("-", "1", 20, "takenover"))
     assert connections.seen_on() == {A: 0}
     assert connections.close_unseen(A, 2, 90)
     assert connections.presence() == Presence(False, 10, 90, None)
 
 
-def test_what_is_remembered_of_one_client_is_bounded() -> None:
+def test_the_memory_for_one_client_is_bounded() -> None:
     many = [("+", str(number), number) for number in range(50)]
     connections = fold(*many, *(("-", str(number), 100) for number in range(50)))
     assert len(connections.ended_ids) == ENDED_IDS_MAX

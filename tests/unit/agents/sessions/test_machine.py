@@ -1,4 +1,4 @@
-"""The sessions agent, folded by the real driver over a log and a store in memory."""
+"""The sessions machine, under the real driver, over a log and a store in memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TRACE = Path(__file__).parents[3] / "fixtures" / "emqx-5.5.1-exhook.jsonl"
 
 
 class Sessions(World):
-    """A partition of the sessions agent, its owner, and the clients' events in few words."""
+    """A partition of the sessions agent with its owner, and short ways to make the events of clients."""
 
     def __init__(self, *tables: str) -> None:
         super().__init__(*tables, partition=SESSIONS)
@@ -46,12 +46,13 @@ class Sessions(World):
         self.driver: Driver = self.started()
         self.at = count(20_000, 1_000)
 
-    def tell(self, *told: Event) -> None:
-        self.append(*told)
+    def fold(self, *events_: Event) -> None:
+        """Append events and fold them, with all sweeps that follow."""
+        self.append(*events_)
         self.settle()
 
     def settle(self) -> None:
-        """Fold all there is, and do what is due."""
+        """Fold the rest of the log, and tick until nothing is due."""
         self.feed(self.driver)
         while self.driver.machine.next_due_ms is not None:
             self.now_ms += 1_000
@@ -91,9 +92,10 @@ class Sessions(World):
         event: Event = kind(at=next(self.at), node=node, **fields)
         return event
 
-    def snapshot(self, *told: Event, node: str = NODE) -> None:
-        self.tell(self.of_node(events.NodeSyncStarted, node, sync_id="s"), *told)
-        self.tell(self.of_node(events.NodeSyncCompleted, node, sync_id="s"))
+    def snapshot(self, *events_: Event, node: str = NODE) -> None:
+        """Fold a snapshot of a node with these events."""
+        self.fold(self.of_node(events.NodeSyncStarted, node, sync_id="s"), *events_)
+        self.fold(self.of_node(events.NodeSyncCompleted, node, sync_id="s"))
 
     def presence(self, client_id: str = "c") -> dict[str, str] | None:
         shown = self.server.values.get(keys.presence(client_id))
@@ -116,17 +118,20 @@ class Sessions(World):
 
     @property
     def announced(self) -> list[tuple[int | None, SubscriberJoined | SubscriberLeft]]:
-        said = []
+        announced = []
         for each in self.log.produced:
             if each.topic == keys.MESSAGES_TOPIC:
                 event = codec.decode(each.value)
                 assert isinstance(event, SubscriberJoined | SubscriberLeft)
                 assert each.key == keys.record_key(event).encode()
-                said.append((each.partition, event))
-        return said
+                announced.append((each.partition, event))
+        return announced
 
-    def said(self) -> list[tuple[Any, ...]]:
-        """Joins and leaves in short, each once however many partitions hear of it."""
+    def changes(self) -> list[tuple[Any, ...]]:
+        """Return joins as `("+", filter, qos)` and leaves as `("-", filter, reason)`.
+
+        One with a wildcard goes to each partition, and counts once.
+        """
         short: list[tuple[Any, ...]] = []
         for partition, event in self.announced:
             if partition in (None, 0):
@@ -141,10 +146,10 @@ class Sessions(World):
 
 def test_a_client_that_connects_is_online_and_one_that_disconnects_is_not() -> None:
     world = Sessions(*PRESENCE)
-    world.tell(world.created(), world.connected(connected_at=21_500))
+    world.fold(world.created(), world.connected(connected_at=21_500))
     assert world.presence() == {"state": "1", "online_at": "21", "offline_at": "undefined"}
     assert world.at_node() == {"c": "21"}
-    world.tell(world.disconnected())
+    world.fold(world.disconnected())
     shown = world.presence()
     assert shown is not None
     assert (shown["state"], shown["online_at"]) == ("0", "21")
@@ -152,84 +157,87 @@ def test_a_client_that_connects_is_online_and_one_that_disconnects_is_not() -> N
     assert world.at_node() == {}
 
 
-def test_a_client_taken_over_by_another_node_moves_there_and_never_is_offline() -> None:
+def test_a_client_taken_over_by_another_node_moves_there_and_is_never_offline() -> None:
     world = Sessions(*PRESENCE)
-    world.tell(world.connected())
-    world.tell(world.disconnected(reason="takenover"))
+    world.fold(world.connected())
+    world.fold(world.disconnected(reason="takenover"))
     assert (world.state(), world.at_node()) == ("1", {})
-    world.tell(world.connected(peer="p2", node=OTHER))
+    world.fold(world.connected(peer="p2", node=OTHER))
     assert (world.state(), world.at_node(), list(world.at_node(OTHER))) == ("1", {}, ["c"])
 
 
-def test_without_a_presence_rule_nobody_is_shown() -> None:
+def test_no_presence_is_written_without_a_presence_rule() -> None:
     world = Sessions(QUEUE)
-    world.tell(world.connected())
+    world.fold(world.connected())
     assert world.presence() is None
 
 
 def test_a_node_that_started_or_stopped_has_no_connections_but_keeps_sessions() -> None:
     for kind in (events.NodeStarted, events.NodeStopped):
         world = Sessions(*PRESENCE, QUEUE)
-        world.tell(world.created(), world.connected(), world.subscribed("queue/a"))
-        world.tell(world.connected("other", node=OTHER))
-        world.tell(world.of_node(kind))
+        world.fold(world.created(), world.connected(), world.subscribed("queue/a"))
+        world.fold(world.connected("other", node=OTHER))
+        world.fold(world.of_node(kind))
         assert (world.state("c"), world.state("other")) == ("0", "1")
-        assert world.said() == [("+", "queue/a", 1), ("-", "queue/a", "disconnected")]
-        world.tell(world.event(events.SessionResumed, "c"), world.connected(peer="p2"))
-        assert world.said()[2:] == [("+", "queue/a", 1)]
+        assert world.changes() == [("+", "queue/a", 1), ("-", "queue/a", "disconnected")]
+        world.fold(world.event(events.SessionResumed, "c"), world.connected(peer="p2"))
+        assert world.changes()[2:] == [("+", "queue/a", 1)]
 
 
-def test_a_snapshot_closes_what_it_does_not_show_and_opens_what_was_missed() -> None:
+def test_a_snapshot_ends_what_it_does_not_show_and_adds_what_was_missed() -> None:
     world = Sessions(*PRESENCE, QUEUE)
-    world.tell(world.connected("gone"), world.subscribed("queue/a", "gone"))
+    world.fold(world.connected("gone"), world.subscribed("queue/a", "gone"))
     there = world.connected("there")
-    world.tell(there, world.subscribed("queue/b", "there"))
-    world.tell(world.subscribed("queue/c", "there"), world.connected("far", node=OTHER))
+    world.fold(there, world.subscribed("queue/b", "there"))
+    world.fold(world.subscribed("queue/c", "there"), world.connected("far", node=OTHER))
     world.snapshot(there, world.subscribed("queue/b", "there"), world.connected("new", "p9"))
     assert [world.state(name) for name in ("gone", "there", "far", "new")] == ["0", "1", "1", "1"]
-    assert world.said()[3:] == [("-", "queue/a", "session_ended"), ("-", "queue/c", "unsubscribed")]
+    assert world.changes()[3:] == [
+        ("-", "queue/a", "session_ended"),
+        ("-", "queue/c", "unsubscribed"),
+    ]
 
 
-def test_what_was_told_just_before_a_snapshot_and_is_not_in_it_is_over() -> None:
+def test_what_appeared_just_before_a_snapshot_and_is_missing_in_it_ends() -> None:
     world = Sessions(*PRESENCE, QUEUE)
     world.settle()
-    world.tell(world.connected(), world.subscribed("queue/a"))
+    world.fold(world.connected(), world.subscribed("queue/a"))
     world.snapshot()
     assert world.state() == "0"
-    assert world.said()[1:] == [("-", "queue/a", "session_ended")]
+    assert world.changes()[1:] == [("-", "queue/a", "session_ended")]
     connected = world.connected(peer="p2")
-    world.tell(connected, world.subscribed("queue/b"))
+    world.fold(connected, world.subscribed("queue/b"))
     world.snapshot(connected)
-    assert world.said()[3:] == [("-", "queue/b", "unsubscribed")]
+    assert world.changes()[3:] == [("-", "queue/b", "unsubscribed")]
 
 
-def test_a_snapshot_that_did_not_complete_closes_nothing() -> None:
+def test_a_snapshot_that_did_not_complete_ends_nothing() -> None:
     world = Sessions(*PRESENCE)
-    world.tell(world.connected())
-    world.tell(world.of_node(events.NodeSyncStarted, sync_id="1"))
-    world.tell(world.of_node(events.NodeSyncStarted, sync_id="2"))
-    world.tell(world.of_node(events.NodeSyncCompleted, sync_id="1"))
+    world.fold(world.connected())
+    world.fold(world.of_node(events.NodeSyncStarted, sync_id="1"))
+    world.fold(world.of_node(events.NodeSyncStarted, sync_id="2"))
+    world.fold(world.of_node(events.NodeSyncCompleted, sync_id="1"))
     assert world.state() == "1"
-    world.tell(world.of_node(events.NodeSyncCompleted, sync_id="2"))
+    world.fold(world.of_node(events.NodeSyncCompleted, sync_id="2"))
     assert world.state() == "0"
 
 
 def test_a_sweep_over_many_clients_is_done_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions, "SWEEP_CLIENTS_MAX", 4)
     world = Sessions(*PRESENCE)
-    world.tell(*(world.connected(f"c{number}", f"p{number}") for number in range(10)))
+    world.fold(*(world.connected(f"c{number}", f"p{number}") for number in range(10)))
     ticks = len(world.log.produced)
-    world.tell(world.of_node(events.NodeStopped))
+    world.fold(world.of_node(events.NodeStopped))
     assert len(world.log.produced) - ticks == 3
     assert {world.state(f"c{number}") for number in range(10)} == {"0"}
 
 
-def test_a_worker_that_takes_over_in_the_middle_of_a_sweep_finishes_it(
+def test_a_new_owner_finishes_a_sweep_that_has_begun(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sessions, "SWEEP_CLIENTS_MAX", 4)
     world = Sessions(*PRESENCE)
-    world.tell(*(world.connected(f"c{number}", f"p{number}") for number in range(10)))
+    world.fold(*(world.connected(f"c{number}", f"p{number}") for number in range(10)))
     world.append(world.of_node(events.NodeStopped))
     world.feed(world.driver)
     run(world.driver.close())
@@ -241,70 +249,70 @@ def test_a_worker_that_takes_over_in_the_middle_of_a_sweep_finishes_it(
 # -- the registry -----------------------------------------------------------------------------------------
 
 
-def test_a_subscription_that_a_delivery_rule_can_match_is_announced_and_no_other() -> None:
+def test_only_subscriptions_that_a_delivery_rule_can_match_are_announced() -> None:
     world = Sessions(QUEUE)
-    world.tell(world.created(), world.connected())
-    created_at = 1  # after the rules
-    world.tell(world.subscribed("sensors/#"), world.subscribed("queue/a"), world.subscribed("#"))
-    assert world.said() == [("+", "queue/a", 1), ("+", "#", 1)]
+    world.fold(world.created(), world.connected())
+    created_at = 1  # `rules.changed` has the offset 0
+    world.fold(world.subscribed("sensors/#"), world.subscribed("queue/a"), world.subscribed("#"))
+    assert world.changes() == [("+", "queue/a", 1), ("+", "#", 1)]
     assert [partition for partition, _ in world.announced] == [None, 0, 1, 2]
     assert {event.session for _, event in world.announced} == {created_at}
 
 
-def test_a_client_that_the_bridge_cannot_reach_is_nobody_to_deliver_to() -> None:
+def test_a_client_that_the_bridge_cannot_reach_is_no_member() -> None:
     world = Sessions(QUEUE)
-    world.tell(world.connected(), world.subscribed("queue/a", reachable=False))
-    assert world.said() == []
-    # Over a listener where it can, the same subscription counts
-    world.tell(world.subscribed("queue/a"), world.subscribed("queue/a", reachable=False))
-    assert world.said() == [("+", "queue/a", 1), ("-", "queue/a", "disconnected")]
+    world.fold(world.connected(), world.subscribed("queue/a", reachable=False))
+    assert world.changes() == []
+    # When the client subscribes over a listener where the bridge can reach it, Then it is a member
+    world.fold(world.subscribed("queue/a"), world.subscribed("queue/a", reachable=False))
+    assert world.changes() == [("+", "queue/a", 1), ("-", "queue/a", "disconnected")]
 
 
 def test_a_shared_subscription_is_announced_under_its_filter() -> None:
     world = Sessions(QUEUE)
-    world.tell(world.connected(), world.subscribed("$share/g/queue/a"))
+    world.fold(world.connected(), world.subscribed("$share/g/queue/a"))
     ((partition, event),) = world.announced
     assert partition is None
     assert event.topic_filter == "$share/g/queue/a"
 
 
-def test_unsubscribing_disconnecting_and_the_end_of_a_session_are_told_apart() -> None:
+def test_a_leave_has_the_reason_unsubscribed_disconnected_or_session_ended() -> None:
     world = Sessions(QUEUE)
-    world.tell(world.created(), world.connected(), world.subscribed("queue/a"))
-    world.tell(world.subscribed("queue/b"))
-    world.tell(world.event(events.SessionUnsubscribed, "c", topic_filter="queue/a"))
-    world.tell(world.disconnected())
-    world.tell(world.event(events.SessionResumed, "c"), world.connected(peer="p2"))
-    world.tell(world.event(events.SessionTerminated, "c", reason="kicked"))
-    assert world.said() == [
+    world.fold(world.created(), world.connected(), world.subscribed("queue/a"))
+    world.fold(world.subscribed("queue/b"))
+    world.fold(world.event(events.SessionUnsubscribed, "c", topic_filter="queue/a"))
+    world.fold(world.disconnected())
+    world.fold(world.event(events.SessionResumed, "c"), world.connected(peer="p2"))
+    world.fold(world.event(events.SessionTerminated, "c", reason="kicked"))
+    assert world.changes() == [
         ("+", "queue/a", 1), ("+", "queue/b", 1), ("-", "queue/a", "unsubscribed"),
         ("-", "queue/b", "disconnected"), ("+", "queue/b", 1), ("-", "queue/b", "session_ended"),
     ]  # fmt: skip
 
 
-def test_a_session_that_ends_while_its_client_is_away_is_announced_as_ended() -> None:
+def test_the_end_of_an_offline_clients_session_is_announced() -> None:
     world = Sessions(QUEUE)
-    world.tell(world.created(), world.connected(), world.subscribed("queue/a"))
-    world.tell(world.disconnected(), world.event(events.SessionTerminated, "c", reason="normal"))
-    assert world.said() == [
+    world.fold(world.created(), world.connected(), world.subscribed("queue/a"))
+    world.fold(world.disconnected(), world.event(events.SessionTerminated, "c", reason="normal"))
+    assert world.changes() == [
         ("+", "queue/a", 1), ("-", "queue/a", "disconnected"), ("-", "queue/a", "session_ended")
     ]  # fmt: skip
     assert len({event.session for _, event in world.announced}) == 1
 
 
-def test_a_subscription_told_of_again_is_announced_only_if_its_qos_changed() -> None:
+def test_a_repeated_subscription_is_announced_only_if_its_qos_changed() -> None:
     world = Sessions(QUEUE)
-    world.tell(world.connected(), world.subscribed("queue/a"), world.subscribed("queue/a"))
-    world.tell(world.subscribed("queue/a", qos=2))
-    assert world.said() == [("+", "queue/a", 1), ("+", "queue/a", 2)]
+    world.fold(world.connected(), world.subscribed("queue/a"), world.subscribed("queue/a"))
+    world.fold(world.subscribed("queue/a", qos=2))
+    assert world.changes() == [("+", "queue/a", 1), ("+", "queue/a", 2)]
 
 
 def test_a_new_session_is_a_leave_and_a_join() -> None:
     world = Sessions(QUEUE)
-    world.tell(world.created(), world.connected(), world.subscribed("queue/a"))
-    world.tell(world.disconnected(reason="discarded"), world.event(events.SessionDiscarded, "c"))
-    world.tell(world.created(), world.connected(peer="p2"), world.subscribed("queue/a"))
-    assert world.said() == [
+    world.fold(world.created(), world.connected(), world.subscribed("queue/a"))
+    world.fold(world.disconnected(reason="discarded"), world.event(events.SessionDiscarded, "c"))
+    world.fold(world.created(), world.connected(peer="p2"), world.subscribed("queue/a"))
+    assert world.changes() == [
         ("+", "queue/a", 1), ("-", "queue/a", "session_ended"), ("+", "queue/a", 1)
     ]  # fmt: skip
     first, last = world.announced[0][1], world.announced[-1][1]
@@ -312,22 +320,22 @@ def test_a_new_session_is_a_leave_and_a_join() -> None:
     assert first.source_offset < last.source_offset
 
 
-def test_the_end_of_a_session_that_moved_to_another_node_is_not_its_end() -> None:
+def test_a_session_that_moved_to_another_node_survives_its_end_on_the_first() -> None:
     world = Sessions(QUEUE)
-    world.tell(world.connected(), world.subscribed("queue/a"))
-    world.tell(world.event(events.SessionResumed, "c", OTHER))
-    world.tell(world.connected(peer="p2", node=OTHER))
-    world.tell(world.event(events.SessionTerminated, "c", NODE, reason="takenover"))
-    assert world.said() == [("+", "queue/a", 1)] * 2
+    world.fold(world.connected(), world.subscribed("queue/a"))
+    world.fold(world.event(events.SessionResumed, "c", OTHER))
+    world.fold(world.connected(peer="p2", node=OTHER))
+    world.fold(world.event(events.SessionTerminated, "c", NODE, reason="takenover"))
+    assert world.changes() == [("+", "queue/a", 1)] * 2
 
 
 def test_a_takeover_is_no_leave_and_the_new_connection_a_join() -> None:
     world = Sessions(QUEUE)
-    world.tell(world.created(), world.connected(), world.subscribed("queue/a"))
-    world.tell(world.disconnected(reason="takenover"), world.event(events.SessionTakenOver, "c"))
-    assert world.said() == [("+", "queue/a", 1)]
-    world.tell(world.event(events.SessionResumed, "c"), world.connected(peer="p2"))
-    assert world.said() == [("+", "queue/a", 1)] * 2
+    world.fold(world.created(), world.connected(), world.subscribed("queue/a"))
+    world.fold(world.disconnected(reason="takenover"), world.event(events.SessionTakenOver, "c"))
+    assert world.changes() == [("+", "queue/a", 1)]
+    world.fold(world.event(events.SessionResumed, "c"), world.connected(peer="p2"))
+    assert world.changes() == [("+", "queue/a", 1)] * 2
     first, second = (event for _, event in world.announced)
     assert first.session == second.session
     assert first.source_offset < second.source_offset
@@ -335,47 +343,47 @@ def test_a_takeover_is_no_leave_and_the_new_connection_a_join() -> None:
 
 def test_a_late_end_of_a_discarded_session_does_not_end_its_successor() -> None:
     world = Sessions(*PRESENCE, QUEUE)
-    world.tell(world.created(), world.connected(), world.subscribed("queue/1"))
-    world.tell(world.created(), world.connected(peer="p2"), world.subscribed("queue/2"))
-    world.tell(world.disconnected(reason="discarded"), world.event(events.SessionDiscarded, "c"))
-    assert world.said()[-2:] == [("-", "queue/1", "session_ended"), ("+", "queue/2", 1)]
+    world.fold(world.created(), world.connected(), world.subscribed("queue/1"))
+    world.fold(world.created(), world.connected(peer="p2"), world.subscribed("queue/2"))
+    world.fold(world.disconnected(reason="discarded"), world.event(events.SessionDiscarded, "c"))
+    assert world.changes()[-2:] == [("-", "queue/1", "session_ended"), ("+", "queue/2", 1)]
     assert world.state() == "1"
 
 
 def test_a_session_that_moves_to_a_node_during_its_snapshot_keeps_its_subscriptions() -> None:
     world = Sessions(*PRESENCE, QUEUE)
-    world.tell(world.created(), world.connected(), world.subscribed("queue/a"))
+    world.fold(world.created(), world.connected(), world.subscribed("queue/a"))
     world.snapshot(
         world.disconnected(reason="takenover"), world.event(events.SessionResumed, "c", OTHER),
         world.connected(peer="p2", node=OTHER), node=OTHER,
     )  # fmt: skip
-    assert [said[0] for said in world.said()] == ["+", "+"]
+    assert [change[0] for change in world.changes()] == ["+", "+"]
 
 
-def test_a_member_whose_rule_went_has_left_when_the_rule_comes_back() -> None:
+def test_a_member_whose_rule_was_removed_has_left_when_the_rule_is_added_again() -> None:
     world = Sessions(QUEUE)
-    world.tell(world.connected(), world.subscribed("queue/a"))
+    world.fold(world.connected(), world.subscribed("queue/a"))
     for rules in ((), (QUEUE,)):
         run(world.driver.close())
         world.driver = world.started(given.rules(*rules))
-        world.tell(world.event(events.SessionUnsubscribed, "c", topic_filter="queue/a"))
-    assert [said[0] for said in world.said()] == ["+", "-"]
+        world.fold(world.event(events.SessionUnsubscribed, "c", topic_filter="queue/a"))
+    assert [change[0] for change in world.changes()] == ["+", "-"]
 
 
-def test_a_snapshot_shows_presence_anew_where_it_was_lost() -> None:
+def test_a_snapshot_writes_a_presence_again_that_redis_has_lost() -> None:
     world = Sessions(*PRESENCE)
     connected = world.connected()
-    world.tell(connected)
+    world.fold(connected)
     world.server.remove(keys.presence("c"))
     world.server.remove(keys.node(NODE))
     world.snapshot(connected)
     assert (world.state(), list(world.at_node())) == ("1", ["c"])
 
 
-def test_snapshots_that_wait_are_swept_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_snapshots_that_wait_are_one_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     world = Sessions(*PRESENCE)
     world.settle()
-    world.tell(world.connected())
+    world.fold(world.connected())
     for sync_id in map(str, range(50)):
         world.append(world.of_node(events.NodeSyncStarted, sync_id=sync_id))
         world.append(world.of_node(events.NodeSyncCompleted, sync_id=sync_id))
@@ -391,51 +399,57 @@ def test_a_tick_announces_a_bounded_number_of_members(monkeypatch: pytest.Monkey
     world = Sessions(QUEUE)
     for number in range(6):
         client_id = f"c{number}"
-        world.tell(world.connected(client_id, f"p{number}"), world.subscribed("queue/a", client_id))
+        world.fold(world.connected(client_id, f"p{number}"), world.subscribed("queue/a", client_id))
     ticks = len(world.log.records[SESSIONS.topic, 0])
-    world.tell(world.of_node(events.NodeStopped))
+    world.fold(world.of_node(events.NodeStopped))
     assert len(world.log.records[SESSIONS.topic, 0]) - ticks >= 1 + 3
-    assert sorted(said[0] for said in world.said()) == ["+"] * 6 + ["-"] * 6
+    assert sorted(change[0] for change in world.changes()) == ["+"] * 6 + ["-"] * 6
 
 
-def test_new_rules_announce_what_they_deliver_for_everybody() -> None:
+def test_new_rules_announce_the_members_of_all_clients() -> None:
     world = Sessions(*PRESENCE)
-    world.tell(world.connected(), world.subscribed("queue/a"))
-    world.tell(world.connected("d", "p2"), world.subscribed("queue/b", "d", node=OTHER))
+    world.fold(world.connected(), world.subscribed("queue/a"))
+    world.fold(world.connected("d", "p2"), world.subscribed("queue/b", "d", node=OTHER))
     run(world.driver.close())
     world.driver = world.started(given.rules(*PRESENCE, QUEUE))
-    world.tell(world.subscribed("queue/c"))  # before its turn comes in the sweep
-    assert sorted(world.said()) == [("+", "queue/a", 1), ("+", "queue/b", 1), ("+", "queue/c", 1)]
+    world.fold(world.subscribed("queue/c"))
+    assert sorted(world.changes()) == [
+        ("+", "queue/a", 1),
+        ("+", "queue/b", 1),
+        ("+", "queue/c", 1),
+    ]
 
 
-def test_an_announcement_lost_with_its_worker_is_made_by_the_next(
+def test_the_next_owner_sends_the_announcements_of_a_worker_that_died(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     world = Sessions(QUEUE)
-    world.tell(world.connected())
+    world.fold(world.connected())
     world.append(world.subscribed("queue/a"))
     world.log.acknowledges = False
     with monkeypatch.context() as crash:
         crash.setattr(type(world.log), "produce", lambda *_: (_ for _ in ()).throw(OSError))
         with pytest.raises(OSError):
             world.feed(world.driver)
-    assert world.said() == []
+    assert world.changes() == []
     world.log.acknowledges = True
     world.driver = world.started()
     world.settle()
-    assert world.said() == [("+", "queue/a", 1)]
+    assert world.changes() == [("+", "queue/a", 1)]
 
 
-def test_a_store_that_is_down_when_it_is_looked_up_loses_neither_that_nor_a_refusal() -> None:
+def test_a_store_that_is_down_during_a_look_up_loses_neither_it_nor_the_dead_letter_of_a_refusal() -> (
+    None
+):
     world = Sessions(*PRESENCE, LOOKUP)
-    world.server.keep(keys.presence("c"), b"somebody's")
+    world.server.keep(keys.presence("c"), b"foreign")
     world.server.keep(keys.subscriptions("c"), Hash({"a": b"1"}))
     world.server.keep(keys.subscriptions("d"), Hash({"b": b"1"}))
     world.append(world.connected(), world.connected("d", "p2"))
     reads = count()
 
     def fault(moment: str, _: Partition) -> None:
-        if moment == "read" and next(reads) == 2:  # the states; the first look-up; the second
+        if moment == "read" and next(reads) == 2:
             raise StoreDown("down in the middle")
 
     world.server.fault = fault
@@ -446,59 +460,59 @@ def test_a_store_that_is_down_when_it_is_looked_up_loses_neither_that_nor_a_refu
     assert len(world.dead_letters) == 1
 
 
-def test_a_session_with_too_many_subscriptions_is_a_dead_letter(
+def test_a_subscription_above_the_limit_becomes_a_dead_letter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("millpond.agents.sessions.state.SUBSCRIPTIONS_MAX", 2)
     world = Sessions(QUEUE)
-    world.tell(*(world.subscribed(f"queue/{number}") for number in range(3)))
-    world.tell(world.subscribed("a/#/b"))
+    world.fold(*(world.subscribed(f"queue/{number}") for number in range(3)))
+    world.fold(world.subscribed("a/#/b"))
     world.snapshot(world.subscribed("queue/2", told_again=True))
-    reasons = [dict(letter.headers)["reason"].decode() for letter in world.dead_letters]
+    reasons = [dict(each.headers)["reason"].decode() for each in world.dead_letters]
     assert "2 subscriptions" in reasons[0]
     assert "'#' stands only at the end" in reasons[1]
     assert len(reasons) == 2
 
 
-def test_more_filters_than_are_remembered_are_asked_about_again(
+def test_a_filter_is_matched_again_when_the_memory_was_full(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("millpond.agents.sessions.session_rules.FILTERS_REMEMBERED_MAX", 1)
     world = Sessions(QUEUE)
-    world.tell(world.connected(), *(world.subscribed(f"queue/{at}") for at in range(3)))
-    assert len(world.said()) == 3
+    world.fold(world.connected(), *(world.subscribed(f"queue/{at}") for at in range(3)))
+    assert len(world.changes()) == 3
 
 
 def test_a_tick_with_nothing_to_do_does_nothing() -> None:
     world = Sessions(QUEUE)
     world.settle()
     tick = events.Tick(at=1, node="millpond", agent="sessions")
-    world.tell(tick)
+    world.fold(tick)
     assert world.driver.next_offset == len(world.log.records[SESSIONS.topic, 0])
 
 
-def test_a_session_elsewhere_survives_the_restart_and_the_snapshot_of_a_node() -> None:
+def test_a_session_on_another_node_survives_a_nodes_restart_and_snapshot() -> None:
     world = Sessions(*PRESENCE, QUEUE)
-    world.tell(world.connected(), world.subscribed("queue/a"))
-    world.tell(world.event(events.SessionResumed, "c", OTHER))
-    world.tell(world.connected(peer="p2", node=OTHER))
-    world.tell(world.of_node(events.NodeStopped))
+    world.fold(world.connected(), world.subscribed("queue/a"))
+    world.fold(world.event(events.SessionResumed, "c", OTHER))
+    world.fold(world.connected(peer="p2", node=OTHER))
+    world.fold(world.of_node(events.NodeStopped))
     world.snapshot()
     assert world.state() == "1"
-    assert world.said() == [("+", "queue/a", 1)] * 2
+    assert world.changes() == [("+", "queue/a", 1)] * 2
 
 
-def test_a_subscription_the_bridge_made_stays_marked_and_a_resumed_one_is_told_apart() -> None:
+def test_a_subscription_stays_proxied_and_a_resumed_one_is_older_than_the_resumption() -> None:
     world = Sessions(QUEUE)
     proxied = events.SessionSubscribed(
         at=1, node=NODE, client_id="c", topic_filter="a", qos=1, proxied=True
     )
-    world.tell(world.created(), world.connected(), proxied, world.subscribed("a"))
-    world.tell(world.event(events.SessionResumed, "c"), world.subscribed("b"))
+    world.fold(world.created(), world.connected(), proxied, world.subscribed("a"))
+    world.fold(world.event(events.SessionResumed, "c"), world.subscribed("b"))
     states = world.server.of(keys.table(SESSIONS, "states"), Hash)
     state = unpack(states["c"])
     assert state.session is not None
-    assert {name: held.proxied for name, held in state.subscriptions.items()} == {
+    assert {name: each.proxied for name, each in state.subscriptions.items()} == {
         "a": True,
         "b": False,
     }
@@ -508,41 +522,43 @@ def test_a_subscription_the_bridge_made_stays_marked_and_a_resumed_one_is_told_a
 # -- what the database and applications say ---------------------------------------------------------------
 
 
-def test_a_client_is_subscribed_to_what_the_database_says_when_it_connects() -> None:
+def test_a_client_that_connects_gets_the_subscriptions_in_redis() -> None:
     world = Sessions(LOOKUP)
     table = Hash({"a/+": b"1", "b": b"2", "c/#/d": b"1", "d": b"7"})
     world.server.keep(keys.subscriptions("c"), table)
-    told = world.connected()
-    world.tell(told, told)
+    connected = world.connected()
+    world.fold(connected, connected)
     assert world.commands == [Subscribe(client_id="c", topic_filters=(("a/+", 1), ("b", 2)))]
-    (letter,) = world.dead_letters
-    reason = dict(letter.headers)["reason"].decode()
+    (dead_letter,) = world.dead_letters
+    reason = dict(dead_letter.headers)["reason"].decode()
     assert "'c/#/d' → '1'" in reason
     assert "'d' → '7'" in reason
     world.server.keep(keys.subscriptions("c"), Hash({"b": b"0"}))
-    world.tell(world.disconnected(), world.connected(peer="p2"))
+    world.fold(world.disconnected(), world.connected(peer="p2"))
     assert world.commands[1:] == [Subscribe(client_id="c", topic_filters=(("b", 0),))]
 
 
-def test_a_client_that_the_database_does_not_know_gets_no_command() -> None:
+def test_a_client_without_subscriptions_in_redis_gets_no_command() -> None:
     world = Sessions(LOOKUP)
     world.server.keep(keys.subscriptions("odd"), b"a string")
-    world.tell(world.connected(), world.connected("odd", "p2"))
+    world.fold(world.connected(), world.connected("odd", "p2"))
     assert (world.commands, world.dead_letters) == ([], [])
 
 
-def test_more_filters_than_a_command_may_hold_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_filters_above_a_commands_limit_are_named_in_a_dead_letter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("millpond.agents.driver.outputs.SUBSCRIPTIONS_MAX", 1)
     world = Sessions(LOOKUP)
     world.server.keep(keys.subscriptions("c"), Hash({"a": b"1", "b": b"1"}))
-    world.tell(world.connected())
+    world.fold(world.connected())
     assert world.commands == [Subscribe(client_id="c", topic_filters=(("a", 1),))]
-    assert "'b' is one too many" in dict(world.dead_letters[0].headers)["reason"].decode()
+    assert "'b' is beyond the limit of 1" in dict(world.dead_letters[0].headers)["reason"].decode()
 
 
-def test_an_applications_order_is_a_command() -> None:
+def test_an_applications_request_becomes_a_command() -> None:
     world = Sessions()
-    world.tell(
+    world.fold(
         world.event(events.ControlSubscribe, "c", topic_filter="a/+", qos=2),
         world.event(events.ControlUnsubscribe, "c", topic_filter="b"),
         world.event(events.ControlSubscribe, "c", topic_filter="a/#/b", qos=2),
@@ -555,7 +571,7 @@ def test_an_applications_order_is_a_command() -> None:
 
 
 def retaining(world: Sessions, *topics: str, agent: Any = "messages", number: int = 1) -> None:
-    """These topics retain a message each, as their owner keeps it."""
+    """Let these topics retain a message each, as their owner stores it."""
     name = keys.index(Partition("millpond", agent, number), keys.RETAINED_INDEX)
     world.server.keep(name, Zset({**world.server.of(name, Zset), **dict.fromkeys(topics, 0)}))
     for topic in topics:
@@ -585,7 +601,7 @@ def test_a_new_subscription_gets_the_retained_messages_that_match(
     retaining(world, "a/b", "a/c", "a", "$SYS/x")
     retaining(world, "a/b/c", "z", agent="queue", number=2)
     world.server.remove(keys.message_body("id:gone"))
-    world.tell(world.connected(), world.subscribed(topic_filter, qos=0))
+    world.fold(world.connected(), world.subscribed(topic_filter, qos=0))
     delivers = [each for each in world.commands if isinstance(each, Deliver)]
     assert [each.topic for each in delivers] == found
     assert {(each.qos, each.retain, each.lease) for each in delivers} <= {(0, True, "")}
@@ -593,13 +609,13 @@ def test_a_new_subscription_gets_the_retained_messages_that_match(
 
 
 @pytest.mark.parametrize(("handling", "found"), [(0, 2), (1, 1), (2, 0)])
-def test_retained_messages_come_as_the_subscriber_wants_them(handling: int, found: int) -> None:
+def test_retained_messages_are_delivered_as_retain_handling_says(handling: int, found: int) -> None:
     world = Sessions(RETAIN_LOOKUP)
     retaining(world, "a/b")
     subscribed = world.event(
         events.SessionSubscribed, "c", topic_filter="a/b", qos=1, retain_handling=handling
     )
-    world.tell(world.connected(), subscribed, subscribed)
+    world.fold(world.connected(), subscribed, subscribed)
     assert len(world.commands) == found
 
 
@@ -609,13 +625,13 @@ def test_retained_topics_are_searched_a_page_at_a_time(monkeypatch: pytest.Monke
     world = Sessions(RETAIN_LOOKUP)
     retaining(world, *(f"s/{number:02}/t" for number in range(20)))
     retaining(world, *(f"s/{number:02}/alarm" for number in range(15, 20)), agent="queue")
-    world.tell(world.connected(), world.subscribed("s/+/alarm"))
+    world.fold(world.connected(), world.subscribed("s/+/alarm"))
     assert len(world.commands) == 5
     monkeypatch.setattr("millpond.agents.driver.outputs.RETAINED_MAX", 4)
-    world.tell(world.subscribed("s/+/t"))
+    world.fold(world.subscribed("s/+/t"))
     assert len(world.commands) == 5 + 4
     monkeypatch.setattr("millpond.agents.driver.outputs.PAGES_MAX", 1)
-    world.tell(world.subscribed("+/19/alarm"))
+    world.fold(world.subscribed("+/19/alarm"))
     assert len(world.commands) == 5 + 4
 
 
@@ -626,46 +642,47 @@ def test_retained_topics_are_searched_a_page_at_a_time(monkeypatch: pytest.Monke
         {"id": "i", "topic": "a/b", "qos": "7"}, {"id": "i", "topic": "elsewhere", "qos": "1"},
     ],
 )  # fmt: skip
-def test_a_body_that_is_no_message_of_the_topic_is_not_delivered(body: dict[str, str]) -> None:
+def test_a_key_that_is_not_a_message_of_the_topic_is_not_delivered(body: dict[str, str]) -> None:
     world = Sessions(RETAIN_LOOKUP)
     retaining(world, "a/b")
     values = Hash({name: value.encode() for name, value in body.items()})
     world.server.keep(keys.message_body("id:a/b"), values)
-    world.tell(world.connected(), world.subscribed("a/b"))
+    world.fold(world.connected(), world.subscribed("a/b"))
     assert world.commands == []
 
 
-def test_much_that_is_looked_up_is_produced_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_look_up_is_produced_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("millpond.agents.driver.outbox.OUTGOING_BYTES_MAX", 500)
     world = Sessions(RETAIN_LOOKUP)
     retaining(world, *(f"a/{number}" for number in range(9)))
-    world.tell(world.connected(), world.subscribed("a/+"))
+    world.fold(world.connected(), world.subscribed("a/+"))
     topics = [each.topic for each in world.commands if isinstance(each, Deliver)]
     assert topics == [f"a/{number}" for number in range(9)]
 
 
-def test_a_retained_message_that_has_gone_meanwhile_is_not_delivered() -> None:
+def test_a_retained_message_that_was_removed_since_is_not_delivered() -> None:
     world = Sessions(RETAIN_LOOKUP)
     retaining(world, "a/b", "a/c")
     world.server.remove(keys.message_body("id:a/b"))
     world.server.remove(keys.retained("a/c"))
-    world.tell(world.connected(), world.subscribed("a/#"))
+    world.fold(world.connected(), world.subscribed("a/#"))
     assert world.commands == []
 
 
-def test_a_snapshot_that_tells_of_a_subscription_again_is_no_subscribe() -> None:
+def test_a_subscription_in_a_snapshot_is_not_a_subscribe() -> None:
     world = Sessions(RETAIN_LOOKUP, LOOKUP)
     retaining(world, "a/b")
     connected = world.connected(connected_at=21_000)
-    world.tell(connected, world.subscribed("a/b"))
-    world.tell(world.subscribed("a/b"))  # the client's own, once more: [MQTT-3.8.4-3]
+    world.fold(connected, world.subscribed("a/b"))
+    # The client subscribes again: [MQTT-3.8.4-3].
+    world.fold(world.subscribed("a/b"))
     world.snapshot(connected, world.subscribed("a/b", told_again=True))
     assert len(world.commands) == 2
 
 
-def test_a_snapshot_that_knows_another_time_of_a_connection_tells_nothing_new() -> None:
+def test_a_snapshot_with_another_time_of_a_connection_is_not_a_new_connection() -> None:
     world = Sessions(given.a_rule(hook="client.connected", commands=["INCR connected:${clientid}"]))
-    world.tell(world.connected(connected_at=21_000))
+    world.fold(world.connected(connected_at=21_000))
     world.snapshot(world.connected(connected_at=20_993, told_again=True))
     world.snapshot(world.connected(connected_at=21_007, told_again=True))
     assert world.text("connected:c") == "1"
@@ -674,32 +691,35 @@ def test_a_snapshot_that_knows_another_time_of_a_connection_tells_nothing_new() 
 # -- the user's commands ----------------------------------------------------------------------------------
 
 
-def test_commands_run_once_for_each_thing_that_happened() -> None:
+def test_commands_run_once_for_each_event() -> None:
     hooks = (
         "client.connected", "client.disconnected", "session.created", "session.subscribed",
         "session.unsubscribed",
     )  # fmt: skip
     rules = [given.a_rule(hook=hook, commands=[f"INCR {hook}:${{clientid}}"]) for hook in hooks]
     world = Sessions(*rules)
-    told = [
+    story = [
         world.created(), world.connected(), world.subscribed("a"), world.disconnected(),
         world.event(events.SessionUnsubscribed, "c", topic_filter="a"),
     ]  # fmt: skip
-    world.tell(*told)
-    world.tell(told[3], told[4], told[1])  # once more, and late
+    world.fold(*story)
+    # Repeated, and late.
+    world.fold(story[3], story[4], story[1])
     assert {hook: world.text(f"{hook}:c") for hook in hooks} == dict.fromkeys(hooks, "1")
 
 
-def test_a_foreign_key_in_the_place_of_a_presence_is_a_dead_letter_and_stays() -> None:
+def test_a_foreign_key_in_the_place_of_a_presence_stays_and_the_event_becomes_a_dead_letter() -> (
+    None
+):
     world = Sessions(*PRESENCE)
-    world.server.keep(keys.presence("c"), b"somebody's")
-    world.tell(world.connected(), world.connected("d", "p2"))
-    assert world.text(keys.presence("c")) == "somebody's"
+    world.server.keep(keys.presence("c"), b"foreign")
+    world.fold(world.connected(), world.connected("d", "p2"))
+    assert world.text(keys.presence("c")) == "foreign"
     assert world.state("d") == "1"
     assert len(world.dead_letters) == 1
 
 
-def test_what_concerns_other_agents_is_left_to_them() -> None:
+def test_an_event_that_this_agent_does_not_fold_changes_nothing() -> None:
     world = Sessions(*PRESENCE)
     record = world.append_raw(b"c", codec.encode(world.event(events.SessionTakenOver, "c")))
     world.feed(world.driver)
@@ -711,7 +731,7 @@ def test_what_concerns_other_agents_is_left_to_them() -> None:
 
 
 def traced() -> Iterator[tuple[str, Event]]:
-    """The trace's events, each with its connection."""
+    """Yield the trace's events, each with its connection id."""
     kinds: dict[str, Any] = {
         "OnClientConnected": events.ClientConnected,
         "OnClientDisconnected": events.ClientDisconnected,
@@ -746,21 +766,21 @@ def traced() -> Iterator[tuple[str, Event]]:
 
 
 @pytest.mark.parametrize("seed", [None, *range(30)])
-def test_a_real_brokers_trace_ends_with_everybody_offline_in_any_order_between_connections(
+def test_all_clients_of_a_real_brokers_trace_end_offline_in_any_order_between_connections(
     seed: int | None,
 ) -> None:
-    told = list(traced())
-    clients = {event.client_id for _, event in told if isinstance(event, events.ClientConnected)}
+    story = list(traced())
+    clients = {event.client_id for _, event in story if isinstance(event, events.ClientConnected)}
     if seed is not None:
         random = Random(seed)
         by_connection: dict[str, list[Event]] = {}
-        for connection_id, event in told:
+        for connection_id, event in story:
             by_connection.setdefault(connection_id, []).append(event)
-        order = [connection_id for connection_id, _ in told]
+        order = [connection_id for connection_id, _ in story]
         random.shuffle(order)
-        told = [(connection_id, by_connection[connection_id].pop(0)) for connection_id in order]
+        story = [(connection_id, by_connection[connection_id].pop(0)) for connection_id in order]
     world = Sessions(*PRESENCE)
-    world.tell(*(event for _, event in told))
+    world.fold(*(event for _, event in story))
     assert {client_id: world.state(client_id) for client_id in clients} == dict.fromkeys(
         clients, "0"
     )
@@ -768,7 +788,7 @@ def test_a_real_brokers_trace_ends_with_everybody_offline_in_any_order_between_c
     assert len(clients) == 7
 
 
-# -- told late, or in another order
+# -- events that arrive late, or in another order -----------------------------------------------------------
 
 
 def began(world: Sessions, began_at: int, **fields: Any) -> Event:
@@ -780,17 +800,17 @@ def subscribed_at(world: Sessions, at: int, topic_filter: str, node: str = NODE)
     return structs.replace(event, at=at)
 
 
-def held(world: Sessions) -> list[str]:
+def subscriptions(world: Sessions) -> list[str]:
     states = world.server.of(keys.table(SESSIONS, "states"), Hash)
     return sorted(unpack(states["c"]).subscriptions)
 
 
-def test_a_session_told_late_keeps_what_was_subscribed_in_it() -> None:
+def test_a_session_whose_start_arrives_late_keeps_its_own_subscriptions() -> None:
     world = Sessions(QUEUE)
-    world.tell(subscribed_at(world, 50, "queue/old"), subscribed_at(world, 100, "queue/at-once"))
-    world.tell(world.connected(connected_at=100), subscribed_at(world, 120, "queue/new"))
-    world.tell(began(world, 100))
-    assert held(world) == ["queue/at-once", "queue/new"]
+    world.fold(subscribed_at(world, 50, "queue/old"), subscribed_at(world, 100, "queue/at-once"))
+    world.fold(world.connected(connected_at=100), subscribed_at(world, 120, "queue/new"))
+    world.fold(began(world, 100))
+    assert subscriptions(world) == ["queue/at-once", "queue/new"]
     joined = {
         each.topic_filter for _, each in world.announced if isinstance(each, SubscriberJoined)
     }
@@ -802,38 +822,40 @@ def test_a_session_told_late_keeps_what_was_subscribed_in_it() -> None:
     assert left == "queue/old"
 
 
-def test_a_session_told_twice_or_after_its_successor_is_none() -> None:
+def test_the_start_of_a_session_that_is_repeated_or_follows_its_successors_changes_nothing() -> (
+    None
+):
     world = Sessions(
         QUEUE, given.a_rule(hook="session.created", commands=["INCR began:${clientid}"])
     )
-    world.tell(began(world, 100), world.connected(), subscribed_at(world, 120, "queue/a"))
-    world.tell(began(world, 200), subscribed_at(world, 220, "queue/b"))
-    said = len(world.announced)
-    world.tell(began(world, 200), began(world, 100))
-    assert held(world) == ["queue/b"]
-    assert len(world.announced) == said
+    world.fold(began(world, 100), world.connected(), subscribed_at(world, 120, "queue/a"))
+    world.fold(began(world, 200), subscribed_at(world, 220, "queue/b"))
+    announced = len(world.announced)
+    world.fold(began(world, 200), began(world, 100))
+    assert subscriptions(world) == ["queue/b"]
+    assert len(world.announced) == announced
     assert world.server.values["began:c"] == b"2"
 
 
-def test_a_subscription_told_after_its_sessions_successor_is_none() -> None:
+def test_a_subscription_that_arrives_after_its_sessions_successor_is_ignored() -> None:
     world = Sessions(QUEUE, RETAIN_LOOKUP)
-    world.tell(began(world, 200), world.connected())
-    world.tell(subscribed_at(world, 150, "queue/a"), subscribed_at(world, 250, "queue/b"))
-    assert held(world) == ["queue/b"]
-    # The clock of another node is another.
-    world.tell(subscribed_at(world, 150, "queue/c", node=OTHER))
-    assert held(world) == ["queue/b", "queue/c"]
+    world.fold(began(world, 200), world.connected())
+    world.fold(subscribed_at(world, 150, "queue/a"), subscribed_at(world, 250, "queue/b"))
+    assert subscriptions(world) == ["queue/b"]
+    # Another node has another clock.
+    world.fold(subscribed_at(world, 150, "queue/c", node=OTHER))
+    assert subscriptions(world) == ["queue/b", "queue/c"]
 
 
-def test_a_session_on_another_node_is_new_whatever_its_clock_says() -> None:
+def test_a_session_on_another_node_is_new_whatever_its_clock_shows() -> None:
     world = Sessions(QUEUE)
-    world.tell(began(world, 200), world.connected(), subscribed_at(world, 250, "queue/a"))
-    world.tell(began(world, 100, node=OTHER))
-    assert held(world) == []
+    world.fold(began(world, 200), world.connected(), subscribed_at(world, 250, "queue/a"))
+    world.fold(began(world, 100, node=OTHER))
+    assert subscriptions(world) == []
 
 
-def test_a_session_told_in_order_ends_what_went_before_whatever_the_clock_says() -> None:
+def test_a_session_without_began_at_ends_its_predecessor_whatever_the_clock_shows() -> None:
     world = Sessions(QUEUE)
-    world.tell(began(world, 200), world.connected(), subscribed_at(world, 10**12, "queue/a"))
-    world.tell(world.created())
-    assert held(world) == []
+    world.fold(began(world, 200), world.connected(), subscribed_at(world, 10**12, "queue/a"))
+    world.fold(world.created())
+    assert subscriptions(world) == []

@@ -1,4 +1,4 @@
-"""Message ids are recognised for a window, in bounded memory, whatever the batch borders."""
+"""Seen ids are recognised for a window, in bounded memory, whatever the borders of batches."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from millpond.agents.topics import dedup
 from millpond.agents.topics.dedup import DEDUP_WINDOW_MS, SeenIds
 
 
-class Kept:
-    """The ten-line model of what a store keeps: two lists of ids, by parity."""
+class StoredIds:
+    """A ten-line model of the store: two lists of ids, by parity."""
 
     def __init__(self) -> None:
         self.ids: list[list[str]] = [[], []]
@@ -30,7 +30,7 @@ def test_an_id_is_new_once() -> None:
     assert not ids.add("a", 0)
 
 
-def test_an_id_is_recognised_within_the_window_across_a_turn() -> None:
+def test_an_id_is_recognised_within_the_window_across_two_generations() -> None:
     ids = SeenIds()
     ids.add("a", 0)
     ids.add("b", DEDUP_WINDOW_MS - 1)
@@ -39,7 +39,7 @@ def test_an_id_is_recognised_within_the_window_across_a_turn() -> None:
     assert not ids.add("b", 2 * DEDUP_WINDOW_MS - 2)
 
 
-def test_an_id_is_forgotten_after_two_turns() -> None:
+def test_an_id_is_forgotten_after_two_generations() -> None:
     ids = SeenIds()
     ids.add("a", 1)
     ids.add("b", DEDUP_WINDOW_MS + 1)
@@ -58,11 +58,11 @@ def test_never_more_than_two_full_generations_are_held(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dedup, "GENERATION_IDS_MAX", 3)
-    ids, kept = SeenIds(), Kept()
+    ids, stored = SeenIds(), StoredIds()
     for number in range(20):
         ids.add(str(number), 1)
-        kept.write(ids.finish())
-        assert sum(map(len, kept.ids)) <= 6
+        stored.write(ids.finish())
+        assert sum(map(len, stored.ids)) <= 6
     assert not ids.add("19", 1)
     assert ids.add("0", 1)
 
@@ -82,21 +82,21 @@ steps = st.lists(
                 2 * DEDUP_WINDOW_MS,
             ]
         ),
-        st.sampled_from(["go on", "go on", "end batch", "restart"]),
+        st.sampled_from(["continue", "continue", "end batch", "restart"]),
     ),
     max_size=40,
 )
 
 
 @given(steps)
-def test_batch_borders_and_restarts_never_decide(log: list[tuple[str, int, str]]) -> None:
-    live, batched, kept, now_ms = SeenIds(), SeenIds(), Kept(), 1
+def test_borders_of_batches_and_restarts_change_no_answer(log: list[tuple[str, int, str]]) -> None:
+    live, batched, stored, now_ms = SeenIds(), SeenIds(), StoredIds(), 1
     for message_id, later, then in log:
         now_ms += later
         assert batched.add(message_id, now_ms) == live.add(message_id, now_ms)
-        if then != "go on":
-            kept.write(batched.finish())
+        if then != "continue":
+            stored.write(batched.finish())
         if then == "restart":
             state = batched.partition_state()
             batched = SeenIds()
-            batched.restore(state, kept.ids)
+            batched.restore(state, stored.ids)

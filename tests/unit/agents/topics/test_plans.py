@@ -1,4 +1,4 @@
-"""What the rules in force come to for one topic."""
+"""The plan of a topic, from the rules in force."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from millpond.agents.topics.plans import RECEIPT_LIFETIME_S, TopicPlans, make_pl
 from tests.support import given
 
 
-def test_a_topic_that_no_rule_matches_keeps_nothing() -> None:
+def test_the_plan_of_a_topic_without_a_matching_rule_stores_nothing() -> None:
     plan = make_plan(given.rules(given.store("other/#")), "t")
     assert plan.error is None
     assert not (plan.store or plan.retain or plan.clear_retained or plan.touches_retained)
@@ -18,7 +18,7 @@ def test_a_topic_that_no_rule_matches_keeps_nothing() -> None:
 
 
 @pytest.mark.parametrize("topic", ["", "a/+", "#", "a\0b", "é" * 40_000])
-def test_a_topic_that_cannot_be_published_to_is_an_error(topic: str) -> None:
+def test_the_plan_of_an_invalid_topic_has_an_error(topic: str) -> None:
     assert make_plan(given.rules(given.store()), topic).error is not None
 
 
@@ -36,7 +36,7 @@ def test_of_several_rules_with_one_action_the_first_counts() -> None:
     assert not make_plan(rules, "b").store_qos0
 
 
-def test_commands_of_all_matching_rules_add_up_in_order() -> None:
+def test_the_commands_of_all_matching_rules_run_in_order() -> None:
     rules = given.rules(
         given.command("INCR one"),
         given.command("INCR no", topic="other"),
@@ -55,7 +55,7 @@ def test_a_receipt_lives_as_long_as_its_rule_says_or_a_day(hook: str) -> None:
     assert dict(unlimited.receipts) == {hook: RECEIPT_LIFETIME_S * 1000}
 
 
-def test_keeping_or_clearing_touches_what_is_retained() -> None:
+def test_a_retaining_or_a_clearing_rule_touches_the_retained_entry() -> None:
     assert make_plan(given.rules(given.retain()), "t").touches_retained
     assert make_plan(given.rules(given.clear_retained()), "t").touches_retained
 
@@ -65,10 +65,10 @@ def test_topics_that_the_same_rules_match_share_a_plan_and_memory_is_bounded(
 ) -> None:
     monkeypatch.setattr(plans, "PLANS_MAX", 2)
     rules = given.rules(given.store(), given.retain("b/#"))
-    held = TopicPlans(rules)
+    topic_plans = TopicPlans(rules)
     for topic in ("a", "a/1", "b/1", "b/2", "a/+", "a"):
-        assert held.of(topic) == make_plan(rules, topic)
-        assert len(held._plans) <= 2
-    assert held.of("a/1") is held.of("a/2")
-    assert held.of("b/1") is held.of("b/2")
-    assert len(held._shared) == 3
+        assert topic_plans.of(topic) == make_plan(rules, topic)
+        assert len(topic_plans._plans) <= 2
+    assert topic_plans.of("a/1") is topic_plans.of("a/2")
+    assert topic_plans.of("b/1") is topic_plans.of("b/2")
+    assert len(topic_plans._shared) == 3

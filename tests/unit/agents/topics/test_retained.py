@@ -1,4 +1,4 @@
-"""What a broker retains, told by a bridge that had to ask: the retained entry follows, and nothing else changes."""
+"""`message.retained`: the retained entry follows what the broker retains, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -33,14 +33,16 @@ def body(world: Delivering, message_id: str) -> dict[str, str] | None:
 
 
 @agents
-def test_a_publish_that_turns_out_to_be_retained_has_one_body_for_both(agent: AgentName) -> None:
+def test_a_publish_that_is_retained_afterwards_has_one_body_for_index_and_retained_entry(
+    agent: AgentName,
+) -> None:
     world, topic = a_world(agent)
-    # Also when both are in one batch
+    # When both events are in one batch
     world.tell(given.published("m1", topic), given.retained("m1", topic))
     assert retained(world, topic) == ["m1"]
     assert world.stored(topic) == ["m1"]
     assert (body(world, "m1") or {})["retain"] == "true"
-    # When the retained entry has gone, Then the message is stored still
+    # When the retained entry expires, Then the message is still stored
     world.at(world.now_ms + 60_000)
     assert retained(world, topic) == []
     assert world.stored(topic) == ["m1"]
@@ -48,7 +50,7 @@ def test_a_publish_that_turns_out_to_be_retained_has_one_body_for_both(agent: Ag
 
 
 @agents
-def test_what_is_not_stored_lives_as_long_as_it_is_retained(agent: AgentName) -> None:
+def test_a_message_without_an_index_entry_lives_as_long_as_it_is_retained(agent: AgentName) -> None:
     world, topic = a_world(agent)
     world.tell(given.retained("m1", topic, qos=0))
     assert world.stored(topic) == []
@@ -62,7 +64,7 @@ def test_what_is_not_stored_lives_as_long_as_it_is_retained(agent: AgentName) ->
 
 
 @agents
-def test_what_is_told_again_changes_nothing(agent: AgentName) -> None:
+def test_a_repeated_message_retained_changes_nothing(agent: AgentName) -> None:
     world, topic = a_world(agent)
     world.tell(given.published("m1", topic, retain=True))
     score = world.server.of(keys.retained(topic), Zset)["m1"]
@@ -71,7 +73,9 @@ def test_what_is_told_again_changes_nothing(agent: AgentName) -> None:
 
 
 @agents
-def test_rules_say_what_is_kept_and_what_is_cleared(agent: AgentName) -> None:
+def test_the_rules_decide_whether_a_message_is_retained_and_whether_it_is_cleared(
+    agent: AgentName,
+) -> None:
     world, topic = a_world(agent, given.clear_retained())
     world.tell(given.retained("m1", topic))
     assert retained(world, topic) == []
@@ -81,7 +85,7 @@ def test_rules_say_what_is_kept_and_what_is_cleared(agent: AgentName) -> None:
 
 
 @agents
-def test_a_retained_message_goes_with_an_expiry_of_its_own(agent: AgentName) -> None:
+def test_a_retained_message_with_its_own_expiry_expires(agent: AgentName) -> None:
     world, topic = a_world(agent)
     end = world.now_ms + 5_000
     world.tell(given.published("m1", topic, expires_at=end))
@@ -92,14 +96,14 @@ def test_a_retained_message_goes_with_an_expiry_of_its_own(agent: AgentName) -> 
 
 
 @agents
-def test_a_topic_that_nobody_can_publish_to_is_refused(agent: AgentName) -> None:
+def test_an_invalid_topic_is_not_retained(agent: AgentName) -> None:
     world, topic = a_world(agent)
     world.tell(given.retained("m1", f"{topic}/+"))
     world.tell(given.retained("m2", topic))
     assert retained(world, topic) == ["m2"]
 
 
-def test_a_dead_letter_that_is_retained_keeps_its_body_until_both_have_gone() -> None:
+def test_the_body_of_a_retained_dead_letter_lives_until_both_references_are_gone() -> None:
     world = Delivering(
         "queue", given.queue(max_length=1, overflow="dead_letter"), given.retain("queue/#", expired_time=60)
     )  # fmt: skip
@@ -113,14 +117,14 @@ def test_a_dead_letter_that_is_retained_keeps_its_body_until_both_have_gone() ->
 
 
 @agents
-def test_a_body_that_a_refusal_let_go_of_is_kept_by_what_is_retained_at_once(
+def test_a_body_that_a_refusal_released_stays_if_it_is_retained_in_the_next_batch(
     agent: AgentName,
 ) -> None:
     world, topic = a_world(agent)
-    # Given a foreign key in the place of the index: the entry is refused, and the body to be cleaned up
-    world.server.keep(keys.message_index(topic), b"somebody else's")
+    # Given a foreign key in the place of the index: the entry is refused, and its body waits for its removal
+    world.server.keep(keys.message_index(topic), b"foreign")
     world.tell_unticked(given.published("m1", topic))
-    # When the next batch is what the broker retains
+    # When the next batch retains the message
     world.tell(given.retained("m1", topic))
     assert retained(world, topic) == ["m1"]
     assert (body(world, "m1") or {})["retain"] == "true"
