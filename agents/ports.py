@@ -134,7 +134,7 @@ class Applied(Struct, frozen=True, kw_only=True):
     partition_count: The partition count of the topic, which can never change.
     sequence: The number of this transaction, from 1.
     produced: Transactions up to this sequence have no output left to produce.
-    now_ms: The log's time: the highest timestamp of all records so far.
+    now_ms: The log's time; see `agents/driver/log_clock.py`.
     score: The last score that was given, in µs.
     machine: The machine's partition-wide state.
 

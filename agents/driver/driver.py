@@ -86,6 +86,7 @@ from millpond.agents.driver.batch import (
     sort_refusals,
 )
 from millpond.agents.driver.decoding import RecordDecoder
+from millpond.agents.driver.log_clock import log_time
 from millpond.agents.driver.log_identity import check_log_identity
 from millpond.agents.driver.observer import NullObserver, Observer
 from millpond.agents.driver.outbox import Outbox
@@ -193,7 +194,8 @@ class PartitionDriver(Generic[Packed]):
 
     def tick(self, wall_ms: int) -> OutgoingRecord | None:
         """Return the tick to produce now, or None; `wall_ms` is the owner's clock. See `Ticks.send`."""
-        if not self._ticks.send(self.machine.next_due_ms, wall_ms):
+        log_ms = log_time(self._now_ms, self._last.timestamp, wall_ms)
+        if not self._ticks.send(self.machine.next_due_ms, log_ms, wall_ms):
             return None
         return self._to_own_partition(
             Tick(at=wall_ms, node=keys.AGENT_NODE, agent=self.partition.agent)
@@ -352,7 +354,7 @@ class PartitionDriver(Generic[Packed]):
             await self._send(batch)
 
     def _advance(self, record: Record) -> None:
-        self._now_ms = max(self._now_ms, record.timestamp)
+        self._now_ms = log_time(self._now_ms, self._last.timestamp, record.timestamp)
         self._last, self._position = record, record.offset + 1
         self._reached = max(self._reached, self._position)
 
@@ -422,7 +424,7 @@ class PartitionDriver(Generic[Packed]):
         A score is the record's time in µs, or the last score plus 1: it orders an index, and never repeats.
         """
         record, event, now_ms = folded
-        self._score = max(record.timestamp * 1000, self._score + 1)
+        self._score = max(now_ms * 1000, self._score + 1)
         try:
             decided = self.machine.step(record.offset, event, now_ms, self._score)
         except DecodeError as error:

@@ -24,15 +24,16 @@ class Ticks:
         """Note that a tick was folded at `now_ms` of the log's time."""
         self._folded_ms, self._in_flight = now_ms, False
 
-    def send(self, due_ms: int | None, wall_ms: int) -> bool:
+    def send(self, due_ms: int | None, log_ms: int, wall_ms: int) -> bool:
         """True if the caller must produce a tick now; the tick counts as sent.
 
-        Something is due, no tick is in flight, and the last one is an interval old. A tick that left something over
-        is followed at once.
+        Something is due at `log_ms`, the log's time as far as the owner can tell, no tick is in flight, and the last one
+        is an interval old by the owner's clock. A tick that left something over is followed at once.
         """
-        if due_ms is None or due_ms > wall_ms or self._in_flight:
+        if due_ms is None or due_ms > log_ms or self._in_flight:
             return False
-        rested = self._sent_ms is None or wall_ms - self._sent_ms >= TICK_INTERVAL_MS
+        # An owner's clock that was set back must not stop the ticks until it has caught up.
+        rested = self._sent_ms is None or not 0 <= wall_ms - self._sent_ms < TICK_INTERVAL_MS
         unfinished = self._folded_ms is not None and due_ms <= self._folded_ms
         if not (rested or unfinished):
             return False
