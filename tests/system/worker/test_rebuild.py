@@ -282,14 +282,14 @@ async def test_there_must_be_something_of_this_log(pipeline: Pipeline) -> None:
     pipeline.replays_as_live = False
     nothing = await rebuilt(pipeline, "--yes")
     assert nothing.returncode == 1
-    assert "holds nothing of messages" in nothing.stderr
+    assert "holds no state of messages" in nothing.stderr
     await stored_and_stopped(pipeline, 100)
     name = keys.applied(Partition(pipeline.app, "messages", 0))
     fence: Any = await pipeline.redis.get(name)
     for other, reason in (
         (fence.replace(b'"cluster_id":"', b'"cluster_id":"another-'), "of Kafka cluster another-"),
         (fence.replace(b'"offset":', b'"offset":9'), "but the log ends before"),
-        (b"?", "holds no fence of"),
+        (b"?", "holds no fence in"),
     ):
         await pipeline.redis.set(name, other)
         refused = await rebuilt(pipeline, "--yes")

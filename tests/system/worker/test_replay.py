@@ -205,7 +205,7 @@ def test_a_replay_from_a_time_begins_there_and_says_what_that_means(
     asyncio.run(publish(world, "plain/late", *numbered(5, 5)))
     ended = replay(config(world), into, "--from", begins, "--to", ends, agent="messages")
     assert ended.returncode == 0, ended.stderr
-    assert f"begins at {begins} with empty state: what was there before is missing" in ended.stdout
+    assert f"begins at {begins} with empty state: earlier state is missing" in ended.stdout
     with Redis.from_url(into, decode_responses=True) as target:
         assert target.zcard(keys.message_index("plain/late")) == 5
         assert not target.exists(keys.message_index("plain/a"))
