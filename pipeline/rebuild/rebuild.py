@@ -107,7 +107,7 @@ class RebuildPlan(NamedTuple):
 class Rebuild:
     """One rebuild. Call `plan`, and then `run`. A progress bar reads `agent`, `total` and `folded`.
 
-    - `_extents`: what the log has of each partition.
+    - `_extents`: the extent of each partition's log.
     - `_fences`: the old fence of each partition that has state.
     """
 
@@ -207,7 +207,7 @@ class Rebuild:
                 )
 
     async def _count_messages(self) -> tuple[int, list[str]]:
-        """Return the number of stored messages, and what the log cannot bring back."""
+        """Return the number of stored messages, and the losses that the log cannot bring back."""
         removal = await self._removal()
         messages = lost = 0
         async for number, _, entries in removal.entries():
@@ -247,7 +247,7 @@ class Rebuild:
     # -- the work -------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Do what was planned.
+        """Rebuild the agent's state.
 
         Raises:
             MillpondError: the rebuild failed. The mark stays, and another rebuild finishes the work. If workers run and

@@ -2,7 +2,7 @@
 
 1. Connect to Kafka, to the target, and to the live database if there is one to compare with.
 2. Check that the target is not the live store.
-3. Find the offsets to fold: from `--from` to `--to`, or to what the live database has applied.
+3. Find the offsets to fold: from `--from` to `--to`, or to the applied offsets of the live database.
 4. Claim the target: it must be empty, or have an interrupted replay of the same offsets.
 5. Fold the agents one after the other.
 6. Compare, and fold further as far as the comparison asks.
@@ -238,7 +238,10 @@ class Replay:
 def _check_ends(
     live: Keyspace, agent: AgentName, ends: Mapping[int, int], extents: Mapping[int, LogExtent]
 ) -> None:
-    """Check that the log has what the live database has applied. Otherwise the replay would wait for it for ever."""
+    """Check that the log reaches the applied offsets of the live database.
+
+    Without this check a replay of a shorter log would wait for ever.
+    """
     for number, extent in extents.items():
         if ends[number] > max(extent.end, extent.start):
             raise MillpondError(

@@ -5,8 +5,8 @@ The marker is one hash for each agent. Its `complete` is 0 from the claim on, an
 **ON claim**
 
 1. Without a marker, the database must have no keys of the agent.
-2. With the marker of an interrupted replay, the new one must be of the same Kafka cluster, and begin at the same `--from`.
-   It keeps the old starts. So retention that has moved the log's start meanwhile changes nothing.
+2. An interrupted replay is continued, if the Kafka cluster and `--from` are the same. It keeps its starts, although
+   Kafka may have deleted records since.
 3. A complete replay is refused.
 4. Write the marker.
 """

@@ -1,4 +1,4 @@
-"""A `StoreReader` returns what the store holds, and changes nothing."""
+"""A `StoreReader` returns the content of the store, and changes nothing."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from millpond.schemas.errors import StoreDown
 from millpond.schemas.keys import Partition
 from millpond.schemas.rules import Rules
 from tests.simulation import pubsub_judge as judge
+from tests.simulation.judge import check_equal
 from tests.simulation.pubsub_world import PUBSUB, RULES, Pubsub, Step, fold, steps
 from tests.support.partition import Driver, run
 
@@ -132,7 +133,7 @@ def judge_seed(seed: int) -> Counter[str]:
     records = list(world.log.records[PUBSUB.topic, 0])
     run(world.driver.maintain())
     expected, _ = fold(records, world.rules, [7])
-    judge.check_equal(world.server, expected)
+    check_equal(world.server, expected, PUBSUB)
     _check_liveness(world)
     return world.happened
 

@@ -28,7 +28,7 @@ from millpond.agents.pubsub.state import (
     unpack_subscriber,
 )
 from millpond.agents.topics.due_times import WINDOW, due_member
-from millpond.pipeline.stores.memory.server import Hash, MemoryServer, StoredValue, Zset
+from millpond.pipeline.stores.memory.server import Hash, MemoryServer, Zset
 from millpond.schemas import keys
 from millpond.schemas.commands import Deliver
 from millpond.schemas.events import (
@@ -67,8 +67,8 @@ def logs(server: MemoryServer) -> dict[str, TopicLog]:
 
 
 def members(server: MemoryServer) -> dict[str, Member]:
-    held = table(server, "members").items()
-    return {key: msgspec.json.decode(packed, type=Member) for key, packed in held}
+    states = table(server, "members").items()
+    return {key: msgspec.json.decode(packed, type=Member) for key, packed in states}
 
 
 def subscribers(server: MemoryServer) -> dict[str, Subscriber]:
@@ -76,8 +76,8 @@ def subscribers(server: MemoryServer) -> dict[str, Subscriber]:
 
 
 def dead(server: MemoryServer) -> dict[str, DeadMessage]:
-    held = table(server, "dead").items()
-    return {key: msgspec.json.decode(packed, type=DeadMessage) for key, packed in held}
+    states = table(server, "dead").items()
+    return {key: msgspec.json.decode(packed, type=DeadMessage) for key, packed in states}
 
 
 def scores(server: MemoryServer, topic: str) -> Zset:
@@ -228,22 +228,6 @@ def check_nothing_overdue(server: MemoryServer, now_ms: int) -> None:
     """Check that nothing that is due is left."""
     due = server.of(keys.due(PUBSUB), Zset)
     assert all(at > now_ms for at in due.values()), f"overdue at {now_ms}: {due}"
-
-
-def comparable(server: MemoryServer) -> Mapping[str, StoredValue | Applied]:
-    """Return the content without the journal and the fields of the fence that depend on where batches end."""
-    content: dict[str, StoredValue | Applied] = dict(server.dump())
-    content.pop(keys.journal(PUBSUB), None)
-    content[keys.applied(PUBSUB)] = msgspec.structs.replace(applied(server), sequence=0, produced=0)
-    return content
-
-
-def check_equal(server: MemoryServer, expected: MemoryServer) -> None:
-    """Check that two contents are equal. Name the keys that differ."""
-    here, there = comparable(server), comparable(expected)
-    names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-    unequal = [f"{name}: {here.get(name)}, but expected {there.get(name)}" for name in names]
-    assert not unequal, "\n".join(unequal)
 
 
 def rewound_key(event: OperatorRewind) -> str:

@@ -130,21 +130,21 @@ def records(events: Sequence[tuple[int, Event | bytes]]) -> list[Record]:
 def test_the_content_does_not_depend_on_batches_and_owners(
     log: list[Step], sizes: list[int]
 ) -> None:
-    held = records(expand(log))
-    assume(held)
-    at_once = judge.clean_fold(held, RULES)
-    judge.check_equal(judge.clean_fold(held, RULES, run_records_max=1), at_once)
+    log_records = records(expand(log))
+    assume(log_records)
+    at_once = judge.clean_fold(log_records, RULES)
+    judge.check_equal(judge.clean_fold(log_records, RULES, run_records_max=1), at_once)
     for owners in (False, True):
-        folded = judge.fold_with_restarts(held, RULES, sizes, owners=owners, again=2)
+        folded = judge.fold_with_restarts(log_records, RULES, sizes, owners=owners, again=2)
         judge.check_equal(folded, at_once)
 
 
 @given(steps)
 @settings(deadline=None)
 def test_the_invariants_hold_after_every_prefix_of_a_log(log: list[Step]) -> None:
-    held = records(expand(log))
-    for end in range(len(held) + 1):
-        judge.check_conservation(judge.clean_fold(held[:end], RULES))
+    log_records = records(expand(log))
+    for end in range(len(log_records) + 1):
+        judge.check_conservation(judge.clean_fold(log_records[:end], RULES))
 
 
 def with_final_ticks(events: list[tuple[int, Event | bytes]]) -> list[tuple[int, Event | bytes]]:
@@ -224,12 +224,14 @@ class Model:
 
         for topic, entries in self.index.items():
             self.index[topic] = {name: end for name, end in entries.items() if not over(end)}
-        self.retained = {topic: held for topic, held in self.retained.items() if not over(held[1])}
+        self.retained = {
+            topic: entry for topic, entry in self.retained.items() if not over(entry[1])
+        }
 
     @property
     def bodies(self) -> set[str]:
-        held = {message_id for message_id, _ in self.retained.values()}
-        return held.union(*self.index.values())
+        retained = {message_id for message_id, _ in self.retained.values()}
+        return retained.union(*self.index.values())
 
 
 @given(steps)

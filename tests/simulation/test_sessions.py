@@ -73,11 +73,11 @@ class Brokers:
         before: list[Event] = []
         if client_id in self.connected:
             before += self.ended(client_id, "discarded" if clean else "takenover")
-        held = self.sessions.get(client_id)
-        resumes = held is not None and not clean and not self.clean[client_id]
-        if held is not None and not resumes:
-            before.append(self.event(events.SessionDiscarded, client_id, held[0]))
-        self.sessions[client_id] = node, held[1] if held is not None and resumes else {}
+        session = self.sessions.get(client_id)
+        resumes = session is not None and not clean and not self.clean[client_id]
+        if session is not None and not resumes:
+            before.append(self.event(events.SessionDiscarded, client_id, session[0]))
+        self.sessions[client_id] = node, session[1] if session is not None and resumes else {}
         self.clean[client_id] = clean
         self.peers += 1
         kind = events.SessionResumed if resumes else events.SessionCreated
@@ -110,8 +110,8 @@ class Brokers:
         if client_id not in self.connected:
             return []
         topic_filter, qos = self.random.choice(FILTERS), self.random.randrange(3)
-        node, held = self.sessions[client_id]
-        held[topic_filter] = qos
+        node, filters = self.sessions[client_id]
+        filters[topic_filter] = qos
         return [[self.subscribed_event(client_id, node, topic_filter, qos)]]
 
     def subscribed_event(
@@ -122,11 +122,11 @@ class Brokers:
         )
 
     def unsubscribe(self, client_id: str) -> list[list[Event]]:
-        node, held = self.sessions.get(client_id, ("", {}))
-        if client_id not in self.connected or not held:
+        node, filters = self.sessions.get(client_id, ("", {}))
+        if client_id not in self.connected or not filters:
             return []
-        topic_filter = self.random.choice(sorted(held))
-        del held[topic_filter]
+        topic_filter = self.random.choice(sorted(filters))
+        del filters[topic_filter]
         return [
             [self.event(events.SessionUnsubscribed, client_id, node, topic_filter=topic_filter)]
         ]
@@ -136,9 +136,9 @@ class Brokers:
         for client_id, connected in self.connected.items():
             if connected.node == node:
                 found.append(self.connected_event(client_id, told_again=True))
-        for client_id, (at, held) in self.sessions.items():
+        for client_id, (at, filters) in self.sessions.items():
             if at == node:
-                for topic_filter, qos in held.items():
+                for topic_filter, qos in filters.items():
                     subscribed = self.subscribed_event(
                         client_id, node, topic_filter, qos, told_again=True
                     )
@@ -173,9 +173,9 @@ def scrambled(random: Random, brokers: Brokers, world: Sessions) -> None:
 def entitled(brokers: Brokers) -> dict[tuple[str, str], int]:
     return {
         (client_id, topic_filter): qos
-        for client_id, (_, held) in brokers.sessions.items()
+        for client_id, (_, filters) in brokers.sessions.items()
         if client_id in brokers.connected
-        for topic_filter, qos in held.items()
+        for topic_filter, qos in filters.items()
         if intersects("queue/#", split_share(topic_filter)[1])
     }
 
@@ -225,9 +225,9 @@ def judge(seed: int) -> None:
 def check_registry(world: Sessions, brokers: Brokers, where: str) -> None:
     states = world.server.of(keys.table(SESSIONS, "states"), Hash)
     for client_id in CLIENTS:
-        held = unpack(states.get(client_id)).subscriptions
+        subscriptions = unpack(states.get(client_id)).subscriptions
         _, truth = brokers.sessions.get(client_id, ("", {}))
-        assert {name: each.qos for name, each in held.items()} == truth, where
+        assert {name: each.qos for name, each in subscriptions.items()} == truth, where
 
 
 def check_indexes(world: Sessions, where: str) -> None:
@@ -235,8 +235,10 @@ def check_indexes(world: Sessions, where: str) -> None:
     states = world.server.of(keys.table(SESSIONS, "states"), Hash)
     for node in NODES:
         index = world.server.of(keys.index(SESSIONS, sessions.seen_index(node)), Zset)
-        held = {name: unpack(state).seen_on().get(node) for name, state in states.items()}
-        assert dict(index) == {name: seen for name, seen in held.items() if seen is not None}, where
+        seen_at = {name: unpack(state).seen_on().get(node) for name, state in states.items()}
+        assert dict(index) == {name: seen for name, seen in seen_at.items() if seen is not None}, (
+            where
+        )
     announced_by = world.server.of(keys.index(SESSIONS, sessions.ANNOUNCED), Zset)
     subscribed = {name for name, state in states.items() if unpack(state).subscriptions}
     assert set(announced_by) == subscribed, where

@@ -47,7 +47,7 @@ class EffectWriter:
         self._refused: dict[tuple[int, RefusedPart], str] = {}
 
     def refusals(self) -> list[Refusal]:
-        """Return what was refused. A part of a record is refused once, with its first error."""
+        """Return the refusals. A part of a record is refused once, with its first error."""
         return [Refusal(offset, part, why) for (offset, part), why in self._refused.items()]
 
     def write(self, effects: Sequence[Effect]) -> None:

@@ -5,7 +5,7 @@ One transaction cannot span slots. A batch therefore runs in this order:
 1. bodies and receipts,
 2. index entries and retained entries,
 3. the fenced transaction: private state, fence, journal, and a list of the commands of steps 4 and 5,
-4. index deletions, cleared retained entries, presence, views of read offsets, user commands,
+4. index deletions, cleared retained entries and body expiries, presence, views of read offsets, user commands,
 5. body deletions,
 6. the list leaves the journal.
 
@@ -21,7 +21,7 @@ Each step begins after every command of the step before has been answered.
 
 1. Discover the nodes.
 2. Watch the fence, and read state and journal (`Fence.load`).
-3. If the journal has the removals of the last transaction, run them (steps 4 and 5), and then remove the list (step 6).
+3. If the journal has the list of the last transaction, run steps 4 to 6 for it.
 
 Step 3 may repeat what the last owner did before it crashed, stalled or lost its connection. Only here a user command may
 run twice. docs/explanation/guarantees.md lists what else can run late, and with which effect.

@@ -159,7 +159,7 @@ class Fence:
         return self._connection.send(data, count + 4)
 
     async def result(self, packed: Packed, sent: asyncio.Future[list[Any]]) -> list[Refusal]:
-        """Return what the server refused. See `millpond.agents.ports.Store.commit` for the errors."""
+        """Return the refusals. See `millpond.agents.ports.Store.commit` for the errors."""
         _, *queued, executed, watching, fence = await sent
         sources = packed.commands.sources
         checked((watching, fence), self._connection.address)

@@ -5,10 +5,10 @@ A batch becomes four lists of commands, which run in this order:
 1. `bodies`: bodies and receipts, with their expiries.
 2. `entries`: index entries and retained entries. A reader never finds an id before its body.
 3. `state`: the private state, the journal, and the fence last.
-4. `removals`: deletions, presence, views of read offsets, user commands.
+4. `removals`: deletions, cleared expiries of bodies, presence, views of read offsets, user commands.
 
-Most effects add their commands at once. Index entries, states, private indexes and due times are collected first, and
-`BatchCommands` writes each key once at the end of the batch. The last effect of a batch on a key counts.
+Most effects add their commands at once. Index entries, states, private indexes and due times are collected first, so that
+a batch writes each of their keys once. The last effect of a batch on a state or a private index counts.
 
 **A foreign key is never destroyed.** Deletions use commands that work on Millpond's own types only: `HDEL` of a body's
 fields, `ZREMRANGEBYRANK` of a retained entry. `DEL` would delete any key. A key of another type refuses such a command

@@ -219,10 +219,10 @@ async def pipeline(
 
 async def applied(pipeline: Pipeline) -> dict[int, Applied]:
     names = [keys.applied(Partition(pipeline.app, "messages", at)) for at in range(PARTITIONS)]
-    held = await pipeline.redis.mget(names)
+    fences = await pipeline.redis.mget(names)
     return {
         at: msgspec.json.decode(fence, type=Applied)
-        for at, fence in enumerate(held)
+        for at, fence in enumerate(fences)
         if fence is not None
     }
 
