@@ -1,4 +1,15 @@
-"""Which keys of a database are whose: what is compared, and what a replay must not find in its target."""
+"""The keys of a database that some agents own. A comparison compares these, and a replay must not find any in its target.
+
+An agent owns
+
+- its private keys, by their prefix,
+- presence and nodes (sessions), and views of read offsets (pubsub), by their prefix,
+- index, bodies, retained entry and receipts of each topic that it owns by the rules.
+
+The last kind shares its prefixes with the other agents. An index or retained entry has the topic in its key. A body has
+it in the field `topic`. A receipt has the message id in its key, and the message's body has the topic. So a receipt whose
+body is gone has no known owner.
+"""
 
 from __future__ import annotations
 
@@ -11,53 +22,53 @@ from millpond.schemas.events import AgentName
 from millpond.schemas.keys import Partition
 from millpond.schemas.rules import Rules
 
-# What depends on where batches end, and is never compared: the journal; of the fence the `sequence` of transactions,
-# and which of them have `produced` their outputs.
+# These depend on where batches end, so they are never compared: the journal, and two fields of the fence.
 JOURNAL_SUFFIX: Final = keys.journal(Partition("", "messages", 0)).rpartition(":")[2].encode()
-OF_BATCHES: Final = ("sequence", "produced")
+BATCH_FIELDS: Final = ("sequence", "produced")
 
 
 class OwnedKeys:
     """The keys of some agents of one application, by the rules."""
 
     def __init__(self, app: str, agents: Sequence[AgentName], rules: Rules) -> None:
-        """Topics have owners by `rules`; of all agents together every topic's keys are theirs."""
+        """`rules` name the owner of each topic. All agents together own every topic."""
         self._rules, self._agents = rules, agents
-        self._all = set(agents) >= set(keys.SOURCE_TOPIC)
+        self._all_agents = set(agents) >= set(keys.SOURCE_TOPIC)
         self.private = [keys.private_prefix(app, agent) for agent in agents]
-        found = [prefix for agent in agents for prefix in keys.PUBLIC_PREFIXES[agent]]
-        self.public = list(dict.fromkeys(found))
+        prefixes = [prefix for agent in agents for prefix in keys.PUBLIC_PREFIXES[agent]]
+        # Several agents share prefixes: each is scanned once.
+        self.public = list(dict.fromkeys(prefixes))
 
     async def scan(self, space: Keyspace) -> AsyncIterator[list[bytes]]:
-        """All of these keys that a database holds, page by page, without journals."""
+        """Return the owned keys of a database, page by page, without journals."""
         for prefix in self.private:
             async for page in space.scan(prefix):
-                ours = [key for key in page if key.rpartition(b":")[2] != JOURNAL_SUFFIX]
-                if ours:
-                    yield ours
+                owned = [key for key in page if key.rpartition(b":")[2] != JOURNAL_SUFFIX]
+                if owned:
+                    yield owned
         for prefix in self.public:
             async for page in space.scan(prefix):
-                ours = page if self._is_whole(prefix) else await self._of_topics(space, page)
-                if ours:
-                    yield ours
+                owned = page if self._owns_all(prefix) else await self._of_owned_topics(space, page)
+                if owned:
+                    yield owned
 
-    def _is_whole(self, prefix: str) -> bool:
-        """Whether all keys that begin so are these agents'."""
-        return self._all or prefix not in keys.OF_TOPICS
+    def _owns_all(self, prefix: str) -> bool:
+        """True if the agents own every key with this prefix."""
+        return self._all_agents or prefix not in keys.OF_TOPICS
 
-    async def _of_topics(self, space: Keyspace, page: Sequence[bytes]) -> list[bytes]:
-        """Those whose topic has one of the agents as owner. What does not say its topic is nobody's."""
+    async def _of_owned_topics(self, space: Keyspace, page: Sequence[bytes]) -> list[bytes]:
+        """Return the keys whose topic one of the agents owns. A key without a known topic is left out."""
         topics: list[bytes | None] = [None] * len(page)
-        asked: list[int] = []
+        hashes: list[int] = []
         for at, (key, kind) in enumerate(
-            zip(page, await space.ask([("TYPE", key) for key in page]), strict=True)
+            zip(page, await space.run([("TYPE", key) for key in page]), strict=True)
         ):
             if kind == b"zset":
-                topics[at] = _behind_prefix(key)
+                topics[at] = _without_prefix(key)
             elif kind == b"hash":
-                asked.append(at)
-        named = await space.ask([("HGET", _body_of(page[at]), "topic") for at in asked])
-        for at, topic in zip(asked, named, strict=True):
+                hashes.append(at)
+        named = await space.run([("HGET", _body_key(page[at]), "topic") for at in hashes])
+        for at, topic in zip(hashes, named, strict=True):
             topics[at] = topic if isinstance(topic, bytes) else None
         return [
             key
@@ -66,12 +77,12 @@ class OwnedKeys:
         ]
 
     def owns(self, topic: bytes) -> bool:
-        """Whether a topic is one of the agents'."""
+        """True if one of the agents owns the topic."""
         return self._rules.owner(topic.decode("utf-8", "replace")) in self._agents
 
 
-def _behind_prefix(key: bytes) -> bytes:
-    """The topic or message id in a public key of a topic's owner."""
+def _without_prefix(key: bytes) -> bytes:
+    """Return the topic or message id in a key of a topic's owner."""
     return next(
         key.removeprefix(prefix.encode())
         for prefix in keys.OF_TOPICS
@@ -79,11 +90,11 @@ def _behind_prefix(key: bytes) -> bytes:
     )
 
 
-def _body_of(key: bytes) -> bytes:
-    """The body that a hash is, or that a receipt is of: it names its topic."""
-    return keys.MESSAGES_PREFIX.encode() + _behind_prefix(key)
+def _body_key(key: bytes) -> bytes:
+    """Return the key of the body that a body's or receipt's key belongs to."""
+    return keys.MESSAGES_PREFIX.encode() + _without_prefix(key)
 
 
-def without_batches(fence: Any) -> Any:
-    """A fence, decoded, without what depends on batches."""
-    return {name: value for name, value in fence.items() if name not in OF_BATCHES}
+def without_batch_fields(fence: Any) -> Any:
+    """Return a decoded fence without the fields that depend on where batches end."""
+    return {name: value for name, value in fence.items() if name not in BATCH_FIELDS}

@@ -1,1 +1,1 @@
-"""`millpond rebuild`: an agent's state rebuilt from the log, in its own store."""
+"""`millpond rebuild`: an agent's state made again from the log, in its own store."""

@@ -1,12 +1,25 @@
-"""`millpond rebuild`: an agent's state made anew from the log, in the store where it is, while its workers are stopped.
+"""`millpond rebuild`: an agent's state made again from the log, in its own store, while its workers are stopped.
 
-1. Mark the agent as being rebuilt: no worker of it starts from here on. See that none runs.
-2. Finish each partition's journal: what the old state still owes Kafka is produced, as a next owner would.
-3. Note each partition's fence in the mark. From here on an interrupted rebuild is finished by another one.
-4. Remove the public keys that the private ones name, then the private ones (`removing.py`).
-5. Fold each partition from the log's start to where it was. All of it is committed, so nothing is produced; the user's
-   commands are left out: what they did is still there.
-6. Take away the mark. A worker that starts now goes on where the last one was.
+**State**: the mark, a hash `millpond:{app:agent}:rebuild`. It exists from step 1 to step 6.
+
+- Field `begun`: the mark exists. Workers of the agent refuse to start.
+- Field *partition*: the fence that the partition had in step 3. Its old private keys may be gone.
+
+**Steps**
+
+1. Set `begun`. Check that the agent's consumer group has no members.
+2. Finish each partition's journal: produce the outputs that the old state still owes to Kafka.
+3. Write each partition's fence into the mark.
+4. Remove the public keys that the private ones name, and then the private ones (`removal.py`).
+5. Fold each partition from the start of the log up to its old applied offset. Produce nothing, and run no user commands:
+   both happened when the records were folded first.
+6. Remove the mark. The next worker continues at the old applied offset.
+
+**Interruption.** Before step 3 the old state is complete, and the next rebuild begins again. After step 3 the next rebuild
+skips step 2 for the partitions in the mark, and takes their fences from it.
+
+**Why step 1 checks again.** `plan` has already checked that no worker runs. A worker that started between the two checks
+may have looked for the mark before it was set.
 """
 
 from __future__ import annotations
@@ -28,7 +41,12 @@ from millpond.pipeline.kafka.log import KafkaLog
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.rebuild.removal import Removal
 from millpond.pipeline.replay.folding import Folding
-from millpond.pipeline.replay.log_extent import LogExtent, horizon, shown_time, source
+from millpond.pipeline.replay.log_extent import (
+    LogExtent,
+    describe_loss,
+    format_time,
+    open_extents,
+)
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.stores.redis.keyspace import Keyspace, keyspace
 from millpond.pipeline.stores.registry import open_store
@@ -40,14 +58,13 @@ from millpond.schemas.rules import Rules
 
 logger = logging.getLogger(__name__)
 
-BEGUN: Final = b"begun"  # the field of the mark that is there as long as it is
+BEGUN: Final = b"begun"
 
 
-class WithoutCommands:
-    """See `millpond.agents.ports.Store`: another one, to which the users' commands are not handed."""
+class StoreWithoutCommands:
+    """See `millpond.agents.ports.Store`. It passes everything to another store, except user commands."""
 
     def __init__(self, store: Store[Any]) -> None:
-        """`store` does the work."""
         self._store = store
 
     async def load(self) -> LoadedState:
@@ -71,7 +88,14 @@ class WithoutCommands:
 
 
 class RebuildPlan(NamedTuple):
-    """What a rebuild would do: records to fold, partitions to make anew, messages that are stored, what would be lost."""
+    """What a rebuild would do.
+
+    - `records`: the number of offsets to fold.
+    - `partitions`: the number of partitions that have state.
+    - `messages`: the number of stored messages to remove.
+    - `notes`: which records Kafka has deleted.
+    - `losses`: what the log cannot bring back.
+    """
 
     records: int
     partitions: int
@@ -81,7 +105,11 @@ class RebuildPlan(NamedTuple):
 
 
 class Rebuild:
-    """One run, as a context manager's; `plan` comes first."""
+    """One rebuild. Call `plan`, and then `run`. A progress bar reads `agent`, `total` and `folded`.
+
+    - `_extents`: the extent of each partition's log.
+    - `_fences`: the old fence of each partition that has state.
+    """
 
     def __init__(self, agent: AgentName, settings: Settings, rules: Rules, space: Keyspace) -> None:
         self.agent: AgentName = agent
@@ -95,34 +123,34 @@ class Rebuild:
 
     @property
     def folded(self) -> int:
-        """Offsets gone by so far."""
+        """The number of offsets that are folded."""
         return 0 if self._folding is None else self._folding.folded
 
-    # -- what is to be done ---------------------------------------------------------------------------------
+    # -- the plan -------------------------------------------------------------------------------------------
 
     async def plan(self) -> RebuildPlan:
-        """What there is to do. Nothing is changed.
+        """Find out what there is to do. Change nothing.
 
         Raises:
-            MillpondError: workers run, or the store holds nothing, or what is of another log.
+            MillpondError: workers run, or the store has no state, or state of another log.
         """
         await self._check_stopped()
-        async with source(self._settings.kafka) as kafka:
+        async with open_extents(self._settings.kafka) as kafka:
             self._cluster_id = kafka.cluster_id
             self._extents = await kafka.extents(keys.SOURCE_TOPIC[self.agent])
-        self._fences = {**await self._read_fences(), **await self._noted()}
+        self._fences = {**await self._stored_fences(), **await self._marked_fences()}
         if not self._fences:
             raise MillpondError(
-                f"{self._space.where} holds nothing of {self.agent}: its workers make it from the log by themselves"
+                f"{self._space.where} holds no state of {self.agent}: start its workers, and they build it from the log"
             )
         self._check_log()
-        messages, losses = await self._kept()
-        lost = horizon(self.agent, self._extents)
+        messages, losses = await self._count_messages()
+        loss = describe_loss(self.agent, self._extents)
         self.total = sum(
             max(fence.offset + 1 - self._extents[number].start, 0)
             for number, fence in self._fences.items()
         )
-        notes = [] if lost is None else [lost]
+        notes = [] if loss is None else [loss]
         return RebuildPlan(self.total, len(self._fences), messages, notes, losses)
 
     async def _check_stopped(self) -> None:
@@ -130,121 +158,124 @@ class Rebuild:
         admin = AIOKafkaAdminClient(**self._settings.kafka.client_options())
         try:
             await admin.start()
-            told = await admin.describe_consumer_groups([group])
+            responses = await admin.describe_consumer_groups([group])
         finally:
             await admin.close()
-        members = [member for response in told for found in response.groups for member in found[5]]
+        # The sixth element of a described group is its list of members.
+        members = [
+            member for response in responses for found in response.groups for member in found[5]
+        ]
         if members:
             raise MillpondError(
                 f"{len(members)} worker{'' if len(members) == 1 else 's'} of {self.agent} in the consumer group"
-                f" {group}: stop them first (one that was killed is gone after"
+                f" {group}: stop them first (a killed worker leaves the group after"
                 f" {self._settings.worker.session_timeout_s:g} s)"
             )
 
-    async def _read_fences(self) -> dict[int, Applied]:
+    async def _stored_fences(self) -> dict[int, Applied]:
         numbers = range(self._settings.kafka.partitions)
-        held = await self._space.ask(
+        replies = await self._space.run(
             [("GET", keys.applied(self._partition(each))) for each in numbers]
         )
         return {
-            number: self._decoded(number, fence)
-            for number, fence in zip(numbers, held, strict=True)
-            if fence is not None
+            number: self._space.decode_fence(self._partition(number), reply)
+            for number, reply in zip(numbers, replies, strict=True)
+            if reply is not None
         }
 
-    async def _noted(self) -> dict[int, Applied]:
-        """The fences of partitions that an interrupted rebuild has not finished."""
-        pairs = await self._space.get("HGETALL", self._mark)
-        held = dict(zip(pairs[::2], pairs[1::2], strict=True))
-        held.pop(BEGUN, None)
-        return {int(number): self._decoded(int(number), fence) for number, fence in held.items()}
-
-    def _decoded(self, number: int, fence: Any) -> Applied:
-        try:
-            return msgspec.json.decode(fence, type=Applied)
-        except (msgspec.DecodeError, TypeError) as error:
-            raise MillpondError(
-                f"{self._space.where} holds no fence of {self._partition(number)}: {error}"
-            ) from error
+    async def _marked_fences(self) -> dict[int, Applied]:
+        """Return the fences in the mark: those of the partitions that an interrupted rebuild did not finish."""
+        pairs = await self._space.call("HGETALL", self._mark)
+        fields = dict(zip(pairs[::2], pairs[1::2], strict=True))
+        fields.pop(BEGUN, None)
+        return {
+            int(number): self._space.decode_fence(self._partition(int(number)), fence)
+            for number, fence in fields.items()
+        }
 
     def _partition(self, number: int) -> Partition:
         return Partition(self._settings.app, self.agent, number)
 
     def _check_log(self) -> None:
         for number, fence in self._fences.items():
-            held = f"{self._space.where} holds the state of {self._partition(number)}"
-            if fence.cluster_id != self._cluster_id:
+            partition, extent = self._partition(number), self._extents[number]
+            self._space.check_cluster(partition, fence, self._cluster_id)
+            if fence.offset >= extent.end:
                 raise MillpondError(
-                    f"{held} of Kafka cluster {fence.cluster_id}, but this is cluster {self._cluster_id}"
-                )
-            if fence.offset >= self._extents[number].end:
-                raise MillpondError(
-                    f"{held} up to offset {fence.offset}, but the log ends before {self._extents[number].end}"
+                    f"{self._space.where} holds the state of {partition} up to offset {fence.offset},"
+                    f" but the log ends before {extent.end}"
                 )
 
-    async def _kept(self) -> tuple[int, list[str]]:
-        """How many messages are stored, and what of the store the log cannot bring back."""
+    async def _count_messages(self) -> tuple[int, list[str]]:
+        """Return the number of stored messages, and the losses that the log cannot bring back."""
         removal = await self._removal()
         messages = lost = 0
         async for number, _, entries in removal.entries():
             since = self._extents[number].complete_from
             messages += len(entries)
+            # Scores are in µs.
             lost += sum(since is not None and score < since * 1000 for _, score in entries)
         losses = [f"{lost} stored messages are older than the log"] if lost else []
         cut = [number for number in self._fences if self._extents[number].start]
+        # Sessions keep clients without an age, so any deleted record may be a client's last one.
         if self.agent == "sessions" and cut:
             losses.append(
-                f"clients that were last heard of before {self._shown_start(cut)} are not in the log"
+                f"clients without an event since {self._complete_since(cut)} are not in the log"
             )
         return messages, losses
 
-    def _shown_start(self, cut: Sequence[int]) -> str:
+    def _complete_since(self, cut: Sequence[int]) -> str:
         times = [self._extents[number].complete_from for number in cut]
         known = [each for each in times if each is not None]
-        return shown_time(max(known)) if known else "its start"
+        return format_time(max(known)) if known else "its start"
 
     async def _removal(self) -> Removal:
         rules: dict[int, Rules] = {}
         for number in self._fences:
-            held = await self._space.get("GET", keys.rules(self._partition(number)))
+            canonical = await self._space.call("GET", keys.rules(self._partition(number)))
             try:
-                rules[number] = self._rules if held is None else Rules.from_canonical(held.decode())
+                rules[number] = (
+                    self._rules if canonical is None else Rules.from_canonical(canonical.decode())
+                )
+            # Rules in force that cannot be read: those of the configuration are the best guess.
             except (DecodeError, UnicodeDecodeError):
                 rules[number] = self._rules
         scores = {number: fence.score for number, fence in self._fences.items()}
         count = self._settings.kafka.partitions
         return Removal(self._space, self._settings.app, self.agent, rules, scores, count)
 
-    # -- doing it -------------------------------------------------------------------------------------------
+    # -- the work -------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Do what was planned.
+        """Rebuild the agent's state.
 
         Raises:
-            MillpondError: it could not be finished; the mark stays, and another rebuild goes on.
+            MillpondError: the rebuild failed. The mark stays, and another rebuild finishes the work. If workers run and
+                no earlier rebuild was interrupted, nothing is changed and the mark is removed.
         """
-        unfinished = await self._noted()
-        await self._space.get("HSET", self._mark, BEGUN, 1)
+        unfinished = await self._marked_fences()
+        await self._space.call("HSET", self._mark, BEGUN, 1)
         try:
-            await self._check_stopped()  # whoever came since has not seen the mark
+            await self._check_stopped()
         except MillpondError:
             if not unfinished:
-                await self._space.get("UNLINK", self._mark)
+                await self._space.call("UNLINK", self._mark)
             raise
-        waiting = [number for number in self._fences if number not in unfinished]
-        await self._finish_journals(waiting)
-        self._fences = {**await self._read_fences(), **unfinished}
+        intact = [number for number in self._fences if number not in unfinished]
+        await self._finish_journals(intact)
+        # Read again: a finished journal has moved the fence.
+        self._fences = {**await self._stored_fences(), **unfinished}
         removal = await self._removal()
         for number, fence in self._fences.items():
-            await self._space.get("HSET", self._mark, number, msgspec.json.encode(fence))
+            await self._space.call("HSET", self._mark, number, msgspec.json.encode(fence))
         await removal.public()
         for number in self._fences:
             await removal.private(number)
         await self._fold()
-        await self._space.get("UNLINK", self._mark)
+        await self._space.call("UNLINK", self._mark)
 
     async def _finish_journals(self, numbers: Sequence[int]) -> None:
-        """Produce what the old state still owes, exactly as a next owner would before anything else."""
+        """Produce the outputs that the old state still owes, as a new owner does before anything else."""
         kafka = self._settings.kafka
         producer = Producer(kafka.client_options(), kafka.message_bytes_max)
         group = keys.group_id(self._settings.app, self.agent)
@@ -267,6 +298,7 @@ class Rebuild:
             partition, MACHINES[self.agent](), store, log, self._rules, logger.info
         )
         try:
+            # No records: the driver loads, produces the journal, and catches up with the committed offset.
             await driver.process(())
             await driver.finish()
         finally:
@@ -277,7 +309,7 @@ class Rebuild:
         starts = {number: extent.start for number, extent in self._extents.items()}
         self._folding = Folding(
             self.agent, self._settings, self._rules,
-            lambda partition: WithoutCommands(open_store(pool, partition)), self._cluster_id, starts,
+            lambda partition: StoreWithoutCommands(open_store(pool, partition)), self._cluster_id, starts,
         )  # fmt: skip
         await self._folding.fold_to(
             {number: fence.offset + 1 for number, fence in self._fences.items()}
@@ -286,16 +318,17 @@ class Rebuild:
 
 @asynccontextmanager
 async def rebuilding(agent: AgentName, settings: Settings, rules: Rules) -> AsyncIterator[Rebuild]:
-    """A rebuild of the agent's store.
+    """Connect to the agent's store, for a rebuild.
 
     Raises:
-        ConfigError: it is a Redis Cluster.
-        StoreDown, StoreRefused: it is away, or will not serve us.
+        ConfigError: the store is a Redis Cluster.
+        StoreDown, StoreRefused: the store is down or a replica, or refuses the user.
     """
     pool = rules.pool(agent)
     if pool.type == "cluster":
         raise ConfigError(
-            f"pool {pool.name!r} is a cluster, which cannot be rebuilt in place: empty it, and the workers do it"
+            f"pool {pool.name!r} is a cluster, which cannot be rebuilt in place:"
+            " empty the cluster, and the workers rebuild it"
         )
     async with keyspace(pool) as space:
         await space.check_primary()
@@ -303,19 +336,20 @@ async def rebuilding(agent: AgentName, settings: Settings, rules: Rules) -> Asyn
 
 
 async def check_not_rebuilding(agent: AgentName, settings: Settings, rules: Rules) -> None:
-    """Whether a worker may work on its store.
+    """Check that no rebuild of the agent is unfinished. Every worker does this at its start.
 
     Raises:
         MillpondError: a rebuild has begun and is not finished.
-        StoreDown, StoreRefused: the store cannot be asked.
+        StoreDown, StoreRefused: the store is down, or refuses the user.
     """
     pool = rules.pool(agent)
+    # A cluster is never rebuilt in place.
     if pool.type == "cluster":
-        return  # never rebuilt in place
+        return
     async with keyspace(pool) as space:
         name = keys.rebuild_marker(settings.app, agent)
-        if await space.get("EXISTS", name):
+        if await space.call("EXISTS", name):
             raise MillpondError(
-                f"{space.where} is in the middle of a rebuild of {agent}: if none runs, `millpond rebuild {agent}`"
-                " finishes it"
+                f"{space.where} is in the middle of a rebuild of {agent}: if none runs now,"
+                f" run `millpond rebuild {agent}` to finish it"
             )

@@ -1,15 +1,20 @@
-"""Taking out of a store what one agent has put there, and nothing else: by its private state, which names it.
+"""Removal of everything that one agent has put into a store, and of nothing else.
 
-| what | named by |
+The agent's private state names its public keys:
+
+| removed | named by |
 |---|---|
-| index entries and their bodies | the owner of the index's topic; an entry is the agent's if its body says so, or if it has none (any more) and its score is a time of the partition's log |
-| retained entries and their bodies | `states` of messages, queue and pubsub: topic → message id |
-| bodies of dead letters | `dead` |
-| presence | `states` of sessions: client ids, and the nodes that they are online on |
-| views of read offsets | `windows` of pubsub: subscriber and topic |
+| index entries and their bodies | the owner of the index's topic, and the body (see below) |
+| retained entries and their bodies | table `states` of messages, queue and pubsub: topic → message id |
+| bodies of dead letters | table `dead` of queue and pubsub: message id |
+| presence | table `states` of sessions: client ids, and the nodes on which they are online |
+| views of read offsets | table `windows` of pubsub: subscriber and topic |
 | private keys | their prefix |
 
-Receipts stay: nobody can say whose one without its message is, and folding writes the same into them once more.
+**Which index entries are the agent's?** Another program may have added entries. An entry is the agent's if its body names
+the same message id and topic. An entry without a body is the agent's if its score can be a time of the partition's log.
+
+**Receipts stay.** A receipt without its message does not name its topic. The fold writes the same fields again.
 """
 
 from __future__ import annotations
@@ -30,13 +35,13 @@ from millpond.schemas.events import AgentName
 from millpond.schemas.keys import Partition
 from millpond.schemas.rules import Rules
 
-AT_ONCE: Final = 500
+PAGE_SIZE: Final = 500  # entries or states of one page, about
 PRESENCE_FIELDS: Final = ("state", "online_at", "offline_at")
-SCORE_MIN: Final = 10**15  # µs since the epoch in 2001: what is lower is no log's time
+SCORE_MIN: Final = 10**15  # µs since the epoch, in the year 2001: no log is older
 
 
 class Removal:
-    """What one agent's partitions have put into a store. `last_scores` are the last ones that each has given."""
+    """Removes what some partitions of one agent have put into a store."""
 
     def __init__(
         self,
@@ -47,22 +52,25 @@ class Removal:
         last_scores: Mapping[int, int],
         partition_count: int,
     ) -> None:
-        """`rules` are those in force, of the partitions that are meant."""
+        """`rules` are the rules in force, by partition; they also say which partitions are removed.
+
+        `last_scores` are the last scores that the partitions gave.
+        """
         self._space, self._app, self._agent = space, app, agent
         self._rules, self._last_scores, self._count = rules, last_scores, partition_count
 
     def _partition(self, number: int) -> Partition:
         return Partition(self._app, self._agent, number)
 
-    # -- what there is -------------------------------------------------------------------------------------
+    # -- entries and states --------------------------------------------------------------------------------
 
     async def entries(self) -> AsyncIterator[tuple[int, bytes, list[tuple[bytes, int]]]]:
-        """The index entries of the agent's topics: partition, key of the index, message ids with their scores."""
+        """Return the agent's index entries, page by page: partition, key of the index, message ids with scores."""
         if self._agent == "sessions":
             return
         prefix = keys.MESSAGES_PREFIX
         async for page in self._space.scan(prefix):
-            kinds = await self._space.ask([("TYPE", key) for key in page])
+            kinds = await self._space.run([("TYPE", key) for key in page])
             for key, kind in zip(page, kinds, strict=True):
                 topic = _text(key)[len(prefix) :]
                 number = partition_of(topic, self._count)
@@ -77,59 +85,61 @@ class Removal:
     ) -> AsyncIterator[list[tuple[bytes, int]]]:
         cursor = b"0"
         while True:
-            cursor, told = await self._space.get("ZSCAN", key, cursor, "COUNT", AT_ONCE)
-            ids = told[::2]
+            cursor, page = await self._space.call("ZSCAN", key, cursor, "COUNT", PAGE_SIZE)
+            ids = page[::2]
             if ids:
-                bodies = await self._space.ask([_names(each) for each in ids])
-                scores = [int(float(score)) for score in told[1::2]]
+                bodies = await self._space.run([_read_identity(each) for each in ids])
+                scores = [int(float(score)) for score in page[1::2]]
                 yield [
                     (message_id, score)
                     for message_id, score, body in zip(ids, scores, bodies, strict=True)
-                    if self._is_ours(number, topic, message_id, score, body)
+                    if self._is_agents(number, topic, message_id, score, body)
                 ]
             if cursor == b"0":
                 return
 
-    def _is_ours(self, number: int, topic: str, message_id: bytes, score: int, body: Any) -> bool:
+    def _is_agents(self, number: int, topic: str, message_id: bytes, score: int, body: Any) -> bool:
+        """True if this index entry is the agent's. `body` is the reply to `_read_identity`."""
+        # No body, or a hash with other fields.
         if body == [None, None]:
             return SCORE_MIN <= score <= self._last_scores[number]
         return bool(body == [message_id, topic.encode()])
 
     async def table(self, number: int, name: str) -> AsyncIterator[dict[str, bytes]]:
-        """A table of packed states, page by page."""
+        """Return a table of packed states, page by page."""
         key, cursor = keys.table(self._partition(number), name), b"0"
         while True:
-            cursor, told = await self._space.get("HSCAN", key, cursor, "COUNT", AT_ONCE)
-            if told:
-                yield dict(zip(map(_text, told[::2]), told[1::2], strict=True))
+            cursor, page = await self._space.call("HSCAN", key, cursor, "COUNT", PAGE_SIZE)
+            if page:
+                yield dict(zip(map(_text, page[::2]), page[1::2], strict=True))
             if cursor == b"0":
                 return
 
-    # -- what goes -----------------------------------------------------------------------------------------
+    # -- removal -------------------------------------------------------------------------------------------
 
     async def public(self) -> None:
-        """Remove the public keys, and leave the private ones that name them."""
+        """Remove the public keys. The private keys stay, so that an interrupted removal can be repeated."""
         async for _, key, found in self.entries():
             ids = [message_id for message_id, _ in found]
             if ids:
-                await self._space.ask([("ZREM", key, *ids), *map(_drop, ids)])
+                await self._space.run([("ZREM", key, *ids), *map(_delete_body, ids)])
         for number in self._rules:
-            async for commands in self._named(number):
-                await self._space.ask(commands)
+            async for commands in self._removal_commands(number):
+                await self._space.run(commands)
 
-    async def _named(self, number: int) -> AsyncIterator[list[RedisCommand]]:
-        """The commands that remove what a partition's tables name."""
+    async def _removal_commands(self, number: int) -> AsyncIterator[list[RedisCommand]]:
+        """Return the commands that remove the public keys that a partition's tables name."""
         async for page in self.table(number, "states"):
             if self._agent == "sessions":
-                yield [each for client in page.items() for each in _of_client(*client)]
+                yield [each for client in page.items() for each in _delete_presence(*client)]
             else:
-                yield await self._retained(page)
+                yield await self._retained_commands(page)
         if self._agent == "sessions":
             return
         async for page in self.table(number, "dead"):
-            letters = [(each, dead_messages.unpack(packed)) for each, packed in page.items()]
-            of_topics = [(each, letter.topic) for each, letter in letters if letter is not None]
-            yield await self._bodies(of_topics)
+            dead = [(name, dead_messages.unpack(packed)) for name, packed in page.items()]
+            messages = [(name, each.topic) for name, each in dead if each is not None]
+            yield await self._body_commands(messages)
         if self._agent == "pubsub":
             async for page in self.table(number, "windows"):
                 readers = [split_reader(key) for key in page]
@@ -138,47 +148,47 @@ class Removal:
                     for subscriber, topic in readers
                 ]
 
-    async def _retained(self, page: Mapping[str, bytes]) -> list[RedisCommand]:
-        held = [(topic, storage.unpack(packed)) for topic, packed in page.items()]
-        known = [(topic, state.message_id) for topic, state in held if state is not None]
+    async def _retained_commands(self, page: Mapping[str, bytes]) -> list[RedisCommand]:
+        states = [(topic, storage.unpack(packed)) for topic, packed in page.items()]
+        known = [(topic, state.message_id) for topic, state in states if state is not None]
         entries: list[RedisCommand] = [
             ("ZREM", keys.retained(topic), message_id) for topic, message_id in known
         ]
-        return [*entries, *await self._bodies([(each, topic) for topic, each in known])]
+        return [*entries, *await self._body_commands([(each, topic) for topic, each in known])]
 
-    async def _bodies(self, messages: Sequence[tuple[str, str]]) -> list[RedisCommand]:
-        """The removal of bodies that say that they are these: (message id, topic)."""
+    async def _body_commands(self, messages: Sequence[tuple[str, str]]) -> list[RedisCommand]:
+        """Return the commands that delete bodies: (message id, topic). A body that names another message or topic stays."""
         if not messages:
             return []
-        bodies = await self._space.ask([_names(each.encode()) for each, _ in messages])
+        bodies = await self._space.run([_read_identity(each.encode()) for each, _ in messages])
         return [
-            _drop(message_id.encode())
+            _delete_body(message_id.encode())
             for (message_id, topic), body in zip(messages, bodies, strict=True)
             if body == [message_id.encode(), topic.encode()]
         ]
 
     async def private(self, number: int) -> None:
-        """Remove all private keys of a partition, in one command."""
+        """Remove all private keys of a partition in one command, so that no half of a state is left."""
         prefix = keys.applied(self._partition(number)).rpartition(":")[0]
         found = [key async for page in self._space.scan(f"{prefix}:") for key in page]
         if found:
-            await self._space.get("UNLINK", *found)
+            await self._space.call("UNLINK", *found)
 
 
-def _names(message_id: bytes) -> RedisCommand:
-    """Which message a body is, and of which topic."""
+def _read_identity(message_id: bytes) -> RedisCommand:
+    """Read the message id and topic that a body names."""
     return ("HMGET", keys.MESSAGES_PREFIX.encode() + message_id, "id", "topic")
 
 
-def _drop(message_id: bytes) -> RedisCommand:
+def _delete_body(message_id: bytes) -> RedisCommand:
     return ("HDEL", keys.MESSAGES_PREFIX.encode() + message_id, *BODY_FIELDS)
 
 
-def _of_client(client_id: str, packed: bytes) -> list[RedisCommand]:
+def _delete_presence(client_id: str, packed: bytes) -> list[RedisCommand]:
     commands: list[RedisCommand] = [("HDEL", keys.presence(client_id), *PRESENCE_FIELDS)]
-    shown_now = sessions.unpack(packed).connections.presence()
-    if shown_now is not None and shown_now.node is not None:
-        commands.append(("HDEL", keys.node(shown_now.node), client_id))
+    presence = sessions.unpack(packed).connections.presence()
+    if presence is not None and presence.node is not None:
+        commands.append(("HDEL", keys.node(presence.node), client_id))
     return commands
 
 

@@ -1,1 +1,1 @@
-"""Folding recorded events once more: into another Redis to compare with the live one, or into an emptied one."""
+"""Replay: the log folded again, into another Redis to compare with the live one, or into its own Redis after a rebuild."""

@@ -1,4 +1,4 @@
-"""One agent's log, folded into a database through the same machines as live, as far as is asked."""
+"""The log of one agent, folded into a store by the same driver and machines as live."""
 
 from __future__ import annotations
 
@@ -18,14 +18,19 @@ from millpond.schemas.rules import Rules
 
 logger = logging.getLogger(__name__)
 
-# Partitions at a time: some hide each other's waiting for Kafka and Redis, more would only take memory.
+# While one partition waits for Kafka or Redis, another one uses the processor. More than these would only use memory.
 PARTITIONS_AT_ONCE: Final = 4
 
 OpenStore = Callable[[Partition], Store[Any]]
 
 
 class Folding:
-    """Folds partitions from `starts` on; what an earlier run has folded already is not folded again."""
+    """Folds the partitions of an agent, each from its start. `fold_to` may be called again with later ends.
+
+    A partition continues at the applied offset of its store. So an interrupted replay folds nothing twice.
+
+    `positions`: the next offset of each partition that was folded to an end.
+    """
 
     def __init__(
         self,
@@ -36,21 +41,22 @@ class Folding:
         cluster_id: str,
         starts: Mapping[int, int],
         *,
-        again: bool = False,
+        keep_connected: bool = False,
     ) -> None:
-        """`rules` count where the log does not name any. If it is to be asked `again`, it stays connected to Kafka until
-        it is stopped.
+        """`rules` are in force until the log names others.
+
+        With `keep_connected`, each partition stays connected to Kafka for the next `fold_to`. Call `stop` at the end.
         """
         self.agent, self._settings, self._rules = agent, settings, rules
         self._open_store, self._cluster_id, self._starts = open_store, cluster_id, dict(starts)
         self._options = settings.kafka.client_options()
-        self._again, self._logs = again, dict[int, ReplayLog]()
+        self._keep_connected, self._logs = keep_connected, dict[int, ReplayLog]()
         self._drivers: dict[int, PartitionDriver[Any]] = {}
-        self.positions: dict[int, int] = {}  # the next offset of each partition that was folded
+        self.positions: dict[int, int] = {}
 
     @property
     def folded(self) -> int:
-        """Offsets gone by so far, skipped records and gaps among them."""
+        """The number of offsets between the starts and the current positions, skipped records and gaps included."""
         running = {number: driver.next_offset for number, driver in self._drivers.items()}
         return sum(
             max(position - self._starts[number], 0)
@@ -58,11 +64,11 @@ class Folding:
         )
 
     async def fold_to(self, ends: Mapping[int, int]) -> None:
-        """Fold each partition up to, not including, its end.
+        """Fold each partition up to its end, exclusive.
 
         Raises:
-            LogMismatch: the database holds what is not of this log, or of beyond the end.
-            StoreRefused: it will not serve us.
+            LogMismatch: the store has state of another log, or of offsets behind the end.
+            StoreRefused: the store refuses the user.
         """
         room = asyncio.Semaphore(PARTITIONS_AT_ONCE)
 
@@ -95,13 +101,14 @@ class Folding:
             partition, MACHINES[self.agent](), self._open_store(partition), log, self._rules, logger.info
         )  # fmt: skip
         try:
-            await driver.process(())  # the end is as good as committed: it catches up with that
+            # No records: the end counts as committed, so the driver catches up with it by itself.
+            await driver.process(())
             await driver.finish()
             self.positions[number] = end
         finally:
             del self._drivers[number]
             await driver.close()
-            if not self._again:
+            if not self._keep_connected:
                 await self._logs.pop(number).stop()
 
     async def stop(self) -> None:

@@ -1,4 +1,4 @@
-"""The log as a replay reads it: up to a fixed end, by a consumer of its own, and nothing is ever written."""
+"""The log of a replay: it ends at a fixed offset, and takes no output."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from millpond.schemas.errors import BrokenInvariant
 from millpond.schemas.keys import Partition
 
 POLL_TIMEOUT_MS: Final = 1_000
-# Of one partition at once: some full batches, so that few of them are cut short.
+# Of one fetch: several full batches, so that few batches end early at the border of a fetch.
 FETCH_BYTES_MAX: Final = 4 * 1024 * 1024
 
 
 class ReplayLog:
-    """See `millpond.agents.ports.Log`. One partition's; a consumer without a group, connected when it is first read.
+    """See `millpond.agents.ports.Log`. It serves one partition, by a consumer without a group. The first read connects.
 
-    All up to the end is as good as committed: of that the driver produces no output (`Outbox.out_until`).
+    Its committed offset is its end. So the driver produces no output of any record (`Outbox.out_until`).
     """
 
     def __init__(self, client_options: dict[str, Any], run_records_max: int) -> None:
-        """`limit` comes first."""
+        """Call `limit` first."""
         self._options, self._run_records_max = client_options, run_records_max
         self._bounds: LogBounds | None = None
         self._reader: AIOKafkaConsumer | None = None
 
     def limit(self, bounds: LogBounds) -> None:
-        """What is to be replayed: its end is `committed`."""
+        """Set the offsets to replay. The end counts as committed."""
         self._bounds = bounds._replace(committed=bounds.end)
 
     async def bounds(self, partition: Partition) -> LogBounds:
-        assert self._bounds is not None, "limit() comes first"
+        assert self._bounds is not None, "call limit() first"
         return self._bounds
 
     async def read(
         self, partition: Partition, start: int, stop: int
     ) -> AsyncIterator[Sequence[Record]]:
-        """See `millpond.agents.ports.Log`. Offsets that the log does not hold are passed over."""
+        """See `millpond.agents.ports.Log`. Offsets without a record are skipped."""
         if start >= stop:
             return
         source = TopicPartition(partition.topic, partition.number)
@@ -58,6 +58,7 @@ class ReplayLog:
                     max_records=self._run_records_max,
                 )
             )
+            # The consumer's position passes offsets without a record, also at the end. The last record's offset does not.
             position = await persist(partial(reader.position, source))
             found = fetched.get(source, ())
             if found and found[-1].offset >= stop:
@@ -84,10 +85,10 @@ class ReplayLog:
         return self._reader
 
     def produce(self, records: Sequence[OutgoingRecord]) -> Awaitable[None]:
-        """See `millpond.agents.ports.Log`. A replay tells nobody anything."""
-        raise BrokenInvariant(f"a replay was about to write into Kafka: {records[0].topic}")
+        """Refuse. A replay produces nothing."""
+        raise BrokenInvariant(f"a replay was about to produce to Kafka topic {records[0].topic}")
 
     async def stop(self) -> None:
-        """Disconnect."""
+        """Disconnect from Kafka."""
         if self._reader is not None:
             await self._reader.stop()

@@ -1,4 +1,4 @@
-"""What Kafka says of an agent's log before it is replayed: where it begins and ends, and what it no longer holds."""
+"""The extent of an agent's log in Kafka: where it begins and ends, and which records Kafka has deleted."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ FIRST_RECORD_TIMEOUT_S: Final = 30.0
 
 
 class LogExtent(NamedTuple):
-    """What a partition holds. `complete_from` is the time (ms) of its first record if there were others before; None if it
-    holds everything, or nothing at all.
+    """The offsets of one partition: `end` is exclusive.
+
+    `complete_from`: the time (ms) of the first record, if Kafka has deleted records before it. None if Kafka has deleted
+    nothing, or everything.
     """
 
     start: int
@@ -32,7 +34,7 @@ class LogExtent(NamedTuple):
 
 
 class LogExtents:
-    """The topics of one Kafka."""
+    """Asks one Kafka cluster for the extents of its topics, without a consumer group."""
 
     def __init__(self, reader: AIOKafkaConsumer, cluster_id: str, count: int) -> None:
         self._reader, self.cluster_id, self.count = reader, cluster_id, count
@@ -41,7 +43,11 @@ class LogExtents:
         return [TopicPartition(topic, number) for number in range(self.count)]
 
     async def extents(self, topic: str) -> dict[int, LogExtent]:
-        """What each partition of a topic holds now."""
+        """Return the extent of each partition of a topic.
+
+        Raises:
+            MillpondError: Kafka does not return the first record of a partition in time.
+        """
         partitions = self._partitions(topic)
         starts = await self._reader.beginning_offsets(partitions)
         ends = await self._reader.end_offsets(partitions)
@@ -65,12 +71,13 @@ class LogExtents:
                     times |= {each: run[0].timestamp for each, run in fetched.items()}
         except TimeoutError as error:
             raise MillpondError(
-                f"Kafka does not give out the first record of {waiting[0]}"
+                f"Kafka did not return the first record of {waiting[0].topic}[{waiting[0].partition}]"
+                f" within {FIRST_RECORD_TIMEOUT_S:g} s: check its log and run the command again"
             ) from error
         return times
 
-    async def at(self, topic: str, time_ms: int) -> dict[int, int]:
-        """The first offset of each partition whose record is of this time or later; its end if there is none."""
+    async def offsets_at(self, topic: str, time_ms: int) -> dict[int, int]:
+        """Return the offset of each partition's first record at or after a time; without such a record, its end."""
         partitions = self._partitions(topic)
         found = await self._reader.offsets_for_times(dict.fromkeys(partitions, time_ms))
         ends = await self._reader.end_offsets(partitions)
@@ -81,11 +88,11 @@ class LogExtents:
 
 
 @asynccontextmanager
-async def source(settings: KafkaSettings) -> AsyncIterator[LogExtents]:
-    """A Kafka, asked without joining a group.
+async def open_extents(settings: KafkaSettings) -> AsyncIterator[LogExtents]:
+    """Connect to Kafka.
 
     Raises:
-        ConfigError: it cannot be reached, or its topics have other partitions than the settings say.
+        ConfigError: Kafka cannot be reached, a topic is missing, or its partition count is not that of the settings.
     """
     options = settings.client_options()
     admin = AIOKafkaAdminClient(**options)
@@ -116,18 +123,18 @@ def _check_topics(described: list[dict[str, Any]], settings: KafkaSettings) -> N
             )
 
 
-def horizon(agent: AgentName, extents: Mapping[int, LogExtent]) -> str | None:
-    """In words, what of an agent's log is gone; None if nothing is."""
+def describe_loss(agent: AgentName, extents: Mapping[int, LogExtent]) -> str | None:
+    """Describe which records of an agent's log Kafka has deleted. None if it has deleted none."""
     cut = {number: extent for number, extent in extents.items() if extent.start}
     if not cut:
         return None
     topic, lost = keys.SOURCE_TOPIC[agent], sum(extent.start for extent in cut.values())
     times = [each.complete_from for each in cut.values() if each.complete_from is not None]
-    told = f"{topic} has lost its first {lost} records, in {len(cut)} of {len(extents)} partitions"
-    since = f": complete from {shown_time(max(times))} on" if times else ""
-    return f"{told}{since}; what followed from earlier ones alone is missing"
+    loss = f"{topic} has lost its first {lost} records, in {len(cut)} of {len(extents)} partitions"
+    since = f": complete from {format_time(max(times))} on" if times else ""
+    return f"{loss}{since}; state that only older records made is missing"
 
 
-def shown_time(at_ms: int) -> str:
-    """A time as users write it."""
+def format_time(at_ms: int) -> str:
+    """Return a time in the form that options such as `--from` accept."""
     return f"{datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%dT%H:%M:%SZ}"

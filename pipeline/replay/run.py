@@ -1,4 +1,13 @@
-"""`millpond replay`: into which database, from where to where, and compared with what."""
+"""`millpond replay`: fold the logs of some agents into a database, and compare it with the live one.
+
+1. Connect to Kafka, to the target, and to the live database if there is one to compare with.
+2. Check that the target is not the live store.
+3. Find the offsets to fold: from `--from` to `--to`, or to the applied offsets of the live database.
+4. Claim the target: it must be empty, or have an interrupted replay of the same offsets.
+5. Fold the agents one after the other.
+6. Compare, and fold further as far as the comparison asks.
+7. Mark the target as complete. After an error or a signal it stays marked as incomplete.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +21,12 @@ from typing import Any, Final, NamedTuple, TypeVar
 from msgspec import structs
 
 from millpond.pipeline.compare import differences
-from millpond.pipeline.compare.differences import Comparing, Comparison
+from millpond.pipeline.compare.differences import Comparer, Comparison
 from millpond.pipeline.compare.owned_keys import OwnedKeys
 from millpond.pipeline.process.event_loop import use_uvloop
 from millpond.pipeline.process.signals import on_signal
 from millpond.pipeline.replay.folding import Folding
-from millpond.pipeline.replay.log_extent import LogExtent, LogExtents, horizon, source
+from millpond.pipeline.replay.log_extent import LogExtent, LogExtents, describe_loss, open_extents
 from millpond.pipeline.replay.target import Marker, check_not_live, claim, write_marker
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.stores.redis.keyspace import Keyspace, keyspace
@@ -36,7 +45,7 @@ Result = TypeVar("Result")
 
 
 class ReplayRequest(NamedTuple):
-    """What is asked for: times are ISO, or `earliest` and `latest`; `live` is what to compare with, if anything."""
+    """What to replay. `begins` and `ends` are ISO times, or `earliest` and `latest`. `live` is the database to compare with."""
 
     agents: Sequence[AgentName]
     into: Pool
@@ -46,7 +55,7 @@ class ReplayRequest(NamedTuple):
 
 
 class ReplayResult(NamedTuple):
-    """What came of it: offsets gone by, notes on what is missing, and what differs, if that was asked."""
+    """The result: the number of offsets folded, notes on missing records, and the comparison if there was one."""
 
     records: int
     notes: list[str]
@@ -54,51 +63,60 @@ class ReplayResult(NamedTuple):
 
 
 class Replay:
-    """One run. `total` and `folded` are offsets, for who watches; `notes` are complete when folding begins."""
+    """One run of the command. A progress bar reads `agent`, `total` and `folded`.
 
-    def __init__(self, settings: Settings, rules: Rules, wish: ReplayRequest) -> None:
-        """Nothing is opened before `run`.
+    - `total`: the number of offsets to fold; 0 until they are known.
+    - `notes`: what the replay cannot contain; complete when folding begins.
+    - `_foldings`: one `Folding` for each agent that has begun.
+    """
+
+    def __init__(self, settings: Settings, rules: Rules, request: ReplayRequest) -> None:
+        """Nothing connects before `run`.
 
         Raises:
-            ConfigError: the wish makes no sense.
+            ConfigError: a time cannot be read, or `--to` and `--diff` are combined.
         """
-        self.settings, self.rules, self.wish = settings, rules, wish
-        self._begins_ms = None if wish.begins == EARLIEST else time_of(wish.begins, "--from")
-        self._ends_ms = None if wish.ends == LATEST else time_of(wish.ends, "--to")
-        if wish.live is not None and self._ends_ms is not None:
-            raise ConfigError("--diff compares with what live has applied now: leave --to out")
+        self.settings, self.rules, self.request = settings, rules, request
+        self._begins_ms = (
+            None if request.begins == EARLIEST else parse_time(request.begins, "--from")
+        )
+        self._ends_ms = None if request.ends == LATEST else parse_time(request.ends, "--to")
+        if request.live is not None and self._ends_ms is not None:
+            raise ConfigError(
+                "--diff compares with what the live database has applied now: leave --to out"
+            )
         self.total = 0
         self.notes: list[str] = []
         self._foldings: dict[AgentName, Folding] = {}
 
     @property
     def folded(self) -> int:
-        """How far it has come: offsets of all agents, without what an interrupted run had folded."""
+        """The number of offsets that are folded, of all agents."""
         return sum(folding.folded for folding in self._foldings.values())
 
     @property
     def agent(self) -> str:
-        """Whose log is being folded."""
+        """The agent whose log is being folded; empty before the first."""
         return next(reversed(self._foldings), "")
 
     async def run(self) -> ReplayResult:
-        """Fold and compare.
+        """Fold, and compare if requested.
 
         Raises:
-            MillpondError: why it cannot be done; the target stays marked as incomplete once it was begun.
+            MillpondError: the replay is impossible or failed. A target that was claimed stays marked as incomplete.
         """
-        wish = self.wish
+        request = self.request
         async with AsyncExitStack() as stack:
-            kafka = await stack.enter_async_context(source(self.settings.kafka))
-            target = await stack.enter_async_context(keyspace(wish.into))
+            kafka = await stack.enter_async_context(open_extents(self.settings.kafka))
+            target = await stack.enter_async_context(keyspace(request.into))
             await target.check_primary()
             live = None
-            if wish.live is not None:
-                live = await stack.enter_async_context(keyspace(wish.live))
+            if request.live is not None:
+                live = await stack.enter_async_context(keyspace(request.live))
             await self._check_target(target)
             markers = await self._claim(kafka, target, live)
             stack.push_async_callback(self._stop)
-            for agent in wish.agents:
+            for agent in request.agents:
                 await self._fold(agent, markers[agent], markers[agent].ends)
             compared = None if live is None else await self._compare(live, target, markers)
             for agent, marker in markers.items():
@@ -112,24 +130,26 @@ class Replay:
             await folding.stop()
 
     async def _check_target(self, target: Keyspace) -> None:
-        pools = {self.rules.pool(agent).name: self.rules.pool(agent) for agent in self.wish.agents}
-        live = [*pools.values(), *([] if self.wish.live is None else [self.wish.live])]
-        await check_not_live(target, self.wish.into, live)
+        pools = {
+            self.rules.pool(agent).name: self.rules.pool(agent) for agent in self.request.agents
+        }
+        live = [*pools.values(), *([] if self.request.live is None else [self.request.live])]
+        await check_not_live(target, self.request.into, live)
 
     async def _claim(
         self, kafka: LogExtents, target: Keyspace, live: Keyspace | None
     ) -> dict[AgentName, Marker]:
-        """What of each agent's log is to be folded; the target is marked as being in the middle of it."""
-        app, wish = self.settings.app, self.wish
+        """Find the offsets to fold of each agent, and mark the target with them."""
+        app, request = self.settings.app, self.request
         applied = {} if live is None else await self._applied(live, kafka.cluster_id)
         markers: dict[AgentName, Marker] = {}
-        of_topics = {
+        extents_of_topics = {
             topic: await kafka.extents(topic)
-            for topic in set(map(keys.SOURCE_TOPIC.__getitem__, wish.agents))
+            for topic in set(map(keys.SOURCE_TOPIC.__getitem__, request.agents))
         }
-        for agent in wish.agents:
+        for agent in request.agents:
             topic = keys.SOURCE_TOPIC[agent]
-            extents = of_topics[topic]
+            extents = extents_of_topics[topic]
             starts, ends = await self._bounds(kafka, topic, extents)
             if live is not None:
                 ends = {
@@ -138,7 +158,7 @@ class Replay:
                 }
                 _check_ends(live, agent, ends, extents)
             wanted = Marker(
-                cluster_id=kafka.cluster_id, begins=wish.begins, starts=starts, ends=ends
+                cluster_id=kafka.cluster_id, begins=request.begins, starts=starts, ends=ends
             )
             self._note(agent, extents, starts)
             markers[agent] = await claim(target, app, agent, self.rules, wanted)
@@ -155,36 +175,39 @@ class Replay:
         starts = {number: extent.start for number, extent in extents.items()}
         ends = {number: extent.end for number, extent in extents.items()}
         if self._begins_ms is not None:
-            starts = await kafka.at(topic, self._begins_ms)
+            starts = await kafka.offsets_at(topic, self._begins_ms)
         if self._ends_ms is not None:
-            ends = await kafka.at(topic, self._ends_ms)
+            ends = await kafka.offsets_at(topic, self._ends_ms)
         return starts, ends
 
     def _note(
         self, agent: AgentName, extents: Mapping[int, LogExtent], starts: Mapping[int, int]
     ) -> None:
-        lost = horizon(agent, extents)
-        if lost is not None:
-            self.notes.append(f"{agent}: {lost}")
+        loss = describe_loss(agent, extents)
+        if loss is not None:
+            self.notes.append(f"{agent}: {loss}")
         if any(starts[number] > extent.start for number, extent in extents.items()):
             self.notes.append(
-                f"{agent}: begins at {self.wish.begins} with empty state: what was there before is missing,"
-                " and the rules are this configuration's until the log names others"
+                f"{agent}: begins at {self.request.begins} with empty state: earlier state is missing,"
+                " and the rules of this configuration are in force until the log names others"
             )
 
     async def _applied(self, live: Keyspace, cluster_id: str) -> dict[Partition, int]:
-        found = await differences.offsets(live, self._partitions(), cluster_id)
+        found = await differences.next_offsets(live, self._partitions(), cluster_id)
         if not found:
-            agents = ", ".join(self.wish.agents)
+            agents = ", ".join(self.request.agents)
             raise MillpondError(
-                f"{live.where} holds nothing of {self.settings.app!r} by {agents}: there is nothing to compare with"
+                f"{live.where} holds no state of {agents} (app {self.settings.app!r}):"
+                " there is nothing to compare with"
             )
         return found
 
     def _partitions(self) -> list[Partition]:
         app, count = self.settings.app, self.settings.kafka.partitions
         return [
-            Partition(app, agent, number) for agent in self.wish.agents for number in range(count)
+            Partition(app, agent, number)
+            for agent in self.request.agents
+            for number in range(count)
         ]
 
     async def _fold(self, agent: AgentName, marker: Marker, ends: Mapping[int, int]) -> None:
@@ -192,57 +215,60 @@ class Replay:
         if folding is None:
             folding = self._foldings[agent] = Folding(
                 agent, self.settings, self.rules,
-                lambda partition: open_store(self.wish.into, partition),
-                marker.cluster_id, marker.starts, again=self.wish.live is not None,
+                lambda partition: open_store(self.request.into, partition),
+                marker.cluster_id, marker.starts, keep_connected=self.request.live is not None,
             )  # fmt: skip
         await folding.fold_to(ends)
 
     async def _compare(
         self, live: Keyspace, target: Keyspace, markers: Mapping[AgentName, Marker]
     ) -> Comparison:
-        async def go_on(offsets: Mapping[Partition, int]) -> None:
-            for agent in (
-                self.wish.agents
-            ):  # the sessions' first: their commands may touch what pubsub shows
+        async def continue_to(offsets: Mapping[Partition, int]) -> None:
+            # In the order of the request. User commands of sessions may write keys that pubsub writes, too.
+            for agent in self.request.agents:
                 ends = {each.number: end for each, end in offsets.items() if each.agent == agent}
                 await self._fold(agent, markers[agent], ends)
 
-        owned = OwnedKeys(self.settings.app, self.wish.agents, self.rules)
+        owned = OwnedKeys(self.settings.app, self.request.agents, self.rules)
         cluster_id = next(iter(markers.values())).cluster_id
-        comparing = Comparing(live, target, self._partitions(), cluster_id, go_on)
-        return await comparing.run(owned)
+        comparer = Comparer(live, target, self._partitions(), cluster_id, continue_to)
+        return await comparer.run(owned)
 
 
 def _check_ends(
     live: Keyspace, agent: AgentName, ends: Mapping[int, int], extents: Mapping[int, LogExtent]
 ) -> None:
-    """What live has applied must be in the log, or it would be waited for without end."""
+    """Check that the log reaches the applied offsets of the live database.
+
+    Without this check a replay of a shorter log would wait for ever.
+    """
     for number, extent in extents.items():
         if ends[number] > max(extent.end, extent.start):
             raise MillpondError(
                 f"{live.where} holds the state of {agent} up to offset {ends[number] - 1} of"
-                f" {keys.SOURCE_TOPIC[agent]}[{number}], but the log ends before {extent.end}: was the topic deleted and created again?"
+                f" {keys.SOURCE_TOPIC[agent]}[{number}], but the log ends before {extent.end}:"
+                " was the topic deleted and created again?"
             )
 
 
-def time_of(text: str, what: str) -> int:
-    """An ISO time, of this machine's zone if it names none, in ms since the epoch.
+def parse_time(text: str, option: str) -> int:
+    """Convert an ISO time to ms since the epoch. A time without a zone is in the zone of this machine.
 
     Raises:
-        ConfigError: it is none; `what` names the option.
+        ConfigError: it is not an ISO time.
     """
     try:
         return int(datetime.fromisoformat(text).astimezone(UTC).timestamp() * 1000)
     except (ValueError, OverflowError) as error:
-        named = {"--from": EARLIEST, "--to": LATEST}[what]
-        raise ConfigError(f"{what}: {text!r} is neither {named} nor an ISO time") from error
+        word = {"--from": EARLIEST, "--to": LATEST}[option]
+        raise ConfigError(f"{option}: {text!r} is neither {word} nor an ISO time") from error
 
 
 @asynccontextmanager
 async def stopped_by_signals() -> AsyncIterator[None]:
-    """SIGINT and SIGTERM end the task that is inside as if it were cancelled."""
+    """Cancel the task that runs the block on SIGINT and SIGTERM."""
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
-    assert task is not None, "signals are for a task"
+    assert task is not None, "use this inside a task"
     on_signal(task.cancel)
     try:
         yield
@@ -252,10 +278,10 @@ async def stopped_by_signals() -> AsyncIterator[None]:
 
 
 def run_until_done(work: Callable[[], Coroutine[Any, Any, Result]], interrupted: str) -> Result:
-    """Run to the end, or to a signal.
+    """Run some work until it is done or a signal arrives.
 
     Raises:
-        MillpondError: a signal came; `interrupted` says what that means.
+        MillpondError: a signal arrived. `interrupted` is the message.
     """
 
     async def run() -> Result:

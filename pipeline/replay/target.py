@@ -1,4 +1,15 @@
-"""The database that a replay folds into: empty of the agent's keys, or with an interrupted replay of the same."""
+"""The database that a replay folds into, and the marker that says what a replay has put there.
+
+The marker is one hash for each agent. Its `complete` is 0 from the claim on, and 1 after the replay.
+
+**ON claim**
+
+1. Without a marker, the database must have no keys of the agent.
+2. An interrupted replay is continued, if the Kafka cluster and `--from` are the same. It keeps its starts, although
+   Kafka may have deleted records since.
+3. A complete replay is refused.
+4. Write the marker.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +28,10 @@ from millpond.schemas.rules.pool import Pool
 
 
 class Marker(Struct, frozen=True, kw_only=True):
-    """What a replay has put, or is putting, into a database: by partition the first offset and the one after the last."""
+    """A replay of one agent. `begins` is the `--from` of its command; `starts` and `ends` are offsets by partition.
+
+    An end is exclusive.
+    """
 
     cluster_id: str
     begins: str
@@ -27,32 +41,33 @@ class Marker(Struct, frozen=True, kw_only=True):
 
 
 async def read_marker(space: Keyspace, app: str, agent: AgentName) -> Marker | None:
-    """What is marked; None if nothing is.
+    """Return the marker of a database, or None.
 
     Raises:
-        MillpondError: the key holds something else.
+        MillpondError: its key does not hold a marker.
     """
     name = keys.replay_marker(app, agent)
-    pairs = await space.get("HGETALL", name)
-    held = dict(zip((part.decode() for part in pairs[::2]), pairs[1::2], strict=True))
-    if not held:
+    pairs = await space.call("HGETALL", name)
+    fields = dict(zip((part.decode() for part in pairs[::2]), pairs[1::2], strict=True))
+    if not fields:
         return None
     try:
         return Marker(
-            cluster_id=held["cluster_id"].decode(),
-            begins=held["from"].decode(),
-            starts=msgspec.json.decode(held["starts"], type=dict[int, int]),
-            ends=msgspec.json.decode(held["ends"], type=dict[int, int]),
-            complete=held["complete"] == b"1",
+            cluster_id=fields["cluster_id"].decode(),
+            begins=fields["from"].decode(),
+            starts=msgspec.json.decode(fields["starts"], type=dict[int, int]),
+            ends=msgspec.json.decode(fields["ends"], type=dict[int, int]),
+            complete=fields["complete"] == b"1",
         )
     except (KeyError, ValueError) as error:
         raise MillpondError(
-            f"{space.where} holds a key {name} that no replay wrote: {error!r}"
+            f"{space.where} holds a key {name} that no replay wrote: {error!r};"
+            " empty the database, or choose another"
         ) from error
 
 
 async def write_marker(space: Keyspace, app: str, agent: AgentName, marker: Marker) -> None:
-    """Mark it, whatever was marked before."""
+    """Write the marker of a database, or replace it."""
     fields = {
         "complete": int(marker.complete),
         "from": marker.begins,
@@ -61,16 +76,16 @@ async def write_marker(space: Keyspace, app: str, agent: AgentName, marker: Mark
         "cluster_id": marker.cluster_id,
     }
     parts = [part for pair in fields.items() for part in pair]
-    await space.get("HSET", keys.replay_marker(app, agent), *parts)
+    await space.call("HSET", keys.replay_marker(app, agent), *parts)
 
 
 async def claim(
     space: Keyspace, app: str, agent: AgentName, rules: Rules, wanted: Marker
 ) -> Marker:
-    """Mark the database as holding an incomplete replay of the agent; an interrupted one's own beginning holds.
+    """Mark the database as an incomplete replay of the agent, and return the marker that counts.
 
     Raises:
-        MillpondError: it holds something else of the agent, or another replay.
+        MillpondError: the database has other keys of the agent, or another replay.
     """
     known = await read_marker(space, app, agent)
     if known is None:
@@ -83,21 +98,23 @@ async def claim(
 
 
 def _check_same(space: Keyspace, agent: AgentName, known: Marker, wanted: Marker) -> None:
-    held = f"{space.where} holds a replay of {agent}"
+    found = f"{space.where} holds a replay of {agent}"
     if known.complete:
-        raise MillpondError(f"{held} that is complete: empty the database, or choose another")
+        raise MillpondError(f"{found} that is complete: empty the database, or choose another")
     if known.cluster_id != wanted.cluster_id:
         raise MillpondError(
-            f"{held} of Kafka cluster {known.cluster_id}: empty the database, or choose another"
+            f"{found} of Kafka cluster {known.cluster_id}: empty the database, or choose another"
         )
     if known.begins != wanted.begins:
         raise MillpondError(
-            f"{held} that was interrupted, from {known.begins}: go on with --from {known.begins}, or empty the database"
+            f"{found} that was interrupted, from {known.begins}: continue it with --from {known.begins},"
+            " or empty the database"
         )
 
 
 async def _check_empty(space: Keyspace, app: str, agent: AgentName, rules: Rules) -> None:
     prefix = keys.private_prefix(app, agent)
+    # Not only `OwnedKeys`: it leaves out journals.
     async for page in space.scan(prefix):
         raise MillpondError(_not_empty(space, agent, page))
     async for page in OwnedKeys(app, [agent], rules).scan(space):
@@ -108,13 +125,15 @@ def _not_empty(space: Keyspace, agent: AgentName, page: Sequence[bytes]) -> str:
     key = page[0].decode("utf-8", "backslashreplace")
     return (
         f"{space.where} holds keys of {agent} that no replay has put there, such as {key}:"
-        " a replay needs a database without them"
+        " empty the database, or choose another"
     )
 
 
 async def check_not_live(space: Keyspace, into: Pool, live: Sequence[Pool]) -> None:
-    """Whether a database is another one than these, by the servers' own identity. One that is away cannot be written to
-    by its workers either, and is told by its address.
+    """Check that a database is none of the live ones.
+
+    Servers are compared by their run id, so that a second address of the same server is noticed. A live server that is
+    down has no run id: its address counts alone.
 
     Raises:
         MillpondError: it is one of them.
@@ -130,5 +149,6 @@ async def check_not_live(space: Keyspace, into: Pool, live: Sequence[Pool]) -> N
                 same = False
         if same:
             raise MillpondError(
-                f"{space.where} database {into.database} is the live store (pool {pool.name}): replay into another one"
+                f"{space.where} database {into.database} is the live store (pool {pool.name}):"
+                " replay into another database or server"
             )

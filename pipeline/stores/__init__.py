@@ -1,1 +1,1 @@
-"""Where a partition's state is kept: one module per kind of store, `registry` chooses."""
+"""Stores: where a partition's state is kept. Each kind has a package; `registry` chooses one for a pool."""

@@ -1,4 +1,4 @@
-"""From a pool of the user's file to a store."""
+"""From a pool of the configuration to a store: addresses, credentials, TLS, Sentinel."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from millpond.schemas.rules.pool import Pool
 
 
 def open_store(pool: Pool, partition: Partition) -> Store[Any]:
-    """The store of a partition in a pool. Nothing is connected before `load`.
+    """Return the store of a partition in a pool. Nothing connects before `load`.
 
     Raises:
-        ConfigError: the password or certificate file of the pool cannot be read.
+        ConfigError: the password file or certificate file of the pool cannot be read.
     """
     if pool.type == "cluster":
         return ClusterStore(partition, addresses(pool), access_of(pool))
@@ -33,15 +33,20 @@ def open_store(pool: Pool, partition: Partition) -> Store[Any]:
 
 
 def addresses(pool: Pool) -> list[Address]:
-    """The servers of a pool."""
+    """Return the servers that a pool names."""
     return [Address(host, port) for host, port in pool.servers]
 
 
 def access_of(pool: Pool) -> Access:
-    """What a pool says about being let in. See `open_store` for what is raised."""
+    """Read the credentials, database and TLS settings of a pool.
+
+    Raises:
+        ConfigError: the password file or certificate file cannot be read.
+    """
     password = pool.password
     try:
         if pool.password_file is not None:
+            # The first line counts, so that an editor's final newline does no harm.
             password = Path(pool.password_file).read_text(encoding="utf-8").split("\n", 1)[0]
         tls = ssl.create_default_context(cafile=pool.ca_file) if pool.tls else None
     except (OSError, UnicodeDecodeError) as error:
@@ -50,7 +55,7 @@ def access_of(pool: Pool) -> Access:
 
 
 def connector(pool: Pool) -> Callable[[], Awaitable[Connection]]:
-    """Opens connections to the one server of a pool that takes writes (of a cluster: to some node)."""
+    """Return a function that connects to the server of a pool that takes writes; of a cluster, to its first node."""
     access = access_of(pool)
 
     async def connect() -> Connection:
@@ -60,16 +65,16 @@ def connector(pool: Pool) -> Callable[[], Awaitable[Connection]]:
 
 
 async def locate(pool: Pool, access: Access) -> Address:
-    """The one server of a pool that takes writes; of a cluster, the first node named. See `primary`."""
+    """Return the server of a pool that takes writes; of a cluster, its first node. See `primary` for the errors."""
     return await primary(pool, access) if pool.type == "sentinel" else addresses(pool)[0]
 
 
 async def primary(pool: Pool, access: Access) -> Address:
-    """Where the sentinels say that the primary is.
+    """Ask the sentinels for the primary's address.
 
     Raises:
-        StoreDown: none answers, or none knows a primary that is up.
-        StoreRefused: the sentinels want a password.
+        StoreDown: no sentinel answers, or none knows a primary that is up.
+        StoreRefused: a sentinel wants a password. Millpond sends none to sentinels.
     """
     tls = {"ssl": True, "ssl_ca_certs": pool.ca_file} if pool.tls else {}
     settings = {"socket_timeout": access.connect_timeout_s, "retry": Retry(NoBackoff(), 0), **tls}
@@ -80,8 +85,9 @@ async def primary(pool: Pool, access: Access) -> Address:
     except (AuthenticationError, AuthorizationError) as error:
         raise StoreRefused(f"the sentinels {servers} refuse: {error}") from error
     except (RedisError, OSError) as error:
-        reason = f"no primary {pool.sentinel!r} according to the sentinels {servers}"
-        raise StoreDown(f"{reason}: {error}") from error
+        raise StoreDown(
+            f"the sentinels {servers} name no primary of {pool.sentinel!r}: {error}"
+        ) from error
     finally:
         for client in sentinel.sentinels:
             await client.aclose()

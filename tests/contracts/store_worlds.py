@@ -1,4 +1,4 @@
-"""Where a store keeps things, one way for every kind: open stores, put foreign keys, look at everything."""
+"""One interface to every kind of store under test: open stores, write foreign keys, dump the content."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from tests.support.given import published
 from tests.support.redis_servers import RedisProcess
 
 PARTITION = Partition("app", "messages", 7)
-FAR_MS = 4_000_000_000_000  # the year 2096: no server expires it meanwhile
+FAR_MS = 4_000_000_000_000  # the year 2096: nothing expires during a test
 
 
 class World(Protocol):
-    """One kind of store and its content."""
+    """One kind of store with its server."""
 
     def store(self, partition: Partition = PARTITION) -> Store[Any]:
-        """A new store; several of one partition fence each other."""
+        """Return a new store. Several stores of one partition fence each other."""
         ...
 
     def put(self, key: str, value: bytes) -> None:
-        """Somebody else's string."""
+        """Write a string, as another program would."""
         ...
 
     def clear(self) -> None:
-        """Empty it, as an operator would."""
+        """Delete all keys, as an operator would."""
         ...
 
     def dump(self) -> dict[str, StoredValue]:
-        """Everything it holds."""
+        """Return the whole content."""
         ...
 
 
 class MemoryWorld:
-    """In memory."""
+    """The memory store."""
 
     def __init__(self) -> None:
         self.server = MemoryServer()
@@ -103,14 +103,15 @@ class ClusterWorld(RedisWorld):
         for client in self.clients:
             try:
                 client.set(key, value)
-            except redis.ResponseError:  # MOVED: another node's
+            # MOVED: another node serves the key.
+            except redis.ResponseError:
                 continue
             return
-        raise AssertionError("no node took it")
+        raise AssertionError("no node serves the key's slot")
 
 
 def entry_of(client: Any, key: bytes) -> StoredValue:
-    """One key of a Redis server."""
+    """Return the value and expiry of one key of a Redis server."""
     kind = client.type(key)
     expires_at = client.pexpiretime(key)
     value: Any
@@ -127,7 +128,7 @@ def entry_of(client: Any, key: bytes) -> StoredValue:
 
 
 def applied(sequence: int, **fields: Any) -> Applied:
-    """The fence after transaction `sequence`."""
+    """Return the fence that transaction number `sequence` writes."""
     values: dict[str, Any] = {
         "offset": sequence * 10, "timestamp": 1_700_000_000_000, "cluster_id": "kafka",
         "partition_count": 24, "produced": 0, "now_ms": 1_700_000_000_000, "score": sequence,
@@ -142,7 +143,7 @@ def transaction(
     outputs: Sequence[Output] = (),
     produced: Sequence[int] = (),
 ) -> Transaction:
-    """Transaction number `sequence` of a partition, from 1 on; the one before it is expected."""
+    """Return transaction number `sequence` of a partition, from 1 on. It expects the fence of the one before."""
     expected = applied(sequence - 1) if sequence > 1 else None
     return Transaction(expected, applied(sequence), effects, outputs, produced)
 
@@ -150,12 +151,12 @@ def transaction(
 def kept(
     offset: int, message_id: str, topic: str, *, expires_at: int | None = None, **fields: object
 ) -> StoreMessage:
-    """Keep a message, indexed by its offset."""
+    """Store a message, with its offset as place in the index."""
     event = published(message_id, topic, **fields)
     return StoreMessage(offset, event, 1_000_000 + offset, indexed=True, expires_at=expires_at)
 
 
 async def commit(store: Store[Any], sent: Transaction) -> list[Refusal]:
-    """Pack, commit, and what was refused."""
+    """Pack and commit a transaction, and return its refusals in order."""
     refused = await store.commit(store.pack(sent))
     return sorted(refused, key=lambda refusal: (refusal.offset, refusal.part))

@@ -1,4 +1,4 @@
-"""What is particular to a Redis Cluster: slots that move, nodes that die, and what runs after the fence."""
+"""The Cluster store: slots that move, nodes that die, and removals that run after the fence."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.support.redis_servers import RedisProcess, cluster_processes, until
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[list[RedisProcess]]:
-    """A cluster to break."""
+    """A cluster that the test may break."""
     with cluster_processes(tmp_path) as processes:
         yield processes
 
 
 def owner(nodes: list[RedisProcess], slot: int) -> RedisProcess:
-    """The node that says a slot is its own."""
+    """Return the node that names itself as the owner of a slot."""
     for node in nodes:
         for first, last, (_, port, *_rest), *_ in node.client.execute_command("CLUSTER SLOTS"):
             if first <= slot <= last and port == node.port:
@@ -35,12 +35,12 @@ def owner(nodes: list[RedisProcess], slot: int) -> RedisProcess:
 
 
 def node_id(node: RedisProcess) -> str:
-    """Its name in the cluster."""
+    """Return the node's id in the cluster."""
     return str(node.client.execute_command("CLUSTER", "MYID").decode())
 
 
 def begin_move(nodes: list[RedisProcess], slot: int) -> tuple[RedisProcess, RedisProcess]:
-    """From now on keys of the slot that are not there any more are asked for at the second node."""
+    """Begin to move a slot. The first node then redirects a client to the second one for keys that it does not have."""
     source = owner(nodes, slot)
     target = next(node for node in nodes if node is not source)
     target.client.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", node_id(source))
@@ -49,7 +49,7 @@ def begin_move(nodes: list[RedisProcess], slot: int) -> tuple[RedisProcess, Redi
 
 
 def move(nodes: list[RedisProcess], slot: int) -> None:
-    """A slot, with its keys, goes to another node."""
+    """Move a slot and its keys to another node."""
     source, target = begin_move(nodes, slot)
     moving = source.client.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 1000)
     if moving:
@@ -59,7 +59,7 @@ def move(nodes: list[RedisProcess], slot: int) -> None:
         node.client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", node_id(target))
 
 
-async def test_a_message_whose_slot_moved_is_followed(nodes: list[RedisProcess]) -> None:
+async def test_the_store_follows_a_message_whose_slot_moved(nodes: list[RedisProcess]) -> None:
     store = ClusterWorld(nodes).store()
     await store.load()
     await commit(store, transaction(1, kept(1, "m1", "t")))
@@ -71,7 +71,7 @@ async def test_a_message_whose_slot_moved_is_followed(nodes: list[RedisProcess])
     await store.close()
 
 
-async def test_a_message_whose_slot_is_moving_is_asked_for(nodes: list[RedisProcess]) -> None:
+async def test_the_store_follows_a_message_whose_slot_is_moving(nodes: list[RedisProcess]) -> None:
     store = ClusterWorld(nodes).store()
     await store.load()
     begin_move(nodes, key_slot(keys.message_index("t").encode()))
@@ -80,7 +80,7 @@ async def test_a_message_whose_slot_is_moving_is_asked_for(nodes: list[RedisProc
     await store.close()
 
 
-async def test_when_the_states_own_slot_moved_the_store_is_down_until_loaded_anew(
+async def test_when_the_slot_of_the_state_moved_the_store_is_down_until_it_is_loaded_again(
     nodes: list[RedisProcess],
 ) -> None:
     store = ClusterWorld(nodes).store()
@@ -100,7 +100,7 @@ async def test_when_the_states_own_slot_moved_the_store_is_down_until_loaded_ane
 
 
 def owner_seen_by(node: RedisProcess) -> Any:
-    """The port of the owner of the state's slot, according to one node."""
+    """Return the port of the owner of the state's slot, according to one node."""
     slot = key_slot(keys.applied(PARTITION).encode())
     for first, last, (_, port, *_rest), *_ in node.client.execute_command("CLUSTER SLOTS"):
         if first <= slot <= last:
@@ -108,7 +108,7 @@ def owner_seen_by(node: RedisProcess) -> Any:
     return None
 
 
-async def test_without_one_node_nothing_is_fenced(nodes: list[RedisProcess]) -> None:
+async def test_without_one_node_no_transaction_is_applied(nodes: list[RedisProcess]) -> None:
     store = ClusterWorld(nodes).store()
     await store.load()
     home = owner(nodes, key_slot(keys.applied(PARTITION).encode()))
@@ -122,15 +122,15 @@ async def test_without_one_node_nothing_is_fenced(nodes: list[RedisProcess]) -> 
 
 
 class CrashingStore(ClusterStore):
-    """An owner that dies right after its fence was written."""
+    """An owner that crashes between the fence and the removals."""
 
-    async def _spread(self, commands: Any) -> Any:
+    async def _run_step(self, commands: Any) -> Any:
         if any(isinstance(source, Unindex | DeleteBody) for source in commands.sources):
             raise StoreDown("killed")
-        return await super()._spread(commands)
+        return await super()._run_step(commands)
 
 
-async def test_what_an_owner_could_not_remove_the_next_one_removes_once(
+async def test_the_next_owner_runs_once_the_removals_that_an_owner_left(
     three_nodes: list[RedisProcess],
 ) -> None:
     world = ClusterWorld(three_nodes)
@@ -164,7 +164,7 @@ async def test_what_an_owner_could_not_remove_the_next_one_removes_once(
     )
 
 
-async def test_a_single_server_is_no_cluster(single_redis: RedisProcess) -> None:
+async def test_a_single_server_is_refused_as_a_cluster(single_redis: RedisProcess) -> None:
     store = ClusterWorld([single_redis]).store()
     with pytest.raises(Exception, match="cluster"):
         await store.load()

@@ -1,4 +1,4 @@
-"""Dead letters are found in whatever kind of pool the agents that deliver keep them."""
+"""Dead letters are read from every kind of pool."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from tests.support.redis_servers import RedisProcess, redis_process, until
 
 HOST = "127.0.0.1"
 SETTINGS = Settings(app="app", kafka=KafkaSettings(partitions=3))
-PER_PARTITION = 700  # more than one answer of the store brings
+PER_PARTITION = 700  # more than one page of the store
 
 
 @pytest.fixture(params=["single", "sentinel", "cluster"])
 def pool(
     request: pytest.FixtureRequest, single_redis: RedisProcess, tmp_path: Path
 ) -> Iterator[Pool]:
-    """Each kind in turn, empty."""
+    """Each kind of pool in turn, empty."""
     single_redis.client.flushall()
     match request.param:
         case "single":
@@ -66,8 +66,8 @@ def rules(pool: Pool) -> Rules:
     return Rules(both.rules, (pool,))
 
 
-async def keep(pool: Pool, partition: Partition, *dead: DeadMessage) -> None:
-    """What an agent does in the end."""
+async def store_dead(pool: Pool, partition: Partition, *dead: DeadMessage) -> None:
+    """Store dead messages, as an agent does."""
     store = open_store(pool, partition)
     await store.load()
     effects: list[Any] = []
@@ -81,17 +81,17 @@ async def keep(pool: Pool, partition: Partition, *dead: DeadMessage) -> None:
     await store.close()
 
 
-def given_up(topic: str, number: int) -> DeadMessage:
+def dead_message(topic: str, number: int) -> DeadMessage:
     return DeadMessage(
         topic=topic, message_id=f"{topic}-{number:04}", reason="r", deliveries=5, at=number
     )
 
 
-async def test_those_of_every_partition_of_every_agent_are_found(pool: Pool) -> None:
+async def test_the_dead_letters_of_every_partition_and_agent_are_found(pool: Pool) -> None:
     for number in range(3):
-        many = (given_up(f"queue/{number}", at) for at in range(PER_PARTITION))
-        await keep(pool, Partition("app", "queue", number), *many)
-    await keep(pool, Partition("app", "pubsub", 2), given_up("pubsub/a", 7))
+        many = (dead_message(f"queue/{number}", at) for at in range(PER_PARTITION))
+        await store_dead(pool, Partition("app", "queue", number), *many)
+    await store_dead(pool, Partition("app", "pubsub", 2), dead_message("pubsub/a", 7))
 
     with DeadLetterSnapshot() as snapshot:
         assert await dead_letters.take(SETTINGS, rules(pool), None, snapshot) == 0
@@ -99,20 +99,20 @@ async def test_those_of_every_partition_of_every_agent_are_found(pool: Pool) -> 
         assert [dead.at for _, dead in snapshot.newest(3)] == [PER_PARTITION - 1] * 3
     with DeadLetterSnapshot() as snapshot:
         await dead_letters.take(SETTINGS, rules(pool), "+/a", snapshot)
-        assert list(snapshot) == [("pubsub", given_up("pubsub/a", 7))]
+        assert list(snapshot) == [("pubsub", dead_message("pubsub/a", 7))]
 
     ids = ["queue/2-0001", "pubsub/a-0007", "queue/0-0699"]
     found = await dead_letters.find(SETTINGS, rules(pool), ids)
     assert [each.dead.message_id for each in found] == ids
-    with pytest.raises(MillpondError, match=r"letters: 'nobody', '\\udcff' \("):
-        await dead_letters.find(SETTINGS, rules(pool), [*ids, "nobody", "\udcff"])
+    with pytest.raises(MillpondError, match=r"letters: 'unknown', '\\udcff' \("):
+        await dead_letters.find(SETTINGS, rules(pool), [*ids, "unknown", "\udcff"])
     shown, message = await dead_letters.show(SETTINGS, rules(pool), "pubsub/a-0007")
-    assert (shown.agent, shown.dead) == ("pubsub", given_up("pubsub/a", 7))
+    assert (shown.agent, shown.dead) == ("pubsub", dead_message("pubsub/a", 7))
     assert message is not None
     assert (message.payload, message.client_id) == ("hello", "pub")
 
 
-async def test_a_store_that_is_away_is_told_at_once() -> None:
-    away = Pool(name="pool1", servers=((HOST, free_port()),))
+async def test_a_store_that_is_down_is_reported_at_once() -> None:
+    down = Pool(name="pool1", servers=((HOST, free_port()),))
     with pytest.raises(StoreDown):
-        await dead_letters.find(SETTINGS, rules(away), ["m"])
+        await dead_letters.find(SETTINGS, rules(down), ["m"])

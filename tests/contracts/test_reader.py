@@ -1,4 +1,4 @@
-"""What is read from outside is what the store holds, and nothing is changed by it."""
+"""A `StoreReader` returns the content of the store, and changes nothing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.support import given
 
 
 def pool_of(world: RedisWorld) -> Pool:
-    """How a rule file names this world."""
+    """Return the pool of this store, as a configuration names it."""
     seeds = world.seeds if isinstance(world, ClusterWorld) else [world.address]
     kind = "cluster" if isinstance(world, ClusterWorld) else "single"
     servers = tuple((seed.host, seed.port) for seed in seeds)
@@ -43,7 +43,7 @@ def pool_of(world: RedisWorld) -> Pool:
 
 
 @pytest.mark.parametrize("world", ["redis", "cluster"], indirect=True)
-async def test_states_are_read_and_left_as_they_are(world: RedisWorld) -> None:
+async def test_reading_states_changes_nothing(world: RedisWorld) -> None:
     store = world.store()
     await store.load()
     await commit(store, transaction(1, SetState("a", b"1"), SetState("b", b"2"), DeleteBody("m")))
@@ -53,19 +53,20 @@ async def test_states_are_read_and_left_as_they_are(world: RedisWorld) -> None:
             PARTITION, [ReadStates(("a", "c")), ReadAllStates(0), ReadStates(())]
         ) == [{"a": b"1", "c": None}, (0, {"a": b"1", "b": b"2"}), {}]
     assert world.dump() == before
-    await commit(store, transaction(2))  # nobody came in between
+    # A reader does not fence the owner.
+    await commit(store, transaction(2))
     await store.close()
 
 
-async def test_a_server_that_is_away_is_told_at_once(tmp_path: Path) -> None:
-    away = Pool(name="p", servers=(("127.0.0.1", free_port()),))
+async def test_a_server_that_is_down_is_reported_at_once(tmp_path: Path) -> None:
+    down = Pool(name="p", servers=(("127.0.0.1", free_port()),))
     with pytest.raises(StoreDown):
-        async with StoreReader(away):
+        async with StoreReader(down):
             pass
 
 
 @pytest.mark.parametrize("world", ["redis", "cluster"], indirect=True)
-async def test_counts_places_and_the_fence_are_told_as_they_are(world: RedisWorld) -> None:
+async def test_counts_positions_receipts_and_the_fence_are_read(world: RedisWorld) -> None:
     store = world.store()
     await store.load()
     messages = [
@@ -89,7 +90,7 @@ async def test_counts_places_and_the_fence_are_told_as_they_are(world: RedisWorl
         assert (cursor, sorted(names)) == (0, ["index\0a*", "index\0b"])
         ((cursor, names),) = await reader.read(PARTITION, [ScanDue(0, "index\0a*")])
         assert names == ["index\0a*"]
-        # What is of another type is nobody's message, and what was never written is nothing.
+        # A public key of another type counts as empty, like a missing one.
         world.put("mqtt:msg:text", b"x")
         world.put("mqtt:receipt:text", b"x")
         public: list[InspectionRead] = [

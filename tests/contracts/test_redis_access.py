@@ -1,4 +1,4 @@
-"""From a pool of the user's file to a store: credentials, TLS, Sentinel, and the check of users' commands."""
+"""From a pool of the configuration to a store: credentials, TLS, Sentinel, and the check of user commands."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HOST = "127.0.0.1"
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[RedisProcess]:
-    """A server with a user of its own, and a file with that user's password."""
+    """A server with a user for Millpond, and a file with the user's password."""
     (tmp_path / "password").write_text("correct horse\nnot this line\n")
     with redis_process(tmp_path / "redis") as process:
         process.client.acl_setuser(
@@ -84,7 +84,7 @@ async def test_wrong_or_missing_credentials_are_refused_and_not_shown(
     await store.close()
 
 
-def test_a_password_file_that_is_not_there_is_named() -> None:
+def test_a_missing_password_file_is_named() -> None:
     pool = Pool(name="p", servers=((HOST, 1),), password_file="/not/there")
     with pytest.raises(ConfigError, match="/not/there"):
         open_store(pool, PARTITION)
@@ -129,12 +129,12 @@ async def test_sentinels_lead_to_the_primary_and_after_a_failover_to_the_new_one
 
 
 def rules(*fields: str) -> Rules:
-    """One rule with one command."""
+    """Return one rule with one command."""
     rule = Rule(hook="message.publish", commands=(fields,), pool="p", file="a.toml", line=7)
     return Rules((rule,))
 
 
-async def test_commands_that_the_server_knows_pass(single_redis: RedisProcess) -> None:
+async def test_commands_that_the_server_knows_are_accepted(single_redis: RedisProcess) -> None:
     pool = Pool(name="p", servers=((HOST, single_redis.port),))
     for command in (
         ("INCR", "a"),

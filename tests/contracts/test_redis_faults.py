@@ -1,4 +1,4 @@
-"""What a Redis store does on bad days of its server. Every test has a server of its own to break."""
+"""The Redis store while its server is killed, paused, full, read-only or emptied. Every test has its own server."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.support.redis_servers import RedisProcess, redis_process, until
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[RedisProcess]:
-    """A server that keeps what it has acknowledged, even when killed."""
+    """A server that keeps all acknowledged writes, also when it is killed."""
     with redis_process(tmp_path / "redis", appendonly="yes", appendfsync="always") as process:
         yield process
 
 
-async def test_a_server_killed_mid_flight_holds_the_whole_batch_or_nothing_of_it(
+async def test_a_server_that_is_killed_during_a_commit_has_the_whole_batch_or_nothing(
     server: RedisProcess,
 ) -> None:
     world = RedisWorld(server)
@@ -35,11 +35,12 @@ async def test_a_server_killed_mid_flight_holds_the_whole_batch_or_nothing_of_it
         await commit(store, transaction(1, SetState("t", b"old")))
         messages = [kept(offset, f"m{offset}", f"topic/{offset}") for offset in range(3_000)]
         new = store.pack(transaction(2, *messages, SetState("t", b"new")))
-        on_its_way = asyncio.ensure_future(store.commit(new))
-        await asyncio.sleep(0.002 * number)  # another moment each time; every outcome is checked
+        in_flight = asyncio.ensure_future(store.commit(new))
+        # Another moment each time. The checks below accept both outcomes.
+        await asyncio.sleep(0.002 * number)
         server.kill()
         try:
-            await on_its_way
+            await in_flight
         except StoreDown:
             answered = False
         else:
@@ -47,14 +48,14 @@ async def test_a_server_killed_mid_flight_holds_the_whole_batch_or_nothing_of_it
         server.start()
         sequence = (await store.load()).applied
         assert sequence in ([applied(2)] if answered else [applied(1), applied(2)])
-        whole = sequence == applied(2)
-        assert len(world.dump()) == 2 + (6_000 if whole else 0)
+        was_applied = sequence == applied(2)
+        assert len(world.dump()) == 2 + (6_000 if was_applied else 0)
         states = await store.read([ReadStates(("t",))])
-        assert states == [{"t": b"new" if whole else b"old"}]
+        assert states == [{"t": b"new" if was_applied else b"old"}]
         await store.close()
 
 
-async def test_a_silent_server_is_down_and_what_it_does_later_fences_nobody_unseen(
+async def test_a_silent_server_is_down_and_a_late_exec_is_noticed(
     server: RedisProcess,
 ) -> None:
     world = RedisWorld(server, Access(reply_timeout_s=0.3))
@@ -64,7 +65,8 @@ async def test_a_silent_server_is_down_and_what_it_does_later_fences_nobody_unse
     with pytest.raises(StoreDown, match="no reply"):
         await commit(store, transaction(1, SetState("t", b"late")))
     server.resume()
-    stored = await store.load()  # before the late EXEC or after it: then it is fenced, or done
+    # The late EXEC runs before this load, and is then loaded; or after it, and then fences the next commit.
+    stored = await store.load()
     try:
         sequence = 1 if stored.applied is None else 2
         await commit(store, transaction(sequence, SetState("t", b"mine")))
@@ -75,7 +77,7 @@ async def test_a_silent_server_is_down_and_what_it_does_later_fences_nobody_unse
     await store.close()
 
 
-async def test_a_load_waits_for_a_server_that_is_away(server: RedisProcess) -> None:
+async def test_a_load_waits_for_a_server_that_is_down(server: RedisProcess) -> None:
     store = RedisWorld(server).store()
     await store.load()
     await commit(store, transaction(1))
@@ -123,7 +125,7 @@ async def test_a_server_that_cannot_write_its_disk_applies_nothing_and_is_down(
         await store.close()
 
 
-async def test_a_primary_that_became_a_replica_takes_nothing_until_it_is_primary_again(
+async def test_a_primary_that_became_a_replica_is_down_until_it_is_primary_again(
     server: RedisProcess,
 ) -> None:
     store = RedisWorld(server).store()
@@ -139,7 +141,7 @@ async def test_a_primary_that_became_a_replica_takes_nothing_until_it_is_primary
     await store.close()
 
 
-async def test_a_server_restarted_empty_shows_nothing(tmp_path: Path) -> None:
+async def test_a_server_that_restarts_empty_has_no_state(tmp_path: Path) -> None:
     with redis_process(tmp_path / "redis") as server:
         store = RedisWorld(server).store()
         await store.load()
@@ -152,7 +154,7 @@ async def test_a_server_restarted_empty_shows_nothing(tmp_path: Path) -> None:
         await store.close()
 
 
-async def test_a_user_without_permission_is_refused_by_name(server: RedisProcess) -> None:
+async def test_a_user_without_permission_is_refused_with_the_reason(server: RedisProcess) -> None:
     server.client.acl_setuser(
         "narrow", enabled=True, passwords="+secret", keys=["millpond:*"], commands=["+@all"]
     )
@@ -185,7 +187,9 @@ async def test_a_user_that_may_not_use_transactions_is_refused_before_anything_i
     await store.close()
 
 
-async def test_keys_that_millpond_did_not_write_are_named(server: RedisProcess) -> None:
+async def test_keys_that_millpond_did_not_write_are_named_in_the_refusal(
+    server: RedisProcess,
+) -> None:
     store = RedisWorld(server).store()
     server.client.set(keys.applied(PARTITION), "not JSON")
     with pytest.raises(StoreRefused, match="app:messages:7"):
@@ -198,14 +202,14 @@ async def test_keys_that_millpond_did_not_write_are_named(server: RedisProcess) 
     await store.close()
 
 
-async def test_a_cancelled_commit_needs_a_load(server: RedisProcess) -> None:
+async def test_a_cancelled_commit_requires_a_load(server: RedisProcess) -> None:
     store = RedisWorld(server).store()
     await store.load()
     server.pause()
-    on_its_way = asyncio.ensure_future(store.commit(store.pack(transaction(1))))
-    on_its_way.cancel()
+    in_flight = asyncio.ensure_future(store.commit(store.pack(transaction(1))))
+    in_flight.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await on_its_way
+        await in_flight
     server.resume()
     with pytest.raises(AssertionError):
         store.commit(store.pack(transaction(1)))
@@ -213,7 +217,7 @@ async def test_a_cancelled_commit_needs_a_load(server: RedisProcess) -> None:
     await store.close()
 
 
-async def test_a_batch_larger_than_the_sockets_buffers_arrives_whole(server: RedisProcess) -> None:
+async def test_a_batch_larger_than_the_socket_buffers_is_applied(server: RedisProcess) -> None:
     store = RedisWorld(server).store()
     await store.load()
     payload = "x" * (1 << 20)

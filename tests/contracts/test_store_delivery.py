@@ -1,4 +1,4 @@
-"""What every store does for the agents that deliver: tables, indexes of their own, places in a topic's index."""
+"""Every store, for delivery agents: tables of states, private indexes, places in a topic's index."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from millpond.schemas import keys
 from tests.contracts.store_worlds import FAR_MS, PARTITION, World, commit, kept, transaction
 
 
-async def test_a_message_is_placed_in_its_index_once_more(world: World) -> None:
+async def test_a_message_returns_to_its_index(world: World) -> None:
     store = world.store()
     await store.load()
     await commit(store, transaction(1, kept(1, "m1", "t", expires_at=FAR_MS), kept(2, "m2", "t")))
@@ -29,7 +29,7 @@ async def test_a_message_is_placed_in_its_index_once_more(world: World) -> None:
         [("m2", 1_000_002), ("m1", 1_000_009), ("m3", 1_000_010)]
     ]
     assert world.dump()[keys.message_body("m1")].expires_at == FAR_MS + 5 + BODY_GRACE_MS
-    world.put(keys.message_index("foreign"), b"somebody else's")
+    world.put(keys.message_index("foreign"), b"foreign")
     refused = await commit(store, transaction(4, Reindex(5, "foreign", "m2", 7, None)))
     assert [(each.offset, each.part) for each in refused] == [(5, "index")]
     await store.close()
@@ -51,38 +51,38 @@ async def test_each_table_of_states_has_its_own_keys(world: World) -> None:
     await store.close()
 
 
-async def test_an_index_is_read_from_behind_a_score_and_asked_for_one_entry(world: World) -> None:
+async def test_an_index_is_read_above_a_score_and_by_message(world: World) -> None:
     store = world.store()
     await store.load()
     far = 1_700_000_000_000_000  # µs since the epoch: scores must not be rounded
     entries = [kept(offset, f"m{offset}", "t") for offset in (far, far + 1, far + 2)]
     await commit(store, transaction(1, *entries))
-    behind, none, everything = await store.read(
+    above, none, everything = await store.read(
         [
             ReadIndex("t", 5, 1_000_000 + far), ReadIndex("t", 5, 1_000_002 + far), ReadIndex("t", 2),
         ]
     )  # fmt: skip
-    assert behind == [(f"m{far + 1}", 1_000_001 + far), (f"m{far + 2}", 1_000_002 + far)]
+    assert above == [(f"m{far + 1}", 1_000_001 + far), (f"m{far + 2}", 1_000_002 + far)]
     assert none == []
     assert everything == [(f"m{far}", 1_000_000 + far), (f"m{far + 1}", 1_000_001 + far)]
     assert await store.read(
         [ReadEntry("t", f"m{far + 1}"), ReadEntry("t", "m9"), ReadEntry("nowhere", "m9")]
     ) == [1_000_001 + far, None, None]
-    world.put(keys.message_index("foreign"), b"somebody else's")
+    world.put(keys.message_index("foreign"), b"foreign")
     assert await store.read([ReadEntry("foreign", "m"), ReadIndex("foreign", 5, 1)]) == [None, []]
     await store.close()
 
 
-async def test_names_of_an_own_index_are_read_by_how_they_begin_and_behind_one(
+async def test_names_of_a_private_index_are_read_by_prefix_and_above_a_name(
     world: World,
 ) -> None:
     store = world.store()
     await store.load()
     names = ("queue/a", "queue/a/x", "queue/b", "queue/é", "other", "queue/c")
     placed = [SetIndex("waiting", name, 0) for name in names]
-    gone = SetIndex("waiting", "queue/c", None)
-    there_again = (SetIndex("waiting", "other", None), SetIndex("waiting", "other", 0))
-    await commit(store, transaction(1, *placed, gone, *there_again))
+    removed = SetIndex("waiting", "queue/c", None)
+    added_again = (SetIndex("waiting", "other", None), SetIndex("waiting", "other", 0))
+    await commit(store, transaction(1, *placed, removed, *added_again))
     reads = [
         ReadNames(None, "waiting", "", "", 9),
         ReadNames(None, "waiting", "queue/", "", 2),
@@ -102,7 +102,7 @@ async def test_names_of_an_own_index_are_read_by_how_they_begin_and_behind_one(
     await store.close()
 
 
-async def test_a_place_in_an_index_is_the_last_one_given_in_a_batch(world: World) -> None:
+async def test_the_last_score_of_a_batch_counts(world: World) -> None:
     store = world.store()
     await store.load()
     await commit(store, transaction(1, SetIndex("work", "c", 1)))

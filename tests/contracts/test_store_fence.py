@@ -1,4 +1,4 @@
-"""One owner at a time: what every store does when somebody else wrote a partition's state."""
+"""The fence of every store: only one owner of a partition can write."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from millpond.schemas.errors import Fenced
 from tests.contracts.store_worlds import PARTITION, World, applied, commit, kept, transaction
 
 
-async def test_of_two_owners_the_slower_is_fenced_and_nothing_of_its_batch_is_there(
+async def test_the_slower_of_two_owners_is_fenced_and_nothing_of_its_batch_is_applied(
     world: World,
 ) -> None:
     slower, faster = world.store(), world.store()
@@ -30,7 +30,7 @@ async def test_of_two_owners_the_slower_is_fenced_and_nothing_of_its_batch_is_th
     await faster.close()
 
 
-async def test_a_transaction_on_another_fence_than_the_loaded_one_is_fenced(world: World) -> None:
+async def test_a_transaction_that_expects_another_fence_is_fenced(world: World) -> None:
     store = world.store()
     await store.load()
     with pytest.raises(Fenced):
@@ -39,7 +39,7 @@ async def test_a_transaction_on_another_fence_than_the_loaded_one_is_fenced(worl
     await store.close()
 
 
-async def test_an_emptied_store_fences_and_then_shows_nothing(world: World) -> None:
+async def test_an_emptied_store_fences_its_owner_and_has_no_state(world: World) -> None:
     store = world.store()
     await store.load()
     await commit(store, transaction(1, kept(1, "m1", "t")))
@@ -51,7 +51,7 @@ async def test_an_emptied_store_fences_and_then_shows_nothing(world: World) -> N
     await store.close()
 
 
-async def test_a_check_finds_out_that_the_fence_is_not_what_was_last_written(world: World) -> None:
+async def test_a_check_notices_that_the_fence_has_changed(world: World) -> None:
     store, other = world.store(), world.store()
     await store.load()
     await store.check()
@@ -69,7 +69,7 @@ async def test_a_check_finds_out_that_the_fence_is_not_what_was_last_written(wor
     await other.close()
 
 
-async def test_after_a_failure_nothing_is_committed_before_a_load(world: World) -> None:
+async def test_after_a_failure_a_commit_requires_a_load(world: World) -> None:
     store = world.store()
     with pytest.raises(AssertionError):
         store.commit(store.pack(transaction(1)))
@@ -93,13 +93,13 @@ async def test_partitions_do_not_share_state(world: World) -> None:
     await other.close()
 
 
-async def test_reads_are_answered_while_a_commit_is_on_its_way_and_after_it_see_it(
+async def test_reads_are_answered_during_a_commit_and_see_a_finished_one(
     world: World,
 ) -> None:
     store = world.store()
     await store.load()
-    on_its_way = store.commit(store.pack(transaction(1, SetState("t", b"1"))))
+    in_flight = store.commit(store.pack(transaction(1, SetState("t", b"1"))))
     assert (await store.read([ReadStates(("t",))]))[0]["t"] in (None, b"1")
-    assert list(await on_its_way) == []
+    assert list(await in_flight) == []
     assert await store.read([ReadStates(("t",))]) == [{"t": b"1"}]
     await store.close()

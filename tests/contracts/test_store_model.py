@@ -1,4 +1,4 @@
-"""Random batches leave the same content and the same refusals in every kind of store as in memory."""
+"""Random batches give the same content and refusals in every store. The memory store is the model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from millpond.schemas import keys
 from tests.contracts.store_worlds import FAR_MS, MemoryWorld, World, commit, kept, transaction
 
 IDS = ("m0", "m1", "m 2", "mé3")
-TOPICS = ("t0", "t/1", "m0")  # one is also a message id: an index where a body may be
+TOPICS = ("t0", "t/1", "m0")  # "m0" is also a message id: its index and its body have one key
 NODES = (None, "n1", "n2")
 FOREIGN = (
     *(keys.message_body("m1"), keys.retained("t0"), keys.receipt("m0"), "counter:1"),
@@ -36,17 +36,18 @@ FOREIGN = (
 
 
 def some_effect(random: Random, offset: int) -> Effect:
-    """Any effect, over few ids and topics."""
+    """Return a random effect. There are few ids and topics, so that effects meet."""
     message_id, topic = random.choice(IDS), random.choice(TOPICS)
-    other_topic = random.choice(TOPICS[:2])  # what is removed here is never a body by that name
+    # Not "m0": a removal from its index could hit its body.
+    other_topic = random.choice(TOPICS[:2])
     expires_at = random.choice((None, FAR_MS + offset))
-    removed = random.choice((None, b"state %d" % offset))
+    state = random.choice((None, b"state %d" % offset))
     return random.choice(
         (
             kept(offset, message_id, topic, expires_at=expires_at, retain=random.random() < 0.5),
             Retain(offset, topic, message_id, offset),
             KeepReceipt(offset, message_id, "acked", random.choice(IDS), offset, FAR_MS + offset),
-            SetState(topic, removed),
+            SetState(topic, state),
             SetIndex(
                 random.choice(("seen:n 1", "announced")), topic, random.choice((None, offset))
             ),
@@ -73,7 +74,7 @@ def some_effect(random: Random, offset: int) -> Effect:
 
 
 @pytest.mark.parametrize("seed", range(12))
-async def test_every_store_holds_what_the_model_holds(world: World, seed: int) -> None:
+async def test_every_store_has_the_content_of_the_model(world: World, seed: int) -> None:
     random, model = Random(seed), MemoryWorld()
     for key in random.sample(FOREIGN, random.randrange(len(FOREIGN))):
         for each in (model, world):
@@ -84,8 +85,8 @@ async def test_every_store_holds_what_the_model_holds(world: World, seed: int) -
     for sequence in range(1, 9):
         offset = sequence * 100
         effects = [some_effect(random, offset + number) for number in range(random.randrange(25))]
-        letters = [DeadLetter(offset, "reason")] if random.random() < 0.5 else []
-        batch = transaction(sequence, *effects, outputs=letters, produced=[sequence - 3])
+        outputs = [DeadLetter(offset, "reason")] if random.random() < 0.5 else []
+        batch = transaction(sequence, *effects, outputs=outputs, produced=[sequence - 3])
         expected, refused = [await commit(store, batch) for store in stores]
         assert [(each.offset, each.part) for each in refused] == [
             (each.offset, each.part) for each in expected

@@ -1,4 +1,4 @@
-"""What every store does, whatever it is made of."""
+"""The contract of every store: content, refusals, reads, journal, user commands."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from tests.contracts.store_worlds import (
 )
 
 
-async def test_an_empty_partition_holds_nothing(world: World) -> None:
+async def test_an_empty_partition_has_no_state(world: World) -> None:
     store = world.store()
     assert await store.load() == LoadedState(None, {}, None, ((), ()))
     assert await store.read([ReadDue(5), ReadIndex("t", 5), ReadStates(("t",))]) == [
@@ -56,7 +56,7 @@ async def test_an_empty_partition_holds_nothing(world: World) -> None:
     await store.close()
 
 
-async def test_a_message_is_kept_as_a_hash_and_an_index_entry_in_log_order(world: World) -> None:
+async def test_a_message_is_stored_as_a_hash_and_an_index_entry_in_log_order(world: World) -> None:
     store = world.store()
     await store.load()
     messages = [
@@ -107,10 +107,10 @@ async def test_an_index_entry_keeps_its_first_score(world: World) -> None:
         (keys.message_index("bad/removal"), "removal"),
     ],
 )
-async def test_a_foreign_key_in_the_way_refuses_one_part_and_the_rest_is_kept(
+async def test_a_foreign_key_in_the_way_refuses_one_part_and_the_rest_is_stored(
     world: World, foreign: str, part: str
 ) -> None:
-    world.put(foreign, b"somebody else's")
+    world.put(foreign, b"foreign")
     store = world.store()
     await store.load()
     refused = await commit(
@@ -134,7 +134,7 @@ async def test_a_foreign_key_in_the_way_refuses_one_part_and_the_rest_is_kept(
     assert [(each.offset, each.part) for each in refused] == [(offset[part], part)]
     assert refused[0].reason.startswith("WRONGTYPE")
     dump = world.dump()
-    assert dump.pop(foreign).value == b"somebody else's"
+    assert dump.pop(foreign).value == b"foreign"
     assert {
         "good-counter", keys.applied(PARTITION), keys.message_body("good"), keys.receipt("good"),
         keys.message_index("good/topic"), keys.retained("good/topic"), keys.table(PARTITION, "states"),
@@ -163,7 +163,7 @@ async def test_a_topic_shaped_like_a_message_id_refuses_the_index_and_keeps_the_
     await store.close()
 
 
-async def test_dropping_a_body_spares_another_key_of_that_name(world: World) -> None:
+async def test_deleting_a_body_leaves_an_index_of_that_name(world: World) -> None:
     store = world.store()
     await store.load()
     await commit(store, transaction(1, kept(1, "m1", "m2")))
@@ -173,7 +173,7 @@ async def test_dropping_a_body_spares_another_key_of_that_name(world: World) -> 
     await store.close()
 
 
-async def test_a_spared_foreign_key_has_no_lifetime(world: World) -> None:
+async def test_a_foreign_key_gets_no_lifetime_after_the_cleaning(world: World) -> None:
     world.put(keys.message_body("m1"), b"foreign")
     store = world.store()
     await store.load()
@@ -184,7 +184,7 @@ async def test_a_spared_foreign_key_has_no_lifetime(world: World) -> None:
     await store.close()
 
 
-async def test_what_is_removed_leaves_no_key_behind(world: World) -> None:
+async def test_removals_leave_no_empty_key(world: World) -> None:
     store = world.store()
     await store.load()
     await commit(
@@ -210,7 +210,7 @@ async def test_a_topic_retains_the_newest_message_only(world: World) -> None:
     await store.close()
 
 
-async def test_states_and_rules_are_replaced_and_found_again(world: World) -> None:
+async def test_states_and_rules_are_replaced_and_read_back(world: World) -> None:
     store = world.store()
     await store.load()
     await commit(
@@ -233,7 +233,7 @@ async def test_states_and_rules_are_replaced_and_found_again(world: World) -> No
     await store.close()
 
 
-async def test_the_earliest_time_stays_until_a_removal_starts_a_member_anew(world: World) -> None:
+async def test_the_earliest_due_time_counts_until_the_member_is_removed(world: World) -> None:
     store = world.store()
     await store.load()
     await commit(
@@ -253,7 +253,7 @@ async def test_the_earliest_time_stays_until_a_removal_starts_a_member_anew(worl
     await store.close()
 
 
-async def test_seen_ids_are_kept_by_generation_whatever_they_hold(world: World) -> None:
+async def test_seen_ids_of_any_text_are_stored_by_generation(world: World) -> None:
     odd = ("a b", "line\nbreak", 'quo"te', "\0", "é\u2028😀", "\\n")
     store = world.store()
     await store.load()
@@ -265,18 +265,18 @@ async def test_seen_ids_are_kept_by_generation_whatever_they_hold(world: World) 
     await store.close()
 
 
-async def test_the_journal_is_kept_until_it_is_produced(world: World) -> None:
-    letters = [DeadLetter(3, "not JSON"), DeadLetter(4, "é\n")]
+async def test_a_journal_entry_stays_until_it_is_produced(world: World) -> None:
+    outputs = [DeadLetter(3, "not JSON"), DeadLetter(4, "é\n")]
     store = world.store()
     await store.load()
-    await commit(store, transaction(1, outputs=letters[:1]))
-    await commit(store, transaction(2, outputs=letters))
+    await commit(store, transaction(1, outputs=outputs[:1]))
+    await commit(store, transaction(2, outputs=outputs))
     await store.close()
     successor = world.store()
     stored = await successor.load()
     assert stored.applied == applied(2)
     assert {sequence: list(each) for sequence, each in stored.journal.items()} == {
-        1: letters[:1], 2: letters,
+        1: outputs[:1], 2: outputs,
     }  # fmt: skip
     await commit(successor, transaction(3, produced=[1]))
     assert list((await successor.load()).journal) == [2]
@@ -285,7 +285,7 @@ async def test_the_journal_is_kept_until_it_is_produced(world: World) -> None:
     await successor.close()
 
 
-async def test_a_command_is_run_once_and_what_is_wrong_with_it_is_told(world: World) -> None:
+async def test_a_user_command_runs_once_and_its_error_is_returned(world: World) -> None:
     store = world.store()
     await store.load()
     commands = [
@@ -305,7 +305,7 @@ async def test_a_command_is_run_once_and_what_is_wrong_with_it_is_told(world: Wo
 
 
 @pytest.mark.parametrize("topic", ["a b", "a:b:c", "😀/é", "{a}b", "$share", "line\nbreak", '"'])
-async def test_any_text_is_a_topic_and_an_id(world: World, topic: str) -> None:
+async def test_any_text_can_be_a_topic_and_an_id(world: World, topic: str) -> None:
     store = world.store()
     await store.load()
     message_id = f"id of {topic}"
@@ -334,7 +334,7 @@ async def test_any_text_is_a_topic_and_an_id(world: World, topic: str) -> None:
     ],
     ids=["empty", "text", "bytes", "1 MiB"],
 )
-async def test_a_payload_is_kept_byte_by_byte(
+async def test_a_payload_is_stored_byte_by_byte(
     world: World, payload: str, encoding: str, raw: bytes
 ) -> None:
     store = world.store()
@@ -346,14 +346,14 @@ async def test_a_payload_is_kept_byte_by_byte(
     await store.close()
 
 
-async def test_reading_nothing_answers_nothing(world: World) -> None:
+async def test_no_reads_have_no_answers(world: World) -> None:
     store = world.store()
     await store.load()
     assert await store.read([]) == []
     await store.close()
 
 
-async def test_all_states_are_found_however_many_there_are(world: World) -> None:
+async def test_all_states_are_read_page_by_page(world: World) -> None:
     store = world.store()
     await store.load()
     await commit(store, transaction(1, *(SetState(f"c{at}", b"%d" % at) for at in range(2_000))))
@@ -366,7 +366,7 @@ async def test_all_states_are_found_however_many_there_are(world: World) -> None
     await store.close()
 
 
-async def test_an_index_is_read_from_below(world: World) -> None:
+async def test_a_private_index_is_read_below_a_score(world: World) -> None:
     store = world.store()
     await store.load()
     placed = [SetIndex("seen:n@1", f"c{at}", at) for at in (3, 1, 2, 9)]
@@ -396,7 +396,7 @@ async def test_presence_is_a_hash_of_the_client_and_a_field_of_its_node(world: W
     await store.close()
 
 
-async def test_retained_topics_are_found_by_how_they_begin_and_bodies_by_their_id(
+async def test_retained_topics_are_found_by_prefix_and_bodies_by_id(
     world: World,
 ) -> None:
     store = world.store()
@@ -423,16 +423,16 @@ async def test_retained_topics_are_found_by_how_they_begin_and_bodies_by_their_i
             ReadNames(PARTITION, keys.RETAINED_INDEX, "", "a", 2),
         ]
     ) == [["a/é"], ["a/b", "a/é"]]
-    found, gone, body, nobody = await other.read(
+    found, cleared, body, missing = await other.read(
         [ReadRetained("a/b"), ReadRetained("ab"), ReadBody("id a/b"), ReadBody("id x")]
     )
-    assert (found, gone, nobody) == ("id a/b", None, {})
+    assert (found, cleared, missing) == ("id a/b", None, {})
     assert (body["topic"], body["payload"]) == (b"a/b", b"hello")
     for each in (store, other):
         await each.close()
 
 
-async def test_what_others_put_in_the_place_of_public_keys_is_as_good_as_nothing(
+async def test_a_public_key_of_another_type_counts_as_empty(
     world: World,
 ) -> None:
     store = world.store()
@@ -442,5 +442,5 @@ async def test_what_others_put_in_the_place_of_public_keys_is_as_good_as_nothing
     assert await store.read([ReadSubscriptions("c"), ReadRetained("t"), ReadBody("m")]) == [
         {}, None, {},
     ]  # fmt: skip
-    assert await store.read([ReadSubscriptions("nobody")]) == [{}]
+    assert await store.read([ReadSubscriptions("unknown")]) == [{}]
     await store.close()

@@ -1,4 +1,4 @@
-"""Many seeds, until one fails or all are done: `python -m tests.simulation --seeds N [--first SEED] [--agent pubsub]`."""
+"""Run many seeds, until one fails: `python -m tests.simulation --seeds N [--first SEED] [--agent pubsub]`."""
 
 from __future__ import annotations
 
@@ -20,51 +20,51 @@ PROGRESS_SEEDS = 500
 
 
 def main() -> None:
-    """Print the failing seed, if any, and what happened in all worlds."""
+    """Run the seeds of each agent. Print the seed that fails, and how often each fault occurred."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--agent", choices=["messages", "queue", "pubsub"])
     arguments = parser.parse_args()
-    for agent, live in {"messages": messages, "queue": queue, "pubsub": pubsub}.items():
+    for agent, run_seed in {"messages": messages, "queue": queue, "pubsub": pubsub}.items():
         if arguments.agent in (None, agent):
-            soak(agent, live, arguments.first, arguments.seeds)
+            soak(agent, run_seed, arguments.first, arguments.seeds)
 
 
 def messages(seed: int) -> Counter[str]:
-    """A world of the messages agent."""
+    """Run a world of the messages agent."""
     world = World(seed)
-    world.live()
+    world.play()
     return world.happened
 
 
 def queue(seed: int) -> Counter[str]:
-    """A partition of the queue agent, with the limits of its tests."""
+    """Run a partition of the queue agent, with the limits of its tests."""
     with pytest.MonkeyPatch.context() as patch:
         small_limits(patch)
         patch.setattr(dedup, "DEDUP_WINDOW_MS", 1_000_000)
         world = Simulated(seed)
-        world.live()
+        world.play()
     return world.happened
 
 
 def pubsub(seed: int) -> Counter[str]:
-    """A partition of the pubsub agent, with the limits of its tests."""
+    """Run a partition of the pubsub agent, with the limits of its tests."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in LIMITS.items():
             patch.setattr(name, value)
         return judge_seed(seed)
 
 
-def soak(agent: str, live: Callable[[int], Counter[str]], first: int, seeds: int) -> None:
-    """These seeds, one after the other."""
+def soak(agent: str, run_seed: Callable[[int], Counter[str]], first: int, seeds: int) -> None:
+    """Run seeds one after the other."""
     happened: Counter[str] = Counter()
     started = time.monotonic()
     for seed in range(first, first + seeds):
         if seed % PROGRESS_SEEDS == 0:
             print(f"from seed {seed} on ({time.monotonic() - started:.0f} s)", flush=True)
         try:
-            happened += live(seed)
+            happened += run_seed(seed)
         except BaseException:
             print(
                 f"seed {seed} failed: python -m tests.simulation --agent {agent} --first {seed} --seeds 1"

@@ -1,4 +1,4 @@
-"""What must be true of a store's content, whatever happened on the way there."""
+"""Invariants of the store's content that hold after every fault, and clean folds to compare it with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INDEX, RETAINED = keys.message_index(""), keys.retained("")
 
 
 def check_conservation(server: MemoryServer) -> None:
-    """No id without its body, no body without a reference, at most one retained message, scores in order."""
+    """Check that every id has its body, every body a reference, and every topic at most one retained message."""
     referenced: set[str] = set()
     indexes = {name: value for name, value in server.values.items() if isinstance(value, Zset)}
     for name, entries in indexes.items():
@@ -36,12 +36,12 @@ def check_conservation(server: MemoryServer) -> None:
         if name.startswith(INDEX) and isinstance(value, Hash)
     }
     assert not referenced - bodies, f"ids without a body: {referenced - bodies}"
-    assert not bodies - referenced, f"bodies that nobody refers to: {bodies - referenced}"
+    assert not bodies - referenced, f"bodies without a reference: {bodies - referenced}"
     check_states(server)
 
 
 def check_states(server: MemoryServer) -> None:
-    """What the agent knows of retained messages is what readers see."""
+    """Check that the agent's state of retained messages equals the public keys."""
     packed = server.of(keys.table(PARTITION, "states"), Hash)
     states = {topic: unpack(state) for topic, state in packed.items()}
     seen = {
@@ -58,13 +58,13 @@ def check_states(server: MemoryServer) -> None:
 
 
 def check_nothing_overdue(server: MemoryServer, now_ms: int) -> None:
-    """What was due by the log's clock has been done."""
+    """Check that nothing that is due by the log's time is left."""
     due = server.of(keys.due(PARTITION), Zset)
     assert all(at > now_ms for at in due.values()), f"overdue at {now_ms}: {due}"
 
 
 def check_counters(server: MemoryServer) -> None:
-    """The user's `INCR seen:${msgid}` ran once for each message."""
+    """Check that the user command `INCR seen:${msgid}` ran once for each message."""
     counters = {name: value for name, value in server.values.items() if name.startswith("seen:")}
     assert set(counters.values()) <= {b"1"}, f"counted more than once: {counters}"
 
@@ -72,7 +72,7 @@ def check_counters(server: MemoryServer) -> None:
 def comparable(
     server: MemoryServer, partition: Partition = PARTITION
 ) -> Mapping[str, StoredValue | Applied]:
-    """A content without what depends on how the log was cut into transactions."""
+    """Return the content without the journal and the fields of the fence that depend on where batches end."""
     content: dict[str, StoredValue | Applied] = dict(server.dump())
     content.pop(keys.journal(partition), None)
     name = keys.applied(partition)
@@ -87,11 +87,11 @@ def comparable(
 def check_equal(
     server: MemoryServer, expected: MemoryServer, partition: Partition = PARTITION
 ) -> None:
-    """Two contents are the same; says where they are not."""
+    """Check that two contents are equal. Name the keys that differ."""
     here, there = comparable(server, partition), comparable(expected, partition)
     names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-    told = [f"{name}: {here.get(name)}, but expected {there.get(name)}" for name in names]
-    assert not told, "\n".join(told)
+    unequal = [f"{name}: {here.get(name)}, but expected {there.get(name)}" for name in names]
+    assert not unequal, "\n".join(unequal)
 
 
 def clean_fold(
@@ -100,13 +100,12 @@ def clean_fold(
     run_records_max: int = 1_000_000,
     partition: Partition = PARTITION,
 ) -> MemoryServer:
-    """The content of a store that one owner filled from these records, without any trouble."""
-    held = list(records)
-    return fold_with_restarts(held, rules, [run_records_max], partition=partition)
+    """Return the content of a store that one owner filled from these records, without any fault."""
+    return fold_with_restarts(list(records), rules, [run_records_max], partition=partition)
 
 
 def fold_with_restarts(
-    held: Sequence[Record],
+    records: Sequence[Record],
     rules: Rules,
     sizes: Sequence[int],
     *,
@@ -114,17 +113,18 @@ def fold_with_restarts(
     again: int = 0,
     partition: Partition = PARTITION,
 ) -> MemoryServer:
-    """Cut into runs of these sizes in turn, each with a new owner, or all with one; before each run, the last `again`
-    records are handed over once more.
+    """Return the content of a store that was filled from these records in runs of these sizes, in turn.
+
+    With `owners`, each run has a new owner. Each run begins with the last `again` records of the run before.
     """
     log, server = MemoryLog(lambda: 0), MemoryServer()
-    log.records[partition.topic, 0] = list(held)
+    log.records[partition.topic, 0] = list(records)
     driver = new_driver(partition, server, log, rules)
     run(driver.start())
     at = turn = 0
-    while at < len(held):
+    while at < len(records):
         size = sizes[turn % len(sizes)]
-        run(driver.process(held[max(0, at - again) : at + size]))
+        run(driver.process(records[max(0, at - again) : at + size]))
         at, turn = at + size, turn + 1
         if owners:
             run(driver.close())
@@ -136,8 +136,8 @@ def fold_with_restarts(
 
 def new_driver(partition: Partition, server: MemoryServer, log: MemoryLog, rules: Rules) -> Driver:
     store, machine = MemoryStore(partition, server), MACHINES[partition.agent]()
-    return PartitionDriver(partition, machine, store, log, rules, _unheard)
+    return PartitionDriver(partition, machine, store, log, rules, _ignore)
 
 
-def _unheard(notice: str) -> None:
-    """Notices are for people."""
+def _ignore(notice: str) -> None:
+    """Drop a notice of the driver."""

@@ -1,5 +1,8 @@
-"""Plays a script against a running queue partition: what the world outside and its bridge do next depends on what the
-agent has handed out so far. The log that this leaves is a real one, to be folded again in other ways.
+"""A player of scripts against a running queue partition.
+
+A step names a kind of event, and two numbers that choose among what exists: clients, published messages, commands of the
+agent. So the same script adapts to what the agent does. The log that a player leaves can be folded again with other batches
+and owners.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ REASONS: tuple[Literal["no_client", "stale", "bridge"], ...] = ("no_client", "st
 
 
 class Step(NamedTuple):
-    """`which` and `other` choose among what there is; `later_ms` passes before."""
+    """One step: `which` and `other` choose among what exists; `later_ms` passes before it."""
 
     kind: Kind
     which: int
@@ -45,7 +48,14 @@ class Step(NamedTuple):
 
 
 class Player:
-    """A partition with its bridge, and what both have said."""
+    """A partition and its bridge.
+
+    - `commands`: all `deliver` commands with a lease.
+    - `unreported`: those of them that the bridge has not reported.
+    - `sessions`: client id → session of a client that has one.
+    - `clock`: the last source offset of a join or leave.
+    - `broker_delivers`: True once a client has joined where the broker delivers.
+    """
 
     def __init__(self, *tables: str, other_rules: Sequence[Rules] = ()) -> None:
         self.world = Delivering("queue", *tables)
@@ -55,15 +65,15 @@ class Player:
         self.published: list[MessagePublished] = []
         self.sessions: dict[str, int] = {}
         self.seen = SeenIds()
-        self.clock = 100  # of source offsets
-        self.broker_delivers = False  # to one of them, at least
+        self.clock = 100
+        self.broker_delivers = False
 
     @property
     def records(self) -> list[Record]:
         return self.world.log.records[self.world.partition.topic, 0]
 
     def play(self, step: Step) -> None:
-        """One step, folded with every tick that follows from it at once."""
+        """Play one step. The agent folds its events, and every tick that becomes due."""
         if step.later_ms:
             self.world.at(self.world.now_ms + step.later_ms)
         kind = step.kind
@@ -78,10 +88,10 @@ class Player:
         elif kind in ("ack", "ack by alias", "foreign ack", "ack early"):
             self._ack(step)
         else:
-            self._besides(step)
-        self._look()
+            self._operate(step)
+        self._take_commands()
 
-    def _look(self) -> None:
+    def _take_commands(self) -> None:
         new = [each for each in self.world.take() if each.lease]
         self.commands += new
         self.unreported += new
@@ -120,7 +130,7 @@ class Player:
         )  # fmt: skip
 
     def _leave(self, step: Step) -> None:
-        """Of a session that goes, sessions says so for each of its filters."""
+        """Let a client leave. The sessions agent reports the end of a session once for each filter."""
         client = CLIENTS[step.which % 3]
         if client not in self.sessions:
             return
@@ -170,7 +180,7 @@ class Player:
         client = CLIENTS[step.other % 3] if step.kind == "foreign ack" else command.client_id
         self.world.ack(client, alias + command.message_id, topic=command.topic, **marks)
 
-    def _besides(self, step: Step) -> None:
+    def _operate(self, step: Step) -> None:
         dead = sorted(self.world.table("dead"))
         match step.kind:
             case "requeue" | "drop" if dead:

@@ -1,4 +1,4 @@
-"""Where a simulated worker may be interrupted: every await of the outside world is one step of its life."""
+"""The points at which a simulated worker can be interrupted: each await of the store or Kafka ends a step."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Awaitable, Generator
 
 
 class Pause(Awaitable[None]):
-    """Gives the world one turn."""
+    """Ends the worker's step."""
 
     def __await__(self) -> Generator[None, None, None]:
         yield
 
 
 class Reply(Awaitable[object]):
-    """Something on its way: awaited until the world has decided what came of it."""
+    """A reply that a worker awaits until the world has decided it."""
 
     def __init__(self) -> None:
         self.decided = False

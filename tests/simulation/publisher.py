@@ -1,4 +1,4 @@
-"""What the world outside writes into the partition: a weighted mixture of good, repeated and bad records."""
+"""A source of records for the partition of the messages agent: good, repeated and bad ones, by weight."""
 
 from __future__ import annotations
 
@@ -31,18 +31,21 @@ KINDS = {
 
 
 class Publisher:
-    """Appends records; remembers which of them nobody can fold."""
+    """Appends records to the log.
+
+    `bad` are the offsets of the records that must become dead letters.
+    """
 
     def __init__(self, random: Random, log: MemoryLog) -> None:
         self._random, self._log = random, log
         self._published: list[tuple[MessagePublished, int]] = []
         self._count = self._latest_ms = 0
-        self.bad: set[int] = set()  # offsets that need a dead letter
+        self.bad: set[int] = set()
 
     def append(self) -> None:
-        """One more record; the log's time is the highest of all that it ever held."""
-        held = self._log.records[PARTITION.topic, 0]
-        latest_ms = (record.timestamp for record in held)
+        """Append one record."""
+        # The log's time is the highest timestamp of all records so far.
+        latest_ms = (record.timestamp for record in self._log.records[PARTITION.topic, 0])
         self._latest_ms = max(self._latest_ms, self._log.now_ms(), *latest_ms)
         (kind,) = self._random.choices(list(KINDS), list(KINDS.values()))
         match kind:
@@ -59,7 +62,7 @@ class Publisher:
                 self._append_bad(*given.key_and_value(bad))
             case "another agent's":
                 key = self._random.choice([b"$millpond/queue", b"$millpond/pubsub"])
-                self._log.append(PARTITION.topic, 0, key, b"not for us")
+                self._log.append(PARTITION.topic, 0, key, b"of another agent")
             case _:
                 self._append(self._event(kind))
 
@@ -75,7 +78,8 @@ class Publisher:
                 )
             case "broker retains" if recent := self._recent():
                 event = random.choice(recent)
-                # Nothing is known of a publish again that was lost, and came again after this: it is not repeated.
+                # The agent may have lost this publish with the log. A repeat of it behind this record would then count as a
+                # new message. So it is not repeated.
                 self._published = [known for known in self._published if known[0] != event]
                 return given.broker_retains(event)
             case "clear":
@@ -93,16 +97,16 @@ class Publisher:
         return given.published(f"m{self._count}", topic, **fields)
 
     def _announced(self) -> bool:
-        """Whether an owner has said by which rules it folded what came first: a rebuild goes by those."""
-        held = self._log.records[PARTITION.topic, 0]
-        told = (x for x in held if x.key == AGENT_KEY and x.offset not in self.bad)
-        return any(isinstance(codec.decode(record.value), RulesChanged) for record in told)
+        """True if the log has the rules of an owner. A rebuild folds the first records by the first rules in the log."""
+        records = self._log.records[PARTITION.topic, 0]
+        of_agent = (x for x in records if x.key == AGENT_KEY and x.offset not in self.bad)
+        return any(isinstance(codec.decode(record.value), RulesChanged) for record in of_agent)
 
     def _expiry(self) -> int | None:
         return self._random.choice([None, None, None, None, self._log.now_ms() + 5_000])
 
     def _recent(self) -> list[MessagePublished]:
-        """What is surely still recognised."""
+        """Return publishes that are among the seen ids for certain."""
         return [
             event
             for event, at in self._published[-8:]

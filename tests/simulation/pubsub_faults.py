@@ -1,4 +1,4 @@
-"""A pubsub partition whose store fails, whose owners crash and are succeeded, and whose records come twice."""
+"""A pubsub partition under faults: the store fails, owners crash or go on as old owners, records arrive twice."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from millpond.schemas.errors import StoreDown
 from millpond.schemas.keys import Partition
 from millpond.schemas.rules import Rules
 from tests.simulation import pubsub_judge as judge
+from tests.simulation.judge import check_equal
 from tests.simulation.pubsub_world import PUBSUB, RULES, Pubsub, Step, fold, steps
 from tests.support.partition import Driver, run
 
@@ -21,11 +22,15 @@ TRIES_MAX = 1_000
 
 
 class Killed(BaseException):
-    """The process is gone: nothing of it runs any more."""
+    """The worker's process is killed."""
 
 
-class Troubled(Pubsub):
-    """Every step may meet a fault; none of them may be seen in what the store holds in the end."""
+class FaultyPubsub(Pubsub):
+    """Injects faults into the steps of a partition. The store's content must not show them.
+
+    - `faults`: the probability of a fault at each moment of the store.
+    - `old`: earlier owners that do not know that they are fenced.
+    """
 
     def __init__(self, seed: int) -> None:
         self.random = Random(seed)
@@ -46,27 +51,27 @@ class Troubled(Pubsub):
         raise StoreDown(moment)
 
     def feed(self, driver: Driver) -> None:
-        """Try until it is in the store; who was killed is succeeded, and who was released may still be at it."""
+        """Hand over the records until the store has applied them. A new owner follows one that was killed."""
         for _ in range(TRIES_MAX):
             try:
-                run(self.driver.process(self._handed_over()))
+                run(self.driver.process(self._offered()))
                 run(self.driver.settle())
                 break
             except Killed:
                 self.driver = self.started()
         else:
-            raise AssertionError("it never comes to an end")
+            raise AssertionError(f"not applied after {TRIES_MAX} attempts")
         if self.random.random() < 0.5:
             self.commit(self.driver)
 
-    def _handed_over(self) -> list[Record]:
-        """What is to be read, and some of what was."""
+    def _offered(self) -> list[Record]:
+        """Return the records to read next, and some of those before."""
         log, first = self.log.records[PUBSUB.topic, 0], self.driver.next_offset
         again = self.random.choice([0, 0, 1, 5])
         return [record for record in log if record.offset >= first - again]
 
     def started(self, rules: Rules | None = None) -> Driver:
-        """A new owner, after as many as it takes."""
+        """Return a new owner that has started, after any number that failed to."""
         while True:
             driver = self.owner(rules)
             try:
@@ -75,9 +80,9 @@ class Troubled(Pubsub):
                 continue
             return driver
 
-    def backoff(self, happens: Sequence[Step]) -> None:
-        """All of this happens, and faults with it."""
-        for step in happens:
+    def play_with_faults(self, script: Sequence[Step]) -> None:
+        """Play the steps with faults."""
+        for step in script:
             self.faults = self._chosen
             match self.random.random():
                 case x if x < 0.03:
@@ -85,14 +90,14 @@ class Troubled(Pubsub):
                     self.old.append(self.driver)
                     self.driver = self.started()
                 case x if x < 0.05 and self.old:
-                    self._stray(self.old.pop())
+                    self._run_old_owner(self.old.pop())
                 case x if x < 0.06:
-                    self._empty()
-            self.live([step])
+                    self._empty_store()
+            self.play([step])
         self.faults = 0.0
 
-    def _stray(self, driver: Driver) -> None:
-        """An old owner that does not know goes on with what it last had; then the new one finds its fence broken."""
+    def _run_old_owner(self, driver: Driver) -> None:
+        """Let an old owner process some records. It may take the fence back, and then the new owner is fenced."""
         self.happened["stray owner"] += 1
         try:
             run(driver.process(self.unread(driver)[:3]))
@@ -100,8 +105,8 @@ class Troubled(Pubsub):
         except Killed:
             pass
 
-    def _empty(self) -> None:
-        """The store loses everything, and is built anew from the log: nobody is served again what had been sent."""
+    def _empty_store(self) -> None:
+        """Empty the store. A new owner rebuilds it from the log, and must not produce any command again."""
         self.happened["emptied"] += 1
         self.fold()
         self.commit(self.driver)
@@ -112,34 +117,35 @@ class Troubled(Pubsub):
         self.faults = 0.0
         self.fold()
         after = [sent for sent in self.log.produced if is_command(sent)]
-        assert after == before, "somebody was served again"
+        assert after == before, "a command was produced again"
 
 
 def is_command(sent: OutgoingRecord) -> bool:
-    """Whether it is for a bridge."""
+    """True if the record is a command for a bridge."""
     return sent.topic == "mqtt.deliveries"
 
 
 def judge_seed(seed: int) -> Counter[str]:
-    """One run of one seed: safety while there are faults, then everything comes right."""
-    world = Troubled(seed)
-    world.backoff(steps(world.random, STEPS))
+    """Run one seed: check safety while there are faults, and liveness after them."""
+    world = FaultyPubsub(seed)
+    world.play_with_faults(steps(world.random, STEPS))
     world.settle()
-    held = list(world.log.records[PUBSUB.topic, 0])
+    records = list(world.log.records[PUBSUB.topic, 0])
     run(world.driver.maintain())
-    expected, _ = fold(held, world.rules, [7])
-    judge.check_equal(world.server, expected)
-    _liveness(world)
+    expected, _ = fold(records, world.rules, [7])
+    check_equal(world.server, expected, PUBSUB)
+    _check_liveness(world)
     return world.happened
 
 
-def _liveness(world: Troubled) -> None:
-    """Everybody comes and acknowledges: in the end nobody has anything left to read."""
+def _check_liveness(world: FaultyPubsub) -> None:
+    """Let every client connect, read and acknowledge. In the end no subscriber has anything left."""
     for number, name in enumerate(world.clients):
-        world.live([Step("resume", number), Step("join", number, 2)])
+        world.play([Step("resume", number), Step("join", number, 2)])
         assert world.clients[name].online
     _read_all(world)
-    world.now_ms += 4_000_000  # what the bridge has forgotten comes again
+    # Leases of commands that the bridge has lost time out, and their messages are delivered again.
+    world.now_ms += 4_000_000
     _read_all(world)
     logs = judge.logs(world.server)
     for key, reader in judge.readers(world.server).items():
@@ -150,14 +156,14 @@ def _liveness(world: Troubled) -> None:
             assert not (reader.waits and topic in logs and logs[topic].length), key
 
 
-def _read_all(world: Troubled) -> None:
+def _read_all(world: FaultyPubsub) -> None:
     for _ in range(TRIES_MAX):
         world.settle()
-        if not (world.under_way or world.in_hand):
+        if not (world.unreported or world.unacknowledged):
             return
-        for _ in range(len(world.under_way)):
-            world.live([Step("sent", 0, 2)])
-        for _ in range(len(world.in_hand)):
-            world.live([Step("ack")])
+        for _ in range(len(world.unreported)):
+            world.play([Step("sent", 0, 2)])
+        for _ in range(len(world.unacknowledged)):
+            world.play([Step("ack")])
         world.now_ms += 1_000
-    raise AssertionError("somebody never ends reading")
+    raise AssertionError(f"subscribers still read after {TRIES_MAX} rounds")

@@ -1,4 +1,4 @@
-"""What must be true of a pubsub partition's content, whatever happened on the way there."""
+"""Invariants of a pubsub partition's content that hold after every fault."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from millpond.agents.pubsub.state import (
     unpack_subscriber,
 )
 from millpond.agents.topics.due_times import WINDOW, due_member
-from millpond.pipeline.stores.memory.server import Hash, MemoryServer, StoredValue, Zset
+from millpond.pipeline.stores.memory.server import Hash, MemoryServer, Zset
 from millpond.schemas import keys
 from millpond.schemas.commands import Deliver
 from millpond.schemas.events import (
@@ -67,8 +67,8 @@ def logs(server: MemoryServer) -> dict[str, TopicLog]:
 
 
 def members(server: MemoryServer) -> dict[str, Member]:
-    held = table(server, "members").items()
-    return {key: msgspec.json.decode(packed, type=Member) for key, packed in held}
+    states = table(server, "members").items()
+    return {key: msgspec.json.decode(packed, type=Member) for key, packed in states}
 
 
 def subscribers(server: MemoryServer) -> dict[str, Subscriber]:
@@ -76,8 +76,8 @@ def subscribers(server: MemoryServer) -> dict[str, Subscriber]:
 
 
 def dead(server: MemoryServer) -> dict[str, DeadMessage]:
-    held = table(server, "dead").items()
-    return {key: msgspec.json.decode(packed, type=DeadMessage) for key, packed in held}
+    states = table(server, "dead").items()
+    return {key: msgspec.json.decode(packed, type=DeadMessage) for key, packed in states}
 
 
 def scores(server: MemoryServer, topic: str) -> Zset:
@@ -95,7 +95,7 @@ def counters(server: MemoryServer) -> Counters:
 
 
 def check(server: MemoryServer, driver: Driver) -> None:
-    """Everything that is always true."""
+    """Check all invariants that hold after every batch."""
     check_bodies(server)
     check_logs(server)
     check_readers(server)
@@ -104,7 +104,7 @@ def check(server: MemoryServer, driver: Driver) -> None:
 
 
 def check_bodies(server: MemoryServer) -> None:
-    """No id without its body, no body without a reference."""
+    """Check that every id has its body, and every body a reference."""
     referenced = {keys.message_body(name) for name in dead(server)}
     for name, value in server.values.items():
         if name.startswith((INDEX, RETAINED)) and isinstance(value, Zset):
@@ -115,21 +115,21 @@ def check_bodies(server: MemoryServer) -> None:
         if name.startswith(INDEX) and isinstance(value, Hash)
     }
     assert not referenced - bodies, f"ids without a body: {referenced - bodies}"
-    assert not bodies - referenced, f"bodies that nobody refers to: {bodies - referenced}"
+    assert not bodies - referenced, f"bodies without a reference: {bodies - referenced}"
 
 
 def check_logs(server: MemoryServer) -> None:
-    """What is known of a topic is what is stored of it."""
+    """Check the state of each topic's log against its index."""
     for topic, log in logs(server).items():
-        held = scores(server, topic)
-        assert log.length == len(held), f"{topic}: {log.length} of {dict(held)}"
+        stored = scores(server, topic)
+        assert log.length == len(stored), f"{topic}: {log.length} of {dict(stored)}"
         assert 0 <= log.length <= log.number, topic
-        assert all(log.cursor < score <= log.last for score in held.values()), (log, dict(held))
+        assert all(log.cursor < score <= log.last for score in stored.values()), (log, dict(stored))
     assert set(index(server, TOPICS)) == {x for x, log in logs(server).items() if log.length}
 
 
 def check_readers(server: MemoryServer) -> None:
-    """Offsets, what is ahead of them, and what is shown of them."""
+    """Check read offsets, the messages above them, their views, and that each has a subscriber."""
     every = readers(server)
     assert set(index(server, READERS)) == set(every)
     views = dict[str, bytes]()
@@ -147,14 +147,16 @@ def check_readers(server: MemoryServer) -> None:
         if reader.message_id:
             views[keys.read_offset(shown(subscriber), topic)] = reader.message_id.encode()
         known = subscribers(server).get(subscriber)
-        assert known is not None, f"{key!r} is nobody's"
-        assert known.since(topic) is not None or known.given_up, f"{key!r} is not to be read"
-    kept = {x: v for x, v in server.values.items() if x.startswith(keys.read_offset("", "")[:11])}
-    assert kept == views
+        assert known is not None, f"{key!r} has no subscriber"
+        assert known.since(topic) is not None or known.given_up, f"{key!r} has no filter"
+    shown_keys = {
+        x: v for x, v in server.values.items() if x.startswith(keys.read_offset("", "")[:11])
+    }
+    assert shown_keys == views
 
 
 def check_leases(server: MemoryServer, driver: Driver) -> None:
-    """Each lease is in its window and with its member, and a tick looks at it in time."""
+    """Check that each lease is in its window and its member, and that a tick is due before its deadline."""
     in_windows = Counter[tuple[str, int, str]]()
     due = server.of(keys.due(PUBSUB), Zset)
     for key, reader in readers(server).items():
@@ -172,27 +174,27 @@ def check_leases(server: MemoryServer, driver: Driver) -> None:
 
 
 def check_counters(server: MemoryServer) -> None:
-    """What is counted is what can be counted."""
-    held, every = counters(server), readers(server)
+    """Check the counters of the partition against its content."""
+    counted, every = counters(server), readers(server)
     leases = [lease for reader in every.values() for lease in reader.leases.values()]
-    assert held.unconfirmed == sum(not lease.sent for lease in leases)
+    assert counted.unconfirmed == sum(not lease.sent for lease in leases)
     waiting = {key for key, reader in every.items() if reader.waits}
     assert waiting == set(index(server, leasing.WAITING))
-    assert held.waiting == len(waiting)
+    assert counted.waiting == len(waiting)
     work = index(server, leasing.WORK)
-    assert held.work == len(work), f"{held.work} of {dict(work)}"
-    assert held.forgetting == sum(name.startswith(rounds.BESIDES) for name in work)
-    assert held.resuming == (leasing.RESUME in work)
+    assert counted.work == len(work), f"{counted.work} of {dict(work)}"
+    assert counted.forgetting == sum(name.startswith(rounds.BESIDES) for name in work)
+    assert counted.resuming == (leasing.RESUME in work)
     active = {name for name, member in members(server).items() if member.round.active}
     assert active == {x for x in work if not x.startswith((leasing.RESUME, rounds.BESIDES))}
-    if not held.forgetting:
+    if not counted.forgetting:
         assert not any(each.given_up for each in subscribers(server).values())
-    if not held.paused:
-        assert held.unconfirmed <= leasing.UNCONFIRMED_MAX
+    if not counted.paused:
+        assert counted.unconfirmed <= leasing.UNCONFIRMED_MAX
 
 
-def check_nobody_waits_idly(server: MemoryServer, driver: Driver, now_ms: int) -> None:
-    """With nothing due, who is there and has room has nothing that it could be given."""
+def check_nothing_idle(server: MemoryServer, driver: Driver, now_ms: int) -> None:
+    """Check, with nothing due, that no available member has room for a message that waits for it."""
     if counters(server).paused:
         return
     every, stored, known = readers(server), logs(server), subscribers(server)
@@ -207,70 +209,60 @@ def check_nobody_waits_idly(server: MemoryServer, driver: Driver, now_ms: int) -
                 subscriber = subscriber_of(name, topic_filter)
                 reader = every.get(reader_key(subscriber, topic))
                 left = _left(scores(server, topic), reader, known[subscriber], topic, rule.start)
-                assert not left or not log.length, f"{name} could be given {left} of {topic}"
+                assert not left or not log.length, f"{name} could receive {left} of {topic}"
 
 
 def _left(
-    held: Zset, reader: Reader | None, known: Subscriber, topic: str, start: str
+    stored: Zset, reader: Reader | None, known: Subscriber, topic: str, start: str
 ) -> list[str]:
     if reader is None:
         since = known.since(topic)
         assert since is not None, (known, topic)
-        behind = 0 if start == "earliest" else since
-        return [name for name, score in held.items() if score > behind]
-    ahead = [name for name, score in held.items() if score > reader.cursor]
+        begin = 0 if start == "earliest" else since
+        return [name for name, score in stored.items() if score > begin]
+    ahead = [name for name, score in stored.items() if score > reader.cursor]
     return [*(each.message_id for each in reader.returned), *ahead]
 
 
 def check_nothing_overdue(server: MemoryServer, now_ms: int) -> None:
-    """What was due has been done."""
+    """Check that nothing that is due is left."""
     due = server.of(keys.due(PUBSUB), Zset)
     assert all(at > now_ms for at in due.values()), f"overdue at {now_ms}: {due}"
 
 
-def comparable(server: MemoryServer) -> Mapping[str, StoredValue | Applied]:
-    """A content without what depends on how the log was cut into transactions."""
-    content: dict[str, StoredValue | Applied] = dict(server.dump())
-    content.pop(keys.journal(PUBSUB), None)
-    content[keys.applied(PUBSUB)] = msgspec.structs.replace(applied(server), sequence=0, produced=0)
-    return content
-
-
-def check_equal(server: MemoryServer, expected: MemoryServer) -> None:
-    """Two contents are the same; says where they are not."""
-    here, there = comparable(server), comparable(expected)
-    names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-    told = [f"{name}: {here.get(name)}, but expected {there.get(name)}" for name in names]
-    assert not told, "\n".join(told)
-
-
 def rewound_key(event: OperatorRewind) -> str:
-    """The reader that an order rewinds."""
+    """Return the key of the reader that an order rewinds."""
     group = GROUP if event.subscriber.startswith("$share/") else ""
     return reader_key(group + event.subscriber, event.topic)
 
 
 class Watcher:
-    """Sees, step by step, that offsets only pass what is done with, and that first deliveries are in order."""
+    """Checks step by step that offsets pass finished messages only, and that first deliveries are in order.
+
+    - `_before`: the readers after the last step.
+    - `_done`: (client id, message id) of acknowledged messages, and of those that need no acknowledgement.
+    - `_first`: reader → message id → score of the messages that were delivered to it.
+    - `_events`: the events since the last check.
+    - `_requeued`: message ids of requeued dead letters. They have a new place in the log.
+    """
 
     def __init__(self, world: Pubsub) -> None:
         self._world = world
         self._before: dict[str, Reader] = {}
-        self._done: set[tuple[str, str]] = set()  # client, message
-        self._first: dict[
-            str, dict[str, int]
-        ] = {}  # reader → messages handed out, with their place
+        self._done: set[tuple[str, str]] = set()
+        self._first: dict[str, dict[str, int]] = {}
         self._events: list[Event] = []
         self._requeued: set[str] = set()
-        self._places: dict[str, int] = {}
+        self._scores: dict[str, int] = {}
 
-    def told(self, events: Iterable[Event]) -> None:
-        """This has happened."""
+    def record(self, events: Iterable[Event]) -> None:
+        """Record events that the partition will fold."""
         self._events += events
         for event in events:
             match event:
                 case MessageAcked():
-                    name, _, _ = event.message_id.partition("@")  # an alias
+                    # An alias is the message id, "@" and the lease.
+                    name, _, _ = event.message_id.partition("@")
                     self._done.add((event.client_id, name))
                 case DeliveriesSent():
                     for report in event.sent:
@@ -281,14 +273,14 @@ class Watcher:
                 case OperatorRequeue():
                     self._requeued.add(event.message_id)
 
-    def look(self, commands: Sequence[Deliver]) -> None:
-        """What came of it."""
+    def check(self, commands: Sequence[Deliver]) -> None:
+        """Check the readers and the new commands after a step."""
         server = self._world.server
         rewound = {rewound_key(x) for x in self._events if isinstance(x, OperatorRewind)}
         self._events = []
         now = readers(server)
         for topic in logs(server):
-            self._places.update(scores(server, topic))
+            self._scores.update(scores(server, topic))
         for key, before in self._before.items():
             after = now.get(key)
             if after is None or after.made_at != before.made_at or key in rewound:
@@ -296,11 +288,11 @@ class Watcher:
                 continue
             assert after.read_offset >= before.read_offset, f"{key!r} went back"
             assert after.lost >= before.lost
-            self._passed(key, before, after)
-        self._in_order(commands, now)
+            self._check_passed(key, before, after)
+        self._check_order(commands, now)
         self._before = now
 
-    def _passed(self, key: str, before: Reader, after: Reader) -> None:
+    def _check_passed(self, key: str, before: Reader, after: Reader) -> None:
         subscriber, topic = split_reader(key)
         for message_id, score in scores(self._world.server, topic).items():
             if before.read_offset < score <= after.read_offset:
@@ -309,7 +301,7 @@ class Watcher:
                 gave_up = given_up is not None and subscriber in given_up.subscribers
                 assert acked or gave_up, f"{key!r} passed {message_id}"
 
-    def _in_order(self, commands: Sequence[Deliver], now: Mapping[str, Reader]) -> None:
+    def _check_order(self, commands: Sequence[Deliver], now: Mapping[str, Reader]) -> None:
         for command in commands:
             number = int(command.lease.rpartition("/")[2]) if command.lease else 0
             for key, reader in now.items():
@@ -320,5 +312,5 @@ class Watcher:
                 if command.message_id in first or command.message_id in self._requeued:
                     continue
                 latest = max(first.values(), default=0)
-                assert lease.score > latest, f"{key!r} got {command.message_id} out of order"
+                assert lease.score > latest, f"{key!r} received {command.message_id} out of order"
                 first[command.message_id] = lease.score

@@ -1,6 +1,6 @@
-"""A pubsub partition in which much goes on: subscribers come and go, a bridge forgets, operators order, rules change.
+"""A pubsub partition with clients that join and leave, a bridge that loses commands, operators, and rules that change.
 
-What happens is a list of `Step`s, so that hypothesis can shorten it and a seed can make it.
+A script is a list of `Step`s. Hypothesis can shorten it, and a seed can generate it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ WAITS_MS = (0, 1, 999, 1_000, 1_001, 1_999, LIMIT_MS, 60_000, 61_000, 600_001)
 
 
 class Step(NamedTuple):
-    """Something that happens; `which` and `other` choose among what there is."""
+    """One step: `which` and `other` choose among what exists."""
 
     kind: str
     which: int = 0
@@ -69,20 +69,26 @@ class Step(NamedTuple):
 
 
 def steps(random: Random, count: int) -> list[Step]:
-    """So many steps of a seed."""
+    """Return a random script of this length."""
     kinds = random.choices(list(KINDS), list(KINDS.values()), k=count)
     return [Step(kind, random.randrange(60), random.randrange(60)) for kind in kinds]
 
 
 class Client:
-    """What a broker knows of a client."""
+    """A client as its broker knows it."""
 
     def __init__(self) -> None:
         self.session, self.online, self.filters = 1, False, dict[str, int]()
 
 
 class Pubsub(World):
-    """Every step is folded before the next one, unless `batched` lets some of them wait."""
+    """Folds every step before the next one. With `batched`, some steps wait and share a batch.
+
+    - `unreported`: `deliver` commands that the bridge has not reported.
+    - `unacknowledged`: commands that the bridge reported as sent, with the alias of the copy.
+    - `_source`: the last source offset of a join or leave.
+    - `_latest`: the last events with their times, for repeats.
+    """
 
     def __init__(self, rules: int = 0, *, batched: bool = False) -> None:
         super().__init__(partition=PUBSUB)
@@ -91,27 +97,27 @@ class Pubsub(World):
         self.driver: Driver = self.started()
         self.feed(self.driver)
         self.clients = {name: Client() for name in CLIENTS}
-        self.under_way: list[Deliver] = []
-        self.in_hand: list[tuple[Deliver, str | None]] = []
+        self.unreported: list[Deliver] = []
+        self.unacknowledged: list[tuple[Deliver, str | None]] = []
         self.published: list[str] = []
         self.watcher = judge.Watcher(self)
         self._taken = self._count = 0
         self._source = 0
         self._latest: list[tuple[int, Event]] = []
 
-    def live(self, happens: Sequence[Step]) -> None:
-        """All of this happens; what must be true is looked at after every step."""
-        for step in happens:
+    def play(self, script: Sequence[Step]) -> None:
+        """Play the steps, and check the invariants after each."""
+        for step in script:
             events = self.events(step)
             if events:
                 self._latest = [*self._latest[-7:], *((self.now_ms, event) for event in events)]
-                self.watcher.told(events)
+                self.watcher.record(events)
                 self.append(*events)
             if not self.batched or step.other % 3:
                 self.fold()
 
     def fold(self) -> None:
-        """What is in the log is folded, and what comes of it taken."""
+        """Fold the log to its end, take the new commands, and check the invariants."""
         self.feed(self.driver)
         commands = [
             codec.decode_command(sent.value)
@@ -120,26 +126,26 @@ class Pubsub(World):
         ]
         self._taken = len(self.log.produced)
         new = [each for each in commands if isinstance(each, Deliver)]
-        self.under_way += [each for each in new if each.lease]
+        self.unreported += [each for each in new if each.lease]
         judge.check(self.server, self.driver)
         if not self.batched:
-            self.watcher.look(new)
+            self.watcher.check(new)
 
     def settle(self) -> None:
-        """Every tick that is due."""
+        """Fold the log and every tick that is due. Check that nothing waits without a reason."""
         for _ in range(2_000):
             self.fold()
             due = self.driver.machine.next_due_ms
             if due is None or due > self.now_ms:
-                judge.check_nobody_waits_idly(self.server, self.driver, self.now_ms)
+                judge.check_nothing_idle(self.server, self.driver, self.now_ms)
                 return
             self.append(given.tick("pubsub"))
         raise AssertionError("ticks without end")
 
-    # -- what happens
+    # -- steps
 
-    def events(self, step: Step) -> list[Event]:  # noqa: PLR0912 — a table of what may happen
-        """The events of a step."""
+    def events(self, step: Step) -> list[Event]:  # noqa: PLR0912 — a table of steps
+        """Return the events of a step."""
         kind, which, other = step
         client_id = CLIENTS[which % len(CLIENTS)]
         client = self.clients[client_id]
@@ -166,12 +172,12 @@ class Pubsub(World):
                 return self._joined(client_id, client, client.filters)
             case "sent":
                 return self._sent(which, other)
-            case "fail" if self.under_way:
+            case "fail" if self.unreported:
                 return [self._failed(which, other)]
-            case "lose" if self.under_way:
-                self.under_way.pop(which % len(self.under_way))
-            case "ack" if self.in_hand:
-                command, alias = self.in_hand.pop(which % len(self.in_hand))
+            case "lose" if self.unreported:
+                self.unreported.pop(which % len(self.unreported))
+            case "ack" if self.unacknowledged:
+                command, alias = self.unacknowledged.pop(which % len(self.unacknowledged))
                 name = alias or command.message_id
                 return [given.acked(name, command.topic, client_id=command.client_id)]
             case "tick":
@@ -190,7 +196,7 @@ class Pubsub(World):
             case "restart":
                 self.driver = self.started()
             case "again":
-                # An older repeat of a publish is not recognised as one.
+                # Seen ids are remembered for 60 s. A later repeat would count as a new publish.
                 young = [event for at, event in self._latest if self.now_ms - at < 60_000]
                 return young[which % 8 : which % 8 + 1]
         return []
@@ -207,11 +213,12 @@ class Pubsub(World):
 
     def _join(self, client_id: str, client: Client, topic_filter: str, qos: int) -> list[Event]:
         client.filters[topic_filter] = qos
-        held = {topic_filter: qos} if client.online else client.filters
+        # A client that connects joins with all filters of its session.
+        joined = {topic_filter: qos} if client.online else client.filters
         client.online = True
-        return self._joined(client_id, client, held)
+        return self._joined(client_id, client, joined)
 
-    def _joined(self, client_id: str, client: Client, held: dict[str, int]) -> list[Event]:
+    def _joined(self, client_id: str, client: Client, filters: dict[str, int]) -> list[Event]:
         self._source += 1
         return [
             SubscriberJoined(
@@ -219,7 +226,7 @@ class Pubsub(World):
                 session=client.session, source_offset=self._source,
                 subscribed_at=self.now_ms - self._source % 2,
             )
-            for topic_filter, qos in held.items()
+            for topic_filter, qos in filters.items()
         ]  # fmt: skip
 
     def _leave(
@@ -239,22 +246,25 @@ class Pubsub(World):
         ]  # fmt: skip
 
     def _sent(self, which: int, other: int) -> list[Event]:
-        sent, self.under_way = self.under_way[: 1 + other % 3], self.under_way[1 + other % 3 :]
+        sent, self.unreported = self.unreported[: 1 + other % 3], self.unreported[1 + other % 3 :]
         aliased = which % 3 == 0
         reports = tuple(
             Sent(each.lease, each.client_id, each.message_id, f"{each.message_id}@{each.lease}" if aliased else None, each.qos)
             for each in sent
         )  # fmt: skip
-        self.in_hand += [(each, report.alias) for each, report in zip(sent, reports, strict=True)]
+        self.unacknowledged += [
+            (each, report.alias) for each, report in zip(sent, reports, strict=True)
+        ]
         return [DeliveriesSent(**AT, agent="pubsub", sent=reports)] if reports else []
 
     def _failed(self, which: int, other: int) -> Event:
         reasons: list[Any] = ["no_client", "stale", "bridge", "gone"]
-        if self.in_hand and which % 3 == 0:  # told of as sent before
-            command = self.in_hand[other % len(self.in_hand)][0]
+        # A failure after a report that the copy was sent. Such a message is not `gone`.
+        if self.unacknowledged and which % 3 == 0:
+            command = self.unacknowledged[other % len(self.unacknowledged)][0]
             del reasons[3]
         else:
-            command = self.under_way.pop(which % len(self.under_way))
+            command = self.unreported.pop(which % len(self.unreported))
         return DeliveryFailed(
             **AT, agent="pubsub", lease=command.lease, client_id=command.client_id,
             message_id=command.message_id, reason=reasons[other % len(reasons)],
@@ -269,23 +279,23 @@ class Pubsub(World):
 
 
 def subscriber(client_id: str, topic_filter: str) -> str:
-    """The subscriber that a client is by a filter."""
+    """Return the subscriber of a client's subscription."""
     name, plain = member_name(client_id, topic_filter)
     return subscriber_of(name, plain)
 
 
-# -- the same log, otherwise cut
+# -- the same log in other batches
 
 
-class QuietLog(MemoryLog):
-    """What is produced is heard of by nobody: the log has it already."""
+class DroppingLog(MemoryLog):
+    """Drops what is produced: the log has it already."""
 
     def produce(self, records: Sequence[OutgoingRecord]) -> Any:
         return super().produce(())
 
 
-class ListeningStore(MemoryStore):
-    """Remembers what transactions had to hand out."""
+class RecordingStore(MemoryStore):
+    """Records the deliveries of all transactions."""
 
     def __init__(self, server: MemoryServer, outputs: list[Output]) -> None:
         super().__init__(PUBSUB, server)
@@ -297,24 +307,28 @@ class ListeningStore(MemoryStore):
 
 
 def fold(
-    held: Sequence[Record], rules: Any, sizes: Sequence[int], *, owners: bool = False
+    records: Sequence[Record], rules: Any, sizes: Sequence[int], *, owners: bool = False
 ) -> tuple[MemoryServer, list[Output]]:
-    """The content and the hand-outs of a log that is cut into runs of these sizes in turn, each with an owner of its own."""
+    """Return the content and the deliveries of a log that was folded in runs of these sizes, in turn.
+
+    With `owners`, each run has a new owner.
+    """
     server, outputs = MemoryServer(), list[Output]()
-    log = QuietLog(lambda: 0)
-    log.records[PUBSUB.topic, 0] = list(held)
+    log = DroppingLog(lambda: 0)
+    log.records[PUBSUB.topic, 0] = list(records)
 
     def owner() -> PartitionDriver[Transaction]:
-        store = ListeningStore(server, outputs)
+        store = RecordingStore(server, outputs)
         driver = PartitionDriver(PUBSUB, PubsubMachine(), store, log, rules, lambda _: None)
         run(driver.start())
         return driver
 
     driver = owner()
     at = turn = 0
-    while at < len(held):
+    while at < len(records):
         size = sizes[turn % len(sizes)]
-        run(driver.process(held[max(0, at - 1) : at + size]))  # some are handed over again
+        # Each run begins with the last record of the run before.
+        run(driver.process(records[max(0, at - 1) : at + size]))
         at, turn = at + size, turn + 1
         if owners:
             run(driver.close())

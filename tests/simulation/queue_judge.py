@@ -1,4 +1,4 @@
-"""What must be true of a queue partition's content, whatever happened on the way there."""
+"""Invariants of a queue partition's content that hold after every fault."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ INDEX, RETAINED = keys.message_index(""), keys.retained("")
 
 
 class State:
-    """A content, unpacked."""
+    """The content of a store, unpacked."""
 
     def __init__(self, server: MemoryServer, machine_state: dict[str, object]) -> None:
         self.server = server
@@ -54,7 +54,7 @@ class State:
 
 
 def check(world: Delivering) -> State:
-    """Everything that is true whenever a batch is in."""
+    """Check all invariants that hold after every batch, and return the state."""
     applied = world.applied
     assert applied is not None
     state = State(world.server, applied.machine)
@@ -66,7 +66,7 @@ def check(world: Delivering) -> State:
 
 
 def check_windows(state: State) -> None:
-    """What is counted is what is stored; what waits is what nobody has."""
+    """Check each window against its index: every stored message is leased, returned or above the cursor, and only one."""
     topics = {
         name.removeprefix(INDEX)
         for name, value in state.server.values.items()
@@ -75,21 +75,21 @@ def check_windows(state: State) -> None:
     for topic in sorted(topics | state.windows.keys()):
         window, stored = state.windows.get(topic, QueueWindow()), state.index(topic)
         assert window.length == len(stored), f"{topic} counts {window.length} of {stored}"
-        held = [name for name, lease in window.leases.items() if lease.stored]
-        back = [each.message_id for each in window.returned]
+        leased = [name for name, lease in window.leases.items() if lease.stored]
+        returned = [each.message_id for each in window.returned]
         assert window.returned == sorted(window.returned)
-        assert window.stored_leases == len(held)
-        assert not set(held) & set(back) and len(back) == len(set(back))
-        assert {*held, *back} <= set(stored), f"{topic}: {held} and {back} are not in {stored}"
+        assert window.stored_leases == len(leased)
+        assert not set(leased) & set(returned) and len(returned) == len(set(returned))
+        assert {*leased, *returned} <= set(stored), f"{topic}: {leased}, {returned} not in {stored}"
         scores = state.zset(keys.message_index(topic))
         ahead = [name for name in stored if scores[name] > window.cursor]
-        assert {*held, *back, *ahead} == set(stored), f"{topic}: forgotten {stored}: {window}"
-        assert len(held) + len(back) + len(ahead) == len(stored), f"{topic}: twice {window}"
+        assert {*leased, *returned, *ahead} == set(stored), f"{topic} lost of {stored}: {window}"
+        assert len(leased) + len(returned) + len(ahead) == len(stored), f"{topic}: twice {window}"
         assert window.waits == (window.ready > 0)
 
 
 def check_leases(state: State) -> None:
-    """A message has at most one lease, and its member knows of it."""
+    """Check that each lease of a window is also in its member, and no other."""
     in_windows = {
         (lease.member, lease.number): topic
         for topic, window in state.windows.items()
@@ -104,7 +104,7 @@ def check_leases(state: State) -> None:
 
 
 def check_counters(state: State) -> None:
-    """What is counted can be counted."""
+    """Check the counters of the partition against its content."""
     leases = [lease for window in state.windows.values() for lease in window.leases.values()]
     counters = state.counters
     assert counters.unconfirmed == sum(not lease.sent for lease in leases)
@@ -112,12 +112,12 @@ def check_counters(state: State) -> None:
     assert counters.waiting == len(state.waiting)
     assert counters.work == len(state.work)
     assert counters.lease >= max((lease.number for lease in leases), default=0)
-    going = {name for name, member in state.members.awake().items() if member.round.active}
-    assert state.work.keys() - {leasing.RESUME} == going
+    active = {name for name, member in state.members.awake().items() if member.round.active}
+    assert state.work.keys() - {leasing.RESUME} == active
 
 
 def check_bodies(state: State) -> None:
-    """No id without its body, no body that nobody refers to."""
+    """Check that every id has its body, and every body a reference."""
     referenced = {*state.dead}
     for name, value in state.server.values.items():
         if name.startswith((INDEX, RETAINED)) and isinstance(value, Zset):
@@ -127,16 +127,17 @@ def check_bodies(state: State) -> None:
         for name, value in state.server.values.items()
         if name.startswith(INDEX) and isinstance(value, Hash)
     }
-    assert bodies == referenced, f"{bodies} are kept, {referenced} are referred to"
+    assert bodies == referenced, f"{bodies} are stored, {referenced} have references"
     for topic, retained in state.retained.items():
         assert retained is not None
         assert list(state.zset(keys.retained(topic))) == [retained.message_id]
-        held = retained.message_id in state.index(topic) or retained.message_id in state.dead
-        assert retained.indexed == held, f"{topic}: {retained}"
+        # `indexed`: the queue or a dead letter needs the body, too.
+        shared = retained.message_id in state.index(topic) or retained.message_id in state.dead
+        assert retained.indexed == shared, f"{topic}: {retained}"
 
 
 def check_bounds(state: State, rules: Rules) -> None:
-    """Nobody has more than fits."""
+    """Check that no member has more leases than `max_inflight`."""
     largest = max((rule.max_inflight for rule in rules.run_by_delivery("queue")), default=0)
     for name, member in state.members.awake().items():
         assert len(member.leases) <= largest, f"{name}: {member.leases}"
@@ -148,7 +149,7 @@ def check_bounds(state: State, rules: Rules) -> None:
 
 
 def check_nothing_idle(state: State, rules: Rules, now_ms: int) -> None:
-    """Once no tick is due: nothing is overdue, and nobody who could be served waits."""
+    """Check, with no tick due, that nothing is overdue, and that no available member has room for a waiting message."""
     assert all(at > now_ms for at in state.due.values()), f"overdue at {now_ms}: {state.due}"
     assert not state.work
     if state.counters.paused:

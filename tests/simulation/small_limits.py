@@ -1,4 +1,4 @@
-"""Limits so small that short logs reach all of them."""
+"""Limits of the queue agent that are so small that short logs reach them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SEND_MS = 7_000
 
 
 def small_limits(patch: pytest.MonkeyPatch) -> None:
-    """For the queue agent."""
+    """Set the limits."""
     patch.setattr("millpond.agents.topics.due_times.SWEEP_DUE_MAX", 2)
     patch.setattr("millpond.agents.delivery.dead_messages.DEAD_LETTER_RETENTION_MS", 20_000)
     for where, name, limit in (

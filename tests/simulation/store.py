@@ -1,4 +1,12 @@
-"""A store at the other end of a wire that loses, delays and breaks; what it applied is remembered exactly."""
+"""A store behind a network that loses, delays and breaks.
+
+- `Store` is the server: the content, and the transactions in flight to it. The world decides when each of them arrives,
+  and whether its reply does.
+- `Connection` is a worker's client. It implements `millpond.agents.ports.Store`.
+
+The server remembers which worker wrote which transaction, and which offsets no worker could read. So the judge knows the
+content that a clean fold would give.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +25,7 @@ from tests.support.partition import PARTITION, run
 
 
 class Packed(NamedTuple):
-    """A transaction; `missing` are the offsets that it steps over because the log had lost them."""
+    """A transaction of one worker. `missing` are the offsets that it skips, because the log had lost them."""
 
     writer: int
     transaction: Transaction
@@ -25,14 +33,14 @@ class Packed(NamedTuple):
 
 
 class Session:
-    """One connection to the server, with the version of the fence that it watches."""
+    """One connection to the server. `watched` is the version of the fence at its WATCH."""
 
     def __init__(self, watched: int) -> None:
         self.watched = watched
 
 
-class OnTheWire(NamedTuple):
-    """A transaction that was sent, and may arrive at any time."""
+class SentTransaction(NamedTuple):
+    """A transaction in flight. It may arrive at any time, or never."""
 
     session: Session
     packed: Packed
@@ -40,14 +48,14 @@ class OnTheWire(NamedTuple):
 
 
 class Content(NamedTuple):
-    """Everything a server holds, which records were lost before they could get in, and who wrote which sequence."""
+    """The content of a server, the offsets that it lacks because the log had lost them, and the writer of each sequence."""
 
     server: MemoryServer
     missing: frozenset[int]
     writers: dict[int, int]
 
     @classmethod
-    def none(cls) -> Content:
+    def empty(cls) -> Content:
         return cls(MemoryServer(), frozenset(), {})
 
     def copy(self) -> Content:
@@ -57,15 +65,20 @@ class Content(NamedTuple):
 
 
 class Store:
-    """The server's side: one content, and the transactions on the wire to it."""
+    """The server.
+
+    - `snapshots`: the last contents, oldest first. A failover returns to the oldest.
+    - `in_flight`: transactions that were sent and have not arrived.
+    - `version`: the number of writes of the fence. A WATCH notices every write, also one of the same value.
+    """
 
     def __init__(self) -> None:
-        self.content = Content.none()
+        self.content = Content.empty()
         self.snapshots: list[Content] = []
-        self.wire: list[OnTheWire] = []
+        self.in_flight: list[SentTransaction] = []
         self.down = False
         self.failovers = self.fenced = 0
-        self.version = 0  # of the fence: a WATCH notices any write of it, even of the same value
+        self.version = 0
 
     @property
     def stored(self) -> LoadedState:
@@ -75,13 +88,15 @@ class Store:
     def applied(self) -> Applied | None:
         return self.stored.applied
 
-    def arrive(self, sent: OnTheWire, *, reply_lost: bool) -> None:
-        """The transaction is applied or fenced off; the worker hears of it, or not."""
-        self.wire.remove(sent)
+    def arrive(self, sent: SentTransaction, *, reply_lost: bool) -> None:
+        """Apply the transaction, or fence it. Send the reply unless it is lost."""
+        self.in_flight.remove(sent)
         if sent.session.watched != self.version:
             self.fenced += 1
-            self._tell(
-                sent, lambda: sent.reply.fail(Fenced("somebody else wrote its state")), reply_lost
+            self._reply(
+                sent,
+                lambda: sent.reply.fail(Fenced("another writer has changed its state")),
+                reply_lost,
             )
             return
         writer, transaction, missing = sent.packed
@@ -94,33 +109,34 @@ class Store:
         writers = {**self.content.writers, transaction.applied.sequence: writer}
         self.content = Content(self.content.server, before | missing, writers)
         self.snapshots = [*self.snapshots[-3:], self.content.copy()]
-        self._tell(sent, lambda: sent.reply.answer(refused), reply_lost)
+        self._reply(sent, lambda: sent.reply.answer(refused), reply_lost)
 
-    def _tell(self, sent: OnTheWire, tell: Callable[[], None], reply_lost: bool) -> None:
+    def _reply(self, sent: SentTransaction, reply: Callable[[], None], reply_lost: bool) -> None:
         if sent.reply.decided:
-            return  # nobody listens any more
+            # The worker has given up.
+            return
         if reply_lost:
             sent.reply.fail(StoreDown("the reply was lost"))
         else:
-            tell()
+            reply()
 
-    def lose(self, sent: OnTheWire) -> None:
-        """The connection broke before the transaction arrived."""
-        self.wire.remove(sent)
+    def lose(self, sent: SentTransaction) -> None:
+        """Lose the transaction, and break the worker's connection."""
+        self.in_flight.remove(sent)
         self.give_up(sent)
 
-    def give_up(self, sent: OnTheWire) -> None:
-        """The worker waits no longer, but the transaction may still arrive."""
+    def give_up(self, sent: SentTransaction) -> None:
+        """Let the worker time out. The transaction may still arrive."""
         if not sent.reply.decided:
             sent.reply.fail(StoreDown("no reply"))
 
     def empty(self) -> None:
         self.version += 1
-        self.content = Content.none()
+        self.content = Content.empty()
         self.snapshots = []
 
     def fail_over(self) -> None:
-        """A replica that was behind takes over: the last writes are lost."""
+        """Let a replica take over that lacks the last writes."""
         if self.snapshots:
             self.failovers += 1
             self.version += 1
@@ -129,7 +145,7 @@ class Store:
 
 
 class Connection:
-    """A worker's side of the store. See `millpond.agents.ports.Store`."""
+    """A worker's connection to the store. See `millpond.agents.ports.Store`."""
 
     def __init__(
         self,
@@ -138,7 +154,7 @@ class Connection:
         loaded: Callable[[LoadedState], None],
         missing: Callable[[int, int], frozenset[int]],
     ) -> None:
-        """`loaded` hears what was loaded; `missing` tells which offsets of a range were never read."""
+        """`loaded` is called after each load. `missing` returns the offsets of a range that the worker could not read."""
         self._store, self._writer, self._loaded, self._missing = store, writer, loaded, missing
         self._session = Session(-1)
 
@@ -166,17 +182,17 @@ class Connection:
         return Packed(self._writer, transaction, missing)
 
     def commit(self, packed: Packed) -> Awaitable[Sequence[Refusal]]:
-        sent = OnTheWire(self._session, packed, Reply())
-        self._store.wire.append(sent)
+        sent = SentTransaction(self._session, packed, Reply())
+        self._store.in_flight.append(sent)
         return cast(Awaitable[Sequence[Refusal]], sent.reply)
 
     async def check(self) -> None:
         await self._reach()
         if self._session.watched != self._store.version:
-            raise Fenced("somebody else wrote its state")
+            raise Fenced("another writer has changed its state")
 
     async def close(self) -> None:
-        """What is on the wire stays there."""
+        """Keep the transactions in flight."""
 
 
 async def _wait(committing: Awaitable[Sequence[Refusal]]) -> Sequence[Refusal]:

@@ -1,5 +1,4 @@
-"""Properties of whole logs: however a log is cut into batches and owners, the content of the store is the same, and it
-is what a ten-line model says."""
+"""Properties of logs of the messages agent: the content depends on neither batches nor owners, and equals a short model."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from tests.simulation import judge
 from tests.support import given as given_
 from tests.support.partition import PARTITION
 
-LIMIT_MS = 2_000  # lifetime of the index; the retained entry's is a second longer
+LIMIT_MS = 2_000  # lifetime of an index entry; a retained entry lives a second longer
 WINDOW_MS = 3_000
 START_MS = 100_000
 RULES = given_.rules(
@@ -35,7 +34,7 @@ OTHER_RULES = given_.rules(
     given_.store("kept", expired_time=1),
 )
 Kind = Literal["publish", "tick", "ack", "other rules", "rules", "poison"]
-# An id always stands for the same message, as it does in a broker.
+# As in a broker, an id always names the same message.
 MESSAGES: dict[str, dict[str, object]] = {
     "a": {"topic": "t/0", "retain": True},
     "b": {"topic": "t/0", "retain": True, "qos": 0},
@@ -81,7 +80,7 @@ def _small_limits() -> Iterator[None]:
 
 
 def expand(log: Sequence[Step]) -> list[tuple[int, Event | bytes]]:
-    """The events with their times in the log."""
+    """Return the events of a log with their timestamps."""
     now_ms, events, known = START_MS, list[tuple[int, Event | bytes]](), dict[str, Event]()
     for kind, message_id, later_ms in log:
         now_ms += later_ms
@@ -128,33 +127,35 @@ def records(events: Sequence[tuple[int, Event | bytes]]) -> list[Record]:
 
 @given(steps, cuts)
 @settings(deadline=None)
-def test_batches_and_owners_never_decide(log: list[Step], sizes: list[int]) -> None:
-    held = records(expand(log))
-    assume(held)
-    at_once = judge.clean_fold(held, RULES)
-    judge.check_equal(judge.clean_fold(held, RULES, run_records_max=1), at_once)
+def test_the_content_does_not_depend_on_batches_and_owners(
+    log: list[Step], sizes: list[int]
+) -> None:
+    log_records = records(expand(log))
+    assume(log_records)
+    at_once = judge.clean_fold(log_records, RULES)
+    judge.check_equal(judge.clean_fold(log_records, RULES, run_records_max=1), at_once)
     for owners in (False, True):
-        folded = judge.fold_with_restarts(held, RULES, sizes, owners=owners, again=2)
+        folded = judge.fold_with_restarts(log_records, RULES, sizes, owners=owners, again=2)
         judge.check_equal(folded, at_once)
 
 
 @given(steps)
 @settings(deadline=None)
-def test_every_prefix_of_a_log_leaves_a_sound_store(log: list[Step]) -> None:
-    held = records(expand(log))
-    for end in range(len(held) + 1):
-        judge.check_conservation(judge.clean_fold(held[:end], RULES))
+def test_the_invariants_hold_after_every_prefix_of_a_log(log: list[Step]) -> None:
+    log_records = records(expand(log))
+    for end in range(len(log_records) + 1):
+        judge.check_conservation(judge.clean_fold(log_records[:end], RULES))
 
 
 def with_final_ticks(events: list[tuple[int, Event | bytes]]) -> list[tuple[int, Event | bytes]]:
-    """So many ticks at the last moment that no unfinished work is left."""
+    """Append enough ticks, at the last timestamp, to finish all work that is due."""
     latest_ms = max((at for at, _ in events), default=START_MS)
     return events + [(latest_ms, Tick(at=0, node="n", agent="messages"))] * (2 * len(events) + 2)
 
 
 @given(steps)
 @settings(deadline=None)
-def test_nothing_is_overdue_once_the_ticks_have_no_unfinished_work(log: list[Step]) -> None:
+def test_nothing_is_overdue_after_enough_ticks(log: list[Step]) -> None:
     events = with_final_ticks(expand(log))
     server = judge.clean_fold(records(events), RULES)
     judge.check_nothing_overdue(server, max(at for at, _ in events))
@@ -171,7 +172,7 @@ def test_a_repeated_publish_changes_nothing(log: list[Step]) -> None:
 
 
 def without_scores(server: MemoryServer) -> dict[str, object]:
-    """What readers see, and what falls due; a repeat may move the scores of what follows by a microsecond."""
+    """Return the content without scores and states: a repeat can move later scores by a microsecond."""
     left_out = {keys.applied(PARTITION), keys.journal(PARTITION), keys.table(PARTITION, "states")}
     return {
         name: list(value) if isinstance(value, Zset) else value
@@ -181,7 +182,7 @@ def without_scores(server: MemoryServer) -> dict[str, object]:
 
 
 class Model:
-    """What should be kept, in few words: index and retained entry, each with its end; a body while one of them is."""
+    """The model: index entries and retained entries, each with its end. A body exists while one of them does."""
 
     def __init__(self) -> None:
         self.index: dict[str, dict[str, int | None]] = {}
@@ -223,17 +224,19 @@ class Model:
 
         for topic, entries in self.index.items():
             self.index[topic] = {name: end for name, end in entries.items() if not over(end)}
-        self.retained = {topic: held for topic, held in self.retained.items() if not over(held[1])}
+        self.retained = {
+            topic: entry for topic, entry in self.retained.items() if not over(entry[1])
+        }
 
     @property
     def bodies(self) -> set[str]:
-        held = {message_id for message_id, _ in self.retained.values()}
-        return held.union(*self.index.values())
+        retained = {message_id for message_id, _ in self.retained.values()}
+        return retained.union(*self.index.values())
 
 
 @given(steps)
 @settings(deadline=None)
-def test_the_store_holds_what_the_model_says(log: list[Step]) -> None:
+def test_the_store_has_the_content_of_the_model(log: list[Step]) -> None:
     fixed = [step for step in log if step.kind not in ("other rules", "rules", "tick")]
     events, model = with_final_ticks(expand(fixed)), Model()
     for at, event in events:

@@ -1,11 +1,16 @@
-"""Properties of pubsub logs: what is always true, and that neither batches nor owners nor evictions decide.
+"""Properties of pubsub logs: invariants after every step, and folds that do not depend on batches, owners or evictions.
 
-Bugs planted to try the tests, and what found them: an offset that passes a gap, a loss that is not counted, a member
-that comes back and is dropped, "since" from the latest join, "latest" that skips equal milliseconds, a requeued message
-taken for one of the log, a freed member that is not told, filters given up for ever, a dead message that is dropped for
-others or loses its body when trimmed (rows of `tests/unit/test_pubsub_*.py`); a topic left in the index of topics
-(offsets pass …); a join that misses what its batch published before (batches …); leases that trimming leaves as stored
-(longer logs); a subscriber known by the latest of its filters (`test_pubsub_simulation.py`).
+Bugs were planted to test the tests. Rows of `tests/unit/agents/pubsub` found these: an offset passes a gap; a loss is not
+counted; a member that returns is dropped; "since" is taken from the latest join; "latest" skips messages of the same
+millisecond; a requeued message counts as one of the log; a member that has room again is not noticed; a filter is given up
+for ever; a dead message is dropped for other subscribers, or loses its body when it is trimmed.
+
+| planted | found by |
+|---|---|
+| a topic stays in the index of topics | test_offsets_pass_only_finished_messages_and_nothing_waits_without_a_reason |
+| a join misses a publish of the same batch | test_the_result_does_not_depend_on_batches_and_owners |
+| a trimmed message stays leased as stored | test_the_result_of_longer_logs_does_not_depend_on_them_either |
+| a subscriber is known by the latest of its filters | `test_pubsub_simulation.py` |
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.simulation import pubsub_judge as judge
+from tests.simulation.judge import check_equal
 from tests.simulation.pubsub_world import KINDS, PUBSUB, RULES, Pubsub, Step, fold
 from tests.simulation.pubsub_world import steps as steps_of
 
@@ -54,37 +60,37 @@ relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 @given(which_rules, steps)
 @relaxed
-def test_offsets_pass_only_what_is_done_with_and_nobody_waits_idly(
-    rules: int, happens: Sequence[Step]
+def test_offsets_pass_only_finished_messages_and_nothing_waits_without_a_reason(
+    rules: int, script: Sequence[Step]
 ) -> None:
     world = Pubsub(rules)
-    world.live(happens)
+    world.play(script)
     world.settle()
     judge.check_nothing_overdue(world.server, world.now_ms)
 
 
 @given(which_rules, steps, cuts)
 @relaxed
-def test_batches_and_owners_never_decide(
-    rules: int, happens: Sequence[Step], sizes: Sequence[int]
+def test_the_result_does_not_depend_on_batches_and_owners(
+    rules: int, script: Sequence[Step], sizes: Sequence[int]
 ) -> None:
-    check_cuts(rules, happens, sizes)
+    check_cuts(rules, script, sizes)
 
 
-def check_cuts(rules: int, happens: Sequence[Step], sizes: Sequence[int]) -> None:
+def check_cuts(rules: int, script: Sequence[Step], sizes: Sequence[int]) -> None:
     world = Pubsub(rules, batched=True)
-    world.live(happens)
+    world.play(script)
     world.settle()
-    held = world.log.records[PUBSUB.topic, 0]
-    content, handed = fold(held, RULES[rules], [1])
-    for otherwise in (([10_000], False), (sizes, False), (sizes, True), ([1], True)):
-        other, handed_there = fold(held, RULES[rules], otherwise[0], owners=otherwise[1])
-        judge.check_equal(other, content)
-        assert handed_there == handed
+    records = world.log.records[PUBSUB.topic, 0]
+    content, delivered = fold(records, RULES[rules], [1])
+    for other_sizes, owners in (([10_000], False), (sizes, False), (sizes, True), ([1], True)):
+        other, other_delivered = fold(records, RULES[rules], other_sizes, owners=owners)
+        check_equal(other, content, PUBSUB)
+        assert other_delivered == delivered
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, 25))
-def test_neither_do_they_in_longer_logs(first: int) -> None:
+def test_the_result_of_longer_logs_does_not_depend_on_them_either(first: int) -> None:
     for seed in range(first, first + 25):
         print(f"seed {seed}")
         random = Random(seed)

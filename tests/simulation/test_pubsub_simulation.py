@@ -1,4 +1,4 @@
-"""Seeded pubsub partitions under faults; `python -m tests.simulation --agent pubsub` goes through many more."""
+"""Seeded pubsub partitions under faults. `python -m tests.simulation --agent pubsub` runs many more."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ def _small_limits() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
-def test_whatever_happens_every_subscriber_reads_on_where_it_was(first: int) -> None:
+def test_after_any_faults_every_subscriber_continues_at_its_read_offset(first: int) -> None:
     for seed in range(first, first + CHUNK):
-        print(f"seed {seed}")  # shown if it fails
+        # Shown if it fails.
+        print(f"seed {seed}")
         judge_seed(seed)
 
 
-def test_every_fault_happens_in_a_few_seeds() -> None:
+def test_every_fault_occurs_in_a_few_seeds() -> None:
     happened = sum((judge_seed(seed) for seed in range(CHUNK)), Counter[str]())
     assert happened.keys() >= {
         "killed: before", "killed: after", "killed: read", "down: before", "down: after", "down: read",

@@ -1,5 +1,6 @@
-"""What a queue holds and hands out is what a short model says: nothing is lost, nothing comes twice without need, nothing
-overtakes. Without brokers that deliver themselves, and under rules that do not change.
+"""A queue against a short model: nothing is lost, nothing is delivered too often, first deliveries are in log order.
+
+The model knows no brokers that deliver by themselves, no early acknowledgements, and no change of rules.
 """
 
 from __future__ import annotations
@@ -44,17 +45,24 @@ def _small_limits() -> Iterator[None]:
 
 
 class Model:
-    """Stored messages by topic, in log order, each with its end; who had them; where in the log each was appended."""
+    """The model.
+
+    - `stored`: topic → message id → end of its life in ms, or None; in log order.
+    - `place`: message id → offset at which it was stored last.
+    - `holders`: message id → clients that it was delivered to.
+    - `may_be_acked`: message ids that an acknowledgement or report may have deleted. The machine alone decides that.
+    - `newest_delivered`: topic → highest place of a first delivery.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.stored: dict[str, dict[str, int | None]] = defaultdict(dict)
         self.place: dict[str, int] = {}
         self.holders: dict[str, set[str]] = defaultdict(set)
-        self.may_be_acked: set[str] = set()  # the machine knows whether it was
+        self.may_be_acked: set[str] = set()
         self.dead: set[str] = set()
-        self.newest_handed: dict[str, int] = defaultdict(lambda: -1)
-        self.handed: set[str] = set()
+        self.newest_delivered: dict[str, int] = defaultdict(lambda: -1)
+        self.delivered: set[str] = set()
         self.now_ms = 0
 
     def fold(self, at: int, timestamp: int, event: object) -> None:
@@ -72,7 +80,7 @@ class Model:
                 self.may_be_acked |= {each.message_id for each in sent if each.qos == 0}
             case OperatorRequeue(message_id=name, topic=topic) if name in self.dead:
                 self.dead.remove(name)
-                self.handed.discard(name)
+                self.delivered.discard(name)
                 self.holders[name].clear()
                 self.place[name] = at
                 self.append(topic, name, None)
@@ -93,17 +101,17 @@ class Model:
             if self.name == "dead on overflow":
                 self.dead.add(oldest)
 
-    def handed_out(self, command: Deliver) -> None:
+    def deliver(self, command: Deliver) -> None:
         name, topic = command.message_id, command.topic
-        assert command.attempt <= 2, f"{name} was delivered more often than may be"
-        if name not in self.handed:
-            assert self.place[name] > self.newest_handed[topic], f"{name} was overtaken"
-            self.newest_handed[topic] = self.place[name]
-        self.handed.add(name)
+        assert command.attempt <= 2, f"{name} was delivered too often"
+        if name not in self.delivered:
+            assert self.place[name] > self.newest_delivered[topic], f"{name} was overtaken"
+            self.newest_delivered[topic] = self.place[name]
+        self.delivered.add(name)
         self.holders[name].add(command.client_id)
 
     def compare(self, state: State) -> None:
-        """Nothing is gone that was not acknowledged, did not die, expire or overflow; and all that did is."""
+        """Check that the store has exactly the messages that were not acknowledged, dead, expired or dropped."""
         assert self.dead <= state.dead.keys()
         for topic in sorted(self.stored):
             index, entries = state.index(topic), self.stored[topic]
@@ -111,23 +119,22 @@ class Model:
                 if name not in index:
                     assert name in self.may_be_acked or name in state.dead, f"{name} is lost"
                     del entries[name]
-            assert index == list(entries), f"{topic} holds {index}, but should {list(entries)}"
+            assert index == list(entries), f"{topic} holds {index}, not {list(entries)}"
         self.dead = set(state.dead)
 
 
 @pytest.mark.parametrize("name", TABLES)
 @given(log=steps)
 @settings(deadline=None)
-def test_the_store_holds_and_the_agent_hands_out_what_the_model_says(
-    name: str, log: list[Step]
-) -> None:
+def test_stored_and_delivered_messages_are_those_of_the_model(name: str, log: list[Step]) -> None:
     follow(name, log)
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
-def test_the_same_of_long_scripts(first: int) -> None:
+def test_long_scripts_agree_with_the_model(first: int) -> None:
     for seed in range(first, first + CHUNK):
-        print(f"seed {seed}")  # shown if it fails
+        # Shown if it fails.
+        print(f"seed {seed}")
         random = Random(seed)
         follow(random.choice(list(TABLES)), a_script(random))
 
@@ -135,18 +142,18 @@ def test_the_same_of_long_scripts(first: int) -> None:
 def follow(name: str, log: list[Step]) -> None:
     player, model = Player(*TABLES[name]), Model(name)
     folded = commanded = 0
-    for step in time_apart(log):
+    for step in split_time(log):
         player.play(step)
         for record in player.records[folded:]:
             model.fold(record.offset, record.timestamp, codec.decode(record.value))
         for command in player.commands[commanded:]:
-            model.handed_out(command)
+            model.deliver(command)
         folded, commanded = len(player.records), len(player.commands)
         model.compare(queue_judge.check(player.world))
 
 
-def time_apart(log: list[Step]) -> Iterator[Step]:
-    """What dies of time is seen before what happens then."""
+def split_time(log: list[Step]) -> Iterator[Step]:
+    """Let time pass in a step of its own, so that messages expire before the next event."""
     for step in log:
         if step.kind not in NOT_MODELLED:
             yield Step("pass time", 0, 0, step.later_ms)

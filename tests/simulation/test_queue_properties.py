@@ -1,36 +1,36 @@
-"""Properties of whole logs of a queue partition, as a player leaves them: however a log is cut into batches and owners,
-the content of the store is the same; whatever happens, what is counted is there, and nobody waits in vain.
+"""Properties of queue logs that a player has written: invariants after every step, and folds that do not depend on
+batches and owners.
 
-Bugs planted by hand, each caught:
+Bugs were planted by hand to test the tests. Each was caught:
 
 | planted | caught by |
 |---|---|
-| what comes back goes behind what came back before | test_what_comes_back_is_handed_out_in_log_order |
-| a confirmed sending is not counted | test_an_overdue_lease_returns_and_is_handed_out_again |
+| a returned message is placed behind those that returned before | test_what_comes_back_is_handed_out_in_log_order |
+| a report is not counted | test_an_overdue_lease_returns_and_is_handed_out_again |
 | one delivery too many | test_what_is_delivered_too_often_is_dead_and_comes_back_by_requeue |
-| one message too many in hand | test_an_ack_deletes_and_makes_room |
-| the one served last is served again | test_a_live_publish_goes_to_one_member_at_once_and_members_take_turns |
-| confirmed leases are counted on | test_after_every_step_all_that_is_counted_is_there_… |
-| a round to be gone once more is not kept | test_what_begins_to_wait_during_a_round_is_not_forgotten_by_a_restart |
-| the ack is due from the leasing on | test_the_time_for_an_ack_begins_when_the_copy_was_sent |
-| a window is not looked at again | test_whatever_happens_every_message_is_acknowledged_or_dead_in_the_end |
-| an ack of what has expired is counted | test_after_every_step_all_that_is_counted_is_there_… |
-| old joins, or leaves of another session, are believed | test_old_news_of_a_member_is_ignored |
-| a new filter is not looked for | test_a_new_filter_for_what_waits_already_is_served_when_there_is_room |
-| a rest does not end the epoch | test_a_failed_command_returns_and_the_member_rests |
+| one unacknowledged message too many | test_an_ack_deletes_and_makes_room |
+| the member that was served last is served again | test_a_live_publish_goes_to_one_member_at_once_and_members_take_turns |
+| leases with a report still count as without one | test_after_every_step_the_invariants_hold_… |
+| the request for another round is not stored | test_what_begins_to_wait_during_a_round_is_not_forgotten_by_a_restart |
+| the acknowledgement is due from the lease on | test_the_time_for_an_ack_begins_when_the_copy_was_sent |
+| a window has no due time | test_after_any_faults_every_message_is_acknowledged_or_dead |
+| an acknowledgement of an expired message is counted | test_after_every_step_the_invariants_hold_… |
+| late joins, or leaves of another session, take effect | test_old_news_of_a_member_is_ignored |
+| a new filter finds no waiting messages | test_a_new_filter_for_what_waits_already_is_served_when_there_is_room |
+| a back-off does not end the epoch | test_a_failed_command_returns_and_the_member_rests |
 | a plain filter is served again and again | test_plain_filters_of_one_client_take_turns |
-| what begins to wait in the tick is missed | test_what_was_found_once_stays_right |
-| a resumption skips | test_too_much_that_is_unconfirmed_pauses_leasing_until_half_of_it_is |
-| early reports are not read ahead for | test_the_same_of_long_scripts |
-| a requeue shares its batch | test_a_requeue_in_the_batch_in_which_the_message_died_loses_nothing |
+| a message that begins to wait in the tick is missed | test_counterexamples_that_were_found_once |
+| resuming after a pause skips topics | test_too_much_that_is_unconfirmed_pauses_leasing_until_half_of_it_is |
+| reports that arrive early read no messages ahead | test_long_scripts_have_the_same_properties |
+| a requeue shares its batch with other events | test_a_requeue_in_the_batch_in_which_the_message_died_loses_nothing |
 | a late repeat is stored again | test_a_repeat_of_what_is_stored_or_in_hand_changes_nothing_however_late |
-| what overflows is never a dead letter | test_a_requeue_in_the_batch_in_which_the_message_died_loses_nothing |
+| an overflowed message never becomes a dead letter | test_a_requeue_in_the_batch_in_which_the_message_died_loses_nothing |
 | a new message overtakes | test_what_was_stored_is_handed_to_who_comes_in_the_order_it_was_published |
 | a dead letter loses its body | test_a_message_that_dies_and_expires_in_one_tick_is_a_dead_letter_… |
-| what left in a tick is swept again | test_the_same_of_long_scripts |
-| anybody may acknowledge | test_only_who_has_had_a_message_may_acknowledge_it |
-| what has left is counted on | test_an_ack_deletes_and_makes_room |
-| a new queue takes what lay there before | test_a_topic_that_becomes_a_queue_leaves_alone_what_lay_there_before |
+| a message that left in a tick is swept again | test_long_scripts_have_the_same_properties |
+| any client can acknowledge | test_only_who_has_had_a_message_may_acknowledge_it |
+| a message that has left still counts | test_an_ack_deletes_and_makes_room |
+| a new queue takes messages that were stored before | test_a_topic_that_becomes_a_queue_leaves_alone_what_lay_there_before |
 | a retained message dies with its ack | test_a_retained_message_survives_its_ack_and_its_copy_in_the_queue |
 """
 
@@ -95,7 +95,7 @@ steps = st.lists(
 
 
 def a_script(random: Random) -> list[Step]:
-    """Longer than what hypothesis makes; some kinds of steps never happen in it."""
+    """Return a script that is longer than those of hypothesis. It lacks some kinds of steps."""
     kinds = [
         kind for kind in KINDS if random.random() < 0.85 or kind in ("publish", "join", "sent")
     ]
@@ -135,7 +135,7 @@ def played(name: str, log: list[Step], *, checked: bool = False) -> Player:
 @pytest.mark.parametrize("name", TABLES)
 @given(log=steps)
 @settings(deadline=None)
-def test_after_every_step_all_that_is_counted_is_there_and_nobody_waits_in_vain(
+def test_after_every_step_the_invariants_hold_and_no_message_waits_without_a_reason(
     name: str, log: list[Step]
 ) -> None:
     check_steps(name, log)
@@ -143,14 +143,17 @@ def test_after_every_step_all_that_is_counted_is_there_and_nobody_waits_in_vain(
 
 def check_steps(name: str, log: list[Step]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dedup, "DEDUP_WINDOW_MS", 4_000)  # so that repeats may be of any age
+        # Shorter than the scripts, so that some repeats are no longer among the seen ids.
+        patch.setattr(dedup, "DEDUP_WINDOW_MS", 4_000)
         played(name, [step for step in log if step.kind != "other rules"], checked=True)
 
 
 @pytest.mark.parametrize("name", TABLES)
 @given(log=steps, sizes=cuts)
 @settings(deadline=None)
-def test_batches_and_owners_never_decide(name: str, log: list[Step], sizes: list[int]) -> None:
+def test_the_content_does_not_depend_on_batches_and_owners(
+    name: str, log: list[Step], sizes: list[int]
+) -> None:
     check_borders(name, log, sizes)
 
 
@@ -167,41 +170,42 @@ def check_borders(name: str, log: list[Step], sizes: list[int]) -> None:
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
-def test_the_same_of_long_scripts(first: int) -> None:
+def test_long_scripts_have_the_same_properties(first: int) -> None:
     for seed in range(first, first + CHUNK):
-        print(f"seed {seed}")  # shown if it fails
+        # Shown if it fails.
+        print(f"seed {seed}")
         random = Random(seed)
         name, log = random.choice(list(TABLES)), a_script(random)
         check_steps(name, log)
         check_borders(name, log, [random.randint(1, 9) for _ in range(5)])
 
 
-# Counterexamples that were found once: what was wrong, under which rules.
+# Counterexamples: the bug, the rules, the script.
 FOUND: dict[str, tuple[str, list[Step]]] = {
-    "what began to wait in the tick of a round was missed by it": ("latest", [
+    "a round missed a message that began to wait in its tick": ("latest", [
         Step("publish", 1, 0, 7_000), Step("publish", 0, 0, 2_001), Step("join", 0, 2, 0),
         Step("publish", 0, 0, 2_001), Step("fail", 0, 0, 0), Step("sent", 2, 0, 4_999),
     ]),
-    "a pause was noticed by who had no room, if the next message was in memory": ("dead on overflow", [
+    "a member without room noticed a pause, if the next message was in memory": ("dead on overflow", [
         Step("publish", 2, 0, 0), Step("publish", 0, 0, 0), Step("join", 0, 0, 0), Step("join", 4, 2, 0),
         Step("publish", 5, 0, 0), Step("publish", 5, 0, 0), Step("publish", 3, 0, 0),
         Step("broker joins", 0, 3, 0),
     ]),
-    "a requeue of what was in hand lost it": ("dead on overflow", [
+    "a requeue of a leased message lost it": ("dead on overflow", [
         Step("publish", 5, 0, 0), Step("publish", 2, 0, 5_000), Step("join", 0, 2, 0),
         Step("publish", 5, 0, 5_000), Step("requeue", 4, 0, 1),
     ]),
-    "a failure did not say that its member has room": ("three rules", [
+    "a failed command did not announce that its member has room": ("three rules", [
         Step("publish", 4, 0, 0), Step("ack", 5, 0, 0), Step("retain", 5, 0, 0), Step("sent", 0, 0, 4_999),
         Step("fail", 2, 0, 0), Step("ack early", 0, 0, 2_000), Step("publish", 1, 0, 0),
         Step("publish", 1, 0, 0), Step("fail", 4, 0, 0),
     ]),
-    "what lay ahead of a publish was all in memory, and was not known to be": ("plain", [
+    "all messages ahead of a publish were in memory, but the window did not know it": ("plain", [
         Step("publish", 0, 0, 0), Step("expiring", 3, 0, 0), Step("qos 0", 0, 0, 0),
         Step("broker joins", 1, 1, 0), Step("repeat", 0, 0, 5_001), Step("disconnect", 0, 0, 1_000),
         Step("publish", 3, 0, 0), Step("join", 4, 0, 0),
     ]),
-    "what a sweep took away was not read beyond": ("dead on overflow", [
+    "messages behind those that a sweep removed were not read": ("dead on overflow", [
         Step("join", 4, 6, 0), Step("publish", 2, 0, 0), Step("other rules", 1, 0, 0), Step("join", 4, 0, 0),
         Step("qos 0", 5, 0, 5_001), Step("publish", 5, 0, 2_001), Step("publish", 0, 0, 0),
         Step("publish", 2, 0, 4_999), Step("join", 3, 0, 1_000),
@@ -209,9 +213,9 @@ FOUND: dict[str, tuple[str, list[Step]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", FOUND)
-def test_what_was_found_once_stays_right(what: str) -> None:
-    name, log = FOUND[what]
+@pytest.mark.parametrize("bug", FOUND)
+def test_counterexamples_that_were_found_once(bug: str) -> None:
+    name, log = FOUND[bug]
     check_steps(name, log)
     for sizes in ([1], [2], [5, 9, 7], [1, 8, 3, 4, 1], [100]):
         check_borders(name, log, sizes)

@@ -1,5 +1,7 @@
-"""Seeded worlds of a queue partition: a store that fails before and after each write, owners that succeed each other and do
-not know, a bridge that forgets; then the faults end, one client comes for everything, and everything is acknowledged or dead.
+"""Seeded worlds of a queue partition under faults.
+
+The store fails before and after writes. New owners start, and old ones continue without knowing. The bridge loses commands.
+Then the faults end, clients take and acknowledge everything, and every message must be acknowledged or dead.
 """
 
 from __future__ import annotations
@@ -35,7 +37,12 @@ def _small_limits() -> Iterator[None]:
 
 
 class Simulated:
-    """One run of one seed."""
+    """One run of one seed.
+
+    - `fault_rate`: the probability of a fault at each moment of the store.
+    - `new_owner_rate`: the probability of a new owner after each step.
+    - `old_owners`: earlier owners that do not know that they are fenced.
+    """
 
     def __init__(self, seed: int) -> None:
         self.random = Random(seed)
@@ -43,17 +50,17 @@ class Simulated:
         self.player = Player(*TABLES[self.name], other_rules=OTHER_RULES)
         self.world = self.player.world
         self.happened: Counter[str] = Counter()
-        self.failing = self.random.choice([0, 0.01, 0.1])
-        self.succeeding = self.random.choice([0, 0.05, 0.3])
-        self.others: list[Driver] = []  # who do not know yet that they own it no more
+        self.fault_rate = self.random.choice([0, 0.01, 0.1])
+        self.new_owner_rate = self.random.choice([0, 0.05, 0.3])
+        self.old_owners: list[Driver] = []
 
-    def live(self) -> None:
-        """Trouble, then rest, then the judgement."""
+    def play(self) -> None:
+        """Run the script with faults, then without, and check the end."""
         self.world.server.fault = self._fault
         for step in a_script(self.random):
             self.player.play(step)
-            if self.random.random() < self.succeeding:
-                self._succeed()
+            if self.random.random() < self.new_owner_rate:
+                self._start_owner()
             if self.random.random() < 0.1:
                 self.world.commit(self.world.driver)
         self.world.server.fault = lambda _moment, _partition: None
@@ -63,18 +70,18 @@ class Simulated:
         self._judge()
 
     def _fault(self, moment: Moment, partition: Partition) -> None:
-        if self.random.random() < self.failing:
+        if self.random.random() < self.fault_rate:
             self.happened[f"down: {moment}"] += 1
             raise StoreDown(f"down at {moment}")
 
-    def _succeed(self) -> None:
-        """A new owner; an old one goes on for a while, and is fenced off or takes over again."""
+    def _start_owner(self) -> None:
+        """Start a new owner. An old one may process records once more: it is fenced, or takes the fence back."""
         self.happened["new owner"] += 1
-        self.others = [*self.others[-1:], self.world.driver]
+        self.old_owners = [*self.old_owners[-1:], self.world.driver]
         self.world.driver = self.world.started()
         if self.random.random() < 0.5:
-            self.happened["an old owner goes on"] += 1
-            self.world.feed(self.random.choice(self.others))
+            self.happened["an old owner continues"] += 1
+            self.world.feed(self.random.choice(self.old_owners))
         self.world.settle()
 
     def _judge(self) -> None:
@@ -85,7 +92,7 @@ class Simulated:
         judge.check_equal(self.world.server, clean, QUEUE)
 
     def _drain(self) -> None:
-        """A client takes everything and acknowledges it, each command once."""
+        """Let three clients take everything and acknowledge each command once."""
         world = self.world
         for client in "abc":
             self.player.clock += 1
@@ -109,23 +116,24 @@ class Simulated:
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
-def test_whatever_happens_every_message_is_acknowledged_or_dead_in_the_end(
+def test_after_any_faults_every_message_is_acknowledged_or_dead(
     first: int,
 ) -> None:
     for seed in range(first, first + CHUNK):
-        print(f"seed {seed}")  # shown if it fails
+        # Shown if it fails.
+        print(f"seed {seed}")
         simulated = Simulated(seed)
-        simulated.live()
+        simulated.play()
         server = simulated.world.server
         assert not any(server.values.get(keys.message_index(f"queue/{x}")) for x in "abc")
 
 
-def test_every_fault_happens_in_a_few_seeds() -> None:
+def test_every_fault_occurs_in_a_few_seeds() -> None:
     happened: Counter[str] = Counter()
     for seed in range(CHUNK):
         simulated = Simulated(seed)
-        simulated.live()
+        simulated.play()
         happened.update(simulated.happened)
     assert happened.keys() >= {
-        "down: load", "down: read", "down: before", "down: after", "new owner", "an old owner goes on",
+        "down: load", "down: read", "down: before", "down: after", "new owner", "an old owner continues",
     }  # fmt: skip

@@ -1,5 +1,7 @@
-"""Brokers that know the truth, and events about it that are lost, repeated and reordered: after one snapshot of each
-node, presence and registry are the brokers' truth, and the members announced are the members entitled.
+"""The sessions agent under lost, repeated and late events, against a model of two broker nodes.
+
+After one snapshot of each node, presence and subscriptions must equal the model. The announced members must be those that
+are entitled: online clients with a filter that a delivery rule matches.
 """
 
 from __future__ import annotations
@@ -33,7 +35,10 @@ class Connected(NamedTuple):
 
 
 class Brokers:
-    """Two nodes of one cluster, and what their bridge says of each change, per connection in order."""
+    """The model: two nodes of one cluster. Each change returns the events of its bridge, in order for each connection.
+
+    `clocks`: node → how far its clock is ahead, in ms.
+    """
 
     def __init__(self, random: Random, world: Sessions) -> None:
         self.random, self.world = random, world
@@ -44,7 +49,7 @@ class Brokers:
         self.clocks = {node: random.randrange(0, 2_000, 500) for node in NODES}
 
     def step(self) -> list[list[Event]]:
-        """Something happens; what is said of it, by each connection that says something."""
+        """Make a random change, and return its events: one list for each connection."""
         client_id = self.random.choice(CLIENTS)
         choices = [self.connect, self.connect, self.disconnect, self.subscribe, self.unsubscribe]
         return self.random.choice(choices)(client_id)
@@ -68,11 +73,11 @@ class Brokers:
         before: list[Event] = []
         if client_id in self.connected:
             before += self.ended(client_id, "discarded" if clean else "takenover")
-        held = self.sessions.get(client_id)
-        resumes = held is not None and not clean and not self.clean[client_id]
-        if held is not None and not resumes:
-            before.append(self.event(events.SessionDiscarded, client_id, held[0]))
-        self.sessions[client_id] = node, held[1] if held is not None and resumes else {}
+        session = self.sessions.get(client_id)
+        resumes = session is not None and not clean and not self.clean[client_id]
+        if session is not None and not resumes:
+            before.append(self.event(events.SessionDiscarded, client_id, session[0]))
+        self.sessions[client_id] = node, session[1] if session is not None and resumes else {}
         self.clean[client_id] = clean
         self.peers += 1
         kind = events.SessionResumed if resumes else events.SessionCreated
@@ -83,9 +88,9 @@ class Brokers:
     def connection(self, client_id: str, node: str) -> Event:
         at = next(self.world.at) + self.clocks[node]
         self.connected[client_id] = Connected(node, f"{node}/{self.peers}", at)
-        return self.told_connected(client_id)
+        return self.connected_event(client_id)
 
-    def told_connected(self, client_id: str, **marks: bool) -> Event:
+    def connected_event(self, client_id: str, **marks: bool) -> Event:
         node, connection_id, connected_at = self.connected[client_id]
         return self.event(
             events.ClientConnected, client_id, node, connection_id=connection_id,
@@ -95,21 +100,21 @@ class Brokers:
     def disconnect(self, client_id: str) -> list[list[Event]]:
         if client_id not in self.connected:
             return []
-        said = self.ended(client_id, "normal")
+        ended = self.ended(client_id, "normal")
         if self.clean[client_id]:
             node, _ = self.sessions.pop(client_id)
-            said.append(self.event(events.SessionTerminated, client_id, node, reason="normal"))
-        return [said]
+            ended.append(self.event(events.SessionTerminated, client_id, node, reason="normal"))
+        return [ended]
 
     def subscribe(self, client_id: str) -> list[list[Event]]:
         if client_id not in self.connected:
             return []
         topic_filter, qos = self.random.choice(FILTERS), self.random.randrange(3)
-        node, held = self.sessions[client_id]
-        held[topic_filter] = qos
-        return [[self.told_subscribed(client_id, node, topic_filter, qos)]]
+        node, filters = self.sessions[client_id]
+        filters[topic_filter] = qos
+        return [[self.subscribed_event(client_id, node, topic_filter, qos)]]
 
-    def told_subscribed(
+    def subscribed_event(
         self, client_id: str, node: str, topic_filter: str, qos: int, **marks: bool
     ) -> Event:
         return self.event(
@@ -117,40 +122,40 @@ class Brokers:
         )
 
     def unsubscribe(self, client_id: str) -> list[list[Event]]:
-        node, held = self.sessions.get(client_id, ("", {}))
-        if client_id not in self.connected or not held:
+        node, filters = self.sessions.get(client_id, ("", {}))
+        if client_id not in self.connected or not filters:
             return []
-        topic_filter = self.random.choice(sorted(held))
-        del held[topic_filter]
+        topic_filter = self.random.choice(sorted(filters))
+        del filters[topic_filter]
         return [
             [self.event(events.SessionUnsubscribed, client_id, node, topic_filter=topic_filter)]
         ]
 
     def snapshot(self, node: str) -> list[Event]:
-        told: list[Event] = []
+        found: list[Event] = []
         for client_id, connected in self.connected.items():
             if connected.node == node:
-                told.append(self.told_connected(client_id, told_again=True))
-        for client_id, (at, held) in self.sessions.items():
+                found.append(self.connected_event(client_id, told_again=True))
+        for client_id, (at, filters) in self.sessions.items():
             if at == node:
-                for topic_filter, qos in held.items():
-                    subscribed = self.told_subscribed(
+                for topic_filter, qos in filters.items():
+                    subscribed = self.subscribed_event(
                         client_id, node, topic_filter, qos, told_again=True
                     )
-                    told.append(subscribed)
-        return told
+                    found.append(subscribed)
+        return found
 
 
 def scrambled(random: Random, brokers: Brokers, world: Sessions) -> None:
-    """A history, some of it lost, repeated or late; the owner is succeeded now and then."""
+    """Play a history. Some events are lost, repeated or late, and sometimes a new owner starts."""
     late: list[list[Event]] = []
     losing, doubling, delaying = (random.choice([0, 0.05, 0.3]) for _ in range(3))
     for _ in range(STEPS):
-        for said in brokers.step():
+        for change in brokers.step():
             if random.random() < delaying:
-                late.append(said)
+                late.append(change)
                 continue
-            for event in said:
+            for event in change:
                 if random.random() >= losing:
                     world.append(event, *([event] if random.random() < doubling else []))
         if late and random.random() < 0.5:
@@ -160,17 +165,17 @@ def scrambled(random: Random, brokers: Brokers, world: Sessions) -> None:
         if random.random() < 0.05:
             run(world.driver.close())
             world.driver = world.started()
-    for said in late:
-        world.append(*said)
+    for change in late:
+        world.append(*change)
     world.settle()
 
 
 def entitled(brokers: Brokers) -> dict[tuple[str, str], int]:
     return {
         (client_id, topic_filter): qos
-        for client_id, (_, held) in brokers.sessions.items()
+        for client_id, (_, filters) in brokers.sessions.items()
         if client_id in brokers.connected
-        for topic_filter, qos in held.items()
+        for topic_filter, qos in filters.items()
         if intersects("queue/#", split_share(topic_filter)[1])
     }
 
@@ -188,7 +193,7 @@ def announced(world: Sessions) -> dict[tuple[str, str], int]:
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, 50))
-def test_after_a_snapshot_of_each_node_all_is_as_the_brokers_know(
+def test_after_a_snapshot_of_each_node_the_state_equals_the_brokers(
     monkeypatch: pytest.MonkeyPatch, first: int
 ) -> None:
     monkeypatch.setattr(sessions, "SWEEP_CLIENTS_MAX", 2)
@@ -220,24 +225,26 @@ def judge(seed: int) -> None:
 def check_registry(world: Sessions, brokers: Brokers, where: str) -> None:
     states = world.server.of(keys.table(SESSIONS, "states"), Hash)
     for client_id in CLIENTS:
-        held = unpack(states.get(client_id)).subscriptions
+        subscriptions = unpack(states.get(client_id)).subscriptions
         _, truth = brokers.sessions.get(client_id, ("", {}))
-        assert {name: each.qos for name, each in held.items()} == truth, where
+        assert {name: each.qos for name, each in subscriptions.items()} == truth, where
 
 
 def check_indexes(world: Sessions, where: str) -> None:
-    """What sweeps find is what is held."""
+    """Check the private indexes against the states."""
     states = world.server.of(keys.table(SESSIONS, "states"), Hash)
     for node in NODES:
         index = world.server.of(keys.index(SESSIONS, sessions.seen_index(node)), Zset)
-        held = {name: unpack(state).seen_on().get(node) for name, state in states.items()}
-        assert dict(index) == {name: seen for name, seen in held.items() if seen is not None}, where
+        seen_at = {name: unpack(state).seen_on().get(node) for name, state in states.items()}
+        assert dict(index) == {name: seen for name, seen in seen_at.items() if seen is not None}, (
+            where
+        )
     announced_by = world.server.of(keys.index(SESSIONS, sessions.ANNOUNCED), Zset)
     subscribed = {name for name, state in states.items() if unpack(state).subscriptions}
     assert set(announced_by) == subscribed, where
 
 
-def test_a_replay_of_the_log_ends_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replay_of_the_log_gives_the_same_content(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions, "SWEEP_CLIENTS_MAX", 2)
     for seed in range(40):
         random = Random(seed)
@@ -259,5 +266,5 @@ def test_a_replay_of_the_log_ends_the_same(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def compared(name: str) -> bool:
-    """The fence and the journal depend on the borders of batches; all else is a function of the log."""
+    """True for keys that are a function of the log. The fence and the journal depend on where batches end."""
     return not name.endswith((":applied", ":journal"))

@@ -1,4 +1,4 @@
-"""A few hundred seeded worlds; `python -m tests.simulation` (make soak) goes through many more."""
+"""A few hundred seeded worlds of the messages agent. `python -m tests.simulation` (make soak) runs many more."""
 
 from __future__ import annotations
 
@@ -17,21 +17,18 @@ def happened() -> Counter[str]:
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
-def test_whatever_happens_everything_is_applied_once_and_comes_right_in_the_end(
-    first: int, happened: Counter[str]
-) -> None:
+def test_after_any_faults_every_record_is_applied_once(first: int, happened: Counter[str]) -> None:
     for seed in range(first, first + CHUNK):
-        print(
-            f"seed {seed}"
-        )  # shown if it fails; python -m tests.simulation --first SEED --seeds 1
+        # Shown if it fails: python -m tests.simulation --first SEED --seeds 1
+        print(f"seed {seed}")
         world = World(seed)
-        world.live()
+        world.play()
         happened.update(world.happened)
 
 
-def test_every_fault_has_happened(happened: Counter[str]) -> None:
+def test_every_fault_has_occurred(happened: Counter[str]) -> None:
     assert happened.keys() >= {
         "crash", "pause", "release", "new owner", "store down", "store emptied", "failover", "retention",
-        "lost before it was applied", "given up, yet on the wire", "reply lost",
+        "lost before it was applied", "given up, but in flight", "reply lost",
         "a dead letter was sent again", "fenced", "records lost",
     }  # fmt: skip

@@ -1,4 +1,8 @@
-"""A simulated worker: one driver, its Kafka and its store, stepped by the world and killed at any await."""
+"""A simulated worker: one driver with its Kafka and its store. The world steps it, and can kill it at every await.
+
+The worker also checks itself: it may produce a dead letter again only if it has a reason. Reasons are an entry in the
+journal, and a record that is neither in the store nor committed.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from tests.support.partition import PARTITION
 
 
 class ToProduce(NamedTuple):
-    """Records on their way to Kafka."""
+    """Records that a worker has produced and that Kafka does not have yet."""
 
     worker: Worker
     records: Sequence[OutgoingRecord]
@@ -27,7 +31,7 @@ class ToProduce(NamedTuple):
 
 
 class Surroundings(Protocol):
-    """What a worker needs of the world."""
+    """The part of the world that a worker uses."""
 
     random: Random
     now_ms: int
@@ -39,25 +43,33 @@ class Surroundings(Protocol):
 
 
 class Worker:
-    """Lives in `step`s. A paused one is not stepped; a crashed one never again."""
+    """Runs until its next await in each `step`. A paused worker is not stepped. A crashed one has ended.
+
+    - `owed`: offsets whose dead letters it may produce, although another worker may have produced them.
+    - `_owed_by_others`: those of them that other workers have journaled.
+    - `_sent`: offsets whose dead letters it has produced.
+    - `_offered`: offsets that it could fold since its last load.
+    - `_run`: the records that it processes now.
+    - `_stored`: the state that it has loaded, until it has asked for the bounds of the log.
+    """
 
     def __init__(self, world: Surroundings, number: int) -> None:
         self.world, self.number = world, number
         connection = Connection(world.store, number, self._loaded, self._missing)
         self.driver: PartitionDriver[Packed] = PartitionDriver(
-            PARTITION, MessagesMachine(), connection, self, world.rules, _unheard
+            PARTITION, MessagesMachine(), connection, self, world.rules, _ignore
         )
         self.paused = self.closing = self.ended = False
-        self.owed: set[int] = set()  # offsets whose dead letters it may produce though others did
-        self._owed_by_others: set[int] = set()  # the part of it that others have journaled
+        self.owed: set[int] = set()
+        self._owed_by_others: set[int] = set()
         self._failovers = world.store.failovers
-        self._sent: set[int] = set()  # offsets whose dead letters it has produced
-        self._handed: set[int] = set()  # offsets it could fold since it loaded
+        self._sent: set[int] = set()
+        self._offered: set[int] = set()
         self._run: Sequence[Record] = ()
         self._stored: LoadedState | None = None
         self._life = self._live()
 
-    # -- its life ---------------------------------------------------------------------------------------
+    # -- steps ------------------------------------------------------------------------------------------
 
     def step(self) -> None:
         try:
@@ -76,7 +88,7 @@ class Worker:
         while not self.closing:
             self._run = self._fetch(position)
             if self._run:
-                self._hand(self._run)
+                self._offer(self._run)
                 position = self._run[-1].offset + 1
                 await driver.process(self._run)
                 self._run = ()
@@ -102,17 +114,18 @@ class Worker:
         if offset is not None and self.world.commits_arrive:
             self.world.log.committed[PARTITION] = offset
 
-    # -- what it knows of the log, for the judge --------------------------------------------------------
+    # -- what it has read of the log, for the judge -----------------------------------------------------
 
-    def _hand(self, records: Iterable[Record]) -> None:
-        self._handed.update(record.offset for record in records)
+    def _offer(self, records: Iterable[Record]) -> None:
+        self._offered.update(record.offset for record in records)
 
     def _loaded(self, stored: LoadedState) -> None:
-        self._handed = {record.offset for record in self._run}
+        self._offered = {record.offset for record in self._run}
         self._stored = stored
         if self._failovers != self.world.store.failovers:
             self._failovers = self.world.store.failovers
-            self._sent.clear()  # the notes that they are out may be lost
+            # The store may have lost the notes that these were produced.
+            self._sent.clear()
         self._owed_by_others = {
             output.offset
             for sequence, outputs in stored.journal.items()
@@ -121,7 +134,7 @@ class Worker:
         }
 
     def _missing(self, start: int, stop: int) -> frozenset[int]:
-        return frozenset(range(start, stop)) - self._handed
+        return frozenset(range(start, stop)) - self._offered
 
     # -- its Kafka. See `millpond.agents.ports.Log` --------------------------------------------------------------
 
@@ -130,13 +143,14 @@ class Worker:
         bounds = await self.world.log.bounds(partition)
         if self._stored is not None:
             self._may_owe(self._stored, bounds)
-            if self._stored.applied is None:  # an empty store begins where the log does
-                self._handed = {offset for offset in self._handed if offset >= bounds.start}
+            # The fold of an empty store begins at the start of the log.
+            if self._stored.applied is None:
+                self._offered = {offset for offset in self._offered if offset >= bounds.start}
             self._stored = None
         return bounds
 
     def _may_owe(self, stored: LoadedState, bounds: LogBounds) -> None:
-        """What is in the journal, and what is neither in the store nor committed."""
+        """Set `owed`: the offsets in the journal, and those that are neither in the store nor committed."""
         journaled = {output.offset for outputs in stored.journal.values() for output in outputs}
         applied = -1 if stored.applied is None else stored.applied.offset
         first = max(applied + 1, bounds.committed or 0)
@@ -147,14 +161,14 @@ class Worker:
     ) -> AsyncIterator[Sequence[Record]]:
         await Pause()
         async for run in self.world.log.read(partition, start, stop):
-            self._hand(run)
+            self._offer(run)
             yield run
             await Pause()
 
     def produce(self, records: Sequence[OutgoingRecord]) -> Awaitable[None]:
         for record in records:
             if record.topic == keys.DEAD_LETTERS_TOPIC:
-                offset = letter_offset(record)
+                offset = dead_letter_offset(record)
                 again = offset in self._sent and offset not in self._owed_by_others
                 assert not again, f"a worker produced the dead letter of {offset} twice"
                 self._sent.add(offset)
@@ -163,10 +177,10 @@ class Worker:
         return cast(Awaitable[None], sent.reply)
 
 
-def letter_offset(letter: OutgoingRecord) -> int:
-    """The offset of the record that a dead letter is about."""
-    return int(dict(letter.headers)["source-offset"])
+def dead_letter_offset(record: OutgoingRecord) -> int:
+    """Return the offset of the record that became this dead letter."""
+    return int(dict(record.headers)["source-offset"])
 
 
-def _unheard(notice: str) -> None:
-    """Notices are for people."""
+def _ignore(notice: str) -> None:
+    """Drop a notice of the driver."""

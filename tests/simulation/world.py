@@ -1,5 +1,11 @@
-"""A seeded world in one thread: publishers, owners that crash, sleep and succeed each other, a store and a Kafka
-that fail; then the faults end and everything has to come right."""
+"""A seeded world of the messages agent in one thread.
+
+1. Random actions: publish, step a worker, deliver a transaction, produce a record; and faults of workers, store and Kafka.
+   There may be two owners, and one of them may not know that it is fenced.
+2. The faults end, with one owner. Everything in flight arrives.
+3. The judge compares the store with a clean fold of the same records, and the dead letters with the bad records.
+4. Time passes beyond every lifetime, and the judge compares again.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +19,25 @@ from millpond.schemas import keys
 from tests.simulation import judge
 from tests.simulation.publisher import RULES, Publisher
 from tests.simulation.store import Store
-from tests.simulation.worker import ToProduce, Worker, letter_offset
+from tests.simulation.worker import ToProduce, Worker, dead_letter_offset
 from tests.support.partition import PARTITION
 
 STEPS = 1_500
 STEPS_TO_SETTLE_MAX = 20_000
 START_MS = 1_000_000
-TAIL_MS = 200_000  # longer than any lifetime: afterwards nothing is left that expires
+TAIL_MS = 200_000  # longer than every lifetime
 PLACE = PARTITION.topic, PARTITION.number
 
 
 class World:
-    """One run of one seed. See `agents/driver/driver.py` for what is promised."""
+    """One run of one seed. docs/explanation/machines/driver.md has the invariants.
+
+    - `to_produce`: records that Kafka does not have yet, in order for each worker.
+    - `commits_arrive`: False while Kafka loses commits.
+    - `dead_letters`: offset of a bad record → number of its dead letters.
+    - `happened`: fault → how often it occurred.
+    - `_all_records`: all records that the log ever had.
+    """
 
     def __init__(self, seed: int) -> None:
         self.random = Random(seed)
@@ -35,32 +48,32 @@ class World:
         self.to_produce: list[ToProduce] = []
         self.commits_arrive = True
         self.workers: list[Worker] = []
-        self.letters: Counter[int] = Counter()
+        self.dead_letters: Counter[int] = Counter()
         self.happened: Counter[str] = Counter()
         self._publisher = Publisher(self.random, self.log)
-        self._everything: list[Record] = []  # what the log ever held
+        self._all_records: list[Record] = []
         actions: dict[Callable[[], None], float] = {
             self._publish: 12, self._step: 60, self._transmit: 25, self._produce: 12, self._pass_time: 3,
-            self._crash: 1, self._sleep: 0.7, self._wake: 0.7, self._release: 0.5, self._succeed: 1,
-            self._fail_store: 0.7, self._mend_store: 3, self._empty_store: 0.15, self._fail_over: 0.3,
-            self._lose_commits: 0.5, self._retain: 1, self._compare: 0.5,
+            self._crash: 1, self._pause: 0.7, self._resume: 0.7, self._release: 0.5, self._start_owner: 1,
+            self._fail_store: 0.7, self._repair_store: 3, self._empty_store: 0.15, self._fail_over: 0.3,
+            self._toggle_commits: 0.5, self._delete_records: 1, self._compare: 0.5,
         }  # fmt: skip
-        # Each world has faults of its own: some are rare in one and common in another.
+        # Each world scales its faults by itself. So some worlds combine few faults, and others many.
         scale = {action: self.random.choice([0, 0.5, 1, 3]) for action in list(actions)[5:]}
         self._actions = {
             action: weight * scale.get(action, 1) for action, weight in actions.items()
         }
-        self._actions[self._mend_store] = 3
+        self._actions[self._repair_store] = 3
 
     # -- a run ------------------------------------------------------------------------------------------
 
-    def live(self) -> None:
-        """Trouble, then rest, then the judgement."""
-        self._succeed()
+    def play(self) -> None:
+        """Run the world, and check it."""
+        self._start_owner()
         for _ in range(STEPS):
             (action,) = self.random.choices(list(self._actions), list(self._actions.values()))
             action()
-        self._rest()
+        self._end_faults()
         self._settle()
         self._judge()
         self.now_ms = max(self.now_ms, self._log_ms) + TAIL_MS
@@ -70,8 +83,8 @@ class World:
         self.happened["fenced"] = self.store.fenced
         self.happened["records lost"] = self.workers[0].driver.records_lost
 
-    def _rest(self) -> None:
-        """No faults any more, and one owner."""
+    def _end_faults(self) -> None:
+        """Repair everything, and leave one owner."""
         staying = [worker for worker in self.workers if not worker.closing][-1:]
         for worker in self.workers:
             worker.paused = False
@@ -79,7 +92,7 @@ class World:
                 worker.crash()
         self.workers = staying
         if not staying:
-            self._succeed()
+            self._start_owner()
         self.commits_arrive, self.store.down = True, False
 
     def _settle(self) -> None:
@@ -98,7 +111,7 @@ class World:
         return (
             stored.applied is not None
             and stored.applied.offset + 1 == self._end == self.log.committed.get(PARTITION)
-            and not (stored.journal or self.to_produce or self.store.wire)
+            and not (stored.journal or self.to_produce or self.store.in_flight)
             and (due is None or due > self.now_ms)
         )
 
@@ -110,18 +123,18 @@ class World:
     @property
     def _log_ms(self) -> int:
         self._remember()
-        return max((record.timestamp for record in self._everything), default=0)
+        return max((record.timestamp for record in self._all_records), default=0)
 
     # -- judgement --------------------------------------------------------------------------------------
 
     def _judge(self) -> None:
         self._compare()
-        unanswered = self._publisher.bad - self.letters.keys()
+        unanswered = self._publisher.bad - self.dead_letters.keys()
         assert not unanswered, f"no dead letters of {unanswered}"
-        assert not self.letters.keys() - self._publisher.bad, "a dead letter of a good record"
+        assert not self.dead_letters.keys() - self._publisher.bad, "a dead letter of a good record"
 
     def _compare(self) -> None:
-        """The content is that of a clean fold of the same records."""
+        """Check that the content equals a clean fold of the records that the store has applied."""
         self._remember()
         server, missing, _ = self.store.content
         applied = self.store.applied
@@ -129,7 +142,7 @@ class World:
             return
         records = [
             record
-            for record in self._everything
+            for record in self._all_records
             if record.offset <= applied.offset and record.offset not in missing
         ]
         judge.check_equal(server, judge.clean_fold(records, self.rules))
@@ -137,10 +150,10 @@ class World:
         judge.check_counters(server)
 
     def _remember(self) -> None:
-        known = self._everything[-1].offset if self._everything else -1
-        self._everything += [record for record in self.log.records[PLACE] if record.offset > known]
+        known = self._all_records[-1].offset if self._all_records else -1
+        self._all_records += [record for record in self.log.records[PLACE] if record.offset > known]
 
-    # -- what goes on -----------------------------------------------------------------------------------
+    # -- actions ----------------------------------------------------------------------------------------
 
     def _publish(self) -> None:
         self._publisher.append()
@@ -157,9 +170,9 @@ class World:
                 self.workers.remove(worker)
 
     def _transmit(self) -> None:
-        if not self.store.wire or self.store.down:
+        if not self.store.in_flight or self.store.down:
             return
-        sent = self.random.choice(self.store.wire)
+        sent = self.random.choice(self.store.in_flight)
         fate = self.random.random()
         if fate < 0.06:
             self._happens("reply lost", lambda: self.store.arrive(sent, reply_lost=True))
@@ -168,14 +181,14 @@ class World:
         elif fate < 0.95:
             self._happens("lost before it was applied", lambda: self.store.lose(sent))
         else:
-            self._happens("given up, yet on the wire", lambda: self.store.give_up(sent))
+            self._happens("given up, but in flight", lambda: self.store.give_up(sent))
 
     def _deliver(self) -> None:
-        if self.store.wire:
-            self.store.arrive(self.store.wire[0], reply_lost=False)
+        if self.store.in_flight:
+            self.store.arrive(self.store.in_flight[0], reply_lost=False)
 
     def _produce(self) -> None:
-        """Kafka takes the oldest records of one worker."""
+        """Let Kafka take the oldest records of one worker."""
         if not self.to_produce:
             return
         worker = self.random.choice(self.to_produce).worker
@@ -183,14 +196,14 @@ class World:
         self.to_produce.remove(sent)
         for record in sent.records:
             if record.topic == keys.DEAD_LETTERS_TOPIC:
-                self._take_letter(worker, letter_offset(record))
+                self._take_dead_letter(worker, dead_letter_offset(record))
             else:
                 self.log.append(record.topic, record.partition or 0, record.key, record.value)
         sent.reply.answer(None)
 
-    def _take_letter(self, worker: Worker, offset: int) -> None:
-        self.letters[offset] += 1
-        if self.letters[offset] > 1:
+    def _take_dead_letter(self, worker: Worker, offset: int) -> None:
+        self.dead_letters[offset] += 1
+        if self.dead_letters[offset] > 1:
             self.happened["a dead letter was sent again"] += 1
             assert offset in worker.owed, f"the dead letter of {offset} was produced twice"
 
@@ -208,20 +221,21 @@ class World:
         if worker is not None:
             self._happens("crash", worker.crash)
             self.workers.remove(worker)
-            lost = self.random.randint(0, 3)  # what it had not handed to the network yet
+            # Records that the worker had not sent yet are lost.
+            lost = self.random.randint(0, 3)
             own = [sent for sent in self.to_produce if sent.worker is worker]
             for sent in own[len(own) - lost :] if lost else []:
                 self.to_produce.remove(sent)
         if not self.workers:
-            self._succeed()
+            self._start_owner()
 
-    def _sleep(self) -> None:
+    def _pause(self) -> None:
         worker = self._any_worker()
         if worker is not None:
             self.happened["pause"] += 1
             worker.paused = True
 
-    def _wake(self) -> None:
+    def _resume(self) -> None:
         for worker in self.workers:
             worker.paused = False
 
@@ -231,8 +245,8 @@ class World:
             self.happened["release"] += 1
             worker.closing = True
 
-    def _succeed(self) -> None:
-        """A new owner, whether or not the old one knows."""
+    def _start_owner(self) -> None:
+        """Start a new owner. The old one, if any, does not notice."""
         if len(self.workers) < 2:
             self.happened["new owner"] += 1
             self.workers.append(Worker(self, self.happened["new owner"]))
@@ -240,10 +254,10 @@ class World:
     def _fail_store(self) -> None:
         self.happened["store down"] += 1
         self.store.down = True
-        for sent in list(self.store.wire):
+        for sent in list(self.store.in_flight):
             self.store.give_up(sent)
 
-    def _mend_store(self) -> None:
+    def _repair_store(self) -> None:
         self.store.down = False
 
     def _empty_store(self) -> None:
@@ -252,11 +266,11 @@ class World:
     def _fail_over(self) -> None:
         self._happens("failover", self.store.fail_over)
 
-    def _lose_commits(self) -> None:
+    def _toggle_commits(self) -> None:
         self.commits_arrive = not self.commits_arrive
 
-    def _retain(self) -> None:
-        """Kafka drops old records: what is applied and committed, some of which a store may yet want again."""
+    def _delete_records(self) -> None:
+        """Delete old records that are applied and committed. A store that loses data may need some of them again."""
         self._remember()
         applied = self.store.applied
         end = min(applied.offset + 1 if applied else 0, self.log.committed.get(PARTITION, 0))

@@ -1,4 +1,4 @@
-"""Real Redis servers for tests that kill, pause, fill or fail them over: one process each, own directory, free ports."""
+"""Redis servers for tests that kill, pause, fill or fail them over: a process with its own directory and port."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ READY_TIMEOUT_S = 20.0
 
 
 def binary() -> str:
-    """The server to test with: `REDIS_SERVER` if set, else the one that `millpond up` starts."""
+    """Return the path of the server under test: `REDIS_SERVER` if it is set, else the server of `millpond up`."""
     return os.environ.get("REDIS_SERVER") or str(get_binary_path())
 
 
 def free_port() -> int:
-    """A port nobody listens on now."""
+    """Return a port on which no process listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -36,7 +36,7 @@ def free_port() -> int:
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for a condition; failing it is the test's failure."""
+    """Wait for a condition. The test fails if it does not become true in time."""
     deadline = time.monotonic() + READY_TIMEOUT_S
     while not condition():
         assert time.monotonic() < deadline, f"not within {READY_TIMEOUT_S} s: {what}"
@@ -44,10 +44,10 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 
 class RedisProcess:
-    """One server. Settings are those of redis.conf; with `append`, what it was given survives `kill`."""
+    """One server. Settings are those of redis.conf, with `_` for `-`; `appendonly` lets its data survive `kill`."""
 
     def __init__(self, directory: Path, *, sentinel: str | None = None, **settings: Any) -> None:
-        """Not started yet. `sentinel` is the text of a Sentinel's configuration."""
+        """`start` starts it. `sentinel` is the text of a configuration; the server is then a Sentinel."""
         self.directory, self.port = directory, free_port()
         self._sentinel = sentinel
         self.settings: Mapping[str, Any] = {"save": "", **settings}
@@ -73,7 +73,7 @@ class RedisProcess:
         return command
 
     def answers(self) -> bool:
-        """Whether it is up; a server that asks for a password is."""
+        """True if it is up. A server that asks for a password is up."""
         try:
             return bool(self.client.ping())
         except redis.AuthenticationError:
@@ -86,23 +86,23 @@ class RedisProcess:
         self._process.send_signal(number)
 
     def pause(self) -> None:
-        """Stop the process where it is."""
+        """Stop the process with SIGSTOP."""
         assert self._process is not None
         pause(self._process)
 
     def resume(self) -> None:
-        """Let a paused process go on."""
+        """Continue a paused process."""
         self._signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """kill -9, and wait until it is gone."""
+        """Kill the process with SIGKILL, and wait for its end."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
     def close(self) -> None:
-        """Kill it and let go of everything."""
+        """Kill the process, close the client, delete the directory."""
         self.kill()
         self.client.close()
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -110,7 +110,7 @@ class RedisProcess:
 
 @contextmanager
 def redis_process(directory: Path, **settings: Any) -> Iterator[RedisProcess]:
-    """A server, as long as the block lasts."""
+    """Run a server during the block."""
     process = RedisProcess(directory, **settings)
     try:
         yield process.start()
@@ -120,7 +120,7 @@ def redis_process(directory: Path, **settings: Any) -> Iterator[RedisProcess]:
 
 @contextmanager
 def cluster_processes(directory: Path, nodes: int = 3) -> Iterator[list[RedisProcess]]:
-    """A Redis Cluster of primaries that share the slots evenly."""
+    """Run a Redis Cluster during the block: primaries without replicas, which share the slots evenly."""
     with ExitStack() as stack:
         processes = [
             stack.enter_context(

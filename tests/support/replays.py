@@ -1,4 +1,4 @@
-"""What is replayed from the log is what live has: a check at the end of any test with real workers."""
+"""`millpond replay` for tests, and a check for the end of tests with real workers: a replay equals the live state."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from millpond.pipeline.replay.run import Replay, ReplayRequest
 from millpond.pipeline.settings import load, pool_at
 from millpond.schemas.events import AgentName
 
-DATABASE = 15  # of the same server, which no test uses for anything else
+DATABASE = 15  # no test uses this database of its server for anything else
 TIMEOUT_S = 120.0
 
 
 def other_database(redis_url: str) -> str:
-    """The database for replays, beside the one of this URL."""
+    """Return the database for replays on the server of this URL."""
     server = redis_url.partition("://")[2].partition("/")[0]
     return f"redis://{server}/{DATABASE}"
 
@@ -30,7 +30,7 @@ def other_database(redis_url: str) -> str:
 def replay(
     config: Path, into: str, *arguments: str, agent: str = "all", hash_seed: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    """The command `millpond replay`."""
+    """Run `millpond replay`."""
     return subprocess.run(
         [
             sys.executable, "-m", "millpond", "replay", agent, "--config", str(config),
@@ -44,15 +44,15 @@ def replay(
 async def check_replay(
     config: Path, redis_url: str, agents: Sequence[AgentName] = AGENT_NAMES
 ) -> None:
-    """The log, folded once more, comes to what is in Redis, where live goes on meanwhile."""
+    """Check that a replay of the log gives the content of Redis. Workers may run meanwhile."""
     settings, rules = load(config)
     into = other_database(redis_url)
     pool = rules.pool(agents[0])
     started = time.monotonic()
     async with Redis.from_url(into) as target:
         await target.flushdb()
-        wish = ReplayRequest(agents, pool_at(pool, into), live=pool_at(pool, redis_url))
-        outcome = await Replay(settings, rules, wish).run()
+        request = ReplayRequest(agents, pool_at(pool, into), live=pool_at(pool, redis_url))
+        outcome = await Replay(settings, rules, request).run()
         await target.flushdb()
     compared = outcome.compared
     assert compared is not None
@@ -60,5 +60,5 @@ async def check_replay(
         f"replayed {outcome.records} records and compared {compared.keys} keys"
         f" in {time.monotonic() - started:.1f} s"
     )
-    found = [described(each) for each in compared.differences]
-    assert not found, found
+    differences = [described(each) for each in compared.differences]
+    assert not differences, differences

@@ -1,4 +1,4 @@
-"""Real servers for tests that stop, kill, pause or restart them: one process each, own directory, free ports."""
+"""Kafka and Redis servers for tests that stop, kill, pause or restart them: a process with its own directory and port."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from millpond.pipeline.stack.stack import kafka_answers, redis_answers
 READY_TIMEOUT_S = 90.0  # generous, since machines are shared
 STOP_TIMEOUT_S = 60.0
 KAFKA_HEAP_MIB = 256
-STOPPED = "TZX"  # stopped, or no longer there
+STOPPED = "TZX"  # stopped, zombie or dead
 
 
 class Server:
-    """One child process at `address`: started and stopped as often as a test wants, always on the same port and data.
+    """One child process at `address`. After a stop, `start` starts it again on the same port and data.
 
-    Every method blocks; from an async test call `await asyncio.to_thread(server.kill)`.
+    Every method blocks. An async test calls `await asyncio.to_thread(server.kill)`.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Server:
         command: Callable[[], list[str]],
         answers: Callable[[], Awaitable[bool]],
     ) -> None:
-        """Not started yet. Redis: `redis://HOST:PORT`; Kafka: `HOST:PORT`."""
+        """`start` starts it. `address` is `redis://HOST:PORT` for Redis and `HOST:PORT` for Kafka."""
         self.address, self.directory = address, directory
         self._command, self._answers = command, answers
         self.process: subprocess.Popen[bytes] | None = None
@@ -56,37 +56,37 @@ class Server:
         return self
 
     def answers(self) -> bool:
-        """Whether it does its work now."""
+        """True if it serves clients now."""
 
         async def ask() -> bool:
             return await self._answers()
 
-        # A thread of its own, so that this works inside a running event loop too.
+        # A new thread: asyncio.run cannot run inside a running event loop.
         with ThreadPoolExecutor(max_workers=1) as thread:
             return thread.submit(asyncio.run, ask()).result()
 
     def log(self) -> str:
-        """What it has said so far, the end of it."""
+        """Return the end of its log."""
         return (self.directory / "log").read_text(errors="replace")[-4_000:]
 
     def stop(self) -> None:
-        """SIGTERM, and wait until it is gone."""
+        """Stop the process with SIGTERM, and wait for its end."""
         self._signal(signal.SIGTERM)
         self._wait()
 
     def kill(self) -> None:
-        """kill -9, and wait until it is gone; does nothing if it does not run."""
+        """Kill the process with SIGKILL, and wait for its end. Do nothing if it does not run."""
         if self.process is not None:
             self._signal(signal.SIGKILL)
             self._wait()
 
     def pause(self) -> None:
-        """Stop the process where it is: connections stay open, nothing is answered."""
+        """Stop the process with SIGSTOP: connections stay open, but nothing is answered."""
         assert self.process is not None, f"{self.address} does not run"
         pause(self.process)
 
     def resume(self) -> None:
-        """Let a paused process go on."""
+        """Continue a paused process."""
         self._signal(signal.SIGCONT)
 
     def _signal(self, number: signal.Signals) -> None:
@@ -100,8 +100,9 @@ class Server:
 
 
 def pause(process: subprocess.Popen[bytes]) -> None:
-    """SIGSTOP, and wait until it holds: a signal is only pending until each thread has taken notice of it, and on a
-    busy machine a thread may answer one more request before.
+    """Stop a process with SIGSTOP, and wait until all of its threads have stopped.
+
+    The signal alone is not enough: on a busy machine a thread can answer one more request before it stops.
     """
     process.send_signal(signal.SIGSTOP)
     deadline = time.monotonic() + READY_TIMEOUT_S
@@ -111,9 +112,10 @@ def pause(process: subprocess.Popen[bytes]) -> None:
 
 
 def _thread_states(pid: int) -> Iterator[str]:
-    """The state of each thread, one letter (man 5 proc_pid_stat)."""
+    """Return the state of each thread as one letter (man 5 proc_pid_stat)."""
     for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
-        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+        # The thread may end meanwhile.
+        with suppress(FileNotFoundError, ProcessLookupError):
             yield stat.read_text().rpartition(") ")[2][0]
 
 
@@ -122,7 +124,10 @@ def kafka_server(
     overrides: Mapping[str, str] | None = None,
     settings: KafkaSettings | None = None,
 ) -> Server:
-    """A Kafka that is not started yet. `overrides` are broker properties; `settings` are how to ask it (default: plain)."""
+    """Return a Kafka server that is not started yet.
+
+    `overrides` are broker properties. `settings` say how to connect to it; without them, in plain text.
+    """
     port = free_port()
     server = KafkaServer(directory, port, free_port(), overrides, KAFKA_HEAP_MIB)
     address = f"{HOST}:{port}"
@@ -131,7 +136,7 @@ def kafka_server(
 
 
 def redis_server(directory: Path) -> Server:
-    """A Redis, as `millpond up` runs it, that is not started yet."""
+    """Return a Redis server like that of `millpond up`, not started yet."""
     port = free_port()
     address = f"redis://{HOST}:{port}"
     return Server(

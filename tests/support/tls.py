@@ -1,4 +1,4 @@
-"""TLS for tests: a certificate for 127.0.0.1, and a front that speaks TLS for a server that cannot."""
+"""TLS for tests: a certificate for 127.0.0.1, and a proxy that adds TLS to a server without it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from cryptography.x509.oid import NameOID
 
 
 class Certificate(NamedTuple):
-    """Files in PEM form; the certificate is its own authority."""
+    """Paths of two PEM files. The certificate is self-signed, so it is its own authority."""
 
     certificate: Path
     key: Path
 
 
 def certificate(directory: Path) -> Certificate:
-    """A self-signed certificate for 127.0.0.1."""
+    """Write a self-signed certificate for 127.0.0.1."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
     address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
@@ -55,7 +55,7 @@ def certificate(directory: Path) -> Certificate:
 
 @asynccontextmanager
 async def tls_front(files: Certificate, behind: int) -> AsyncIterator[int]:
-    """A port that speaks TLS and hands everything to the port `behind` it."""
+    """Run a proxy: return a port that speaks TLS, and forward everything to the port `behind` it."""
     tasks: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,1 +1,1 @@
-"""State in memory, for simulations and tests."""
+"""A store in memory, for simulations and tests."""

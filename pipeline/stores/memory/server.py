@@ -1,4 +1,10 @@
-"""What a Redis server would hold, in memory: typed values under the same keys. Deterministic, without a clock."""
+"""A model of a Redis server: typed values under the same keys, in memory. It is deterministic and has no clock.
+
+State:
+
+- `values`: key → string (`bytes`), `Hash` or `Zset`. An empty hash or sorted set has no key, as in Redis.
+- `expires_at`: key → expiry in ms. The model stores it for comparisons, and never deletes by it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +26,7 @@ class Zset(dict[str, int]):
     """A sorted set: member → score."""
 
     def ordered(self) -> list[tuple[str, int]]:
-        """Members and scores, by score, then by the bytes of the member."""
+        """Return members and scores in the order of Redis: by score, then by the bytes of the member."""
         return sorted(self.items(), key=lambda item: (item[1], item[0].encode()))
 
 
@@ -30,21 +36,24 @@ Moment: TypeAlias = Literal["load", "read", "before", "after"]
 
 
 class StoredValue(NamedTuple):
-    """What a key holds, comparable: a hash as a dict, a sorted set as an ordered list; expiry in ms."""
+    """The value of a key, comparable with that of another store: a hash as dict, a sorted set as ordered list; expiry in ms."""
 
     value: bytes | dict[str, bytes] | list[tuple[str, int]]
     expires_at: int | None
 
 
 class RefusedError(Exception):
-    """One part of a batch cannot be written."""
+    """The server refuses one command. It becomes a `Refusal`."""
 
 
 class MemoryServer(Struct):
-    """What several stores share.
+    """The content that the stores of all partitions and owners share.
 
-    `fault` is called at each moment and may raise `StoreDown` or `StoreRefused`: `before` a
-    transaction is applied, `after` it was (the reply is lost), at `load` and at `read`.
+    `fault` is called at each of four moments, and may raise `StoreDown` or `StoreRefused`:
+
+    - `load` and `read`: before a load, and before a read or a check.
+    - `before`: before a transaction is applied. Nothing of it is then applied.
+    - `after`: after a transaction was applied. Its reply is then lost.
     """
 
     values: dict[str, Value] = field(default_factory=dict)
@@ -52,14 +61,18 @@ class MemoryServer(Struct):
     fault: Callable[[Moment, Partition], None] = lambda _moment, _partition: None
 
     def text(self, key: str) -> bytes | None:
-        """The string a key holds."""
+        """Return the string of a key, or None. Raises RefusedError for a key of another type."""
         value = self.values.get(key)
         if isinstance(value, Hash | Zset):
             raise RefusedError(WRONG_TYPE)
         return value
 
     def of(self, key: str, kind: type[Kind]) -> Kind:
-        """The value of a key; an empty one, not yet kept, where there is none."""
+        """Return the value of a key; without a key, an empty one that `keep` has not stored yet.
+
+        Raises:
+            RefusedError: the key is of another type.
+        """
         value = self.values.get(key)
         if value is None:
             return kind()
@@ -68,7 +81,7 @@ class MemoryServer(Struct):
         return value
 
     def keep(self, key: str, value: Value) -> None:
-        """Set a key; an empty hash or sorted set is no key at all."""
+        """Set a key, or remove it if the hash or sorted set is empty."""
         if value or isinstance(value, bytes):
             self.values[key] = value
         else:
@@ -80,12 +93,12 @@ class MemoryServer(Struct):
         self.expires_at.pop(key, None)
 
     def expire(self, key: str, at: int) -> None:
-        """Note when a key expires. Nothing ever does: that is only the real store's safety net."""
+        """Store when an existing key expires. In the real server this is only a safety net, so nothing expires here."""
         if key in self.values:
             self.expires_at[key] = at
 
     def dump(self) -> dict[str, StoredValue]:
-        """Everything, to compare with another store's content."""
+        """Return the whole content, to compare it with that of another store."""
         return {
             key: StoredValue(comparable(value), self.expires_at.get(key))
             for key, value in sorted(self.values.items())
@@ -93,7 +106,7 @@ class MemoryServer(Struct):
 
 
 def comparable(value: Value) -> bytes | dict[str, bytes] | list[tuple[str, int]]:
-    """A value as `StoredValue` shows it."""
+    """Return a value as in `StoredValue`."""
     match value:
         case Zset():
             return value.ordered()

@@ -1,4 +1,4 @@
-"""A store in memory, for simulations and tests; its server may be shared and may be told to fail."""
+"""A store in memory, for simulations and tests. Stores of several owners share one `MemoryServer`, which can fail on demand."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from millpond.schemas.errors import Fenced, StoreError
 from millpond.schemas.keys import Partition
 
 
-class _Done(Awaitable[Sequence[Refusal]]):
-    """What has been decided already."""
+class _Result(Awaitable[Sequence[Refusal]]):
+    """The result of a commit, which is known before it is awaited."""
 
     def __init__(self, refusals: Sequence[Refusal], error: StoreError | None) -> None:
         self._refusals, self._error = refusals, error
@@ -40,6 +40,7 @@ class _Done(Awaitable[Sequence[Refusal]]):
         if self._error is not None:
             raise self._error
         return self._refusals
+        # Not reached: it makes this method a generator.
         yield
 
 
@@ -47,28 +48,28 @@ class MemoryStore:
     """See `millpond.agents.ports.Store`. Two stores of one partition on one server fence each other."""
 
     def __init__(self, partition: Partition, server: MemoryServer) -> None:
-        """Nothing is read before `load`."""
         self._partition, self._server = partition, server
         self._loaded = False
-        self._held: Applied | None = None  # the fence as last loaded or written
+        # The fence as this store last loaded or wrote it.
+        self._fence: Applied | None = None
 
     async def load(self) -> LoadedState:
-        """See `millpond.agents.ports.Store`. A fault is raised: nothing here could wait."""
+        """See `millpond.agents.ports.Store`. A fault is raised at once: without a clock there is no back-off."""
         self._server.fault("load", self._partition)
-        self._loaded, self._held = True, self._applied()
+        self._loaded, self._fence = True, self._stored_fence()
         journal = {
             int(sequence): msgspec.json.decode(outputs, type=list[Output])
             for sequence, outputs in self._server.of(keys.journal(self._partition), Hash).items()
         }
         rules = self._server.text(keys.rules(self._partition))
         return LoadedState(
-            applied=self._held,
+            applied=self._fence,
             journal=dict(sorted(journal.items())),
             rules=None if rules is None else rules.decode(),
             seen=(self._seen(0), self._seen(1)),
         )
 
-    def _applied(self) -> Applied | None:
+    def _stored_fence(self) -> Applied | None:
         packed = self._server.text(keys.applied(self._partition))
         return None if packed is None else msgspec.json.decode(packed, type=Applied)
 
@@ -85,8 +86,8 @@ class MemoryStore:
             case ReadStates(names, table):
                 states = self._server.of(keys.table(self._partition, table), Hash)
                 return {name: states.get(name) for name in names}
-            case ReadAllStates(_, every):
-                return 0, dict(self._server.of(keys.table(self._partition, every), Hash))
+            case ReadAllStates(_, table):
+                return 0, dict(self._server.of(keys.table(self._partition, table), Hash))
             case ReadBelow(index, before, limit):
                 entries = self._server.of(keys.index(self._partition, index), Zset).ordered()
                 return [entry for entry in entries if entry[1] < before][:limit]
@@ -101,21 +102,21 @@ class MemoryStore:
             case ReadEntry(topic, message_id):
                 return self._public(keys.message_index(topic), Zset).get(message_id)
             case ReadSubscriptions(client_id):
-                held = self._public(keys.subscriptions(client_id), Hash)
-                return {name.encode(): value for name, value in held.items()}
+                filters = self._public(keys.subscriptions(client_id), Hash)
+                return {name.encode(): qos for name, qos in filters.items()}
             case ReadNames(other, index, prefix, after, limit):
                 entries = self._server.of(
                     keys.index(other or self._partition, index), Zset
                 ).ordered()
-                behind = [name for name, _ in entries if name.encode() > after.encode()]
-                return [name for name in behind if name.startswith(prefix)][:limit]
+                rest = [name for name, _ in entries if name.encode() > after.encode()]
+                return [name for name in rest if name.startswith(prefix)][:limit]
             case ReadRetained(topic):
                 return next(iter(self._public(keys.retained(topic), Zset)), None)
             case ReadBody(message_id):
                 return dict(self._public(keys.message_body(message_id), Hash))
 
     def _public(self, key: str, kind: type[Kind]) -> Kind:
-        """The value of a key that others may have written: of another type, it is as good as empty."""
+        """Return the value of a public key. A key of another type, which another program wrote, counts as empty."""
         value = self._server.values.get(key)
         return value if isinstance(value, kind) else kind()
 
@@ -123,32 +124,32 @@ class MemoryStore:
         return transaction
 
     def commit(self, packed: Transaction) -> Awaitable[Sequence[Refusal]]:
-        """See `millpond.agents.ports.Store`. Applied when called."""
-        assert self._loaded, "load() comes first, and after every failure"
+        """See `millpond.agents.ports.Store`. The transaction is applied by the call, not when it is awaited."""
+        assert self._loaded, "call load() first, and again after every failure"
         refusals: list[Refusal] = []
         try:
             self._server.fault("before", self._partition)
-            if not self._applied() == self._held == packed.expected:
+            if not self._stored_fence() == self._fence == packed.expected:
                 raise self._fenced()
-            refusals, self._held = self._apply(packed), packed.applied
+            refusals, self._fence = self._apply(packed), packed.applied
             self._server.fault("after", self._partition)
         except StoreError as error:
             self._loaded = False
-            return _Done((), error)
-        return _Done(refusals, None)
+            return _Result((), error)
+        return _Result(refusals, None)
 
     async def check(self) -> None:
-        assert self._loaded, "load() comes first, and after every failure"
+        assert self._loaded, "call load() first, and again after every failure"
         try:
             self._server.fault("read", self._partition)
-            if self._applied() != self._held:
+            if self._stored_fence() != self._fence:
                 raise self._fenced()
         except StoreError:
             self._loaded = False
             raise
 
     def _fenced(self) -> Fenced:
-        return Fenced(f"{self._partition}: somebody else wrote its state")
+        return Fenced(f"{self._partition}: another writer has changed its state")
 
     def _apply(self, transaction: Transaction) -> list[Refusal]:
         writer = EffectWriter(self._server, self._partition)

@@ -1,4 +1,7 @@
-"""Effects carried out on a `MemoryServer`, each by its meaning."""
+"""Effects applied to a `MemoryServer` by their meaning. `redis/packing.py` translates the same effects into commands.
+
+The contract tests apply random effects to every store, and compare the contents.
+"""
 
 from __future__ import annotations
 
@@ -37,51 +40,58 @@ from millpond.schemas.keys import Partition
 
 
 class EffectWriter:
-    """Writes the effects of one batch of one partition."""
+    """Applies the effects of one batch of one partition. An error about one key refuses one part of one record."""
 
     def __init__(self, server: MemoryServer, partition: Partition) -> None:
-        """Nothing refused yet."""
         self._server, self._partition = server, partition
         self._refused: dict[tuple[int, RefusedPart], str] = {}
 
     def refusals(self) -> list[Refusal]:
-        """What could not be written."""
+        """Return the refusals. A part of a record is refused once, with its first error."""
         return [Refusal(offset, part, why) for (offset, part), why in self._refused.items()]
 
     def write(self, effects: Sequence[Effect]) -> None:
-        """Write the three lists in order; bodies come before the entries that name them."""
-        for step in (self._detail, self._entry, self._state, self._retains, self._removal):
+        """Apply the effects in the order in which a store must: bodies, entries, state, removals."""
+        for step in (
+            self._body_or_receipt,
+            self._entry,
+            self._state,
+            self._retained_index,
+            self._removal,
+        ):
             for effect in effects:
                 step(effect)
 
-    def _part(self, offset: int, part: RefusedPart, write: Callable[[], None]) -> None:
+    def _try_part(self, offset: int, part: RefusedPart, write: Callable[[], None]) -> None:
         try:
             write()
         except RefusedError as error:
             self._refused.setdefault((offset, part), str(error))
 
-    def _detail(self, effect: Effect) -> None:
+    def _body_or_receipt(self, effect: Effect) -> None:
         match effect:
             case StoreMessage():
-                self._part(effect.offset, "body", lambda: self._body(effect))
+                self._try_part(effect.offset, "body", lambda: self._write_body(effect))
                 if effect.expires_at is not None:
                     key = keys.message_body(effect.event.message_id)
                     self._server.expire(key, effect.expires_at + BODY_GRACE_MS)
             case Reindex(_, _, message_id, _, expires_at) if expires_at is not None:
                 self._server.expire(keys.message_body(message_id), expires_at + BODY_GRACE_MS)
             case KeepReceipt():
-                self._part(effect.offset, "receipt", lambda: self._receipt(effect))
+                self._try_part(effect.offset, "receipt", lambda: self._write_receipt(effect))
                 self._server.expire(keys.receipt(effect.message_id), effect.expires_at)
 
     def _entry(self, effect: Effect) -> None:
         match effect:
             case StoreMessage(offset, event, score, True):
-                entry = partial(self._index, event.topic, event.message_id, score)
-                self._part(offset, "index", entry)
+                entry = partial(self._add_to_index, event.topic, event.message_id, score)
+                self._try_part(offset, "index", entry)
             case Reindex(offset, topic, message_id, score):
-                self._part(offset, "index", partial(self._index, topic, message_id, score))
+                self._try_part(
+                    offset, "index", partial(self._add_to_index, topic, message_id, score)
+                )
             case Retain():
-                self._part(effect.offset, "retained", lambda: self._retain(effect))
+                self._try_part(effect.offset, "retained", lambda: self._write_retained(effect))
 
     def _state(self, effect: Effect) -> None:
         match effect:
@@ -96,8 +106,8 @@ class EffectWriter:
             case SetDue(member, at):
                 self._set_due(member, at)
 
-    def _retains(self, effect: Effect) -> None:
-        """Keep the index of topics that retain something, whatever is in the way of their public keys."""
+    def _retained_index(self, effect: Effect) -> None:
+        """Update the private index of topics with a retained message. A refused public key does not change this."""
         name = keys.index(self._partition, keys.RETAINED_INDEX)
         match effect:
             case Retain(topic=topic):
@@ -108,23 +118,25 @@ class EffectWriter:
     def _removal(self, effect: Effect) -> None:
         match effect:
             case Unindex(offset):
-                self._part(offset, "removal", lambda: self._unindex(effect))
+                self._try_part(offset, "removal", lambda: self._unindex(effect))
             case ClearRetained(offset, topic):
-                self._part(offset, "removal", lambda: self._clear(keys.retained(topic), Zset))
+                self._try_part(offset, "removal", lambda: self._remove(keys.retained(topic), Zset))
             case DeleteBody(message_id):
                 name = keys.message_body(message_id)
-                self._part(NO_SOURCE, "removal", lambda: self._clear(name, Hash))
+                self._try_part(NO_SOURCE, "removal", lambda: self._remove(name, Hash))
             case ClearBodyExpiry(message_id):
                 self._server.expires_at.pop(keys.message_body(message_id), None)
             case SetPresence():
                 self._presence(effect)
             case ShowOffset(offset, subscriber, topic, message_id):
                 name = keys.read_offset(subscriber, topic)
-                self._part(offset, "read offset", partial(self._show, name, message_id))
+                self._try_part(
+                    offset, "read offset", partial(self._write_read_offset, name, message_id)
+                )
             case RunCommand(offset, arguments):
-                self._part(offset, "command", lambda: self._run(*arguments))
+                self._try_part(offset, "command", lambda: self._run_command(*arguments))
 
-    def _body(self, effect: StoreMessage) -> None:
+    def _write_body(self, effect: StoreMessage) -> None:
         event = effect.event
         name = keys.message_body(event.message_id)
         body = self._server.of(name, Hash)
@@ -143,21 +155,21 @@ class EffectWriter:
             body["expires_at"] = str(event.expires_at).encode()
         self._server.keep(name, body)
 
-    def _receipt(self, effect: KeepReceipt) -> None:
+    def _write_receipt(self, effect: KeepReceipt) -> None:
         name = keys.receipt(effect.message_id)
         receipt = self._server.of(name, Hash)
         receipt[f"{effect.kind}:{effect.client_id}"] = str(effect.at_s).encode()
         self._server.keep(name, receipt)
 
-    def _index(self, topic: str, message_id: str, score: int) -> None:
+    def _add_to_index(self, topic: str, message_id: str, score: int) -> None:
         name = keys.message_index(topic)
         index = self._server.of(name, Zset)
         index.setdefault(message_id, score)
         self._server.keep(name, index)
 
-    def _retain(self, effect: Retain) -> None:
+    def _write_retained(self, effect: Retain) -> None:
         name = keys.retained(effect.topic)
-        self._clear(name, Zset)
+        self._remove(name, Zset)
         self._server.keep(name, Zset({effect.message_id: effect.score}))
 
     def _presence(self, effect: SetPresence) -> None:
@@ -167,20 +179,22 @@ class EffectWriter:
             "online_at": online_at,
             "offline_at": offline_at(effect).encode(),
         }
-        self._part(effect.offset, "presence", lambda: self._set(keys.presence(client_id), shown))
+        self._try_part(
+            effect.offset, "presence", lambda: self._set(keys.presence(client_id), shown)
+        )
         for node, at in ((effect.left_node, None), (effect.node, online_at)):
             if node is not None:
                 name, field = keys.node(node), {client_id: at}
-                self._part(effect.offset, "presence", partial(self._set, name, field))
+                self._try_part(effect.offset, "presence", partial(self._set, name, field))
 
-    def _show(self, name: str, message_id: str | None) -> None:
+    def _write_read_offset(self, name: str, message_id: str | None) -> None:
         if message_id is not None:
             self._server.keep(name, message_id.encode())
         elif self._server.text(name) is not None:
             self._server.remove(name)
 
     def _set(self, name: str, fields: Mapping[str, bytes | None]) -> None:
-        """Set fields of a hash; None removes one."""
+        """Set fields of a hash. None removes a field."""
         values = self._server.of(name, Hash)
         for field, value in fields.items():
             if value is None:
@@ -196,8 +210,9 @@ class EffectWriter:
             entries[key] = score
         self._server.keep(name, entries)
 
-    def _clear(self, name: str, kind: type[Kind]) -> None:
-        self._server.of(name, kind)  # a foreign key is refused
+    def _remove(self, name: str, kind: type[Kind]) -> None:
+        # Refuses a foreign key, as `HDEL` and `ZREMRANGEBYRANK` do.
+        self._server.of(name, kind)
         self._server.remove(name)
 
     def _unindex(self, effect: Unindex) -> None:
@@ -222,8 +237,8 @@ class EffectWriter:
             due[member] = min(at, due.get(member, at))
         self._server.keep(name, due)
 
-    def _run(self, verb: bytes, *arguments: bytes) -> None:
-        """The few commands that tests use; any other is refused."""
+    def _run_command(self, verb: bytes, *arguments: bytes) -> None:
+        """Run one of the few commands that tests use. Any other is refused as unknown."""
         match verb.upper(), *arguments:
             case b"INCR", key:
                 value = self._server.text(key.decode()) or b"0"

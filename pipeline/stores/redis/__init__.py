@@ -1,1 +1,1 @@
-"""State in Redis: a single server, Sentinel or a Cluster."""
+"""The Redis store: a single server, Sentinel or a Cluster."""

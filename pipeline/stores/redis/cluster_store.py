@@ -1,10 +1,30 @@
-"""A partition on a Redis Cluster: its fenced state on one slot, the messages on all of them.
+"""A partition on a Redis Cluster: its private state in one slot, the public keys in all slots.
 
-What a batch stores is acknowledged before its fence is written, index entries after their bodies.
-What it removes, and the user's commands, run after the fence. They are journaled with it, as the
-field `remove:{sequence}`, until all of them were answered, so that the next owner runs what this
-one could not. Here, and only here, a user's command may run twice: after a crash, a stall or a
-lost connection between the two.
+One transaction cannot span slots. A batch therefore runs in this order:
+
+1. bodies and receipts,
+2. index entries and retained entries,
+3. the fenced transaction: private state, fence, journal, and a list of the commands of steps 4 and 5,
+4. index deletions, cleared retained entries and body expiries, presence, views of read offsets, user commands,
+5. body deletions,
+6. the list leaves the journal.
+
+Each step begins after every command of the step before has been answered.
+
+**Invariants**
+
+1. The private state changes in step 3 alone. It is applied once, as on a single server.
+2. An id has its body whenever a reader finds it: bodies come before entries (1, 2), and go after them (4, 5).
+3. A removal runs at least once. Its list is in the journal, as field `remove:{sequence}`, from step 3 to step 6.
+
+**ON load**
+
+1. Discover the nodes.
+2. Watch the fence, and read state and journal (`Fence.load`).
+3. If the journal has the list of the last transaction, run steps 4 to 6 for it.
+
+Step 3 may repeat what the last owner did before it crashed, stalled or lost its connection. Only here a user command may
+run twice. docs/explanation/guarantees.md lists what else can run late, and with which effect.
 """
 
 from __future__ import annotations
@@ -27,47 +47,48 @@ from millpond.pipeline.stores.redis.connection import (
     Address,
     RedisCommand,
     checked,
-    code,
+    error_code,
     store_error,
 )
-from millpond.pipeline.stores.redis.fence import POISON, Fence, Packed
+from millpond.pipeline.stores.redis.fence import BAD_COMMAND_CODES, Fence, Packed
 from millpond.pipeline.stores.redis.nodes import Nodes
 from millpond.pipeline.stores.redis.packing import BatchCommands
 from millpond.pipeline.stores.redis.reads import answer, read_command
-from millpond.pipeline.stores.redis.store import until_up
+from millpond.pipeline.stores.redis.store import NOT_LOADED, until_up
 from millpond.schemas import keys
 from millpond.schemas.keys import Partition
 
 log = logging.getLogger(__name__)
 
+# The list of removals: the commands of step 4, then those of step 5. MessagePack keeps text, bytes and numbers apart,
+# so that a command runs with the same arguments after a crash.
 _encode: Final = msgspec.msgpack.Encoder().encode
-# MessagePack itself tells text, bytes and numbers apart.
 _decode: Final = msgspec.msgpack.Decoder(tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]).decode
 
 
 class ClusterPacked(NamedTuple):
-    """One transaction in the order in which it is sent."""
+    """One transaction, step by step. `removals` are the commands of step 4, user commands among them."""
 
     bodies: CommandList
     entries: CommandList
     fenced: Packed
     applied: Applied
-    unindexed: CommandList  # and the user's commands
-    dropped: CommandList
+    removals: CommandList
+    body_removals: CommandList
 
 
 class ClusterStore:
     """See `millpond.agents.ports.Store`."""
 
     def __init__(self, partition: Partition, seeds: Sequence[Address], access: Access) -> None:
-        """`seeds` are some nodes of the cluster."""
+        """`seeds` are some nodes of the cluster. Nothing connects before `load`."""
         self._partition, self._seeds, self._access = partition, seeds, access
         self._nodes = Nodes(seeds, access)
-        # None before `load`, while a commit is on its way, and after one that failed.
+        # None before `load`, during a commit, and after a failure.
         self._fence: Fence | None = None
 
     async def load(self) -> LoadedState:
-        """See `millpond.agents.ports.Store`. Runs what the last transaction still had to remove."""
+        """See `millpond.agents.ports.Store`. Finishes the removals of the last transaction first."""
         return await until_up(self._load, self._partition)
 
     async def _load(self) -> LoadedState:
@@ -78,31 +99,36 @@ class ClusterStore:
         fence = Fence(await self._nodes.connection(home), self._partition)
         stored, journal = await fence.load()
         if stored.applied is not None:
-            await self._finish(stored.applied, journal)
+            await self._finish_removals(stored.applied, journal)
         self._fence = fence
         return stored
 
-    async def _finish(self, applied: Applied, journal: Mapping[bytes, bytes]) -> None:
-        """Run what the last transaction still had to remove."""
+    async def _finish_removals(self, applied: Applied, journal: Mapping[bytes, bytes]) -> None:
+        # Lists of earlier transactions cannot exist: a commit ends with step 6, and `load` with this one.
         left = journal.get(keys.removal_field(applied.sequence).encode())
         if left is not None:
             for commands in _decode(left):
-                await self._run_left(commands)
-            await self._forget(applied)
+                await self._run_journaled(commands)
+            await self._forget_removals(applied)
 
-    async def _forget(self, applied: Applied) -> None:
-        """All removals of a transaction were answered. No fence: this is true whoever says it."""
+    async def _forget_removals(self, applied: Applied) -> None:
+        """Remove the list of a transaction from the journal: all of its commands were answered.
+
+        This needs no fence. The list has run, so its removal is right for every owner.
+        """
         field = keys.removal_field(applied.sequence)
         forget: list[RedisCommand] = [("HDEL", keys.journal(self._partition), field)]
         checked(await self._nodes.run(forget), "the cluster")
 
-    async def _run_left(self, commands: Sequence[RedisCommand]) -> None:
+    async def _run_journaled(self, commands: Sequence[RedisCommand]) -> None:
         for command, reply in zip(commands, await self._nodes.run(commands), strict=True):
             if isinstance(reply, ReplyError):
-                if (error := store_error(reply, "the cluster")) and code(reply) not in POISON:
+                error = store_error(reply, "the cluster")
+                if error is not None and error_code(reply) not in BAD_COMMAND_CODES:
                     raise error
+                # The list does not name the records, so a refusal here cannot become a dead letter.
                 log.warning(
-                    "%s: a removal left over was refused: %s: %s",
+                    "%s: the cluster refused %s, which an earlier owner had left to run: %s; it is not run again",
                     self._partition,
                     command[0],
                     reply,
@@ -115,52 +141,60 @@ class ClusterStore:
 
     def pack(self, transaction: Transaction) -> ClusterPacked:
         commands = BatchCommands(self._partition, transaction, now_ms())
-        unindexed, dropped = commands.removals.split(DeleteBody)
+        removals, body_removals = commands.removals.split(DeleteBody)
         state = CommandList()
         if commands.removals.commands:
-            left = _encode((unindexed.commands, dropped.commands))
+            left = _encode((removals.commands, body_removals.commands))
             field = keys.removal_field(transaction.applied.sequence)
             state.add(None, "HSET", keys.journal(self._partition), field, left)
         state.extend(commands.state)
         fenced = Packed(transaction.expected, state, state.packed())
-        applied = transaction.applied
-        return ClusterPacked(commands.bodies, commands.entries, fenced, applied, unindexed, dropped)
+        return ClusterPacked(
+            commands.bodies, commands.entries, fenced, transaction.applied, removals, body_removals
+        )
 
     def commit(self, packed: ClusterPacked) -> Awaitable[Sequence[Refusal]]:
         fence, self._fence = self._fence, None
-        assert fence is not None, (
-            "load() comes first, and after every failure; one commit at a time"
-        )
+        assert fence is not None, NOT_LOADED
         return asyncio.ensure_future(self._commit(fence, packed))
 
     async def _commit(self, fence: Fence, packed: ClusterPacked) -> Sequence[Refusal]:
+        # Without this check a fenced worker would run steps 1 and 2 in vain.
         fence.expect(packed.fenced)
-        refused = await self._spread(packed.bodies) + await self._spread(packed.entries)
+        refused = await self._run_step(packed.bodies) + await self._run_step(packed.entries)
         refused += await fence.result(packed.fenced, fence.send(packed.fenced))
-        if packed.unindexed.commands or packed.dropped.commands:
-            refused += await self._spread(packed.unindexed) + await self._spread(packed.dropped)
-            await self._forget(packed.applied)
+        if packed.removals.commands or packed.body_removals.commands:
+            refused += await self._run_step(packed.removals)
+            refused += await self._run_step(packed.body_removals)
+            await self._forget_removals(packed.applied)
         self._fence = fence
         return refused
 
-    async def _spread(self, commands: CommandList) -> list[Refusal]:
-        """Run commands on the nodes that hold their keys; what is refused for one key is no reason to stop."""
+    async def _run_step(self, commands: CommandList) -> list[Refusal]:
+        """Run commands on the nodes that hold their keys, and return the refusals.
+
+        An error about one key stops nothing.
+
+        Raises:
+            StoreDown, StoreRefused: an error about a node.
+        """
         if not commands.commands:
             return []
         replies = await self._nodes.run(commands.commands)
         for source, reply in zip(commands.sources, replies, strict=True):
             if isinstance(reply, ReplyError):
                 error = store_error(reply, "the cluster")
-                users_own = isinstance(source, RunCommand) and code(reply) in POISON
-                if error is not None and not users_own:
+                # Permissions that lack one user command are that command's fault alone.
+                bad_command = (
+                    isinstance(source, RunCommand) and error_code(reply) in BAD_COMMAND_CODES
+                )
+                if error is not None and not bad_command:
                     raise error
         return refusals(commands.sources, replies)
 
     async def check(self) -> None:
         fence, self._fence = self._fence, None
-        assert fence is not None, (
-            "load() comes first, and after every failure; one commit at a time"
-        )
+        assert fence is not None, NOT_LOADED
         await fence.verify()
         self._fence = fence
 

@@ -1,4 +1,7 @@
-"""The users' commands, checked against the server that is to run them, before anything starts."""
+"""A check of the user commands of all rules against the server that will run them.
+
+Workers check at their start, so that a typo is found before the first message. `millpond config check` does the same.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from millpond.schemas.rules.pool import Pool
 from millpond.schemas.rules.rule import Rule
 from millpond.schemas.rules.ruleset import Rules
 
-# Flags and categories of commands that have no place in a transaction of ours, and why.
+# Flags and ACL categories of commands that a rule must not run in a transaction, and what such a command does.
 FORBIDDEN: Final = {
     b"admin": "administers the server",
     b"blocking": "waits",
@@ -23,29 +26,33 @@ FORBIDDEN: Final = {
 
 
 async def check_commands(pool: Pool, rules: Rules) -> None:
-    """Whether the server knows every command of the pool's rules, with as many arguments.
+    """Check that the server knows each command of the pool's rules, and takes as many arguments.
 
     Raises:
-        ConfigError: which command of which rule is wrong, and why; or an unreadable file.
-        StoreDown, StoreRefused: the server could not be asked.
+        ConfigError: a command is unknown, forbidden or has too few or many arguments; or a file cannot be read.
+        StoreDown, StoreRefused: the server is down, or refuses the user.
     """
-    asked = [
+    used = [
         (rule, fields) for rule in rules.rules if rule.pool == pool.name for fields in rule.commands
     ]
-    if not asked:
+    if not used:
         return
     connection = await connector(pool)()
     try:
-        command = ("COMMAND", "INFO", *(fields[0] for _, fields in asked))
-        (known,) = checked(await connection.send(pack(command), 1), connection.address)
+        command = ("COMMAND", "INFO", *(fields[0] for _, fields in used))
+        (infos,) = checked(await connection.send(pack(command), 1), connection.address)
     finally:
         await connection.close()
-    for (rule, fields), info in zip(asked, known, strict=True):
-        check(rule, fields, info)
+    for (rule, fields), info in zip(used, infos, strict=True):
+        _check(rule, fields, info)
 
 
-def check(rule: Rule, fields: tuple[str, ...], info: list[Any] | None) -> None:
-    """Raise the `ConfigError` of one command, by what the server says of it (None: unknown)."""
+def _check(rule: Rule, fields: tuple[str, ...], info: list[Any] | None) -> None:
+    """Check one command by the server's description of it. None: the server does not know the command.
+
+    Raises:
+        ConfigError: the command cannot run, or must not.
+    """
     name = fields[0]
     info = _subcommand(fields, info or None)
     if info is None:
@@ -56,13 +63,17 @@ def check(rule: Rule, fields: tuple[str, ...], info: list[Any] | None) -> None:
         if forbidden in flags or forbidden in categories:
             raise rule.fault(f"the command {name} {reason}: a rule must not do that")
     count = len(fields)
+    # An arity counts the command's name. A negative one is a minimum.
     if count != arity if arity >= 0 else count < -arity:
         wanted = f"{arity - 1}" if arity >= 0 else f"at least {-arity - 1}"
         raise rule.fault(f"the command {name} takes {wanted} arguments, not {count - 1}")
 
 
 def _subcommand(fields: tuple[str, ...], info: list[Any] | None) -> list[Any] | None:
-    """What is said of `XGROUP CREATE` rather than of `XGROUP`; Redis 6 says nothing of that."""
+    """Return the description of a subcommand such as `XGROUP CREATE`, if the server describes subcommands.
+
+    Redis 7 does, as tenth element. Redis 6 does not: then the description of the command has to do.
+    """
     subcommands = info[9] if info is not None and len(info) > 9 else []
     if not subcommands or len(fields) < 2:
         return info

@@ -1,4 +1,4 @@
-"""Redis commands side by side with what each stands for, so that an error reply can be told to whom it concerns."""
+"""A list of Redis commands with the source of each, so that an error reply becomes a refusal of the right record."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from millpond.agents.effects import (
 )
 from millpond.pipeline.stores.redis.connection import Argument, RedisCommand, pack
 
-# What a command stands for: an effect, the messages of one ZADD, or None for the partition's own state.
+# The source of a command: an effect, the messages of one ZADD, or None for the partition's own state.
 RecordSource: TypeAlias = Effect | tuple[StoreMessage | Reindex, ...] | None
 
+# Which part of a record fails with a command of this effect. All other effects are removals.
 _PART: Final[dict[type[Any], RefusedPart]] = {
     StoreMessage: "body",
     Reindex: "body",
@@ -37,27 +38,26 @@ _PART: Final[dict[type[Any], RefusedPart]] = {
 
 
 class CommandList:
-    """Commands in order, and what each stands for."""
+    """Commands in order: `sources[n]` is the source of `commands[n]`."""
 
     __slots__ = ("commands", "sources")
 
     def __init__(self) -> None:
-        """Nothing yet."""
         self.commands: list[RedisCommand] = []
         self.sources: list[RecordSource] = []
 
     def add(self, source: RecordSource, *command: Argument) -> None:
-        """One more."""
+        """Append one command."""
         self.commands.append(command)
         self.sources.append(source)
 
     def extend(self, other: CommandList) -> None:
-        """All of another list."""
+        """Append all commands of another list."""
         self.commands += other.commands
         self.sources += other.sources
 
     def without(self, positions: Iterable[int]) -> CommandList:
-        """A copy that leaves out what stands at `positions`."""
+        """Return a copy without the commands at these positions."""
         left_out, copy = set(positions), CommandList()
         for at, command in enumerate(self.commands):
             if at not in left_out:
@@ -65,30 +65,30 @@ class CommandList:
         return copy
 
     def split(self, kind: type[Effect]) -> tuple[CommandList, CommandList]:
-        """The commands that do not stand for a `kind`, and those that do."""
+        """Return the commands of other effects, and the commands of effects of this kind."""
         others, those = CommandList(), CommandList()
         for command, source in zip(self.commands, self.sources, strict=True):
             (those if isinstance(source, kind) else others).add(source, *command)
         return others, those
 
     def packed(self) -> bytes:
-        """The commands as they go over the wire."""
+        """Encode the commands for the wire."""
         return b"".join(map(pack, self.commands))
 
 
-def stands_for(source: RecordSource) -> list[tuple[int, RefusedPart]]:
-    """The records that a refused command concerns, and which part of what they asked for."""
-    assert source is not None, "the partition's own state is no record's part"
+def concerned_parts(source: RecordSource) -> list[tuple[int, RefusedPart]]:
+    """Return the offset and the part of each record that a refused command concerns."""
+    assert source is not None, "a refused command of the partition's own state concerns no record"
     if isinstance(source, tuple):
         return [(message.offset, "index") for message in source]
     return [(getattr(source, "offset", NO_SOURCE), _PART.get(type(source), "removal"))]
 
 
 def refusals(sources: Sequence[RecordSource], replies: Sequence[Any]) -> list[Refusal]:
-    """What the server refused, by the error replies; each part of a record once."""
+    """Return a refusal for each error reply. A part of a record is refused once, with its first error."""
     found: dict[tuple[int, RefusedPart], str] = {}
     for source, reply in zip(sources, replies, strict=True):
         if isinstance(reply, ReplyError):
-            for concerned in stands_for(source):
+            for concerned in concerned_parts(source):
                 found.setdefault(concerned, str(reply))
     return [Refusal(offset, part, reason) for (offset, part), reason in found.items()]

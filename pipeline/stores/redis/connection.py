@@ -1,4 +1,16 @@
-"""One connection to one Redis server: bytes out at once, replies in, in the order of what was sent."""
+"""One connection to one Redis server: requests are written at once, replies arrive in the order of the requests.
+
+A `Connection` owns one TCP connection. It never reconnects: after any failure its owner opens a new one.
+
+State:
+
+- `_due`: one `_Exchange` for each `send` whose replies are not complete, oldest first.
+- `_timer`: runs while `_due` is not empty. Every chunk of data restarts it. At its end the connection is dropped.
+- `_reason`: why the connection was lost; None while it is open.
+
+Invariants: replies belong to the oldest exchange, because Redis answers in order. An exchange whose caller gave up
+stays in `_due`, so its late replies are not taken for those of the next exchange.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +27,22 @@ from millpond.schemas.errors import StoreDown, StoreError, StoreRefused
 Argument: TypeAlias = str | bytes | int
 RedisCommand: TypeAlias = tuple[Argument, ...]
 
-# One command as it goes over the wire. The library's own annotation allows one argument only.
+# Encodes one command for the wire. The cast: hiredis annotates its argument as a tuple of one element.
 pack: Final = cast(Callable[[RedisCommand], bytes], pack_command)
 
-# Error codes that say "not now": the same transaction may succeed later, on this server or on another one.
+# Errors about the server's condition: the same transaction may succeed later, here or on another server.
 # fmt: off
-NOT_NOW: Final = frozenset((
+TRANSIENT_CODES: Final = frozenset((
     "LOADING", "READONLY", "CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN", "MOVED", "ASK", "BUSY", "OOM",
     "MISCONF", "NOREPLICAS", "EXECABORT",
 ))
 # fmt: on
-# Error codes that say "not you": somebody has to change credentials or permissions.
-NOT_YOU: Final = frozenset(("NOAUTH", "NOPERM", "WRONGPASS"))
+# Errors about the user: an operator must change credentials or permissions.
+ACCESS_CODES: Final = frozenset(("NOAUTH", "NOPERM", "WRONGPASS"))
 
 
 class Address(NamedTuple):
-    """Where one server listens."""
+    """Host and port of one server."""
 
     host: str
     port: int
@@ -40,7 +52,7 @@ class Address(NamedTuple):
 
 
 class Access(NamedTuple):
-    """How to be let in, and how long to wait. Never shown: it holds a password."""
+    """Credentials, database, TLS and time limits of a connection. Its repr hides the password."""
 
     username: str | None = None
     password: str | None = None
@@ -53,25 +65,35 @@ class Access(NamedTuple):
         return f"Access(username={self.username!r}, database={self.database})"
 
 
-def code(error: ReplyError) -> str:
-    """The first word of an error reply: what kind it is."""
+def escape_glob(text: str) -> str:
+    """Return a MATCH pattern that matches exactly this text."""
+    return "".join(f"\\{each}" if each in "*?[]\\" else each for each in text)
+
+
+def error_code(error: ReplyError) -> str:
+    """Return the first word of an error reply, which names the kind of error."""
     return str(error).split(" ", 1)[0]
 
 
 def store_error(error: ReplyError, where: object) -> StoreError | None:
-    """What an error reply says about the server as a whole; None if it only concerns one key or command."""
-    kind = code(error)
-    if kind in NOT_YOU:
+    """Translate an error reply about the whole server. None if the error concerns one key or command only."""
+    code = error_code(error)
+    if code in ACCESS_CODES:
         return StoreRefused(
             f"{where} refuses: {error}; check the pool's username and its permissions"
         )
-    if kind in NOT_NOW or "max number of clients" in str(error):
+    # Redis reports its limit of connections as a plain ERR.
+    if code in TRANSIENT_CODES or "max number of clients" in str(error):
         return StoreDown(f"{where} is not ready: {error}")
     return None
 
 
 def checked(replies: Sequence[Any], where: object) -> Sequence[Any]:
-    """The replies, of which none may be an error."""
+    """Return the replies if none of them is an error.
+
+    Raises:
+        StoreDown, StoreRefused: one of them is an error.
+    """
     for reply in replies:
         if isinstance(reply, ReplyError):
             raise store_error(reply, where) or StoreRefused(f"{where} answers: {reply}")
@@ -79,7 +101,7 @@ def checked(replies: Sequence[Any], where: object) -> Sequence[Any]:
 
 
 class _Exchange:
-    """Replies that are still due for one `send`."""
+    """One `send`: the replies so far, of `due` in all."""
 
     __slots__ = ("due", "future", "replies")
 
@@ -89,7 +111,7 @@ class _Exchange:
 
 
 class Connection(asyncio.Protocol):
-    """A connection. Whatever happens to it is a `StoreDown` of everything that was still due."""
+    """An open connection. If it breaks, every future that still waits for replies fails with `StoreDown`."""
 
     def __init__(self, address: Address, reply_timeout_s: float) -> None:
         self.address = address
@@ -97,30 +119,32 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._reader = Reader()
         self._due: deque[_Exchange] = deque()
-        self._silence: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport | None = None
         self._closed: asyncio.Future[None] = self._loop.create_future()
-        self._reason: str | None = None  # why it was lost
+        self._reason: str | None = None
 
     @classmethod
     async def open(cls, address: Address, access: Access) -> Connection:
         """Connect, authenticate, select the database.
 
         Raises:
-            StoreDown: nobody answers there, or not in time.
-            StoreRefused: wrong credentials, a certificate that does not verify, no such database.
+            StoreDown: no server listens there, or it does not answer in time.
+            StoreRefused: wrong credentials, a certificate that does not verify, or no such database.
         """
         loop = asyncio.get_running_loop()
         connection = cls(address, access.reply_timeout_s)
         try:
             async with asyncio.timeout(access.connect_timeout_s):
                 await loop.create_connection(lambda: connection, *address, ssl=access.tls)
-                await connection._greet(access)
+                await connection._authenticate(access)
         except ssl.SSLCertVerificationError as error:
             raise StoreRefused(f"the certificate of {address} does not verify: {error}") from error
         except TimeoutError as error:
             await connection.close()
-            raise StoreDown(f"{address} does not answer") from error
+            raise StoreDown(
+                f"{address} does not answer within {access.connect_timeout_s:g} s"
+            ) from error
         except OSError as error:
             raise StoreDown(f"cannot connect to {address}: {error}") from error
         except BaseException:
@@ -128,7 +152,7 @@ class Connection(asyncio.Protocol):
             raise
         return connection
 
-    async def _greet(self, access: Access) -> None:
+    async def _authenticate(self, access: Access) -> None:
         commands: list[RedisCommand] = []
         if access.password is not None:
             user = () if access.username is None else (access.username,)
@@ -139,48 +163,48 @@ class Connection(asyncio.Protocol):
             checked(await self.call(*command), self.address)
 
     def send(self, data: bytes, replies: int) -> asyncio.Future[list[Any]]:
-        """Write now. The future has the replies, errors among them, or fails as `StoreDown`."""
+        """Write now. The future returns the replies, error replies included, or fails with `StoreDown`."""
         future: asyncio.Future[list[Any]] = self._loop.create_future()
         if self._transport is None or self._transport.is_closing():
-            future.set_exception(self._lost())
+            future.set_exception(self._lost_error())
             return future
         if not replies:
             future.set_result([])
             return future
         self._due.append(_Exchange(replies, future))
-        if self._silence is None:
-            self._listen()
-        # What the socket does not take now, the event loop sends by and by: a caller waits for its
-        # replies before it sends more, and so bounds what is buffered.
+        if self._timer is None:
+            self._restart_timer()
+        # The event loop buffers what the socket does not take at once. Callers wait for their replies before they send
+        # more, and so bound that buffer.
         self._transport.write(data)
         return future
 
     def call(self, *arguments: Argument) -> asyncio.Future[list[Any]]:
-        """Send one command; its reply comes in a list of one."""
+        """Send one command. Its reply arrives in a list of one."""
         return self.send(pack(arguments), 1)
 
-    def _lost(self) -> StoreDown:
+    def _lost_error(self) -> StoreDown:
         return StoreDown(f"lost the connection to {self.address}: {self._reason}")
 
-    def _listen(self) -> None:
-        """Start waiting anew: the server has just spoken, or was asked the first thing."""
-        if self._silence is not None:
-            self._silence.cancel()
-        self._silence = (
-            self._loop.call_later(self._reply_timeout_s, self._silent) if self._due else None
+    def _restart_timer(self) -> None:
+        """Measure the silence from now on, or not at all if no reply is due."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = (
+            self._loop.call_later(self._reply_timeout_s, self._time_out) if self._due else None
         )
 
-    def _silent(self) -> None:
+    def _time_out(self) -> None:
         self.abort(f"no reply for {self._reply_timeout_s:g} s")
 
     def abort(self, reason: str = "closed by us") -> None:
-        """Drop the connection now: no reply that is still due can be mistaken for another's."""
+        """Drop the connection now, with all replies that are still due."""
         if self._transport is not None and not self._transport.is_closing():
             self._reason = reason
             self._transport.abort()
 
     async def close(self) -> None:
-        """Drop the connection and wait until it is gone."""
+        """Drop the connection, and wait until it is closed."""
         if self._transport is not None:
             self.abort()
             await asyncio.shield(self._closed)
@@ -188,7 +212,7 @@ class Connection(asyncio.Protocol):
     # -- asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports have the interface, not the base class.
+        # uvloop's transports have the interface, but not the base class.
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
@@ -199,22 +223,24 @@ class Connection(asyncio.Protocol):
             replies, due = exchange.replies, exchange.due
             while len(replies) < due:
                 reply = gets()
-                if reply is False:  # not all of it is here yet; RESP2 has no booleans
-                    self._listen()
+                # False means an incomplete reply. It cannot be a value: RESP2 has no booleans.
+                if reply is False:
+                    self._restart_timer()
                     return
                 replies.append(reply)
             self._due.popleft()
+            # A caller that was cancelled has cancelled its future.
             if not exchange.future.done():
                 exchange.future.set_result(replies)
-        self._listen()
+        self._restart_timer()
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._reason is None:
             self._reason = str(error) if error else "the server closed it"
         due, self._due = self._due, deque()
-        self._listen()
+        self._restart_timer()
         for exchange in due:
             if not exchange.future.done():
-                exchange.future.set_exception(self._lost())
+                exchange.future.set_exception(self._lost_error())
         if not self._closed.done():
             self._closed.set_result(None)

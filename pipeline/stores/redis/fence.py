@@ -1,7 +1,29 @@
-"""The fenced state of one partition on one connection: loaded under WATCH, written in one transaction.
+"""The fence: one transaction for each batch, and only one worker whose transactions have an effect.
 
-A transaction goes out in one write: `MULTI … EXEC`, then `WATCH` and `GET` of the fence for the next one, so that
-a batch costs one round trip. Whoever else writes the partition's state writes its fence, and then EXEC does nothing.
+**Concepts**
+
+- The *fence* is the key `…:applied` of a partition. It holds the applied offset.
+- Every transaction of the partition writes the fence.
+- A worker has the fence under WATCH. So EXEC does nothing if the fence was written after that WATCH.
+
+One transaction is one write of three parts:
+
+1. `MULTI … EXEC`: the batch and the new fence.
+2. `WATCH` of the fence, for the next batch.
+3. `GET` of the fence, for the next batch.
+
+The replies of 2 and 3 arrive with those of the batch. So a batch costs one round trip.
+
+**Why the GET follows the WATCH.** Another owner may write the fence between EXEC and WATCH. WATCH does not notice that
+write, but GET returns its value. `expect` then finds another fence than the transaction names, and sends nothing.
+
+**Invariants**
+
+1. `_seen` is the value of the fence that the GET after the active WATCH returned.
+2. A transaction is sent only if its `expected` fence equals `_seen`.
+3. After any exception the connection's WATCH is in an unknown state. The store then loads again on a new connection.
+
+**State**: `_connection`, and `_seen`, which is None for a partition without a fence.
 """
 
 from __future__ import annotations
@@ -16,19 +38,25 @@ from hiredis import ReplyError
 from millpond.agents.effects import Output, Refusal, RunCommand
 from millpond.agents.ports import Applied, LoadedState
 from millpond.pipeline.stores.redis.commands import CommandList, refusals
-from millpond.pipeline.stores.redis.connection import Connection, checked, code, pack, store_error
+from millpond.pipeline.stores.redis.connection import (
+    Connection,
+    checked,
+    error_code,
+    pack,
+    store_error,
+)
 from millpond.pipeline.stores.redis.packing import decode_applied, decode_outputs, decode_seen
 from millpond.schemas import keys
 from millpond.schemas.errors import Fenced, StoreDown, StoreRefused
 from millpond.schemas.keys import Partition
 
-# Errors of a user's command that make the server refuse the whole transaction before it begins: it is sent
-# again without that command. Anything else is about the server and concerns every command alike.
-POISON: Final = frozenset({"ERR", "NOPERM"})
+# Errors that the server gives to one user command when it is queued. They make the server refuse the whole transaction,
+# which is then sent again without that command. Any other error is about the server and concerns every command alike.
+BAD_COMMAND_CODES: Final = frozenset({"ERR", "NOPERM"})
 
 
 class Packed(NamedTuple):
-    """One transaction, ready to be sent; `expected` is the fence that must still be there."""
+    """One transaction, encoded; `expected` is the fence that it replaces."""
 
     expected: Applied | None
     commands: CommandList
@@ -36,21 +64,21 @@ class Packed(NamedTuple):
 
 
 class Fence:
-    """A connection and the fence that was last seen through it."""
+    """The fence of one partition, under WATCH on one connection."""
 
     def __init__(self, connection: Connection, partition: Partition) -> None:
-        """`load` follows."""
+        """Call `load` first."""
         self._connection, self._partition = connection, partition
         self._seen: Applied | None = None
         name = keys.applied(partition)
         self._watch = pack(("WATCH", name)) + pack(("GET", name))
 
     async def load(self) -> tuple[LoadedState, Mapping[bytes, bytes]]:
-        """What is held, and the journal as it is, both of one moment; from here on the fence is watched.
+        """Watch the fence, and read the state and the raw journal, all of one moment.
 
         Raises:
-            StoreDown: the server is gone, not ready, or a replica.
-            StoreRefused: it will not let us, or the keys hold what is not ours.
+            StoreDown: the connection is lost, or the server is not ready or a replica.
+            StoreRefused: the server refuses the user, or the keys hold data that Millpond did not write.
         """
         await self._check_server()
         name = self._partition
@@ -64,6 +92,7 @@ class Fence:
                 ("GET", keys.applied(name)),
             )
         )
+        # The reads are no transaction. If the fence is the same before and after them, no other owner wrote in between.
         while True:
             replies = checked(await self._connection.send(data, 7), self._connection.address)
             _, before, pairs, rules, seen_even, seen_odd, after = replies
@@ -78,21 +107,22 @@ class Fence:
                 seen=(decode_seen(seen_even), decode_seen(seen_odd)),
             )
         except (msgspec.DecodeError, ValueError) as error:
-            raise self._not_ours(str(error)) from error
+            raise self._foreign_keys(str(error)) from error
         self._seen = stored.applied
         return stored, journal
 
     async def _check_server(self) -> None:
-        """Transactions are allowed, and this is no replica (where every one of them would fail)."""
+        """Check that the user may run transactions, and that the server is a primary."""
         probe = pack(("MULTI",)) + pack(("DISCARD",)) + pack(("ROLE",))
         *transaction, role = await self._connection.send(probe, 3)
         checked(transaction, self._connection.address)
         if isinstance(role, list) and role[0] != b"master":
             raise StoreDown(f"{self._connection.address} is a replica")
-        if isinstance(role, ReplyError) and code(role) not in POISON:
+        # A user without permission for ROLE may still write. Its transactions then find out whether this is a replica.
+        if isinstance(role, ReplyError) and error_code(role) not in BAD_COMMAND_CODES:
             checked([role], self._connection.address)
 
-    def _not_ours(self, reason: str) -> StoreRefused:
+    def _foreign_keys(self, reason: str) -> StoreRefused:
         prefix = keys.applied(self._partition).rpartition(":")[0]
         return StoreRefused(
             f"{self._connection.address} holds keys {prefix}:* that Millpond did not write: {reason}; "
@@ -100,19 +130,23 @@ class Fence:
         )
 
     async def verify(self) -> None:
-        """Ask whether the fence is the one that was last seen; if not, that is `Fenced`."""
+        """Read the fence. See `millpond.agents.ports.Store.check` for the errors."""
         (reply,) = await self._connection.call("GET", keys.applied(self._partition))
         (fence,) = checked((reply,), self._connection.address)
         if self._decoded(fence) != self._seen:
             raise self._fenced()
 
     def expect(self, packed: Packed) -> None:
-        """Raise `Fenced` if the fence that was last seen is not the expected one: then nothing is sent."""
+        """Check, without asking the server, that the transaction replaces the fence that was last seen.
+
+        Raises:
+            Fenced: it expects another fence.
+        """
         if packed.expected != self._seen:
             raise self._fenced()
 
     def send(self, packed: Packed) -> asyncio.Future[list[Any]]:
-        """Send a transaction now; `result` reads what came of it."""
+        """Send a transaction now. `result` interprets its replies."""
         try:
             self.expect(packed)
         except Fenced as error:
@@ -121,49 +155,58 @@ class Fence:
             return fenced
         count = len(packed.commands.commands)
         data = b"".join((_MULTI, packed.data, _EXEC, self._watch))
+        # One reply for each command, and those of MULTI, EXEC, WATCH and GET.
         return self._connection.send(data, count + 4)
 
     async def result(self, packed: Packed, sent: asyncio.Future[list[Any]]) -> list[Refusal]:
-        """What the server refused in a transaction. See `millpond.agents.ports.Store.commit` for what is raised."""
+        """Return the refusals. See `millpond.agents.ports.Store.commit` for the errors."""
         _, *queued, executed, watching, fence = await sent
         sources = packed.commands.sources
         checked((watching, fence), self._connection.address)
         self._seen = self._decoded(fence)
+        # EXEC returns nil if the watched fence was written since.
         if executed is None:
             raise self._fenced()
         if isinstance(executed, ReplyError):
-            return await self._without_poison(packed, queued, executed)
-        if ReplyError not in set(map(type, executed)):  # the hot path: one look in C
+            return await self._retry_without_bad_commands(packed, queued, executed)
+        # The hot path: one pass in C over all replies.
+        if ReplyError not in set(map(type, executed)):
             return []
         for command, source, reply in zip(packed.commands.commands, sources, executed, strict=True):
             if source is None and isinstance(reply, ReplyError):
-                raise self._not_ours(f"{command[0]!s} {command[1]!s}: {reply}")
+                raise self._foreign_keys(f"{command[0]!s} {command[1]!s}: {reply}")
         return refusals(sources, executed)
 
-    async def _without_poison(
+    async def _retry_without_bad_commands(
         self, packed: Packed, queued: Sequence[Any], executed: ReplyError
     ) -> list[Refusal]:
-        """The server took nothing of it. If only users' commands were to blame, the rest goes without them."""
+        """Send an aborted transaction again, without the user commands that the server did not queue.
+
+        The server has applied nothing of it. If it refused anything but user commands, the error stands.
+        """
         sources, where = packed.commands.sources, self._connection.address
         bad = [at for at, reply in enumerate(queued) if isinstance(reply, ReplyError)]
         for at in bad:
-            if not isinstance(sources[at], RunCommand) or code(queued[at]) not in POISON:
+            if (
+                not isinstance(sources[at], RunCommand)
+                or error_code(queued[at]) not in BAD_COMMAND_CODES
+            ):
                 raise store_error(queued[at], where) or StoreRefused(f"{where}: {queued[at]}")
         if not bad:
             raise store_error(executed, where) or StoreRefused(f"{where}: {executed}")
         rest = packed.commands.without(bad)
-        again = Packed(packed.expected, rest, rest.packed())
+        retried = Packed(packed.expected, rest, rest.packed())
         refused = refusals([sources[at] for at in bad], [queued[at] for at in bad])
-        return refused + await self.result(again, self.send(again))
+        return refused + await self.result(retried, self.send(retried))
 
     def _decoded(self, fence: bytes | None) -> Applied | None:
         try:
             return None if fence is None else decode_applied(fence)
         except msgspec.DecodeError as error:
-            raise self._not_ours(str(error)) from error
+            raise self._foreign_keys(str(error)) from error
 
     def _fenced(self) -> Fenced:
-        return Fenced(f"{self._partition}: somebody else wrote its state")
+        return Fenced(f"{self._partition}: another writer has changed its state")
 
 
 _MULTI: Final = pack(("MULTI",))
@@ -171,6 +214,6 @@ _EXEC: Final = pack(("EXEC",))
 
 
 def _outputs(journal: Mapping[bytes, bytes]) -> dict[int, Sequence[Output]]:
-    """The outputs that are still to be produced, by sequence; fields with other names are the cluster store's."""
+    """Decode the outputs by sequence. Fields with other names are those of the cluster store."""
     sequences = sorted(int(field) for field in journal if field.isdigit())
     return {sequence: decode_outputs(journal[b"%d" % sequence]) for sequence in sequences}

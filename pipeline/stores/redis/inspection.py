@@ -1,4 +1,4 @@
-"""What only those ask of a store who look at it from outside: counts, places, the fence, receipts."""
+"""Reads that only the CLI and the web page need: counts, positions, fences, rules, receipts, lifetimes."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from hiredis import ReplyError
 
-from millpond.pipeline.stores.redis.connection import RedisCommand, checked, code
+from millpond.pipeline.stores.redis.connection import (
+    RedisCommand,
+    checked,
+    error_code,
+    escape_glob,
+)
 from millpond.pipeline.stores.redis.packing import decode_applied
 from millpond.schemas import keys
 from millpond.schemas.keys import Partition
 
-SCANNED: Final = 500  # members of one answer, about
-GLOB_SPECIAL: Final = "*?[]\\"
+SCAN_COUNT: Final = 500  # members of one answer, about
 
 
 class ReadFence(NamedTuple):
-    """The fence of the partition's state; answered by `Applied | None`."""
+    """The fence of a partition; answered by `Applied | None`."""
 
 
 class ReadRules(NamedTuple):
@@ -24,20 +28,20 @@ class ReadRules(NamedTuple):
 
 
 class CountIndex(NamedTuple):
-    """How many messages a topic's index holds; answered by a number."""
+    """The number of messages in a topic's index; answered by `int`."""
 
     topic: str
 
 
 class CountBefore(NamedTuple):
-    """How many messages of a topic's index are before one; answered by a number, None if it is not there."""
+    """The number of messages before one in its topic's index; answered by `int`, or None if the index does not have it."""
 
     topic: str
     message_id: str
 
 
 class CountBetween(NamedTuple):
-    """How many messages of a topic's index are behind a score and up to another; answered by a number."""
+    """The number of messages of a topic with `after < score <= last`; answered by `int`."""
 
     topic: str
     after: int
@@ -45,19 +49,22 @@ class CountBetween(NamedTuple):
 
 
 class ReadReceipt(NamedTuple):
-    """Who got and who acknowledged a message; answered by `dict[field, epoch seconds]`."""
+    """The receipt of a message; answered by `dict[field, epoch seconds]`. See docs/reference/redis-keys.md."""
 
     message_id: str
 
 
 class ReadLifetime(NamedTuple):
-    """How long a message's body is kept by itself; answered by ms, None if for ever or gone."""
+    """The time until the server deletes a body; answered by ms, or None without an expiry or a body."""
 
     message_id: str
 
 
 class ScanDue(NamedTuple):
-    """Some of what falls due and is named so, from a cursor on (0 to begin); answered by `(next cursor or 0, list[name])`."""
+    """A page of the due things whose names have a prefix; answered by `(next cursor, list[name])`.
+
+    The first cursor is 0. The next cursor is 0 after the last page.
+    """
 
     cursor: int
     prefix: str
@@ -74,12 +81,12 @@ InspectionRead: TypeAlias = (
     | ScanDue
 )
 
-# What others may have put something else in the place of: it is as good as empty then.
+# Reads of public keys. Another program may have put a key of another type there, which counts as empty.
 PUBLIC: Final = (CountIndex, CountBefore, CountBetween, ReadReceipt)
 
 
-def outside_command(partition: Partition, read: InspectionRead) -> RedisCommand:
-    """The one command that answers; its second word is the key."""
+def inspection_command(partition: Partition, read: InspectionRead) -> RedisCommand:
+    """Return the command that answers a read. Its second word is the key."""
     match read:
         case ReadFence():
             return ("GET", keys.applied(partition))
@@ -96,17 +103,21 @@ def outside_command(partition: Partition, read: InspectionRead) -> RedisCommand:
         case ReadLifetime(message_id):
             return ("PTTL", keys.message_body(message_id))
         case ScanDue(cursor, prefix):
-            pattern = "".join(f"\\{each}" if each in GLOB_SPECIAL else each for each in prefix)
-            return ("ZSCAN", keys.due(partition), cursor, "MATCH", f"{pattern}*", "COUNT", SCANNED)
+            pattern = f"{escape_glob(prefix)}*"
+            return ("ZSCAN", keys.due(partition), cursor, "MATCH", pattern, "COUNT", SCAN_COUNT)
 
 
-def outside_answer(read: InspectionRead, reply: Any, where: object) -> Any:
-    """What the reply says.
+def inspection_answer(read: InspectionRead, reply: Any, where: object) -> Any:
+    """Decode the reply to a read. `where` names the server in errors.
 
     Raises:
-        StoreDown, StoreRefused: it is an error that says so.
+        StoreDown, StoreRefused: the reply is an error. A public key of another type is not: it counts as empty.
     """
-    if isinstance(reply, ReplyError) and code(reply) == "WRONGTYPE" and isinstance(read, PUBLIC):
+    if (
+        isinstance(reply, ReplyError)
+        and error_code(reply) == "WRONGTYPE"
+        and isinstance(read, PUBLIC)
+    ):
         reply = {CountBefore: None, ReadReceipt: []}.get(type(read), 0)
     checked((reply,), where)
     match read:
@@ -121,6 +132,7 @@ def outside_answer(read: InspectionRead, reply: Any, where: object) -> Any:
                 if at.isdigit()
             }
         case ReadLifetime():
+            # PTTL: -1 without an expiry, -2 without a key.
             return reply if reply >= 0 else None
         case ScanDue():
             cursor, pairs = reply

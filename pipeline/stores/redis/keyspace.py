@@ -1,4 +1,4 @@
-"""A Redis database seen from outside: which keys there are, and what they hold."""
+"""A Redis database as a set of keys, for commands that compare, fill or empty it: replay, rebuild, --diff."""
 
 from __future__ import annotations
 
@@ -6,39 +6,42 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, cast
 
+import msgspec
 from hiredis import ReplyError
 
+from millpond.agents.ports import Applied
 from millpond.pipeline.stores.redis.connection import (
     Connection,
     RedisCommand,
     checked,
+    escape_glob,
     pack,
     store_error,
 )
+from millpond.pipeline.stores.redis.packing import decode_applied
 from millpond.pipeline.stores.registry import connector
-from millpond.schemas.errors import StoreRefused
+from millpond.schemas import keys
+from millpond.schemas.errors import MillpondError, StoreRefused
+from millpond.schemas.keys import Partition
 from millpond.schemas.rules.pool import Pool
 
-SCANNED: Final = 1_000  # keys of one answer, about
-
-
-def glob(text: str) -> str:
-    """A pattern that matches this very text."""
-    return "".join(f"\\{each}" if each in "*?[]\\" else each for each in text)
+SCAN_COUNT: Final = 1_000  # keys of one page, about
 
 
 class Keyspace:
-    """One connection to one server and database."""
+    """One database of one server, through one connection."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self.where = connection.address
 
-    async def ask(self, commands: Sequence[RedisCommand]) -> list[Any]:
-        """The replies, in order; one that only concerns its key is an error among them.
+    async def run(self, commands: Sequence[RedisCommand]) -> list[Any]:
+        """Run commands in one round trip, and return the replies in order.
+
+        An error about one key is returned among the replies.
 
         Raises:
-            StoreDown, StoreRefused: the server is away, or will not serve us.
+            StoreDown, StoreRefused: the connection is lost, or an error about the server.
         """
         replies = await self._connection.send(b"".join(map(pack, commands)), len(commands))
         for reply in replies:
@@ -48,23 +51,27 @@ class Keyspace:
                     raise error
         return replies
 
-    async def at_once(self, commands: Sequence[RedisCommand]) -> list[Any]:
-        """The same, all of one moment."""
+    async def run_atomically(self, commands: Sequence[RedisCommand]) -> list[Any]:
+        """Run commands in one transaction, so that all replies are of one moment. Otherwise like `run`."""
         data = [pack(("MULTI",)), *map(pack, commands), pack(("EXEC",))]
         *_, executed = await self._connection.send(b"".join(data), len(commands) + 2)
         checked((executed,), self.where)
         return cast(list[Any], executed)
 
-    async def get(self, *command: Any) -> Any:
-        """The reply to one command, which is no error."""
+    async def call(self, *command: Any) -> Any:
+        """Run one command, and return its reply.
+
+        Raises:
+            StoreDown, StoreRefused: the connection is lost, or the reply is an error.
+        """
         return checked(await self._connection.call(*command), self.where)[0]
 
     async def scan(self, prefix: str) -> AsyncIterator[list[bytes]]:
-        """All keys that begin so, page by page; one that comes or goes meanwhile may be missed, or told twice."""
+        """Return all keys with a prefix, page by page. A key may occur twice, and a key that changes meanwhile may be missing."""
         cursor: Any = 0
         while True:
-            cursor, found = await self.get(
-                "SCAN", cursor, "MATCH", f"{glob(prefix)}*", "COUNT", SCANNED
+            cursor, found = await self.call(
+                "SCAN", cursor, "MATCH", f"{escape_glob(prefix)}*", "COUNT", SCAN_COUNT
             )
             if found:
                 yield found
@@ -72,34 +79,60 @@ class Keyspace:
                 return
 
     async def identity(self) -> tuple[str, int]:
-        """Which server this is, wherever it is reached, and which database of it."""
-        told = (await self.get("INFO", "server")).decode()
+        """Return the server's run id and the database number. They are the same under every address of the server."""
+        info = (await self.call("INFO", "server")).decode()
         run_id = next(
             line.partition(":")[2].strip()
-            for line in told.splitlines()
+            for line in info.splitlines()
             if line.startswith("run_id:")
         )
-        client = (await self.get("CLIENT", "INFO")).decode()
+        client = (await self.call("CLIENT", "INFO")).decode()
         database = next(part[3:] for part in client.split() if part.startswith("db="))
         return run_id, int(database)
 
     async def check_primary(self) -> None:
-        """Whether it takes writes.
+        """Check that the server takes writes.
 
         Raises:
             StoreRefused: it is a replica.
         """
-        role = await self.get("ROLE")
+        role = await self.call("ROLE")
         if role[0] != b"master":
-            raise StoreRefused(f"{self.where} is a replica")
+            raise StoreRefused(f"{self.where} is a replica: name its primary")
+
+    def decode_fence(self, partition: Partition, reply: Any) -> Applied:
+        """Decode the reply to a GET of a partition's fence.
+
+        Raises:
+            MillpondError: the key does not hold a fence.
+        """
+        try:
+            return decode_applied(reply)
+        # TypeError: the reply is an error, because the key is no string.
+        except (msgspec.DecodeError, TypeError) as error:
+            raise MillpondError(
+                f"{self.where} holds no fence in {keys.applied(partition)}: {error}"
+            ) from error
+
+    def check_cluster(self, partition: Partition, fence: Applied, cluster_id: str) -> None:
+        """Check that a partition's state came from this Kafka cluster.
+
+        Raises:
+            MillpondError: it came from another one.
+        """
+        if fence.cluster_id != cluster_id:
+            raise MillpondError(
+                f"{self.where} holds the state of {partition} of Kafka cluster {fence.cluster_id},"
+                f" but this is cluster {cluster_id}"
+            )
 
 
 @asynccontextmanager
 async def keyspace(pool: Pool) -> AsyncIterator[Keyspace]:
-    """A connection to the one server of a pool.
+    """Connect to the one server of a pool, or to its primary.
 
     Raises:
-        StoreDown, StoreRefused: it is away, or will not let us in.
+        StoreDown, StoreRefused: the server is down, or refuses the user.
     """
     connection = await connector(pool)()
     try:

@@ -1,4 +1,11 @@
-"""The nodes of a Redis Cluster: which one holds a key, one connection to each, redirections followed."""
+"""The nodes of a Redis Cluster: one connection to each, and the map from slots to nodes.
+
+State:
+
+- `_slots`: slot → address of its node, None for a slot without one. `discover` fills it.
+- `_connections`: address → open connection.
+- `_slots_moved`: True after a MOVED reply. The next `run` then discovers the slots again.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +22,7 @@ from millpond.pipeline.stores.redis.connection import (
     Connection,
     RedisCommand,
     checked,
-    code,
+    error_code,
     pack,
 )
 from millpond.schemas.errors import StoreDown
@@ -25,18 +32,23 @@ _ASKING: Final = pack(("ASKING",))
 
 
 class Nodes:
-    """Connections are opened when first needed. After any `StoreDown`, `close` and start with a new one."""
+    """Opens connections when they are needed. After a `StoreDown`, close this and begin with a new one."""
 
     def __init__(self, seeds: Sequence[Address], access: Access) -> None:
-        """`seeds` are nodes to ask for the others."""
+        """`seeds` are nodes that know the others. Nothing connects before `discover`."""
         self._seeds, self._access = seeds, access
         self._slots: list[Address | None] = []
-        self._wires: dict[Address, Connection] = {}
+        self._connections: dict[Address, Connection] = {}
         self._opening = asyncio.Lock()
-        self._moved = False
+        self._slots_moved = False
 
     async def discover(self) -> None:
-        """Learn which node holds which slot, from the first seed that knows."""
+        """Ask the seeds in turn which node holds which slot, until one answers.
+
+        Raises:
+            StoreDown: none of them answers.
+            StoreRefused: one of them refuses the user, or is not part of a cluster.
+        """
         failures: list[StoreDown] = []
         for seed in self._seeds:
             try:
@@ -44,7 +56,7 @@ class Nodes:
             except StoreDown as error:
                 failures.append(error)
             else:
-                self._moved = False
+                self._slots_moved = False
                 return
         raise StoreDown("; ".join(str(error) for error in failures))
 
@@ -53,20 +65,25 @@ class Nodes:
         (ranges,) = checked(await connection.call("CLUSTER", "SLOTS"), seed)
         slots: list[Address | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
         for first, last, (host, port, *_), *_ in ranges:
-            # A node that does not know its own name leaves the host empty: it is the one that we asked.
+            # A node that does not know its own address sends an empty host: it is the node that we asked.
             address = Address(host.decode() if host else seed.host, port)
             slots[first : last + 1] = [address] * (last + 1 - first)
         return slots
 
     async def connection(self, address: Address) -> Connection:
-        """The connection to a node."""
+        """Return the connection to a node. See `Connection.open` for the errors."""
+        # The lock keeps concurrent callers from opening two connections to one node.
         async with self._opening:
-            if address not in self._wires:
-                self._wires[address] = await Connection.open(address, self._access)
-            return self._wires[address]
+            if address not in self._connections:
+                self._connections[address] = await Connection.open(address, self._access)
+            return self._connections[address]
 
     def address_of(self, key: str | bytes | int) -> Address:
-        """The node that holds a key, as far as we know."""
+        """Return the node that holds a key, by the last discovery.
+
+        Raises:
+            StoreDown: no node serves the key's slot.
+        """
         slot = key_slot(key if isinstance(key, bytes) else str(key).encode())
         address = self._slots[slot]
         if address is None:
@@ -74,11 +91,15 @@ class Nodes:
         return address
 
     async def run(self, commands: Sequence[RedisCommand]) -> list[Any]:
-        """Run commands, pipelined per node, each in order; the replies in order, errors among them.
+        """Send the commands to their nodes, all at once and in order for each node. Return the replies in order.
 
-        A command's second word is taken for its key; where that is wrong, the node says who holds it.
+        Error replies are returned, not raised. The second word of a command counts as its key. If it is not the key,
+        the node redirects the command.
+
+        Raises:
+            StoreDown, StoreRefused: a node cannot be reached, or refuses the user.
         """
-        if self._moved:
+        if self._slots_moved:
             await self.discover()
         by_node: dict[Address, list[int]] = {}
         for at, command in enumerate(commands):
@@ -101,22 +122,23 @@ class Nodes:
         return replies
 
     async def _redirected(self, command: RedisCommand, reply: Any) -> Any:
-        """Follow a command to where its key is; any other reply stays as it is."""
+        """Follow MOVED and ASK. Return any other reply as it is, and the last one after too many redirections."""
         for _ in range(REDIRECTIONS_MAX):
-            if not isinstance(reply, ReplyError) or code(reply) not in ("MOVED", "ASK"):
+            if not isinstance(reply, ReplyError) or error_code(reply) not in ("MOVED", "ASK"):
                 break
             kind, _slot, where = str(reply).split(" ")[:3]
             host, _, port = where.rpartition(":")
             connection = await self.connection(Address(host or self._seeds[0].host, int(port)))
             if kind == "MOVED":
-                self._moved = True
+                self._slots_moved = True
                 (reply,) = await connection.call(*command)
             else:
+                # A node that imports a slot serves it only to a client that has just sent ASKING.
                 _, reply = await connection.send(_ASKING + pack(command), 2)
         return reply
 
     async def close(self) -> None:
-        """Close every connection."""
-        wires, self._wires = self._wires, {}
-        for connection in wires.values():
+        """Close all connections."""
+        connections, self._connections = self._connections, {}
+        for connection in connections.values():
             await connection.close()

@@ -1,7 +1,18 @@
-"""Effects as Redis commands, in the order of the three lists.
+"""Effects as Redis commands.
 
-A foreign key in the way is refused (WRONGTYPE), never destroyed: what is removed is removed by commands that only
-work on our own types (`HDEL` of a body's fields, `ZREMRANGEBYRANK` of a retained entry), not by `DEL`.
+A batch becomes four lists of commands, which run in this order:
+
+1. `bodies`: bodies and receipts, with their expiries.
+2. `entries`: index entries and retained entries. A reader never finds an id before its body.
+3. `state`: the private state, the journal, and the fence last.
+4. `removals`: deletions, cleared expiries of bodies, presence, views of read offsets, user commands.
+
+Most effects add their commands at once. Index entries, states, private indexes and due times are collected first, so that
+a batch writes each of their keys once. The last effect of a batch on a state or a private index counts.
+
+**A foreign key is never destroyed.** Deletions use commands that work on Millpond's own types only: `HDEL` of a body's
+fields, `ZREMRANGEBYRANK` of a retained entry. `DEL` would delete any key. A key of another type refuses such a command
+with WRONGTYPE, and the refusal becomes a dead letter.
 """
 
 from __future__ import annotations
@@ -36,10 +47,9 @@ from millpond.schemas import keys
 from millpond.schemas.codec import payload_bytes
 from millpond.schemas.keys import Partition
 
-# A body outlives its index entry by this much, and whatever it was written for: a log that is folded late, or anew,
-# may still say that it is needed longer. The index entry goes by a tick, on the log's clock, the body by
-# the server's own: an hour covers clocks that differ and workers that were away, so that no id is without its
-# message. Expiry on the server is only a safety net; a tick removes both.
+# How much longer the server keeps a body than the message needs it. A tick removes index entry and body, on the log's
+# clock. The server's expiry is a safety net for bodies that no tick removes, and it runs on the server's clock. The hour
+# covers clocks that differ and workers that are down, so that no id loses its body before its tick.
 BODY_GRACE_MS: Final = 3_600_000
 
 BODY_FIELDS: Final = ("id", "from", "qos", "topic", "payload", "ts", "retain", "expires_at")
@@ -52,36 +62,41 @@ _decode_lines = msgspec.json.Decoder(str).decode_lines
 
 
 def decode_seen(lines: bytes | None) -> tuple[str, ...]:
-    """The message ids of one generation: a JSON string per line, because an id may hold a line break."""
+    """Decode the message ids of one generation: a JSON string on each line, because an id may contain a line break."""
     return tuple(_decode_lines(lines or b""))
 
 
 class BatchCommands:
-    """The commands of one batch: `bodies` before `entries`, both before `state`, `removals` last."""
+    """The commands of one batch, in the four lists of this module.
+
+    The other attributes collect what is written once: `indexed` by topic, `states` by table and key, `indexes` by index
+    and member, and `due`. None as a state or score means a removal.
+    """
 
     def __init__(self, partition: Partition, transaction: Transaction, wall_ms: int = 0) -> None:
-        """Fold the effects of a transaction; what is written once per batch is written at its end. `wall_ms` is now, by
-        the clock that the server's is like.
-        """
+        """Translate the effects of a transaction. `wall_ms` is the time of the wall clock, which resembles the server's."""
         self.partition, self._wall_ms = partition, wall_ms
         self.bodies, self.entries = CommandList(), CommandList()
         self.state, self.removals = CommandList(), CommandList()
         self.indexed: dict[str, list[tuple[StoreMessage | Reindex, str]]] = {}
-        self.states: dict[str, dict[str, bytes | None]] = {}  # by table
-        self.indexes: dict[str, dict[str, int | None]] = {}  # key → member → score, None: gone
+        self.states: dict[str, dict[str, bytes | None]] = {}
+        self.indexes: dict[str, dict[str, int | None]] = {}
         self.due = DueCommands()
         for effect in transaction.effects:
-            _FOLD[type(effect)](self, effect)
+            _TRANSLATE[type(effect)](self, effect)
         self._entries()
         self._states()
         self._fence(transaction)
 
-    def end_of_body(self, expires_at: int) -> int:
-        """When the server may forget a body that nobody needs any more after `expires_at`."""
+    def body_expires_at(self, expires_at: int) -> int:
+        """Return when the server may delete the body of a message that ends at `expires_at` (ms)."""
+        # `max`: a batch of an old log may write a body whose time is over. A later record may still extend that time,
+        # and the server would delete the body before the worker reads that record.
         return max(expires_at, self._wall_ms) + BODY_GRACE_MS
 
     def _entries(self) -> None:
         for topic, messages in self.indexed.items():
+            # NX: a repeat of a stored message keeps its place in the log's order.
             zadd: list[str | int] = ["ZADD", keys.message_index(topic), "NX"]
             for message, message_id in messages:
                 zadd += (message.score, message_id)
@@ -89,19 +104,19 @@ class BatchCommands:
 
     def _states(self) -> None:
         for name, states in self.states.items():
-            kept = [(key, state) for key, state in states.items() if state is not None]
-            gone = [key for key, state in states.items() if state is None]
-            if kept:
-                self.state.add(None, "HSET", name, *(part for pair in kept for part in pair))
-            if gone:
-                self.state.add(None, "HDEL", name, *gone)
+            written = [(key, state) for key, state in states.items() if state is not None]
+            deleted = [key for key, state in states.items() if state is None]
+            if written:
+                self.state.add(None, "HSET", name, *(part for pair in written for part in pair))
+            if deleted:
+                self.state.add(None, "HDEL", name, *deleted)
         for name, scores in self.indexes.items():
-            placed = {member: score for member, score in scores.items() if score is not None}
-            taken_out = [member for member, score in scores.items() if score is None]
-            if placed:
-                self.state.add(None, "ZADD", name, *_scored(placed))
-            if taken_out:
-                self.state.add(None, "ZREM", name, *taken_out)
+            added = {member: score for member, score in scores.items() if score is not None}
+            removed = [member for member, score in scores.items() if score is None]
+            if added:
+                self.state.add(None, "ZADD", name, *_scored(added))
+            if removed:
+                self.state.add(None, "ZREM", name, *removed)
         name = keys.due(self.partition)
         if self.due.removed:
             self.state.add(None, "ZREM", name, *self.due.removed)
@@ -121,24 +136,28 @@ class BatchCommands:
         self.state.add(None, "SET", keys.applied(self.partition), applied)
 
     def all(self) -> CommandList:
-        """The three lists as one."""
-        every = CommandList()
+        """Return all four lists as one, for a single server."""
+        joined = CommandList()
         for part in (self.bodies, self.entries, self.state, self.removals):
-            every.extend(part)
-        return every
+            joined.extend(part)
+        return joined
 
 
 class DueCommands:
-    """What a batch's `SetDue` come to, per member: gone, exactly then, or then unless it was earlier already."""
+    """The `SetDue` effects of a batch, combined to at most one change for each member.
+
+    - `removed`: the member has no time.
+    - `exact`: the member has exactly this time, because the batch removed it first.
+    - `earliest`: the member has this time, unless the one in the store is earlier.
+    """
 
     def __init__(self) -> None:
-        """Nothing changes."""
         self.removed: dict[str, None] = {}
         self.exact: dict[str, int] = {}
         self.earliest: dict[str, int] = {}
 
     def fold(self, member: str, at: int | None) -> None:
-        """One more, later than those before: a removal starts the member anew."""
+        """Combine one more effect with those before it. None as time removes the member."""
         if at is None:
             self.exact.pop(member, None)
             self.earliest.pop(member, None)
@@ -151,15 +170,15 @@ class DueCommands:
             times[member] = min(at, times.get(member, at))
 
 
-def _scored(times: dict[str, int]) -> Iterable[str | int]:
-    return (part for member, at in times.items() for part in (at, member))
+def _scored(scores: dict[str, int]) -> Iterable[str | int]:
+    return (part for member, score in scores.items() for part in (score, member))
 
 
 def _store_message(commands: BatchCommands, effect: StoreMessage) -> None:
     event = effect.event
     body = keys.message_body(event.message_id)
     payload = event.payload if event.payload_encoding == "utf-8" else payload_bytes(event)
-    # Only a message that has an expiry of its own has the field, in ms.
+    # Only a message that came with an expiry has this field. It is in ms.
     expiry = () if event.expires_at is None else ("expires_at", event.expires_at)
     # fmt: off
     commands.bodies.add(
@@ -169,7 +188,7 @@ def _store_message(commands: BatchCommands, effect: StoreMessage) -> None:
     )
     # fmt: on
     if effect.expires_at is not None:
-        commands.bodies.add(effect, "PEXPIREAT", body, commands.end_of_body(effect.expires_at))
+        commands.bodies.add(effect, "PEXPIREAT", body, commands.body_expires_at(effect.expires_at))
     if effect.indexed:
         commands.indexed.setdefault(event.topic, []).append((effect, event.message_id))
 
@@ -178,14 +197,14 @@ def _reindex(commands: BatchCommands, effect: Reindex) -> None:
     commands.indexed.setdefault(effect.topic, []).append((effect, effect.message_id))
     if effect.expires_at is not None:
         body = keys.message_body(effect.message_id)
-        commands.bodies.add(effect, "PEXPIREAT", body, commands.end_of_body(effect.expires_at))
+        commands.bodies.add(effect, "PEXPIREAT", body, commands.body_expires_at(effect.expires_at))
 
 
 def _retain(commands: BatchCommands, effect: Retain) -> None:
     name = keys.retained(effect.topic)
     commands.entries.add(effect, "ZREMRANGEBYRANK", name, 0, -1)
     commands.entries.add(effect, "ZADD", name, effect.score, effect.message_id)
-    _place(commands, keys.index(commands.partition, keys.RETAINED_INDEX), effect.topic, 0)
+    _set_score(commands, keys.index(commands.partition, keys.RETAINED_INDEX), effect.topic, 0)
 
 
 def _keep_receipt(commands: BatchCommands, effect: KeepReceipt) -> None:
@@ -200,10 +219,10 @@ def _set_state(commands: BatchCommands, effect: SetState) -> None:
 
 
 def _set_index(commands: BatchCommands, effect: SetIndex) -> None:
-    _place(commands, keys.index(commands.partition, effect.index), effect.key, effect.score)
+    _set_score(commands, keys.index(commands.partition, effect.index), effect.key, effect.score)
 
 
-def _place(commands: BatchCommands, index: str, member: str, score: int | None) -> None:
+def _set_score(commands: BatchCommands, index: str, member: str, score: int | None) -> None:
     commands.indexes.setdefault(index, {})[member] = score
 
 
@@ -229,14 +248,14 @@ def _unindex(commands: BatchCommands, effect: Unindex) -> None:
 
 def _clear_retained(commands: BatchCommands, effect: ClearRetained) -> None:
     commands.removals.add(effect, "ZREMRANGEBYRANK", keys.retained(effect.topic), 0, -1)
-    _place(commands, keys.index(commands.partition, keys.RETAINED_INDEX), effect.topic, None)
+    _set_score(commands, keys.index(commands.partition, keys.RETAINED_INDEX), effect.topic, None)
 
 
-def _drop_body(commands: BatchCommands, effect: DeleteBody) -> None:
+def _delete_body(commands: BatchCommands, effect: DeleteBody) -> None:
     commands.removals.add(effect, "HDEL", keys.message_body(effect.message_id), *BODY_FIELDS)
 
 
-def _spare_body(commands: BatchCommands, effect: ClearBodyExpiry) -> None:
+def _clear_body_expiry(commands: BatchCommands, effect: ClearBodyExpiry) -> None:
     commands.removals.add(effect, "PERSIST", keys.message_body(effect.message_id))
 
 
@@ -253,14 +272,14 @@ def _set_presence(commands: BatchCommands, effect: SetPresence) -> None:
 
 
 def offline_at(effect: SetPresence) -> str:
-    """When a client went offline, as public keys say it: in seconds, `undefined` if it never has."""
+    """Return the `offline_at` of a presence key: epoch seconds, or `undefined` for a client that never went offline."""
     return "undefined" if effect.offline_at is None else str(effect.offline_at // 1000)
 
 
 def _show_offset(commands: BatchCommands, effect: ShowOffset) -> None:
     name = keys.read_offset(effect.subscriber, effect.topic)
     if effect.message_id is None:
-        # A string of ours, or nothing: whatever else is there stays.
+        # GETDEL deletes strings only, so a foreign key of another type stays.
         commands.removals.add(effect, "GETDEL", name)
     else:
         commands.removals.add(effect, "SET", name, effect.message_id)
@@ -270,7 +289,7 @@ def _run_command(commands: BatchCommands, effect: RunCommand) -> None:
     commands.removals.add(effect, *effect.arguments)
 
 
-_FOLD: Final[dict[type[Any], Callable[[BatchCommands, Any], None]]] = {
+_TRANSLATE: Final[dict[type[Any], Callable[[BatchCommands, Any], None]]] = {
     StoreMessage: _store_message,
     Reindex: _reindex,
     Retain: _retain,
@@ -284,7 +303,7 @@ _FOLD: Final[dict[type[Any], Callable[[BatchCommands, Any], None]]] = {
     SetDue: _set_due,
     Unindex: _unindex,
     ClearRetained: _clear_retained,
-    DeleteBody: _drop_body,
-    ClearBodyExpiry: _spare_body,
+    DeleteBody: _delete_body,
+    ClearBodyExpiry: _clear_body_expiry,
     RunCommand: _run_command,
 }

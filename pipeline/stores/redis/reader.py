@@ -1,4 +1,7 @@
-"""Reading what agents keep, from outside: without a fence, without finishing anything, without waiting for a store."""
+"""Reads of an agent's state by other processes: commands of the CLI and the web page.
+
+A reader has no fence, changes nothing, and does not wait for a store that is down.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from millpond.agents.reads import Read
 from millpond.pipeline.stores.redis.connection import Address, RedisCommand, pack
 from millpond.pipeline.stores.redis.inspection import (
     InspectionRead,
-    outside_answer,
-    outside_command,
+    inspection_answer,
+    inspection_command,
 )
 from millpond.pipeline.stores.redis.nodes import Nodes
 from millpond.pipeline.stores.redis.reads import answer, read_command
@@ -20,17 +23,18 @@ from millpond.schemas.rules.pool import Pool
 
 
 class StoreReader:
-    """Answers reads of any partition of one pool; a context manager.
+    """Answers reads of every partition of one pool. It is a context manager.
 
     Raises:
-        StoreDown, StoreRefused: at once, when the store is away or will not serve us.
+        StoreDown, StoreRefused: the store is down, or refuses the user. Nothing is retried.
     """
 
     def __init__(self, pool: Pool) -> None:
-        """Connected when it is entered."""
+        """Nothing connects before the context is entered."""
         self._pool, self._access = pool, access_of(pool)
         self._nodes = Nodes(addresses(pool), self._access)
-        self._server: Address | None = None  # None: a cluster, whose nodes tell who holds a key
+        # None for a cluster: `_nodes` then finds the server of each key.
+        self._server: Address | None = None
 
     async def __aenter__(self) -> Self:
         if self._pool.type == "cluster":
@@ -44,7 +48,7 @@ class StoreReader:
         await self._nodes.close()
 
     async def read(self, partition: Partition, reads: Sequence[Read | InspectionRead]) -> list[Any]:
-        """See `millpond.agents.ports.Store.read`; all are sent at once."""
+        """Answer reads in order, in one round trip."""
         commands = [_command(partition, read) for read in reads]
         if self._server is None:
             replies = await self._nodes.run(commands)
@@ -57,11 +61,11 @@ class StoreReader:
 
 def _command(partition: Partition, read: Read | InspectionRead) -> RedisCommand:
     if isinstance(read, InspectionRead):
-        return outside_command(partition, read)
+        return inspection_command(partition, read)
     return read_command(partition, read)
 
 
 def _answer(read: Read | InspectionRead, reply: Any, where: object) -> Any:
     if isinstance(read, InspectionRead):
-        return outside_answer(read, reply, where)
+        return inspection_answer(read, reply, where)
     return answer(read, reply, where)

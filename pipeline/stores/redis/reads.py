@@ -1,4 +1,7 @@
-"""What a machine asks of the store, as Redis commands, and their replies as answers."""
+"""The reads of machines and outputs as Redis commands, and the replies as answers.
+
+Each read is one command. `agents/reads.py` documents every answer.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +23,23 @@ from millpond.agents.reads import (
     ReadStates,
     ReadSubscriptions,
 )
-from millpond.pipeline.stores.redis.connection import RedisCommand, checked, code
+from millpond.pipeline.stores.redis.connection import RedisCommand, checked, error_code
 from millpond.schemas import keys
 from millpond.schemas.keys import Partition
 
-SCANNED: Final = 500  # states of one answer, about
-# What others may have put something else in the place of: it is as good as empty then.
+SCAN_COUNT: Final = 500  # states of one answer, about
+# Reads of public keys. Another program may have put a key of another type there, which counts as empty.
 PUBLIC: Final = (ReadIndex, ReadEntry, ReadLast, ReadSubscriptions, ReadRetained, ReadBody)
 
 
 def read_command(partition: Partition, read: Read) -> RedisCommand:
-    """The one command that answers a read; its second word is the key."""
+    """Return the command that answers a read. Its second word is the key."""
     match read:
         case ReadStates(names, table):
+            # HMGET needs a field. The empty one has no state, and `answer` ignores it.
             return ("HMGET", keys.table(partition, table), *(names or ("",)))
         case ReadAllStates(cursor, table):
-            return ("HSCAN", keys.table(partition, table), cursor, "COUNT", SCANNED)
+            return ("HSCAN", keys.table(partition, table), cursor, "COUNT", SCAN_COUNT)
         case ReadBelow(index, before, limit):
             name = keys.index(partition, index)
             below = f"({before}"
@@ -43,8 +47,8 @@ def read_command(partition: Partition, read: Read) -> RedisCommand:
         case ReadDue(limit):
             return ("ZRANGE", keys.due(partition), 0, limit - 1, "WITHSCORES")
         case ReadIndex(topic, limit, after):
-            name, behind = keys.message_index(topic), f"({after}"
-            return ("ZRANGE", name, behind, "+inf", "BYSCORE", "LIMIT", 0, limit, "WITHSCORES")
+            name, above = keys.message_index(topic), f"({after}"
+            return ("ZRANGE", name, above, "+inf", "BYSCORE", "LIMIT", 0, limit, "WITHSCORES")
         case ReadEntry(topic, message_id):
             return ("ZSCORE", keys.message_index(topic), message_id)
         case ReadLast(topic, until):
@@ -54,7 +58,7 @@ def read_command(partition: Partition, read: Read) -> RedisCommand:
             return ("HGETALL", keys.subscriptions(client_id))
         case ReadNames(other, index, prefix, after, limit):
             first = b"(" + after.encode() if after else b"[" + prefix.encode()
-            # UTF-8 holds no 0xFF: this is behind all text that begins so.
+            # UTF-8 has no byte 0xFF, so this is above all names with the prefix.
             last = b"(" + prefix.encode() + b"\xff" if prefix else b"+"
             name = keys.index(other or partition, index)
             return ("ZRANGE", name, first, last, "BYLEX", "LIMIT", 0, limit)
@@ -65,21 +69,26 @@ def read_command(partition: Partition, read: Read) -> RedisCommand:
 
 
 def answer(read: Read, reply: Any, where: object) -> Any:
-    """What the reply says. A public key that is of another type holds nothing of ours.
+    """Decode the reply to a read. `where` names the server in errors.
 
     Raises:
-        StoreDown, StoreRefused: it is an error that says so.
+        StoreDown, StoreRefused: the reply is an error. A public key of another type is not: it counts as empty.
     """
-    if isinstance(reply, ReplyError) and code(reply) == "WRONGTYPE" and isinstance(read, PUBLIC):
+    if (
+        isinstance(reply, ReplyError)
+        and error_code(reply) == "WRONGTYPE"
+        and isinstance(read, PUBLIC)
+    ):
         reply = []
     checked((reply,), where)
     match read:
         case ReadStates(names):
+            # Not strict: a read of no names has the reply to the empty field.
             return dict(zip(names, reply, strict=False))
         case ReadAllStates():
             cursor, pairs = reply
-            keys_ = (name.decode() for name in pairs[::2])
-            return int(cursor), dict(zip(keys_, pairs[1::2], strict=True))
+            state_keys = (key.decode() for key in pairs[::2])
+            return int(cursor), dict(zip(state_keys, pairs[1::2], strict=True))
         case ReadSubscriptions():
             return dict(zip(reply[::2], reply[1::2], strict=True))
         case ReadBody():
@@ -90,11 +99,11 @@ def answer(read: Read, reply: Any, where: object) -> Any:
         case ReadEntry():
             return int(float(reply)) if reply else None
         case ReadNames():
-            return [topic.decode() for topic in reply]
+            return [name.decode() for name in reply]
         case ReadRetained():
             return reply[0].decode("utf-8", "replace") if reply else None
     # Scores are whole numbers below 2**53, which a double holds exactly.
     return [
-        (member.decode(), int(float(at)))
-        for member, at in zip(reply[::2], reply[1::2], strict=True)
+        (member.decode(), int(float(score)))
+        for member, score in zip(reply[::2], reply[1::2], strict=True)
     ]

@@ -1,11 +1,11 @@
-"""A partition on one Redis server, named by address or found through Sentinel: everything is one transaction."""
+"""A partition on one Redis server, which has an address or is found through Sentinel. A batch is one transaction."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from redis.backoff import EqualJitterBackoff
 
@@ -23,36 +23,37 @@ from millpond.schemas.keys import Partition
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-# Between attempts to reach a store that is down: doubling from 0.05 s up to 2 s, half of it by chance, so that a
-# server that comes back is found soon and not met by every partition at once.
+# The pause after n failures is 0.05 s · 2ⁿ, at most 2 s, and the second half of it is random. So workers notice soon
+# that a server is up, and their partitions do not all connect at the same moment.
 BACKOFF_BASE_S, BACKOFF_MAX_S, BACKOFF_DOUBLINGS_MAX = 0.05, 2.0, 8
+NOT_LOADED: Final = "call load() first, and again after every failure; one commit at a time"
 
 
 async def until_up(attempt: Callable[[], Awaitable[Result]], partition: Partition) -> Result:
-    """Try until the store is not down; says so once."""
+    """Repeat an attempt until it raises no `StoreDown`. Log the first failure and the success after it."""
     backoff, failures = EqualJitterBackoff(cap=BACKOFF_MAX_S, base=BACKOFF_BASE_S), 0
     while True:
         try:
             result = await attempt()
         except StoreDown as error:
             if not failures:
-                log.warning("%s: %s; trying until it is back", partition, error)
+                log.warning("%s: the store is down: %s; retrying until it is up", partition, error)
             failures += 1
             await asyncio.sleep(backoff.compute(min(failures, BACKOFF_DOUBLINGS_MAX)))
         else:
             if failures:
-                log.info("%s: the store is back", partition)
+                log.info("%s: the store is up again", partition)
             return result
 
 
 class RedisStore:
-    """See `millpond.agents.ports.Store`. One connection, one transaction on its way at a time."""
+    """See `millpond.agents.ports.Store`. It has one connection, and at most one transaction in flight."""
 
     def __init__(self, partition: Partition, connect: Callable[[], Awaitable[Connection]]) -> None:
-        """`connect` opens a connection to the server that is the primary now."""
+        """`connect` opens a connection to the current primary."""
         self._partition, self._connect = partition, connect
         self._connection: Connection | None = None
-        # None before `load`, while a commit is on its way, and after one that failed.
+        # None before `load`, during a commit, and after a failure.
         self._fence: Fence | None = None
 
     async def load(self) -> LoadedState:
@@ -67,8 +68,8 @@ class RedisStore:
         return stored
 
     async def read(self, reads: Sequence[Read]) -> list[Any]:
-        """See `millpond.agents.ports.Store`. Answered after what is on its way, on the same connection."""
-        assert self._connection is not None, "load() comes first"
+        """See `millpond.agents.ports.Store`. The answers come after those of the transaction in flight."""
+        assert self._connection is not None, NOT_LOADED
         commands = [read_command(self._partition, read) for read in reads]
         replies = await self._connection.send(b"".join(map(pack, commands)), len(commands))
         where = self._connection.address
@@ -80,23 +81,21 @@ class RedisStore:
 
     def commit(self, packed: Packed) -> Awaitable[Sequence[Refusal]]:
         fence, self._fence = self._fence, None
-        assert fence is not None, (
-            "load() comes first, and after every failure; one commit at a time"
-        )
+        assert fence is not None, NOT_LOADED
+        # `fence.send` writes now, before the task begins.
         return asyncio.ensure_future(self._result(fence, packed, fence.send(packed)))
 
     async def _result(
         self, fence: Fence, packed: Packed, sent: asyncio.Future[list[Any]]
     ) -> Sequence[Refusal]:
         refused = await fence.result(packed, sent)
+        # Not reached after an error or a cancellation: the store must then load again.
         self._fence = fence
         return refused
 
     async def check(self) -> None:
         fence, self._fence = self._fence, None
-        assert fence is not None, (
-            "load() comes first, and after every failure; one commit at a time"
-        )
+        assert fence is not None, NOT_LOADED
         await fence.verify()
         self._fence = fence
 

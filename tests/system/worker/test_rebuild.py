@@ -1,4 +1,4 @@
-"""State lost, or made anew on purpose: Redis is as before, and nobody is served again."""
+"""Redis emptied under running workers, and `millpond rebuild`: the same state again, and no message delivered twice."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ TOPIC_OF = {"messages": "plain", "queue": "queue", "pubsub": "pubsub"}
 
 
 def dump(redis: Redis) -> dict[str, Any]:
-    """Everything but private keys and what is the user's subscriptions."""
+    """Return the content without private keys and `mqtt:sub:*`."""
     found: dict[str, Any] = {}
     for key in redis.scan_iter("*", count=1_000):
         if key.startswith((keys.PRIVATE_PREFIX, "mqtt:sub:")):
@@ -60,7 +60,7 @@ def dump(redis: Redis) -> dict[str, Any]:
 
 
 def private_keys(world: World, agent: str) -> set[str]:
-    """The names of an agent's own keys, without journals, which come and go."""
+    """Return an agent's private keys, without journals, which exist for moments only."""
     found = world.redis.scan_iter(f"{keys.PRIVATE_PREFIX}{{{world.app}:{agent}:*", count=1_000)
     return {key for key in found if not key.endswith(":journal")}
 
@@ -85,7 +85,7 @@ def world(
 
 
 async def busy(world: World) -> list[Consumer]:
-    """Messages wait, are in hand, read, retained, dead; nothing moves any more."""
+    """Produce messages that wait, are leased, read, retained and dead, until all agents are idle."""
     victim = await Consumer(world, "victim", "dead/a", acks=False).come()
     await publish(world, "dead/a", "poison")
     await victim.until_got(1)
@@ -109,7 +109,7 @@ async def busy(world: World) -> list[Consumer]:
 
 
 async def settled(world: World) -> dict[str, Any]:
-    """The dump, once it stays the same for a while."""
+    """Return the dump once it has not changed for a while."""
     last: list[Any] = [None, 0]
 
     async def same() -> bool:
@@ -123,7 +123,7 @@ async def settled(world: World) -> dict[str, Any]:
     return found
 
 
-async def test_a_redis_emptied_under_running_workers_is_as_before_and_nobody_is_served_again(
+async def test_workers_rebuild_an_emptied_redis_and_deliver_nothing_again(
     world: World,
 ) -> None:
     consumers = await busy(world)
@@ -142,14 +142,14 @@ async def test_a_redis_emptied_under_running_workers_is_as_before_and_nobody_is_
     for worker in world.workers:
         said = worker.log.read_text()
         assert "the store holds no state of it: rebuilding it from the log" in said
-    # They go on where they were.
+    # Delivery continues where it was.
     consumers[0].ack(*consumers[0].got[3:])
     await consumers[0].until_got(got[0] + 8)
     await world.until_stored(109, "queue/a", "pubsub/a", "plain/a")
 
 
 def damage(world: World, agent: str) -> None:
-    """Change what the agent has written, and add what it has not."""
+    """Change keys that the agent has written, and add entries that it has not."""
     if agent == "sessions":
         world.redis.hset(keys.presence("reader"), mapping={"state": "7", "online_at": "1"})
         world.redis.hdel(keys.node(NODE), "holder")
@@ -174,7 +174,7 @@ def damage(world: World, agent: str) -> None:
 
 
 @pytest.mark.parametrize("agent", AGENT_NAMES)
-async def test_a_rebuilt_agent_goes_on_exactly_where_it_was(world: World, agent: str) -> None:
+async def test_a_rebuilt_agent_continues_exactly_where_it_was(world: World, agent: str) -> None:
     consumers = await busy(world)
     before = await settled(world)
     got = [len(each.got) for each in consumers]
@@ -182,12 +182,12 @@ async def test_a_rebuilt_agent_goes_on_exactly_where_it_was(world: World, agent:
     (worker,) = world.workers_of(agent)
     worker.signal(signal.SIGTERM)
     assert await worker.ended() == 0
-    world.workers.remove(worker)  # as it was asked to
+    world.workers.remove(worker)
     damage(world, agent)
-    # Given somebody else's keys
-    world.redis.set("mqtt:msg:foreign", "somebody's")
-    world.redis.zadd("mqtt:msg:ranking", {"somebody": 1})
-    world.redis.set("mqtt:acked:foreign:pubsub/a", "somebody's")
+    # Given keys of another program
+    world.redis.set("mqtt:msg:foreign", "foreign")
+    world.redis.zadd("mqtt:msg:ranking", {"foreign": 1})
+    world.redis.set("mqtt:acked:foreign:pubsub/a", "foreign")
     ended = await asyncio.to_thread(rebuild, world.directory / "millpond.toml", agent, "--yes")
     assert ended.returncode == 0, ended.stderr
     assert "commands of yours are not run again" in ended.stdout
@@ -219,10 +219,10 @@ async def pipeline(
 
 async def applied(pipeline: Pipeline) -> dict[int, Applied]:
     names = [keys.applied(Partition(pipeline.app, "messages", at)) for at in range(PARTITIONS)]
-    held = await pipeline.redis.mget(names)
+    fences = await pipeline.redis.mget(names)
     return {
         at: msgspec.json.decode(fence, type=Applied)
-        for at, fence in enumerate(held)
+        for at, fence in enumerate(fences)
         if fence is not None
     }
 
@@ -244,15 +244,15 @@ async def rebuilt(pipeline: Pipeline, *arguments: str) -> subprocess.CompletedPr
     return await asyncio.to_thread(rebuild, config, "messages", *arguments)
 
 
-async def test_what_the_old_state_still_owes_is_produced_before_and_once(
+async def test_outputs_that_the_old_state_owes_are_produced_first_and_once(
     pipeline: Pipeline,
 ) -> None:
     await stored_and_stopped(pipeline, 100)
-    # As if the worker had ended between its transaction and the dead letter that follows from it.
+    # As if the worker had crashed between its transaction and the dead letter that it journaled.
     (number, fence), *_ = (await applied(pipeline)).items()
     journal = keys.journal(Partition(pipeline.app, "messages", number))
-    letter = [{"type": "dead_letter", "offset": 0, "reason": "owed"}]
-    await pipeline.redis.hset(journal, str(fence.sequence), msgspec.json.encode(letter).decode())
+    outputs = [{"type": "dead_letter", "offset": 0, "reason": "owed"}]
+    await pipeline.redis.hset(journal, str(fence.sequence), msgspec.json.encode(outputs).decode())
     before = len(await pipeline.dead_letters())
     ended = await rebuilt(pipeline, "--yes")
     assert ended.returncode == 0, ended.stderr
@@ -260,15 +260,17 @@ async def test_what_the_old_state_still_owes_is_produced_before_and_once(
     await pipeline.worker()
     await pipeline.publish([given.published("more", "t/0")])
 
-    async def goes_on() -> bool:
+    async def continues() -> bool:
         return bool(await pipeline.redis.get("seen:more"))
 
-    await until(goes_on, "the worker to go on")
+    await until(continues, "the worker to continue")
     assert len(await pipeline.dead_letters()) == before + 1
     assert set(await pipeline.redis.mget(await pipeline.redis.keys("seen:*"))) == {b"1"}
 
 
-async def test_it_refuses_while_workers_run_and_without_a_yes(pipeline: Pipeline) -> None:
+async def test_a_rebuild_is_refused_while_workers_run_and_without_a_confirmation(
+    pipeline: Pipeline,
+) -> None:
     await pipeline.worker()
     refused = await rebuilt(pipeline, "--yes")
     assert refused.returncode == 1
@@ -278,18 +280,18 @@ async def test_it_refuses_while_workers_run_and_without_a_yes(pipeline: Pipeline
     assert (asked.returncode, "add --yes" in asked.stderr) == (2, True)
 
 
-async def test_there_must_be_something_of_this_log(pipeline: Pipeline) -> None:
+async def test_a_rebuild_requires_state_of_this_log(pipeline: Pipeline) -> None:
     pipeline.replays_as_live = False
     nothing = await rebuilt(pipeline, "--yes")
     assert nothing.returncode == 1
-    assert "holds nothing of messages" in nothing.stderr
+    assert "holds no state of messages" in nothing.stderr
     await stored_and_stopped(pipeline, 100)
     name = keys.applied(Partition(pipeline.app, "messages", 0))
     fence: Any = await pipeline.redis.get(name)
     for other, reason in (
         (fence.replace(b'"cluster_id":"', b'"cluster_id":"another-'), "of Kafka cluster another-"),
         (fence.replace(b'"offset":', b'"offset":9'), "but the log ends before"),
-        (b"?", "holds no fence of"),
+        (b"?", "holds no fence in"),
     ):
         await pipeline.redis.set(name, other)
         refused = await rebuilt(pipeline, "--yes")
@@ -304,7 +306,8 @@ async def test_there_must_be_something_of_this_log(pipeline: Pipeline) -> None:
 async def test_a_log_that_begins_later_than_the_oldest_message_is_refused_unless_that_is_accepted(
     pipeline: Pipeline,
 ) -> None:
-    pipeline.replays_as_live = False  # the log does not tell all of it any more
+    # A replay at the end of the test would miss the deleted records.
+    pipeline.replays_as_live = False
     await stored_and_stopped(pipeline, 400)
     admin = AIOKafkaAdminClient(bootstrap_servers=pipeline.bootstrap)
     await admin.start()
@@ -330,7 +333,7 @@ async def test_a_log_that_begins_later_than_the_oldest_message_is_refused_unless
     }
 
 
-async def test_an_interrupted_rebuild_keeps_workers_away_until_another_one_has_finished_it(
+async def test_workers_refuse_to_start_until_an_interrupted_rebuild_is_finished(
     pipeline: Pipeline,
 ) -> None:
     await stored_and_stopped(pipeline, 8_000)
@@ -351,10 +354,10 @@ async def test_an_interrupted_rebuild_keeps_workers_away_until_another_one_has_f
     _, said = await asyncio.to_thread(process.communicate, timeout=60)
     assert process.returncode == 1
     assert "workers of messages do not start until it is finished" in said
-    kept_away = Worker(config, pipeline.directory / "kept-away.log")
-    pipeline.workers.append(kept_away)
-    assert await kept_away.ended() == 1
-    assert "is in the middle of a rebuild of messages" in kept_away.log.read_text()
+    refused = Worker(config, pipeline.directory / "refused.log")
+    pipeline.workers.append(refused)
+    assert await refused.ended() == 1
+    assert "is in the middle of a rebuild of messages" in refused.log.read_text()
     ended = await rebuilt(pipeline, "--yes")
     assert ended.returncode == 0, ended.stderr
     assert {at: each.offset for at, each in (await applied(pipeline)).items()} == {

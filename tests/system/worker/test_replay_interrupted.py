@@ -1,4 +1,4 @@
-"""A replay that is interrupted, however hard: the target says that it is incomplete, and the same command goes on."""
+"""An interrupted replay, also by SIGKILL: the target is marked as incomplete, and the same command continues."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def pipeline(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-async def test_an_interrupted_replay_is_marked_as_incomplete_and_goes_on_with_the_same_command(
+async def test_an_interrupted_replay_is_marked_as_incomplete_and_continues_with_the_same_command(
     pipeline: Pipeline, redis_server: str, number: signal.Signals
 ) -> None:
     into = other_database(redis_server)
@@ -63,7 +63,7 @@ async def test_an_interrupted_replay_is_marked_as_incomplete_and_goes_on_with_th
             assert process.returncode == 1
             assert "is marked as incomplete; the same command goes on" in said
             assert "Traceback" not in said
-        # Another beginning is another replay.
+        # A replay from another time is refused.
         other = replay(path, into, "--from", "2026-01-01T00:00:00", agent="messages")
         assert "interrupted, from earliest" in other.stderr
         ended = replay(path, into, "--diff", redis_server, agent="messages")

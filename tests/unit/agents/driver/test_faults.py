@@ -182,7 +182,7 @@ def test_a_paused_owner_that_continues_after_its_successor_wrote_changes_nothing
     run(paused.process(first))
     run(paused.settle())
     assert world.counted_once("a")
-    assert any("somebody else" in notice for notice in world.notices)
+    assert any("another writer" in notice for notice in world.notices)
 
 
 def test_maintain_finds_out_that_another_owner_has_written() -> None:

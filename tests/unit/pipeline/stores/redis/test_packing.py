@@ -1,4 +1,4 @@
-"""Effects become these commands, in this order, and an error reply is told to whom it concerns."""
+"""Effects become these commands in this order, and an error reply becomes the refusals of the right records."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ APPLIED = Applied(
 
 
 def commands(*effects: Effect, **fields: object) -> list[RedisCommand]:
-    """All commands of a batch but the fence."""
+    """Return all commands of a batch except the fence."""
     values: dict[str, object] = {"outputs": (), "produced": (), **fields}
     batch = Transaction(None, APPLIED, effects, **values)  # type: ignore[arg-type]
     packed = BatchCommands(PARTITION, batch)
@@ -61,7 +61,7 @@ def stored(offset: int, message_id: str, topic: str = "t", **fields: object) -> 
     return StoreMessage(offset, published(message_id, topic, **fields), offset, indexed, expires_at)
 
 
-def test_a_message_is_one_hash_its_lifetime_and_an_entry_of_its_topic() -> None:
+def test_a_message_is_a_hash_with_an_expiry_and_an_index_entry() -> None:
     message = stored(3, "m1", "a/b", retain=True, published_at=1_999, expires_at=10)
     assert commands(message) == [
         (
@@ -74,21 +74,21 @@ def test_a_message_is_one_hash_its_lifetime_and_an_entry_of_its_topic() -> None:
 
 
 @pytest.mark.parametrize(("wall_ms", "end"), [(9, 10), (10, 10), (11, 11)])
-def test_a_body_is_kept_an_hour_from_now_at_least_since_the_log_may_still_say_that_it_is_needed(
-    wall_ms: int, end: int
-) -> None:
+def test_a_body_expires_an_hour_from_now_at_the_earliest(wall_ms: int, end: int) -> None:
     transaction = Transaction(None, APPLIED, [stored(3, "m1", expires_at=10)], [], [])
     packed = BatchCommands(PARTITION, transaction, wall_ms).all().commands
     assert ("PEXPIREAT", "mqtt:msg:m1", end + BODY_GRACE_MS) in packed
 
 
-def test_a_message_that_is_only_retained_has_no_entry_and_binary_payload_is_decoded() -> None:
+def test_a_message_that_is_only_retained_has_no_index_entry_and_a_binary_payload_is_decoded() -> (
+    None
+):
     message = stored(3, "m1", indexed=False, payload="/w==", payload_encoding="base64")
     (body,) = commands(message)
     assert b"\xff" in body and "ZADD" not in body
 
 
-def test_a_batch_adds_to_the_index_of_a_topic_once_after_all_bodies() -> None:
+def test_a_batch_has_one_zadd_for_each_topic_after_all_bodies() -> None:
     packed = commands(stored(1, "a", "t"), stored(2, "b", "u"), stored(3, "c", "t"))
     assert [command[0] for command in packed] == ["HSET"] * 3 + ["ZADD"] * 2
     assert packed[3:] == [
@@ -97,10 +97,10 @@ def test_a_batch_adds_to_the_index_of_a_topic_once_after_all_bodies() -> None:
     ]
 
 
-def test_the_three_lists_follow_each_other_whatever_the_order_of_effects() -> None:
+def test_the_order_of_the_lists_does_not_depend_on_the_order_of_effects() -> None:
     packed = commands(
         DeleteBody("old"),
-        ClearBodyExpiry("spared"),
+        ClearBodyExpiry("kept"),
         RunCommand(1, (b"INCR", b"x")),
         ClearRetained(1, "t"),
         Unindex(1, "t", ("a", "b")),
@@ -116,18 +116,18 @@ def test_the_three_lists_follow_each_other_whatever_the_order_of_effects() -> No
         ("SET", f"{PRIVATE}rules", "rules"),
         ("ZADD", f"{PRIVATE}retained", 0, "t"),
         ("HDEL", "mqtt:msg:old", *BODY_FIELDS),
-        ("PERSIST", "mqtt:msg:spared"),
+        ("PERSIST", "mqtt:msg:kept"),
         (b"INCR", b"x"),
         ("ZREMRANGEBYRANK", "mqtt:retain:t", 0, -1),
         ("ZREM", "mqtt:msg:t", "a", "b"),
     ]
 
 
-def test_taking_nothing_out_of_an_index_is_no_command() -> None:
+def test_removing_nothing_from_an_index_needs_no_command() -> None:
     assert commands(Unindex(1, "t", ())) == []
 
 
-def test_states_are_written_once_a_batch_the_last_one_counts() -> None:
+def test_a_batch_writes_each_state_once_and_the_last_one_counts() -> None:
     assert commands(
         SetState("a", b"1"), SetState("b", None), SetState("a", None),
         SetState("b", b"2"), SetState("c", b"3"), SetState("d", None),
@@ -137,7 +137,7 @@ def test_states_are_written_once_a_batch_the_last_one_counts() -> None:
     ]  # fmt: skip
 
 
-def test_seen_ids_are_json_lines_so_that_a_line_break_in_one_survives() -> None:
+def test_seen_ids_are_json_lines_so_that_an_id_may_contain_a_line_break() -> None:
     ids = ("a", "b\nc", '"')
     (append, fresh) = commands(WriteSeen(3, False, ids), WriteSeen(4, True, ()))
     assert append[:2] == ("APPEND", f"{PRIVATE}seen:1")
@@ -146,7 +146,7 @@ def test_seen_ids_are_json_lines_so_that_a_line_break_in_one_survives() -> None:
     assert fresh == ("SET", f"{PRIVATE}seen:0", b"")
 
 
-def test_outputs_are_journaled_under_their_sequence_and_what_is_produced_goes() -> None:
+def test_outputs_are_journaled_under_their_sequence_and_produced_entries_are_deleted() -> None:
     assert commands(outputs=[DeadLetter(3, "why")], produced=[1, 2]) == [
         ("HSET", f"{PRIVATE}journal", 5, b'[{"type":"dead_letter","offset":3,"reason":"why"}]'),
         ("HDEL", f"{PRIVATE}journal", 1, 2),
@@ -165,7 +165,7 @@ def test_outputs_are_journaled_under_their_sequence_and_what_is_produced_goes() 
         ([None, 5, None], ["m"], {}, {}),
     ],
 )
-def test_what_falls_due_is_folded_in_order(
+def test_due_times_of_a_batch_are_combined_in_order(
     times: list[int | None], removed: list[str], exact: dict[str, int], earliest: dict[str, int]
 ) -> None:
     due = DueCommands()
@@ -174,16 +174,16 @@ def test_what_falls_due_is_folded_in_order(
     assert (list(due.removed), due.exact, due.earliest) == (removed, exact, earliest)
 
 
-def test_all_that_falls_due_is_at_most_three_commands() -> None:
-    effects = [SetDue("gone", None), SetDue("new", None), SetDue("new", 9), SetDue("early", 4)]
+def test_due_times_of_a_batch_need_at_most_three_commands() -> None:
+    effects = [SetDue("removed", None), SetDue("new", None), SetDue("new", 9), SetDue("early", 4)]
     assert commands(*effects, SetDue("b", 5)) == [
-        ("ZREM", f"{PRIVATE}due", "gone"),
+        ("ZREM", f"{PRIVATE}due", "removed"),
         ("ZADD", f"{PRIVATE}due", 9, "new"),
         ("ZADD", f"{PRIVATE}due", "LT", 4, "early", 5, "b"),
     ]
 
 
-def test_an_error_reply_refuses_the_part_that_its_command_stands_for_once() -> None:
+def test_an_error_reply_refuses_the_part_of_its_command_once() -> None:
     body, other = stored(1, "a", expires_at=5), stored(2, "b")
     asked = CommandList()
     for source in (
@@ -202,7 +202,7 @@ def test_an_error_reply_refuses_the_part_that_its_command_stands_for_once() -> N
     assert refusals(asked.sources, [1] * len(asked.sources)) == []
 
 
-def test_a_list_splits_and_leaves_out_and_packs() -> None:
+def test_a_command_list_can_be_packed_split_and_reduced() -> None:
     asked = CommandList()
     asked.add(DeleteBody("a"), "DEL", "é")
     asked.add(None, "SET", "b", 1)
