@@ -197,7 +197,7 @@ def test_a_child_that_dies_is_reported_and_started_again(home: Home) -> None:
 
         until(restarted, f"{name} to be back")
         said = (home.data / "log" / "up.log").read_text()
-        assert f"{name} ended with exit code -9; starting it again in 0.5 s" in said
+        assert f"{name} ended with exit code -9; restarting it in 0.5 s" in said
         assert f"{name} is ready again" in said
 
 

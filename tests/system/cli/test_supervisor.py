@@ -66,9 +66,9 @@ async def test_a_child_that_keeps_ending_is_started_again_each_time_a_little_lat
     await world.supervisor.start(child)
     said = [await world.hears() for _ in range(5)]
     assert [line.splitlines()[0].partition("; ")[2] for line in said[::2]] == [
-        "starting it again in 0.5 s. The end of " + f"{child.log}:",
-        "starting it again in 1 s. The end of " + f"{child.log}:",
-        "starting it again in 2 s. The end of " + f"{child.log}:",
+        "restarting it in 0.5 s. The end of " + f"{child.log}:",
+        "restarting it in 1 s. The end of " + f"{child.log}:",
+        "restarting it in 2 s. The end of " + f"{child.log}:",
     ]
     assert said[1::2] == ["brief is ready again"] * 2
     assert all("  farewell" in line for line in said[::2])
