@@ -213,7 +213,7 @@ async def test_what_cannot_be_carried_out_is_said_before_anything_is_written(
     await until_dead(pipeline, "m1", "m2")
     for command in ("requeue", "drop", "show"):
         line = await refused(pipeline, command, *(["m1"] if command != "show" else []), "m3")
-        assert line.startswith("millpond: not among the dead letters: 'm3' (")
+        assert line.startswith("millpond: these ids are no dead letters: 'm3' (")
         assert "`millpond dead-letters list`" in line
 
     # A configuration in which the topic is nobody's queue any more.
@@ -256,5 +256,7 @@ async def test_a_kafka_that_stops_answering_midway_is_given_up_on_and_what_it_to
                 own_kafka.pause()
             yield OperatorDrop(at=at, node="n", topic="queue/a", message_id=f"m{at}")
 
-    with pytest.raises(MillpondError, match="Kafka took 1000 orders and then no more: no ack"):
+    with pytest.raises(
+        MillpondError, match="Kafka acknowledged 1000 orders and then failed: no ack"
+    ):
         await operator_events.write(settings, drops())

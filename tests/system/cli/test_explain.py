@@ -24,9 +24,9 @@ from tests.support.inspection import (
     run,
     sent,
     start,
-    tell,
     topic_of,
     until_state,
+    write,
 )
 from tests.support.workers import Pipeline, running, until
 
@@ -45,11 +45,11 @@ async def test_a_queued_message_is_ready_then_leased_then_sent_then_acked(
 ) -> None:
     await start(pipeline, "queue")
     topic = "queue/a"
-    await tell(pipeline, *(given.published(each, topic) for each in ("m1", "m2")))
+    await write(pipeline, *(given.published(each, topic) for each in ("m1", "m2")))
     ready = await until_state(pipeline, "m2", "ready")
     assert ready.words == "ready: 1 stored message before it, nobody is online to take it"
 
-    await tell(pipeline, given.joined("anna", topic))
+    await write(pipeline, given.joined("anna", topic))
     leased = await until_state(pipeline, "m1", "leased", client_id="anna", sent=False, attempt=1)
     assert leased.words.startswith("leased by 'anna' since 20")
     assert ", delivery 1, not confirmed by the bridge, returns at 20" in leased.words
@@ -64,7 +64,7 @@ async def test_a_queued_message_is_ready_then_leased_then_sent_then_acked(
     assert [(each.client_id, each.in_hand) for each in facts.members] == [("anna", 1)]
     assert (facts.messages, facts.ready, facts.leased) == (2, 1, 1)
 
-    await tell(pipeline, given.acked("copy", topic, client_id="anna"))
+    await write(pipeline, given.acked("copy", topic, client_id="anna"))
     acked = await until_state(pipeline, "m1", "acked", client_id="anna")
     assert acked.words.startswith("acked by 'anna' at 20")
     found = await explain(pipeline, "m1", topic=topic)
@@ -85,8 +85,8 @@ async def test_a_queued_message_is_ready_then_leased_then_sent_then_acked(
 
 async def test_a_queued_message_expires_or_dies_or_is_dropped(pipeline: Pipeline) -> None:
     await start(pipeline, "queue")
-    await tell(pipeline, given.published("old", "short/a"), given.published("bad", "poison/a"))
-    await tell(pipeline, given.joined("ben", "poison/a"))
+    await write(pipeline, given.published("old", "short/a"), given.published("bad", "poison/a"))
+    await write(pipeline, given.joined("ben", "poison/a"))
     await until_state(pipeline, "bad", "leased", sent=False)
     await sent(pipeline, "poison/a", "bad")
     dead = await until_state(pipeline, "bad", "dead")
@@ -101,7 +101,7 @@ async def test_a_queued_message_expires_or_dies_or_is_dropped(pipeline: Pipeline
     found = await explain(pipeline, "bad")
     assert kinds(found) == ["published", "sent", "dead_letter"]
     assert found.events[-1].kafka_topic == keys.DEAD_LETTERS_TOPIC
-    await tell(pipeline, OperatorDrop(**AT, topic="poison/a", message_id="bad"))
+    await write(pipeline, OperatorDrop(**AT, topic="poison/a", message_id="bad"))
     dropped = await until_state(pipeline, "bad", "dropped")
     assert dropped.words.startswith("dropped by an operator at 20")
 
@@ -110,11 +110,11 @@ async def test_a_pubsub_message_is_something_else_for_each_subscriber(pipeline: 
     await start(pipeline, "pubsub")
     topic = "pubsub/a"
     names = ("done", "sent", "waiting", "away")
-    await tell(pipeline, *(given.joined(name, topic) for name in names))
-    await tell(pipeline, *(given.published(each, topic) for each in ("m1", "m2", "m3")))
+    await write(pipeline, *(given.joined(name, topic) for name in names))
+    await write(pipeline, *(given.published(each, topic) for each in ("m1", "m2", "m3")))
     await until_state(pipeline, "m1", "leased", "away")
     await sent(pipeline, topic, "m1", "m2")
-    await tell(
+    await write(
         pipeline,
         *(given.acked(each, topic, client_id="done") for each in ("m1", "m2")),
         given.acked("m2", topic, client_id="sent"),
@@ -150,12 +150,12 @@ async def test_a_message_dead_for_one_subscriber_and_one_that_nobody_stores(
 ) -> None:
     await start(pipeline, "pubsub", "messages")
     topic = "brief/a"
-    await tell(pipeline, given.joined("slow", topic), given.joined("quick", topic))
-    await tell(pipeline, given.published("m1", topic), given.published("zero", topic, qos=0))
-    await tell(pipeline, given.published("other", "elsewhere"))
+    await write(pipeline, given.joined("slow", topic), given.joined("quick", topic))
+    await write(pipeline, given.published("m1", topic), given.published("zero", topic, qos=0))
+    await write(pipeline, given.published("other", "elsewhere"))
     await until_state(pipeline, "m1", "leased", "slow")
     await sent(pipeline, topic, "m1")
-    await tell(pipeline, given.acked("m1", topic, client_id="quick"))
+    await write(pipeline, given.acked("m1", topic, client_id="quick"))
     dead = await until_state(pipeline, "m1", "dead", "slow")
     assert dead.reason == "slow: delivered 1 times without an acknowledgement"
     await until_state(pipeline, "m1", "acked", "quick")
@@ -168,7 +168,7 @@ async def test_messages_that_nobody_delivers_and_those_that_nobody_knows(
     pipeline: Pipeline,
 ) -> None:
     await start(pipeline, "messages")
-    await tell(
+    await write(
         pipeline,
         given.published("k1", "kept/a"),
         given.published("r1", "retained/a", retain=True),
@@ -199,7 +199,7 @@ async def test_messages_that_nobody_delivers_and_those_that_nobody_knows(
 
 async def test_the_deepest_topics_are_listed_with_all_that_is_in_them(pipeline: Pipeline) -> None:
     await start(pipeline, "messages", "queue", "pubsub")
-    await tell(
+    await write(
         pipeline,
         *(given.published(f"k{at}", "kept/[b]") for at in range(3)),
         *(given.published(f"q{at}", "queue/a") for at in range(5)),
@@ -243,7 +243,7 @@ async def test_the_deepest_topics_are_listed_with_all_that_is_in_them(pipeline: 
 
 async def test_lag_is_what_the_agents_have_not_applied(pipeline: Pipeline) -> None:
     await start(pipeline, "queue")
-    await tell(pipeline, *(given.published(f"q{at}", "queue/a") for at in range(7)))
+    await write(pipeline, *(given.published(f"q{at}", "queue/a") for at in range(7)))
     await until_state(pipeline, "q6", "ready")
 
     async def caught_up() -> Any:

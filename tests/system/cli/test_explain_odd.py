@@ -29,9 +29,9 @@ from tests.support.inspection import (
     run,
     sent,
     start,
-    tell,
     topic_of,
     until_state,
+    write,
 )
 from tests.support.servers import Server
 from tests.support.workers import Pipeline, running, until
@@ -61,7 +61,7 @@ async def test_messages_and_topics_with_odd_names_are_found_and_shown_harmlessly
         for at, topic in enumerate(topics)
         for name in ODD[at % len(ODD) :][:2]
     ]
-    await tell(pipeline, *events)
+    await write(pipeline, *events)
     for event in events:
         state = "ready" if event.topic.startswith("queue") else "stored"
         await until_state(pipeline, event.message_id, state)
@@ -92,16 +92,16 @@ async def test_an_acked_message_is_found_by_the_id_of_a_copy_and_as_far_as_one_l
 ) -> None:
     await start(pipeline, "queue")
     topic = "queue/a"
-    await tell(pipeline, given.joined("anna", topic), given.published("m1", topic))
+    await write(pipeline, given.joined("anna", topic), given.published("m1", topic))
     await sent(pipeline, topic, "m1", alias="copy")
-    await tell(pipeline, given.acked("copy", topic, client_id="anna"))
+    await write(pipeline, given.acked("copy", topic, client_id="anna"))
     await until_state(pipeline, "m1", "acked")
     found = await explain(pipeline, "copy")
     assert (found.message_id, kinds(found)) == ("m1", ["published", "sent", "acked"])
     assert found.notes[0] == "'copy' is the id that the broker gave to a copy of it"
     # When much is published after it, Then it is found as far as one looks
-    await tell(pipeline, *(given.published(f"x{at}", topic + "/b") for at in range(50)))
-    await tell(pipeline, *(given.published(f"y{at}", topic) for at in range(50)))
+    await write(pipeline, *(given.published(f"x{at}", topic + "/b") for at in range(50)))
+    await write(pipeline, *(given.published(f"y{at}", topic) for at in range(50)))
     number = partition_of(topic)
     monkeypatch.setattr(log_search, "CHUNK_RECORDS", 7)  # so that it is many pieces back
     for options in ({}, {"topic": topic}):
@@ -138,7 +138,7 @@ async def test_kafka_or_redis_away_is_one_sentence(pipeline: Pipeline) -> None:
 
 async def test_lag_is_told_again_and_again_until_it_is_enough(pipeline: Pipeline) -> None:
     worker = await pipeline.worker("queue")
-    await tell(pipeline, given.published("m1", "queue/a"))
+    await write(pipeline, given.published("m1", "queue/a"))
     await until_state(pipeline, "m1", "ready")
     worker.signal(signal.SIGSTOP)
     watching = await asyncio.create_subprocess_exec(
@@ -158,7 +158,7 @@ async def test_lag_is_told_again_and_again_until_it_is_enough(pipeline: Pipeline
         return await behind() == (0, None)
 
     await until(none, "nothing to be behind")
-    await tell(pipeline, *(given.published(f"x{at}", "queue/a") for at in range(3)))
+    await write(pipeline, *(given.published(f"x{at}", "queue/a") for at in range(3)))
 
     async def three() -> Any:
         number, oldest_at = await behind()
@@ -182,7 +182,7 @@ async def test_a_redis_cluster_is_looked_into_as_well(
     rules = rules.partition("database = ")[2].partition("\n")[2]
     config.write_text(f'{before}[pool.pool1]\ntype = "cluster"\nserver = [{nodes}]\n{rules}')
     await start(pipeline, "queue", "pubsub", "messages")
-    await tell(
+    await write(
         pipeline,
         given.published("k1", "kept/a"),
         *(given.published(f"q{at}", "queue/a") for at in range(3)),

@@ -246,22 +246,22 @@ async def test_what_cannot_be_done_is_said_in_one_line(world: World) -> None:
     (consumer,) = await with_messages(world, topic, 2, "errors")
     await publish(world, elsewhere, "1")
     await world.until_stored(1, elsewhere)
-    never = "never read it, or has unsubscribed"
+    never = "it never read the topic, or has unsubscribed"
     for subscriber, of in (
         ("nobody", topic), ("errors", elsewhere), ("errors", "pubsub/nothing"),
         (f"$share/g/{topic}", topic), ("errors", "pubsub/#"),
     ):  # fmt: skip
         assert await refused(world, subscriber, of, "earliest") == (
-            1, f"millpond: {subscriber!r} has no read offset of {of!r}: it has {never}",
+            1, f"millpond: {subscriber!r} has no read offset of {of!r}: {never}",
         )  # fmt: skip
     for of in ("queue/a", "other/a"):
-        reason = f"millpond: {of!r} is no pubsub topic by the rules in force"
+        reason = f"millpond: {of!r} is no pubsub topic by the configured rules"
         assert await refused(world, "errors", of, "earliest") == (2, reason)
     (other,) = ids(world, elsewhere)
     for to in ("yesterday", "2026-13-01", "0001-01-01", "", other, "0" * 32):
-        reason = f"{to!r} is neither earliest, latest, an ISO time nor the id of a message that"
+        reason = f"{to!r} is not earliest, latest, an ISO time, or the id of a stored message of"
         assert await refused(world, "errors", topic, to) == (
-            2, f"millpond: --to: {reason} {topic!r} has",
+            2, f"millpond: --to: {reason} {topic!r}",
         )  # fmt: skip
     done = await run(world, "--subscriber", "errors", "--topic", topic)
     assert done.returncode == 2

@@ -157,12 +157,12 @@ def test_an_operator_requeues_and_drops_dead_letters(home: Home, page: Page, url
     expect(page.locator("#dead-letters").get_by_role("button")).to_have_text(["Unlock"])
     page.get_by_label("Operator’s token").fill("somebody-who-only-guesses")
     page.keyboard.press("Enter")
-    expect(page.locator("#operator-state")).to_have_text("this is not the token")
+    expect(page.locator("#operator-state")).to_have_text("the token is wrong")
     page.get_by_label("Operator’s token").fill(TOKEN)
     page.keyboard.press("Enter")
 
     row(page, "dead-letters", again).get_by_role("button", name="Requeue").click()
-    expect(page.locator("#operator-state")).to_contain_text(f"{again} is to be requeued")
+    expect(page.locator("#operator-state")).to_contain_text(f"{again} will be requeued")
     expect(row(page, "dead-letters", again)).to_have_count(0)
     received = home.says("sub", "-i", "careful", "-q", "1", "-t", "poison/again", "-C", "1")
     assert received == "bad\n"
@@ -295,7 +295,7 @@ def test_an_outage_is_said_and_ends_by_itself(home: Home, page: Page, url: str) 
     expect(row(page, "topics", "after")).to_have_count(1)
 
     page.context.set_offline(True)
-    expect(topics).to_have_text("Millpond’s web page does not answer: it is asked again")
+    expect(topics).to_have_text("Millpond’s web server does not answer; the page keeps trying")
     page.context.set_offline(False)
     expect(topics).to_be_hidden()
     expect(agents).to_be_hidden()
@@ -313,7 +313,7 @@ def test_its_requests_are_checked(home: Home, url: str) -> None:
     for wrong in ([], ["m"] * 101, "m", [1]):
         assert ask(f"{url}api/dead-letters/drop", {"message_ids": wrong}, TOKEN)[0] == 400
     status, said = ask(f"{url}api/dead-letters/drop", {"message_ids": ["none"]}, TOKEN)
-    assert (status, "not among the dead letters: 'none'" in str(said)) == (409, True)
+    assert (status, "these ids are no dead letters: 'none'" in str(said)) == (409, True)
     # A name of somebody else's that leads here.
     rebound = urllib.request.Request(f"{url}api/web", headers={"Host": "elsewhere.example"})
     with pytest.raises(urllib.error.HTTPError, match="403"):
