@@ -38,9 +38,7 @@ ConfigOption = Annotated[
         "--config", help="A millpond.toml or an emqx_backend_redis.conf.", show_default=False
     ),
 ]
-DataOption = Annotated[
-    Path, typer.Option("--data", help="The data directory of a stack that `millpond up` started.")
-]
+DataOption = Annotated[Path, typer.Option("--data", help="The data directory of `millpond up`.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 JsonLinesOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]

@@ -52,7 +52,7 @@ TopicOption = Annotated[
 ]
 IdsArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[MESSAGE_ID]...", help="The message ids.", show_default=False),
+    typer.Argument(help="The message ids.", show_default=False),
 ]
 AllOption = Annotated[bool, typer.Option("--all", help="All dead letters that exist now.")]
 

@@ -37,8 +37,7 @@ SHOWN_MAX: Final = 20  # of each table: subscribers, clients, leases, records
 
 def explain(
     message_id: Annotated[
-        str | None,
-        typer.Argument(metavar="[MESSAGE_ID]", help="The message id.", show_default=False),
+        str | None, typer.Argument(help="The message id.", show_default=False)
     ] = None,
     topic: Annotated[
         str | None,

@@ -29,9 +29,7 @@ from millpond.pipeline.explain.topics import LISTED_MAX, TopicList, deepest
 
 
 def topics(
-    topic: Annotated[
-        str | None, typer.Argument(metavar="[TOPIC]", help="Show this topic in full.")
-    ] = None,
+    topic: Annotated[str | None, typer.Argument(help="Show this topic in full.")] = None,
     limit: Annotated[
         int, typer.Option("--limit", min=1, help="How many topics to list, the deepest.")
     ] = LISTED_MAX,
