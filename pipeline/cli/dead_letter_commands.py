@@ -217,8 +217,8 @@ def _order(
 ) -> None:
     """Choose dead letters, ask, and write one order for each.
 
-    The snapshot is complete before the first order is written. A requeued message may die again at once, and must not be
-    chosen a second time.
+    The snapshot is complete before the first order is written. A requeued message may die again at once, and must not
+    be chosen a second time.
     """
     verb = "requeue" if order is OperatorRequeue else "drop"
     _check_choice(verb, message_ids, topic, every)

@@ -54,8 +54,8 @@ def bridge(
 ) -> None:
     """Connect an MQTT broker to Kafka until SIGTERM.
 
-    `embedded` runs a broker in this process. `emqx` serves EMQX's ExHook. `emqx-kafka` reads the events that EMQX's rules
-    write to Kafka.
+    `embedded` runs a broker in this process. `emqx` serves EMQX's ExHook. `emqx-kafka` reads the events that EMQX's
+    rules write to Kafka.
     """
     if (topics is not None) != (broker == "emqx-kafka"):
         raise ConfigError("the bridge emqx-kafka needs --topics, and no other bridge takes it")

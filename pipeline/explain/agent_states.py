@@ -25,7 +25,7 @@ NO_CLIENTS: Final[Mapping[str, str]] = {}
 
 
 class MemberOf(NamedTuple):
-    """A member as one topic sees it. In pubsub, `subscribers` are the subscribers it belongs to by its matching filters."""
+    """A member as one topic sees it. In pubsub, `subscribers` are those that it belongs to by its matching filters."""
 
     member: Member
     reach: Reach
@@ -66,8 +66,8 @@ async def subscribers_of(
 ) -> AsyncIterator[list[SubscriberView]]:
     """Read the subscribers of a pubsub topic, page by page, each once.
 
-    `online` comes from `clients_by_subscriber`. `client` selects one subscriber. Those in `dead_for` are read even if they
-    no longer want the topic.
+    `online` comes from `clients_by_subscriber`. `client` selects one subscriber. Those in `dead_for` are read even if
+    they no longer want the topic.
     """
     seen: dict[str, None] = {}
     async for packed in _subscriber_pages(reader, partition, client, dead_for):

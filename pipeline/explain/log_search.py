@@ -1,9 +1,9 @@
 """The search for the records about one message in Kafka.
 
 - If Redis knows when the message was stored, its partition is read forwards from shortly before that time.
-- Otherwise each partition is read backwards in chunks, from its end, until a chunk has the publish. Records that follow the
-  publish may name the message by the id of a copy, which only a report in between reveals. So the partition is read once
-  more, forwards from the publish.
+- Otherwise each partition is read backwards in chunks, from its end, until a chunk has the publish. Records that follow
+  the publish may name the message by the id of a copy, which only a report in between reveals. So the partition is read
+  once more, forwards from the publish.
 - At last the same partition of the dead-letter topic is read.
 
 Each pass reads at most `records_max` records. The result says which offsets were read.
@@ -307,8 +307,8 @@ async def _forwards(
 ) -> SearchResult:
     """Search forwards from a publish.
 
-    An ack may precede its publish in the log. The agents accept that as long as the seen ids reach, so the search begins
-    that long before the publish.
+    An ack may precede its publish in the log. The agents accept that as long as the seen ids reach, so the search
+    begins that long before the publish.
     """
     first = await log.first_since(bounds, at_ms - DEDUP_WINDOW_MS)
     stop = min(bounds.end, first + records_max)

@@ -149,8 +149,8 @@ def _all_of(kafka_topic: str, parts: Sequence[Searched]) -> str:
 class _StoreView(Struct, frozen=True, kw_only=True):
     """What Redis has of a message of a topic, and its agent's state, from one round trip.
 
-    `rules` are the rules in force in the partition. `before` counts the index entries before the message. `window` is read
-    for a queue, `log` for a pubsub topic.
+    `rules` are the rules in force in the partition. `before` counts the index entries before the message. `window` is
+    read for a queue, `log` for a pubsub topic.
     """
 
     message_id: str

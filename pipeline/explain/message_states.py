@@ -7,10 +7,11 @@ The topic's window (queue) or log (pubsub) tells what an index entry means:
 
 - Queue: an entry up to `cursor` was delivered before, or is older than the queue. An entry up to `last` waits.
 - Pubsub: an entry up to `cursor` was deleted from the log. Each subscriber has a cursor of its own for the rest.
-- Both: an entry after `last` belongs to a transaction that is not complete. On a Redis Cluster it is stored before the fence.
+- Both: an entry after `last` belongs to a transaction that is not complete. On a Redis Cluster it is stored before the
+  fence.
 
-Records after the agent's applied offset have no effect yet, so they are ignored: the message is `waiting` if its publish is
-one of them.
+Records after the agent's applied offset have no effect yet, so they are ignored: the message is `waiting` if its
+publish is one of them.
 """
 
 from __future__ import annotations

@@ -36,8 +36,9 @@ EventKind: TypeAlias = Literal[
 class LogEvent(Struct, frozen=True, kw_only=True):
     """One record about a message, or one entry of a report.
 
-    `at` is the record's time in the log. `message_id` is the id in the record: for a copy it may be an id that the broker
-    chose. `client_id` is the publisher, or the client of the copy. `detail` is the reason of a failure or dead letter.
+    `at` is the record's time in the log. `message_id` is the id in the record: for a copy it may be an id that the
+    broker chose. `client_id` is the publisher, or the client of the copy. `detail` is the reason of a failure or dead
+    letter.
     """
 
     kind: EventKind
@@ -106,8 +107,8 @@ class MessageState(Struct, frozen=True, kw_only=True):
 class StoredMessageFacts(Struct, frozen=True, kw_only=True):
     """What Redis stores of a message.
 
-    `index_score` is its place in the topic's index, which ends at `expires_at`. The agent deletes the body together with
-    its last entry; `body_expires_at` is only a safety net.
+    `index_score` is its place in the topic's index, and `expires_at` the end of that entry. The agent deletes the body
+    together with its last entry; `body_expires_at` is only a safety net.
     """
 
     message: StoredMessage | None
@@ -122,8 +123,8 @@ class StoredMessageFacts(Struct, frozen=True, kw_only=True):
 class MessageFacts(Struct, frozen=True, kw_only=True):
     """All that is known of a message.
 
-    `agent` owns its topic, and has applied the log up to offset `applied`. The first of `states` is that of the message as a
-    whole; one for each subscriber of a pubsub topic follows.
+    `agent` owns its topic, and has applied the log up to offset `applied`. The first of `states` is that of the message
+    as a whole; one for each subscriber of a pubsub topic follows.
     """
 
     message_id: str

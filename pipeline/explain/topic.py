@@ -136,7 +136,7 @@ class _TopicQuery:
             notes.append(f"Redis has no state of {self._partition}: the agent has not run there")
         if rules.canonical() != configured.canonical():
             notes.append(
-                f"the rules in force in {self._partition} are not those of this configuration: restart its workers with them"
+                f"the rules in force in {self._partition} differ from this configuration: restart its workers with it"
             )
         return notes
 
@@ -234,7 +234,7 @@ async def ready_for(
     logs: Mapping[str, TopicLog],
     plans: TopicPlans,
 ) -> list[int]:
-    """Count the messages that wait for each of these subscribers of topics: returned ones, and those after its cursor."""
+    """Count the messages that wait for each subscriber of a topic: returned ones, and those after its cursor."""
     reads = []
     for topic, view in views:
         log, cursor = logs[topic], view.reader.cursor

@@ -1,7 +1,8 @@
 """The topics that have something in Redis, the deepest first.
 
-The list comes from the agents' own tables and indexes; the keyspace is never scanned. A first pass over a partition reads
-only what gives depths. Ready messages, leases and subscribers are read later, and only for the rows that may be listed.
+The list comes from the agents' own tables and indexes; the keyspace is never scanned. A first pass over a partition
+reads only what gives depths. Ready messages, leases and subscribers are read later, and only for the rows that may be
+listed.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class TopicRow(Struct, frozen=True, kw_only=True):
     """A topic in the list.
 
     `ready` and `leased` are None if no agent delivers its messages. For pubsub they are sums over all subscribers.
-    `subscribers` counts the online members of a queue, and all subscribers of a pubsub topic. `oldest` is the time (ms) of the
-    oldest stored message.
+    `subscribers` counts the online members of a queue, and all subscribers of a pubsub topic. `oldest` is the time (ms)
+    of the oldest stored message.
     """
 
     topic: str
@@ -96,8 +97,8 @@ def _notes(rules: Rules) -> list[str]:
         if rule.action == "on_message_publish" and rule.expired_time is None
     ]
     return [
-        f"the rule {rule.topic!r} has no expired_time: topics that no other rule stores are listed only if they retain a"
-        " message; `millpond topics TOPIC` shows any topic"
+        f"the rule {rule.topic!r} has no expired_time: topics that no other rule stores are listed only if they"
+        " retain a message; `millpond topics TOPIC` shows any topic"
         for rule in without_expiry
     ]
 

@@ -69,7 +69,7 @@ class DeadLetterSnapshot:
             self._database.execute("COMMIT")
         except sqlite3.Error as error:
             raise MillpondError(
-                f"cannot write the dead letters to a temporary file: {error}; free space, or set TMPDIR to another directory"
+                f"cannot write dead letters to a temporary file: {error}; free space, or set another TMPDIR"
             ) from error
         self._unwritten.clear()
 

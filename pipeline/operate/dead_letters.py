@@ -1,8 +1,8 @@
 """The dead letters in the stores of the delivery agents, read from outside the agents.
 
-Each agent keeps the dead letters of its topics, partition by partition, in the table `dead`. A requeued message stays in
-that table, marked `requeued`, so that its body is kept: it is no dead letter any more. If the rules changed since, another
-agent may own the topic now. Then no worker would apply an order about the dead letter.
+Each agent keeps the dead letters of its topics, partition by partition, in the table `dead`. A requeued message stays
+in that table, marked `requeued`, so that its body is kept: it is no dead letter any more. If the rules changed since,
+another agent may own the topic now. Then no worker would apply an order about the dead letter.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class FoundDeadLetter(NamedTuple):
 async def dead_letters_of(
     reader: StoreReader, partition: Partition, topic_filter: str | None = None
 ) -> AsyncIterator[DeadMessage]:
-    """Read the dead letters of one partition, in no order. One that changes meanwhile may be missing or appear twice."""
+    """Read the dead letters of one partition, in no order. One that changes meanwhile may be missing or double."""
     async for page in pages(reader, partition, "dead"):
         for dead in map(unpack, page.values()):
             if dead is None or dead.requeued:
@@ -73,7 +73,7 @@ async def dead_letters_of(
 async def scan(
     settings: Settings, rules: Rules, topic_filter: str | None
 ) -> AsyncIterator[FoundDeadLetter]:
-    """Read the dead letters of all partitions, in no order. One that changes meanwhile may be missing or appear twice."""
+    """Read the dead letters of all partitions, in no order. One that changes meanwhile may be missing or double."""
     for agent in AGENTS:
         async with StoreReader(rules.pool(agent)) as reader:
             for number in range(settings.kafka.partitions):

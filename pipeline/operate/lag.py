@@ -44,8 +44,8 @@ Answer = TypeVar("Answer")
 class PartitionLag(Struct, frozen=True, kw_only=True):
     """One partition of one agent, in the log from `start` to `end`.
 
-    `applied` is the last applied offset, None if Redis has no state of the partition. `oldest_at` (ms) is the time of the
-    first record that is not applied, None if there is none.
+    `applied` is the last applied offset, None if Redis has no state of the partition. `oldest_at` (ms) is the time of
+    the first record that is not applied, None if there is none.
     """
 
     agent: AgentName

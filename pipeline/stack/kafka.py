@@ -85,7 +85,7 @@ def fetch_jars() -> list[Path]:
         logging = Path(jgo.build(LOGGING_COORDINATES, cache_dir=cache).path)
     except Exception as error:
         raise MillpondError(
-            f"cannot download Apache Kafka {KAFKA_VERSION}: {error}; check the network, or use another Kafka with --kafka"
+            f"cannot download Apache Kafka {KAFKA_VERSION}: {error}; check the network, or name a Kafka with --kafka"
         ) from error
     jars = [*sorted(kafka.rglob("*.jar")), *logging.rglob(LOGGING_BRIDGE)]
     listing = cache_directory() / f"kafka-{KAFKA_VERSION}.jars"

@@ -9,8 +9,8 @@ from typing import Final
 from millpond.schemas.errors import ConfigError
 
 HOST: Final = "127.0.0.1"
-# Below the range from which systems take ports for outgoing connections. Such a connection could take a chosen port before
-# its server listens.
+# Below the range from which systems take ports for outgoing connections. Such a connection could take a chosen port
+# before its server listens.
 FREE_PORTS: Final = range(15_000, 32_000)
 
 

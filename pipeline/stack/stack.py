@@ -1,8 +1,8 @@
 """The processes of a stack: which they are, their order, and how each shows that it is ready.
 
-They start one after the other, each when the one before it is ready: Kafka, Redis, the bridge, the workers, the web page.
-Kafka and Redis are ready when they answer a request. Our own processes touch a file. A Kafka or a Redis of the user's is
-neither started nor stopped.
+They start one after the other, each when the one before it is ready: Kafka, Redis, the bridge, the workers, the web
+page. Kafka and Redis are ready when they answer a request. Our own processes touch a file. A Kafka or a Redis of the
+user's is neither started nor stopped.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ LOG_LINES_SHOWN = 10  # in the message about a child that ended
 
 @dataclass
 class Child:
-    """A child process: its command, its state, and how to find out that it is ready. `before` runs before each start."""
+    """A child process: its command, its state, and how to see that it is ready. `before` runs before each start."""
 
     name: str
     command: list[str]
@@ -50,7 +50,7 @@ class Child:
 
 
 class Supervisor:
-    """Starts, restarts and stops children. It prints through `say`, and calls `changed` when a child's state changes."""
+    """Starts, restarts and stops children. It prints through `say`, and calls `changed` when the state changes."""
 
     def __init__(self, say: Callable[[str], None], changed: Callable[[], None]) -> None:
         """No child runs before `start`."""
@@ -136,8 +136,8 @@ class Supervisor:
     async def _exit_code(self, running: subprocess.Popen[bytes]) -> int:
         """Wait in a thread of its own until the process ends.
 
-        asyncio's pool has only about as many threads as processors. Waiting children would occupy all of them, and none would
-        be left to stop a child.
+        asyncio's pool has only about as many threads as processors. Waiting children would occupy all of them, and none
+        would be left to stop a child.
         """
         ended = asyncio.get_running_loop().create_future()
 

@@ -3,13 +3,13 @@
 | request | answer |
 |---|---|
 | `GET /api/web` | `app`; `operator`: true if a token is configured; `mqtt_url` for the console |
-| `GET /api/agents` | `agents`: `agent`, `behind`, `uncommitted`, `oldest_at`, `rate` (records applied a second), `partitions` |
+| `GET /api/agents` | `agents`: `agent`, `behind`, `uncommitted`, `oldest_at`, `rate` (per second), `partitions` |
 | `GET /api/topics` | `rows`, the deepest first; the totals `topics` and `messages`; `notes` |
 | `GET /api/topic?name=T` | the facts of one topic; `members`, `subscribers` and `leases`, and `…_total` of each |
 | `GET /api/clients?contains=PART` | `clients` whose id contains `PART`; the totals `total` and `online` |
 | `GET /api/dead-letters` | `dead_letters`, the newest first; `total` |
 | `POST /api/operator` | 204 and no body: the token is right |
-| `POST /api/dead-letters/requeue`, `…/drop` | `written`: how many orders Kafka has. The body is `{"message_ids": […]}` |
+| `POST /api/dead-letters/requeue`, `…/drop` | `written`, the number of orders. The body is `{"message_ids": […]}` |
 
 A POST needs the header `Authorization: Bearer TOKEN`. An error is `{"error": "…"}`:
 

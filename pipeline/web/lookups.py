@@ -1,8 +1,8 @@
 """The answers of the API, made by the functions behind the command line. Every list has a bound.
 
 Many browsers may have the page open, and each asks every two seconds. A `SharedLookup` runs a lookup once and gives its
-answer, or its error, to all who ask. The next run begins at the earliest FRESH_S later. A lookup that takes long is repeated
-less often: at most a fifth of the time is spent on it.
+answer, or its error, to all who ask. The next run begins at the earliest FRESH_S later. A lookup that takes long is
+repeated less often: at most a fifth of the time is spent on it.
 """
 
 from __future__ import annotations

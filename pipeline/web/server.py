@@ -130,8 +130,8 @@ def _headers(mqtt_url: str | None) -> Added:
 def _known_host(settings: Settings) -> Middleware:
     """On loopback, refuse requests for any other host name.
 
-    Otherwise a site could resolve its own name to 127.0.0.1 (DNS rebinding). The browsers of its visitors would then let its
-    scripts read this page.
+    Otherwise a site could resolve its own name to 127.0.0.1 (DNS rebinding). The browsers of its visitors would then
+    let its scripts read this page.
     """
     local = _is_loopback(settings.web.host)
 

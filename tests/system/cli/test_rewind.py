@@ -34,7 +34,7 @@ async def run(world: World, *options: str) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,
         "-m",
-        "millpond.pipeline.cli",
+        "millpond",
         "rewind",
         *options,
         "--config",
