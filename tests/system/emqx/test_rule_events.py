@@ -371,8 +371,8 @@ def receipts(log: Log) -> list[MessageAcked]:
 @pytest.mark.parametrize(
     ("sources", "said"),
     [
-        ([], "--topics: there is none"),
-        ([keys.MESSAGES_TOPIC], "mqtt.messages is Millpond's own"),
+        ([], "--topics: the list is empty"),
+        ([keys.MESSAGES_TOPIC], "mqtt.messages is a topic of Millpond"),
         (["no-such-topic", "nor-this"], "Kafka has no topic no-such-topic, nor-this"),
     ],
 )
