@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +21,7 @@ from millpond.pipeline.cli.common import (
 )
 from millpond.pipeline.operate.clients import client as read_client
 from millpond.pipeline.operate.clients import clients as read_clients
+from millpond.pipeline.process.signals import run
 from millpond.schemas.errors import MillpondError
 
 clients = typer.Typer(help="List clients and their subscriptions.", no_args_is_help=True)
@@ -45,7 +45,7 @@ def list_clients(
                 count = str(len(found["subscriptions"]))
                 table.add_row(cell(found["client_id"]), *_presence(found), count)
 
-    asyncio.run(read())
+    run(read())
     if not as_json:
         console.print(table)
 
@@ -59,7 +59,7 @@ def show_client(
 ) -> None:
     """Show presence, session and subscriptions of one client."""
     settings, rules = load_settings(config, data)
-    found = asyncio.run(read_client(settings, rules, client_id))
+    found = run(read_client(settings, rules, client_id))
     if found is None:
         raise MillpondError(f"the sessions agent knows no client {client_id!r}")
     if as_json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -35,6 +34,7 @@ from millpond.pipeline.explain.sentences import count
 from millpond.pipeline.operate import dead_letters, operator_events
 from millpond.pipeline.operate.dead_letter_snapshot import DeadLetterSnapshot
 from millpond.pipeline.operate.dead_letters import FoundDeadLetter, StoredMessage
+from millpond.pipeline.process.signals import run
 from millpond.schemas import keys
 from millpond.schemas.errors import ConfigError
 from millpond.schemas.events import OperatorDrop, OperatorRequeue
@@ -76,7 +76,7 @@ def list_dead_letters(
             snapshot.add(*found)
 
     with DeadLetterSnapshot() as snapshot:
-        asyncio.run(read(snapshot))
+        run(read(snapshot))
         total = len(snapshot)
         listed = [FoundDeadLetter(*each) for each in snapshot.newest(limit)]
     if as_json:
@@ -135,7 +135,7 @@ def show_dead_letter(
 ) -> None:
     """Show one dead letter with its message."""
     settings, rules = load_settings(config, data)
-    found, message = asyncio.run(dead_letters.show(settings, rules, message_id))
+    found, message = run(dead_letters.show(settings, rules, message_id))
     if as_json:
         print_json({**found.describe(), "message": message})
         return
@@ -228,10 +228,10 @@ def _order(
     with DeadLetterSnapshot() as snapshot:
         left_out = 0
         if message_ids:
-            chosen = asyncio.run(dead_letters.pick(settings, rules, message_ids))
+            chosen = run(dead_letters.pick(settings, rules, message_ids))
             total, dead = len(chosen), (found.dead for found in chosen)
         else:
-            left_out = asyncio.run(dead_letters.take(settings, rules, topic, snapshot))
+            left_out = run(dead_letters.take(settings, rules, topic, snapshot))
             total, dead = len(snapshot), (each for _, each in snapshot)
         if total and not (message_ids or yes):
             confirm(f"{verb.capitalize()} {_count(total)}?")
@@ -244,7 +244,7 @@ def _order(
             )
             for each in dead
         )
-        written = asyncio.run(operator_events.write(settings.kafka, events)) if total else 0
+        written = run(operator_events.write(settings.kafka, events)) if total else 0
     if as_json:
         print_json({"written": written, "left_out": left_out})
         return

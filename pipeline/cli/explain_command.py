@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from typing import Annotated, Final
 
@@ -29,6 +28,7 @@ from millpond.pipeline.explain import message as messages
 from millpond.pipeline.explain import sentences
 from millpond.pipeline.explain import topic as topics
 from millpond.pipeline.explain.results import MessageFacts, TopicFacts
+from millpond.pipeline.process.signals import run
 from millpond.schemas.codec import payload_bytes
 from millpond.schemas.errors import ConfigError
 
@@ -63,13 +63,13 @@ def explain(
     settings, rules = load_settings(config, data)
     if message_id is None:
         assert topic is not None, "one of the two is given"
-        facts = asyncio.run(topics.explain(settings, rules, topic, client))
+        facts = run(topics.explain(settings, rules, topic, client))
         show_topic(facts, as_json=as_json, members=client is not None)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task("reading the log", total=None)
-        found = asyncio.run(
+        found = run(
             messages.explain(
                 settings, rules, message_id, topic=topic, client=client, records_max=search,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),

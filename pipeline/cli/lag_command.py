@@ -21,6 +21,7 @@ from millpond.pipeline.cli.common import (
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.explain import sentences
 from millpond.pipeline.operate.lag import AgentLag, LagReader, lags
+from millpond.pipeline.process.signals import run
 from millpond.pipeline.settings import Settings
 from millpond.schemas.errors import ConfigError
 from millpond.schemas.rules import Rules
@@ -45,7 +46,7 @@ def lag(
     if watch and not (as_json or console.is_terminal):
         raise ConfigError("--watch needs a terminal, or --json")
     try:
-        asyncio.run(_run(settings, rules, watch, every, interval, as_json))
+        run(_run(settings, rules, watch, every, interval, as_json))
     except KeyboardInterrupt:
         if not watch:
             raise

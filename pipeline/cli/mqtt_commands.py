@@ -12,6 +12,7 @@ import typer
 
 from millpond.pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, load_settings
 from millpond.pipeline.process.extras import extra
+from millpond.pipeline.process.signals import run
 from millpond.schemas.errors import ConfigError, MillpondError
 from millpond.schemas.topics import filter_error, topic_name_error
 
@@ -81,7 +82,7 @@ def pub(
                 acknowledged.add_done_callback(lambda _: room.release())
 
     try:
-        asyncio.run(publish())
+        run(publish())
     except* aiomqtt.MqttError as errors:
         reason = f"MQTT at {address[0]}:{address[1]}: {errors.exceptions[0]}"
         raise MillpondError(reason) from errors
@@ -148,7 +149,7 @@ def sub(
                     return
 
     try:
-        asyncio.run(subscribe())
+        run(subscribe())
     except aiomqtt.MqttError as error:
         raise MillpondError(f"MQTT at {address[0]}:{address[1]}: {error}") from error
     except KeyboardInterrupt:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated
 
 import typer
@@ -22,6 +21,7 @@ from millpond.pipeline.cli.common import (
 from millpond.pipeline.kafka import topics as kafka_topics
 from millpond.pipeline.process.extras import extra
 from millpond.pipeline.process.logs import log_to_stderr
+from millpond.pipeline.process.signals import run as run_command
 from millpond.schemas import keys
 from millpond.schemas.errors import ConfigError
 
@@ -100,7 +100,7 @@ def _source_topics(text: str) -> list[str]:
 def kafka_init(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) -> None:
     """Create the Kafka topics that do not exist."""
     settings, _ = load_settings(config, data)
-    created = asyncio.run(kafka_topics.create(settings.kafka))
+    created = run_command(kafka_topics.create(settings.kafka))
     console.print(f"created {', '.join(created)}" if created else "all topics exist")
 
 
@@ -108,7 +108,7 @@ def kafka_init(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) -> 
 def kafka_check(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) -> None:
     """Compare the Kafka topics with the settings. The exit code is 1 if a topic differs."""
     settings, _ = load_settings(config, data)
-    deviations = asyncio.run(kafka_topics.check(settings.kafka))
+    deviations = run_command(kafka_topics.check(settings.kafka))
     for deviation in deviations:
         errors.print(deviation, markup=False, soft_wrap=True)
     if deviations:
@@ -139,6 +139,6 @@ def config_check(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) -
             ", ".join(agents),
         )
     console.print(table)
-    for line in asyncio.run(weaknesses(settings, rules)):
+    for line in run_command(weaknesses(settings, rules)):
         say(f"note: {line}")
     console.print("the configuration is valid")

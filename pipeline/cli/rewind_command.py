@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated
 
 import typer
@@ -17,6 +16,7 @@ from millpond.pipeline.cli.common import (
 )
 from millpond.pipeline.operate import operator_events
 from millpond.pipeline.operate.rewind import find_place
+from millpond.pipeline.process.signals import run as run_command
 
 
 def rewind(
@@ -43,7 +43,7 @@ def rewind(
             await operator_events.write(settings.kafka, [order])
         return place.messages
 
-    messages = asyncio.run(run())
+    messages = run_command(run())
     if as_json:
         answer = {"subscriber": subscriber, "topic": topic, "to": to, "messages": messages}
         print_json({**answer, "dry_run": dry_run})

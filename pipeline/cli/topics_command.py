@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated
 
 import typer
@@ -26,6 +25,7 @@ from millpond.pipeline.clock import now_ms
 from millpond.pipeline.explain import sentences
 from millpond.pipeline.explain import topic as one_topic
 from millpond.pipeline.explain.topics import LISTED_MAX, TopicList, deepest
+from millpond.pipeline.process.signals import run
 
 
 def topics(
@@ -40,10 +40,10 @@ def topics(
     """List the topics with the most messages, the deepest first; or show one topic and its subscribers."""
     settings, rules = load_settings(config, data)
     if topic is not None:
-        show_topic(asyncio.run(one_topic.explain(settings, rules, topic)), as_json=as_json)
+        show_topic(run(one_topic.explain(settings, rules, topic)), as_json=as_json)
         return
     with Status("reading the state of all partitions", console=errors):
-        found = asyncio.run(deepest(settings, rules, limit))
+        found = run(deepest(settings, rules, limit))
     if as_json:
         print_json(found)
         return
