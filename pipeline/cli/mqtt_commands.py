@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import stat
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from millpond.pipeline.process.signals import run
 from millpond.schemas.errors import ConfigError, MillpondError
 from millpond.schemas.topics import filter_error, topic_name_error
 
+PAYLOAD_BYTES_MAX: Final = 268_435_455  # the largest Remaining Length (MQTT 3.1.1, 2.2.3)
 IN_FLIGHT_MAX: Final = (
     20  # publishes that wait for an acknowledgement; a usual default of MQTT clients
 )
@@ -88,14 +91,28 @@ def pub(
         raise MillpondError(reason) from errors
 
 
-async def _one(payload: str) -> AsyncIterator[str]:
-    yield payload
+async def _one(payload: str) -> AsyncIterator[bytes]:
+    yield payload.encode()
 
 
-async def _lines_of_stdin() -> AsyncIterator[str]:
-    """Read stdin in a thread, so that the client sends its keep-alives meanwhile."""
-    while line := await asyncio.to_thread(sys.stdin.readline):
-        yield line.removesuffix("\n")
+async def _lines_of_stdin() -> AsyncIterator[bytes]:
+    """Read stdin while the client sends its keep-alives.
+
+    A thread would do that, too, but an interrupt could not end its read.
+    """
+    stdin = sys.stdin.buffer
+    if stat.S_ISREG(
+        os.fstat(stdin.fileno()).st_mode
+    ):  # no event loop can wait for a file: it never blocks
+        for line in stdin:
+            yield line.removesuffix(b"\n")
+        return
+    reader = asyncio.StreamReader(limit=PAYLOAD_BYTES_MAX)
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), stdin
+    )
+    async for line in reader:
+        yield line.removesuffix(b"\n")
 
 
 def sub(

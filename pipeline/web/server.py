@@ -7,7 +7,6 @@ loading from elsewhere, and on loopback the server answers only to loopback's ow
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from aiohttp.typedefs import Handler, Middleware
 from aiokafka.errors import KafkaError
 
 from millpond.pipeline.process.event_loop import use_uvloop
+from millpond.pipeline.process.loopback import host_allowed, is_loopback
 from millpond.pipeline.process.readiness import say_ready
 from millpond.pipeline.process.signals import asked_to_end
 from millpond.pipeline.settings import Settings
@@ -40,7 +40,6 @@ FILES: Final = {  # path: file and type; nothing else is served
     "/favicon.svg": ("favicon.svg", "image/svg+xml"),
 }
 STOP_TIMEOUT_S: Final = 5.0
-LOOPBACK_NAMES: Final = ("localhost",)
 
 Added = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
 
@@ -67,7 +66,7 @@ async def _run(settings: Settings, rules: Rules) -> None:
         except OSError as error:
             raise ConfigError(f"[web] cannot listen at {host}:{port}: {error.strerror}") from error
         logger.info("the page is at http://%s:%d/", host, runner.addresses[0][1])
-        if not _is_loopback(host):
+        if not is_loopback(host):
             logger.warning("no authentication: anyone who can reach %s can read this page", host)
         say_ready("web")
         await stop.wait()
@@ -128,31 +127,15 @@ def _headers(mqtt_url: str | None) -> Added:
 
 
 def _known_host(settings: Settings) -> Middleware:
-    """On loopback, refuse requests for any other host name.
-
-    Otherwise a site could resolve its own name to 127.0.0.1 (DNS rebinding). The browsers of its visitors would then
-    let its scripts read this page.
-    """
-    local = _is_loopback(settings.web.host)
+    """On loopback, refuse requests for any other host name. See `loopback`."""
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        try:
-            asked = request.url.host or ""
-        except ValueError:
-            asked = ""
-        if local and not _is_loopback(asked):
+        if not host_allowed(settings.web.host, request.host):
             return failure(403, "this page answers only at 127.0.0.1 and localhost")
         return await handler(request)
 
     return check
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host in LOOPBACK_NAMES
 
 
 @web.middleware

@@ -18,6 +18,7 @@ from millpond.schemas.events import DeliveriesSent, Event, Sent
 from tests.support import given
 from tests.support.bridge_commands import partition_of
 from tests.support.workers import Pipeline, until
+from tests.support.world import World
 
 AT: dict[str, Any] = {"at": 0, "node": "n"}
 RULES = (
@@ -100,7 +101,7 @@ async def write(pipeline: Pipeline, *events: Event) -> None:
     await pipeline.publish(events)
 
 
-def command(pipeline: Pipeline, *arguments: str) -> list[str]:
+def command(pipeline: Pipeline | World, *arguments: str) -> list[str]:
     """`millpond …` with the pipeline's configuration."""
     option = ["--config", str(pipeline.directory / "millpond.toml")]
     return [sys.executable, "-m", "millpond", arguments[0], *option, *arguments[1:]]
