@@ -245,7 +245,7 @@ async def test_a_bridge_that_is_killed_in_an_outage_has_told_the_truth(
     await asyncio.to_thread(hurt_kafka.start)
     async with running(hurt_kafka.address, spool) as one:
         await until_drained(one.durable_producer)
-        assert one.spool.left == []
+        assert one.spool.orphans == []
     # Then everything they answered is there, and nothing overtook what was before it
     for client, numbers_told in enumerate(told):
         topics = [topic_of(f"k{client}", number) for number in range(TOPICS)]

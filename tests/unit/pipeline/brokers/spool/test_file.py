@@ -67,8 +67,8 @@ def spools(tmp_path: Path) -> Iterator[list[Spool]]:
 
 
 def test_what_is_kept_is_read_in_order_with_its_numbers(file: SpoolFile) -> None:
-    assert file.keep(some(3)) == 1
-    assert file.keep([SpoolRecord("mqtt.clients", b"", b"\0\xff", 7, "client.connected")]) == 4
+    assert file.commit(some(3)) == 1
+    assert file.commit([SpoolRecord("mqtt.clients", b"", b"\0\xff", 7, "client.connected")]) == 4
     expected = [*some(3), SpoolRecord("mqtt.clients", b"", b"\0\xff", 7, "client.connected")]
     assert everything(file) == list(enumerate(expected, 1))
     assert file.read(1, 3, MIB) == [(2, a_record(2)), (3, a_record(3))]
@@ -76,14 +76,14 @@ def test_what_is_kept_is_read_in_order_with_its_numbers(file: SpoolFile) -> None
 
 
 def test_a_file_that_is_opened_again_has_all_of_it(file: SpoolFile) -> None:
-    file.keep(some(3))
-    file.keep(some(4, first=4), discard_through=3)
+    file.commit(some(3))
+    file.commit(some(4, first=4), discard_through=3)
     file.close()
     again = SpoolFile(file.path)
     again.open()
     assert (again.last, again.discarded, again.bytes) == (file.last, file.discarded, file.bytes)
     assert everything(again) == list(enumerate(some(4, first=4), 4))
-    assert again.keep(some(1)) == 8
+    assert again.commit(some(1)) == 8
     again.close()
 
 
@@ -99,7 +99,7 @@ def test_whatever_is_kept_and_discarded_the_file_is_what_a_list_would_be(
     last = discarded = 0
     for count, through, closes in steps:
         records = some(count, first=last + 1)
-        file.keep(records, min(through, last))
+        file.commit(records, min(through, last))
         kept += enumerate(records, last + 1)
         last += count
         discarded = max(discarded, min(through, last - count))
@@ -117,34 +117,34 @@ def test_whatever_is_kept_and_discarded_the_file_is_what_a_list_would_be(
 
 def test_what_is_read_at_once_is_bounded_but_for_one_block(file: SpoolFile) -> None:
     for first in range(1, 6):
-        file.keep(some(1, first=first, size=1_000))
+        file.commit(some(1, first=first, size=1_000))
     assert [number for number, _ in file.read(0, 5, 1_500)] == [1, 2]
     assert [number for number, _ in file.read(4, 5, 1)] == [5]
-    file.keep(some(5, first=6, size=BLOCK_BYTES_MAX // 2))
+    file.commit(some(5, first=6, size=BLOCK_BYTES_MAX // 2))
     assert [number for number, _ in file.read(5, 10, 1)] == [6]
 
 
 def test_an_empty_file_gives_its_space_back_and_numbers_go_on(file: SpoolFile) -> None:
-    file.keep(some(40, size=MIB))
+    file.commit(some(40, size=MIB))
     assert file.path.stat().st_size + wal_of(file).stat().st_size > EMPTY_FILE_BYTES_MAX
-    file.keep((), discard_through=40)
-    file.keep(some(1, first=41))
+    file.commit((), discard_through=40)
+    file.commit(some(1, first=41))
     assert everything(file) == [(41, a_record(41))]
     assert file.path.stat().st_size + wal_of(file).stat().st_size < MIB
     assert file.bytes == size_of(a_record(41))
 
 
 def test_space_in_the_middle_is_used_again(file: SpoolFile) -> None:
-    file.keep(some(1))
+    file.commit(some(1))
     for first in range(2, 400):
-        file.keep(some(1, first=first, size=MIB // 4), discard_through=first - 8)
+        file.commit(some(1, first=first, size=MIB // 4), discard_through=first - 8)
     assert file.path.stat().st_size < EMPTY_FILE_BYTES_MAX
 
 
 def test_nobody_else_may_read_it(file: SpoolFile) -> None:
     before = os.umask(0)
     try:
-        file.keep(some(1))
+        file.commit(some(1))
     finally:
         os.umask(before)
     for path in (file.path, wal_of(file)):
@@ -159,23 +159,23 @@ def wal_of(file: SpoolFile) -> Path:
 
 
 def test_a_full_disk_refuses_and_is_got_over(file: SpoolFile) -> None:
-    file.keep(some(2))
+    file.commit(some(2))
     # Given a disk that takes no more than this
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MIB, before[1]))
     try:
         with pytest.raises(SpoolDown):
-            file.keep(some(4, first=3, size=MIB))
+            file.commit(some(4, first=3, size=MIB))
         # Then what was there is there, and what fits is taken
         assert everything(file) == list(enumerate(some(2), 1))
-        assert file.keep(some(1, first=3)) == 3
+        assert file.commit(some(1, first=3)) == 3
         # When it was full while it was closed
         file.close()
         assert everything(file) == list(enumerate(some(3), 1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     # When there is space again, Then it takes all
-    assert file.keep(some(4, first=4, size=MIB)) == 4
+    assert file.commit(some(4, first=4, size=MIB)) == 4
     assert len(everything(file)) == 7
 
 
@@ -190,15 +190,15 @@ def test_a_disk_with_no_space_left_at_all_is_emptied_when_kafka_has_it(tmp_path:
     try:
         with pytest.raises(SpoolDown):
             for number in range(1, 10_000):
-                file.keep(some(1, first=number, size=MIB // 8))
+                file.commit(some(1, first=number, size=MIB // 8))
         count = file.last
         assert count > 20
         found = everything(file)
         assert found == list(enumerate(some(count, size=MIB // 8), 1))
         # When Kafka has all, Then there is room again
-        file.keep((), discard_through=count)
+        file.commit((), discard_through=count)
         for number in range(count + 1, count + 20):
-            assert file.keep(some(1, first=number, size=MIB // 8)) == number
+            assert file.commit(some(1, first=number, size=MIB // 8)) == number
     finally:
         file.close()
         subprocess.run(["umount", str(disk)], check=True)
@@ -207,14 +207,14 @@ def test_a_disk_with_no_space_left_at_all_is_emptied_when_kafka_has_it(tmp_path:
 def test_a_directory_that_goes_away_refuses_and_one_that_comes_back_takes(tmp_path: Path) -> None:
     file = SpoolFile(tmp_path / "spool" / "spool-0.db")
     with pytest.raises(SpoolDown):
-        file.keep(some(1))
+        file.commit(some(1))
     file.path.parent.mkdir()
-    assert file.keep(some(1)) == 1
+    assert file.commit(some(1)) == 1
     file.path.parent.rename(tmp_path / "elsewhere")
     with pytest.raises(SpoolDown):
-        file.keep(some(1))
+        file.commit(some(1))
     (tmp_path / "elsewhere").rename(file.path.parent)
-    assert file.keep(some(1, first=2)) == 2
+    assert file.commit(some(1, first=2)) == 2
     assert everything(file) == [(1, a_record(1)), (2, a_record(2))]
     file.close()
 
@@ -222,11 +222,11 @@ def test_a_directory_that_goes_away_refuses_and_one_that_comes_back_takes(tmp_pa
 def test_a_file_that_was_deleted_is_begun_anew(
     file: SpoolFile, caplog: pytest.LogCaptureFixture
 ) -> None:
-    file.keep(some(2))
+    file.commit(some(2))
     file.path.unlink()
-    assert file.keep(some(1, first=3)) == 3
+    assert file.commit(some(1, first=3)) == 3
     assert everything(file) == [(3, a_record(3))]
-    assert f"{file.path} was taken away" in caplog.text
+    assert f"{file.path} was deleted or replaced" in caplog.text
 
 
 def test_a_damaged_file_is_moved_aside_and_the_log_says_how_to_save_it(
@@ -238,17 +238,17 @@ def test_a_damaged_file_is_moved_aside_and_the_log_says_how_to_save_it(
     assert aside.read_bytes() == b"no database at all " * 1_000
     assert str(aside) in caplog.text
     assert f"millpond.pipeline.brokers.spool.rescue {aside}" in caplog.text
-    assert file.keep(some(1)) == 1
+    assert file.commit(some(1)) == 1
 
 
 def test_a_file_that_is_damaged_while_it_is_read_keeps_its_numbers(file: SpoolFile) -> None:
-    file.keep(some(2))
+    file.commit(some(2))
     database = file._database
     assert database is not None
     database.execute("UPDATE block SET packed = x'c1'")
     with pytest.raises(SpoolDamaged):
         everything(file)
-    assert file.keep(some(1, first=3)) == 3
+    assert file.commit(some(1, first=3)) == 3
     assert file.bytes == size_of(a_record(3))
 
 
@@ -256,7 +256,7 @@ def test_what_can_be_read_of_a_damaged_file_is_taken_at_the_next_start(tmp_path:
     # Given a file of which pages in the middle are gone, as its directory's other files are not
     file = SpoolFile(tmp_path / "spool-3.db")
     for first in range(1, 1_000, 3):
-        file.keep(some(3, first=first, size=1_500))
+        file.commit(some(3, first=first, size=1_500))
     file.close()
     content = bytearray(file.path.read_bytes())
     middle = len(content) // 2 // 4096 * 4096
@@ -272,7 +272,7 @@ def test_what_can_be_read_of_a_damaged_file_is_taken_at_the_next_start(tmp_path:
     assert records + missing == 999
     spool = Spool(tmp_path, MIB)
     spool.open()
-    (left,) = spool.left
+    (left,) = spool.orphans
     found = [int(record.value.rstrip(b".")) for _, record in everything(left)]
     assert len(found) == records
     assert found == sorted(found)
@@ -280,14 +280,14 @@ def test_what_can_be_read_of_a_damaged_file_is_taken_at_the_next_start(tmp_path:
 
 
 def test_a_file_that_is_in_use_is_not_taken_for_a_damaged_one(file: SpoolFile) -> None:
-    file.keep(some(2))
+    file.commit(some(2))
     with pytest.raises(SpoolDown, match="is in use"):
         rescue(file.path)
 
 
 def test_a_file_that_could_not_be_read_is_let_go_of(file: SpoolFile) -> None:
     """A cursor that a traceback still held kept the file locked on Python 3.12 and later."""
-    file.keep(some(2))
+    file.commit(some(2))
     assert file._database is not None
     file._database.execute("UPDATE block SET packed = x'c1'")
     with pytest.raises(SpoolDamaged) as raised:
@@ -317,7 +317,7 @@ file, number = SpoolFile(Path(sys.argv[1])), 0
 while True:
     count = number * 7 % 50 + 1
     records = [SpoolRecord("t", b"k", b"%d" % (number + n), None, "h") for n in range(1, count + 1)]
-    file.keep(records, discard_through=max(0, number - 500))
+    file.commit(records, discard_through=max(0, number - 500))
     number += count
     print(number, flush=True)
 """
@@ -369,27 +369,27 @@ async def test_what_others_left_is_taken_over_once_and_goes_when_it_is_empty(
     # Given three processes, of which two are gone; one had nothing left
     for spool in (first, second, third):
         spool.open()
-    third.own.keep(some(2))
+    third.own.commit(some(2))
     for spool in (second, third):
         spool.close()
     # When another starts
     fourth.open()
     assert fourth.number == 1
-    (left,) = fourth.left
+    (left,) = fourth.orphans
     assert left.path == third.own.path
     assert everything(left) == list(enumerate(some(2), 1))
     await fourth.release(left)
     assert not left.path.exists()
-    assert fourth.left == []
+    assert fourth.orphans == []
 
 
 def test_what_a_live_process_has_is_not_taken(spools: list[Spool]) -> None:
     first, second, third, _ = spools
     first.open()
-    first.own.keep(some(1))
+    first.own.commit(some(1))
     second.open()
     third.open()
-    assert (second.left, third.left) == ([], [])
+    assert (second.orphans, third.orphans) == ([], [])
 
 
 async def test_calls_are_made_in_their_order_and_never_in_the_event_loop(
@@ -397,7 +397,7 @@ async def test_calls_are_made_in_their_order_and_never_in_the_event_loop(
 ) -> None:
     spool = spools[0]
     spool.open()
-    jobs = [spool.submit(spool.own.keep, some(1)) for _ in range(5)]
+    jobs = [spool.submit(spool.own.commit, some(1)) for _ in range(5)]
     assert await asyncio.gather(*jobs) == [1, 2, 3, 4, 5]
     assert len(await spool.submit(spool.own.read, 0, 5, MIB)) == 5
 
@@ -411,7 +411,7 @@ def test_a_directory_that_cannot_be_used_is_the_users_fault(tmp_path: Path) -> N
 def test_a_file_with_records_that_cannot_be_opened_stops_the_start(tmp_path: Path) -> None:
     first = Spool(tmp_path, MIB)
     first.open()
-    first.own.keep(some(1))
+    first.own.commit(some(1))
     other = Spool(tmp_path, MIB)
     first._unlock(0)  # as if another program held the database
     with pytest.raises(ConfigError, match=r"spool-0\.db"):
