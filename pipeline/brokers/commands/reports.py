@@ -198,5 +198,6 @@ class _Batch:
         return len(self._sent) >= SENT_MAX or self._bytes >= SENT_BYTES_MAX
 
     def report(self, node: str, at_ms: int) -> Report:
+        """Make the record."""
         event = DeliveriesSent(at=at_ms, node=node, agent=self._lease.agent, sent=tuple(self._sent))
         return Report(event, self._lease.partition, (), tuple(self._on_kept))

@@ -31,7 +31,7 @@ from tests.support import given
 from tests.support.embedded_bridge import Log, make_topics, reading
 from tests.support.emqx.trace import (
     SERVICE,
-    MemoryInlet,
+    InMemoryProducer,
     a_client,
     a_message,
     a_publish,
@@ -149,14 +149,14 @@ async def test_a_copys_report_is_in_its_partition_before_its_acknowledgement(
 
 @pytest.mark.parametrize("version", ["v1", "v2", "v3"])
 async def test_every_call_is_served_under_the_name_of_each_version(version: Version) -> None:
-    async with answering(MemoryInlet(), RULES) as provider:
+    async with answering(InMemoryProducer(), RULES) as provider:
         for method in SERVICE.methods:
             await provider.call(method.name, b"", version)
         assert provider.hooks.answered.total() == len(SERVICE.methods)
 
 
 async def test_another_version_is_not_served() -> None:
-    async with answering(MemoryInlet(), RULES) as provider:
+    async with answering(InMemoryProducer(), RULES) as provider:
         method = unary(provider.channel, "/emqx.exhook.v4.HookProvider/OnMessagePublish")
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await method(b"")
@@ -164,7 +164,7 @@ async def test_another_version_is_not_served() -> None:
 
 
 async def test_it_serves_without_ever_having_been_loaded() -> None:
-    durable_producer = MemoryInlet()
+    durable_producer = InMemoryProducer()
     async with answering(durable_producer, RULES) as provider:
         answer = await provider.publish(a_publish("t"))
         assert answer.type == pb.ValuedResponse.IGNORE
@@ -172,7 +172,7 @@ async def test_it_serves_without_ever_having_been_loaded() -> None:
 
 
 async def test_properties_come_with_v3() -> None:
-    durable_producer = MemoryInlet()
+    durable_producer = InMemoryProducer()
     request = pb.MessagePublishRequest(
         message=a_message("t"),
         props=[pb.Property(name="Message-Expiry-Interval", value="60")],
@@ -196,7 +196,7 @@ async def health(provider: Provider, service: str = "") -> int:
 
 
 async def test_it_is_healthy_as_long_as_events_are_kept() -> None:
-    durable_producer = MemoryInlet()
+    durable_producer = InMemoryProducer()
     async with answering(durable_producer, RULES) as provider:
         services = ["", *(service_name(version) for version in ("v1", "v2", "v3"))]
         for expected, complaint in (
@@ -212,7 +212,7 @@ async def test_it_is_healthy_as_long_as_events_are_kept() -> None:
 
 
 async def test_publishes_are_refused_while_events_are_not_kept() -> None:
-    durable_producer = MemoryInlet()
+    durable_producer = InMemoryProducer()
     async with answering(durable_producer, RULES) as provider:
         durable_producer.complaint = "the spool is full"
         answer = await provider.publish(a_publish("queue/t"))
@@ -254,7 +254,7 @@ async def loaded(address: str, credentials: grpc.ChannelCredentials | None) -> b
 async def test_over_tls_only_if_it_has_a_certificate(tmp_path: Path) -> None:
     files = certificate(tmp_path)
     settings = {"certificate_file": str(files.certificate), "key_file": str(files.key)}
-    async with answering(MemoryInlet(), RULES, settings=settings) as provider:
+    async with answering(InMemoryProducer(), RULES, settings=settings) as provider:
         assert await loaded(provider.address, channel_credentials(files.certificate))
         assert not await loaded(provider.address, None)
 
@@ -269,7 +269,7 @@ async def test_with_a_clients_authority_only_who_has_its_certificate(tmp_path: P
         "certificate_file": str(server.certificate), "key_file": str(server.key),
         "client_ca_file": str(client.certificate),
     }  # fmt: skip
-    async with answering(MemoryInlet(), RULES, settings=settings) as provider:
+    async with answering(InMemoryProducer(), RULES, settings=settings) as provider:
         root = server.certificate
         assert await loaded(provider.address, channel_credentials(root, client))
         assert not await loaded(provider.address, channel_credentials(root))
@@ -290,7 +290,7 @@ async def test_with_a_clients_authority_only_who_has_its_certificate(tmp_path: P
 )
 async def test_settings_that_cannot_be_used(settings: dict[str, str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        async with answering(MemoryInlet(), RULES, settings=settings):
+        async with answering(InMemoryProducer(), RULES, settings=settings):
             pass
 
 
@@ -298,7 +298,7 @@ async def test_settings_that_cannot_be_used(settings: dict[str, str], says: str)
 
 
 async def test_two_servers_share_a_port_and_a_connection_stays_with_one() -> None:
-    listen, inlets = f"{HOST}:{free_port()}", (MemoryInlet(), MemoryInlet())
+    listen, inlets = f"{HOST}:{free_port()}", (InMemoryProducer(), InMemoryProducer())
     async with (
         answering(inlets[0], RULES, settings={"exhook_listen": listen}),
         answering(inlets[1], RULES, settings={"exhook_listen": listen}),
@@ -320,8 +320,8 @@ async def test_two_servers_share_a_port_and_a_connection_stays_with_one() -> Non
 
 
 async def test_what_is_in_hand_is_finished_before_it_ends() -> None:
-    durable_producer = MemoryInlet()
-    durable_producer.held = True
+    durable_producer = InMemoryProducer()
+    durable_producer.paused = True
     async with answering(durable_producer, RULES) as provider:
         publishing = asyncio.create_task(provider.publish(a_publish("t")))
 
@@ -342,8 +342,8 @@ async def test_what_is_in_hand_is_finished_before_it_ends() -> None:
 
 
 async def test_an_event_stays_when_emqx_does_not_wait_for_it() -> None:
-    durable_producer = MemoryInlet()
-    durable_producer.held = True
+    durable_producer = InMemoryProducer()
+    durable_producer.paused = True
     async with answering(durable_producer, RULES) as provider:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await provider.method("OnMessagePublish")(a_publish("t"), timeout=0.2)
@@ -358,7 +358,7 @@ async def test_an_event_stays_when_emqx_does_not_wait_for_it() -> None:
 
 async def test_a_crowd_of_calls_waits_while_the_bridge_is_busy() -> None:
     """gRPC would throw away what waits beyond 1,000, and EMQX would take that for an answer."""
-    durable_producer = MemoryInlet()
+    durable_producer = InMemoryProducer()
     async with answering(durable_producer, RULES) as provider:
         await provider.publish(a_publish("t", "first"))
         calls = [provider.publish(a_publish("t", f"m{number}")) for number in range(CROWD)]
@@ -425,7 +425,7 @@ async def test_bytes_of_any_kind_end_in_an_answer_or_a_counted_error(
 
 
 async def test_a_request_that_is_too_large_is_an_error_and_the_next_one_is_served() -> None:
-    async with answering(MemoryInlet(), RULES) as provider:
+    async with answering(InMemoryProducer(), RULES) as provider:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await provider.publish(a_publish("t", payload=bytes(33 * 1024 * 1024)))
         assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -12,11 +12,11 @@ from millpond.pipeline.brokers.emqx.rest import retained as retained_module
 from millpond.pipeline.brokers.emqx.rest.client import RestClient
 from millpond.pipeline.brokers.emqx.rest.retained import RetainedLookup
 from millpond.schemas import codec
-from millpond.schemas.errors import MillpondError
 from millpond.schemas.events import MessagePublished, MessageRetained
 from tests.support.emqx.broker import MOUNTED, Client, Emqx, Message, NoHooks
 from tests.support.emqx.rest import EmqxRest, serving
-from tests.support.emqx.scene import Inlet, asking
+from tests.support.emqx.scene import asking
+from tests.support.emqx.trace import InMemoryProducer
 from tests.support.workers import until
 
 
@@ -40,7 +40,7 @@ class Telling(NoHooks):
 class Scene:
     def __init__(self, server: EmqxRest, rest: RestClient, client: Client) -> None:
         self.server, self.client = server, client
-        self.durable_producer = Inlet()
+        self.durable_producer = InMemoryProducer()
         self.lookups = RetainedLookup(rest, self.durable_producer)
 
     def asked(self) -> int:
@@ -160,15 +160,15 @@ async def test_what_is_not_answered_is_asked_again(
     await scene.client.publish("t", "x", retain=True)
     (event,) = await scene.until_told(1)
     assert event.payload == "x"
-    assert "retained messages are not known" in caplog.text
-    assert "EMQX tells again" in caplog.text
+    assert "a look-up of a retained message failed" in caplog.text
+    assert "answers look-ups of retained messages again" in caplog.text
 
 
 async def test_what_cannot_be_kept_is_asked_for_again(scene: Scene) -> None:
-    scene.durable_producer.refusal = MillpondError("the spool is full")
+    scene.durable_producer.complaint = "the spool is full"
     await scene.client.publish("t", "x", retain=True)
     await scene.until_asked(2)
-    scene.durable_producer.refusal = None
+    scene.durable_producer.complaint = None
     await scene.until_told(1)
 
 
