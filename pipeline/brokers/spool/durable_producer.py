@@ -4,7 +4,7 @@ Concepts
 --------
 
 An event is *stored* when Kafka has acknowledged it, or when the spool has committed it with fsync. Its future is done
-then, and EMQX gets its answer. Until then the event is *unstored*: a crash would lose it, but nobody counts on it.
+then, and EMQX gets its answer. Until then the event is *unstored*: a crash would lose it, but EMQX has no answer yet.
 
 All events of a process have one *order*, the order of the calls of `enter`. At any moment it has three sections:
 

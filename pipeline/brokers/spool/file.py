@@ -18,7 +18,7 @@ What can go wrong, and what follows:
 - A commit that failed may nevertheless be on disk, for example if the fsync failed after the write. Its caller saw an
   error. So `_check` deletes the blocks beyond `last` at the next opening.
 - SpoolDamaged: SQLite calls the file corrupt, or its content is not ours. The file is moved aside, never deleted, and
-  a new one takes its place. Its numbers go on after `last`, so numbers never repeat within a process.
+  a new one takes its place. Its numbers continue after `last`, so numbers never repeat within a process.
 - Somebody deletes or replaces the file: the next call notices another inode, and opens the new file.
 """
 
@@ -108,9 +108,7 @@ class SpoolFile:
         """The first call of a method opens the file."""
         self.path = path
         self.last = 0  # number of the last stored record
-        self.discarded = (
-            0  # number of the last discarded record; equals `last` if the file is empty
-        )
+        self.discarded = 0  # number of the last discarded record; `last` if the file is empty
         self.bytes = 0  # sum of the sizes of the records in between
         self.damaged: list[Path] = []  # where this process moved damaged files
         self._figures_known = False  # the figures were read from disk, or come from commits since
@@ -295,7 +293,7 @@ class SpoolFile:
             _sync(self.path.parent)
         elif version != FORMAT:
             raise _Foreign(f"it has format {version}, and this version of Millpond reads {FORMAT}")
-        # A commit that failed may be on disk nevertheless. Its caller was not told so: delete it.
+        # A commit that failed may be on disk nevertheless. Its caller saw an error: delete it.
         if self._figures_known:
             late = database.execute("SELECT 1 FROM block WHERE last > ? LIMIT 1", (self.last,))
             if late.fetchone() is not None:
@@ -338,7 +336,7 @@ class SpoolFile:
 
 
 class _Foreign(sqlite3.DatabaseError):
-    """A database whose content is not what this version writes."""
+    """A database with content that this version does not write."""
 
 
 def _blocks(records: Sequence[SpoolRecord]) -> Iterator[Sequence[SpoolRecord]]:

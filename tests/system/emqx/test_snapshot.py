@@ -1,4 +1,4 @@
-"""What EMQX's REST API lists, as events: whole, or never completed."""
+"""Snapshots of EMQX's REST API as events: complete, or never marked as completed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def completed(durable_producer: InMemoryProducer) -> int:
     return sum(isinstance(event, NodeSyncCompleted) for event in durable_producer.events)
 
 
-async def test_it_tells_what_is_there_between_started_and_completed(
+async def test_the_events_of_a_snapshot_stand_between_started_and_completed(
     server: EmqxRest, rest: RestClient
 ) -> None:
     durable_producer = InMemoryProducer()
@@ -88,7 +88,7 @@ async def test_it_tells_what_is_there_between_started_and_completed(
     assert (one.told_again, one.broker_delivers, one.retain_handling) == (True, False, 1)
 
 
-async def test_a_session_that_waits_for_its_client_shows_by_its_subscriptions(
+async def test_a_session_without_a_connection_appears_through_its_subscriptions(
     server: EmqxRest, rest: RestClient
 ) -> None:
     durable_producer = InMemoryProducer()
@@ -100,7 +100,7 @@ async def test_a_session_that_waits_for_its_client_shows_by_its_subscriptions(
     assert subscribed(durable_producer) == [("away", "queue/a", 1, True)]
 
 
-async def test_who_cannot_be_served_is_told_so(server: EmqxRest, rest: RestClient) -> None:
+async def test_unreachable_clients_are_marked(server: EmqxRest, rest: RestClient) -> None:
     durable_producer = InMemoryProducer()
     for name, listener in (("plain", ORDINARY), ("a/b", "tcp:mounted")):
         client = await server.emqx.connect(name, listener=listener)
@@ -112,7 +112,9 @@ async def test_who_cannot_be_served_is_told_so(server: EmqxRest, rest: RestClien
     ]
 
 
-async def test_where_the_broker_delivers_it_says_so(server: EmqxRest, rest: RestClient) -> None:
+async def test_without_a_mountpoint_subscriptions_are_marked_as_delivered_by_the_broker(
+    server: EmqxRest, rest: RestClient
+) -> None:
     durable_producer = InMemoryProducer()
     client = await server.emqx.connect("c", listener=ORDINARY)
     await client.subscribe("queue/a")
@@ -121,7 +123,7 @@ async def test_where_the_broker_delivers_it_says_so(server: EmqxRest, rest: Rest
     assert (one.broker_delivers, one.reachable) == (True, True)
 
 
-async def test_every_node_that_runs_has_its_own(server: EmqxRest, rest: RestClient) -> None:
+async def test_every_running_node_has_its_own_snapshot(server: EmqxRest, rest: RestClient) -> None:
     durable_producer = InMemoryProducer()
     server.emqx.nodes |= {"emqx@b": "running", "emqx@c": "stopped"}
     await snapshots(rest, durable_producer).take()
@@ -129,7 +131,7 @@ async def test_every_node_that_runs_has_its_own(server: EmqxRest, rest: RestClie
     assert completed(durable_producer) == 2 * PARTITIONS
 
 
-async def test_a_durable_session_is_on_no_node_and_told_all_the_same(
+async def test_a_durable_session_without_a_node_is_reported(
     server: EmqxRest, rest: RestClient
 ) -> None:
     durable_producer = InMemoryProducer()
@@ -150,7 +152,7 @@ async def test_a_durable_session_is_on_no_node_and_told_all_the_same(
     assert {event.node for event in durable_producer.events} == {NODE}
 
 
-async def test_a_long_list_is_read_until_nothing_new_shows(
+async def test_a_long_list_is_read_until_it_shows_nothing_new(
     server: EmqxRest, rest: RestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client of the first page goes before the second page is read. So the first pass misses one row."""
@@ -176,7 +178,7 @@ async def test_a_long_list_is_read_until_nothing_new_shows(
 
 @pytest.mark.parametrize("path", ["/nodes", "/clients", "/subscriptions"])
 @pytest.mark.parametrize("kind", [401, 404, 429, 500, 503, "cut", 200])
-async def test_one_that_fails_is_never_completed(
+async def test_a_failed_snapshot_is_never_completed(
     server: EmqxRest, rest: RestClient, path: str, kind: int | str
 ) -> None:
     durable_producer = InMemoryProducer()
@@ -187,7 +189,7 @@ async def test_one_that_fails_is_never_completed(
     assert completed(durable_producer) == 0
 
 
-async def test_one_whose_events_cannot_be_kept_is_never_completed(
+async def test_a_snapshot_whose_events_cannot_be_stored_is_never_completed(
     server: EmqxRest, rest: RestClient
 ) -> None:
     durable_producer = InMemoryProducer()
@@ -196,7 +198,7 @@ async def test_one_whose_events_cannot_be_kept_is_never_completed(
         await snapshots(rest, durable_producer).take()
 
 
-async def test_a_cluster_without_a_node_that_runs_is_no_answer(
+async def test_a_cluster_without_a_running_node_counts_as_unanswered(
     server: EmqxRest, rest: RestClient
 ) -> None:
     server.emqx.nodes = {NODE: "stopped"}
@@ -204,7 +206,7 @@ async def test_a_cluster_without_a_node_that_runs_is_no_answer(
         await snapshots(rest, InMemoryProducer()).take()
 
 
-async def test_they_are_taken_at_once_when_wanted_and_again_after_a_failure(
+async def test_a_snapshot_is_taken_on_request_and_retried_after_a_failure(
     server: EmqxRest, rest: RestClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     durable_producer = InMemoryProducer()
@@ -227,7 +229,7 @@ async def test_they_are_taken_at_once_when_wanted_and_again_after_a_failure(
     await asyncio.wait((running,))
 
 
-async def test_they_are_taken_every_interval(server: EmqxRest, rest: RestClient) -> None:
+async def test_a_snapshot_is_taken_in_every_interval(server: EmqxRest, rest: RestClient) -> None:
     durable_producer = InMemoryProducer()
     running = asyncio.create_task(snapshots(rest, durable_producer, interval_s=0.1).run())
 

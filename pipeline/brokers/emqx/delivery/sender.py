@@ -61,7 +61,7 @@ REQUESTS_MAX: Final = 8  # of one process at the same time
 # A call checks so many items, which takes 4 ms. So with 10,000 waiting commands a stale one is noticed within 0.5 s.
 STALE_CHECK_INTERVAL_S: Final = 0.05
 STALE_CHECK_ITEMS_MAX: Final = 1_000
-# With these statuses EMQX refuses the request itself. All others tell of the state of EMQX.
+# With these statuses EMQX refuses the request for ever. All others depend on the state of EMQX.
 REQUEST_FAULTS: Final = (400, 413)
 
 

@@ -14,7 +14,7 @@ A *bulk share* is the part of one client in a bulk. A copy's way:
 
 *In flight* means: EMQX has routed the copy under an id of its own, the *alias*, and the client has not acknowledged it.
 *Unclear* means: REST gave no answer, so EMQX may hold the copy or not. The copy waits again, and yet it takes room.
-*Early* means: the acknowledgement came before REST's answer, which alone says whose alias it is.
+*Early* means: the acknowledgement came before REST's answer. Only the answer tells the alias of a copy.
 
 Rules
 -----
@@ -22,7 +22,7 @@ Rules
 1. A client has at most one step under way, and an unsent or unclear copy goes back to the front. So its order holds.
 2. A client's copies in flight and unclear copies are together at most `WINDOW`. Reason: EMQX's session queue holds
    1,000 messages, and drops more without a word.
-3. A QoS 0 copy needs no room, because nobody acknowledges it. It keeps its place in the order, though.
+3. A QoS 0 copy needs no room, because it is not acknowledged. It keeps its place in the order, though.
 4. After an unclear copy the client gets one copy at a time (`careful`), so that few copies come twice.
 5. A copy leaves EMQX when its validity ends (its message expiry). So it leaves the window then, acknowledged or not.
 
@@ -40,7 +40,7 @@ State
 | `unclear` | ends of validity in ms, the oldest copy first |
 | `early` | aliases acknowledged during the current step |
 
-`_ready`: the clients that may have a next step, in the order of their turns. A client that cannot go on is taken out,
+`_ready`: the clients that may have a next step, in the order of their turns. A client that cannot proceed is removed,
 and comes back when something changes for it. `_unchecked`: the clients that `drop_stale` has yet to check in this round.
 
 Transitions

@@ -304,7 +304,7 @@ class Calls:
         return event, lease.partition
 
     def _refuse(self, message: pb.Message, kind: str, why: str) -> bytes:
-        """Let EMQX drop a publish, and stop other hooks from seeing it. The publisher is not told: it gets a PUBACK."""
+        """Let EMQX drop a publish, and hide it from other hooks. The publisher gets a PUBACK nevertheless."""
         client_id, topic = message.from_client_id[:SHOWN_MAX], message.topic[:SHOWN_MAX]
         self.refusals.add(kind, f"{client_id!r}: a publish to {topic!r} is refused: {why}")
         message.headers["allow_publish"] = "false"

@@ -188,7 +188,7 @@ class Translator:
 
 
 def node_started(request: pb.ProviderLoadedRequest) -> NodeStarted | None:
-    """The start of a node, at its boot time. None if the request does not tell the boot time (EMQX 4).
+    """The start of a node, at its boot time. None if the request has no boot time (EMQX 4).
 
     EMQX also sends the request when an operator enables the hook again. Clients that connected since the boot are still
     there then, so the event must not have the time of the request.

@@ -33,9 +33,7 @@ logger = logging.getLogger(__name__)
 LOOKUP_DELAY_S: Final = 0.1  # by then the other nodes of a cluster know the retained message
 LOOKUPS_MAX: Final = 4  # under way at the same time
 TOPICS_MAX: Final = 10_000  # that wait for a look-up; later ones are missed and counted
-KNOWN_MAX: Final = (
-    100_000  # topics whose last look-up is remembered; a forgotten one only costs an event
-)
+KNOWN_MAX: Final = 100_000  # topics whose last result is known; a forgotten one costs an event
 UNKNOWN: Final = "?"  # no message has this id
 
 
