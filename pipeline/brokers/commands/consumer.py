@@ -48,9 +48,8 @@ class CommandConsumer:
         self._settings = settings
         group_id = keys.bridge_group_id(settings.app)
         self._source = GroupConsumer(settings, group_id, [keys.DELIVERIES_TOPIC], self._carry_out)
-        self.taken: Counter[str] = (
-            Counter()
-        )  # commands read, by type; "unreadable" for dead letters
+        # Commands read, by type; "unreadable" for dead letters
+        self.taken: Counter[str] = Counter()
         self.seconds = Histogram(SHORT_S)  # from a command's log time until it is finished
 
     @property

@@ -58,9 +58,8 @@ class ReportEntry(NamedTuple):
 
     what: Sent | DeliveryFailed | MessageAcked
     lease: LeaseName | None  # None for an acknowledgement
-    on_entered: Call | None = (
-        None  # only acknowledgements use it; `collected` drops it for a `Sent`
-    )
+    # Only for acknowledgements: `collected` drops it for a `Sent`.
+    on_entered: Call | None = None
     on_kept: Call | None = None
 
 

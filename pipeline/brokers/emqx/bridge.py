@@ -50,9 +50,8 @@ from millpond.schemas.rules import Rules
 
 logger = logging.getLogger(__name__)
 
-FINISH_TIMEOUT_S: Final = (
-    2.0  # for running requests; the next process repeats those that are cut off
-)
+# For running requests; the next process repeats those that are cut off
+FINISH_TIMEOUT_S: Final = 2.0
 STOP_GRACE_S: Final = 2.0  # for running calls
 STOP_TIMEOUT_S: Final = 10.0  # for all of `stop`; `millpond down` waits longer before it kills
 

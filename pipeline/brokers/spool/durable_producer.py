@@ -136,9 +136,8 @@ class DurableProducer:
         self._write_timer: asyncio.TimerHandle | None = None  # the scheduled commit
         self._write_error: str | None = None  # why the last commit failed; None if it succeeded
         self._retry_write_at = 0.0  # loop time; events are refused at once until then
-        self._full_at: int | None = (
-            None  # the size of the spool when it last refused an event as full
-        )
+        # The size of the spool when it last refused an event because it was full.
+        self._full_at: int | None = None
         self._closed = False
 
     # -- entering

@@ -47,9 +47,8 @@ BLOCK_BYTES_MAX: Final = 1024 * 1024  # of records; a single record may be large
 EMPTY_FILE_BYTES_MAX: Final = 16 * 1024 * 1024
 # 8 MiB of pages. A checkpoint copies the write-ahead log into the database, with a second fsync: not too often.
 CHECKPOINT_PAGES: Final = 2_048
-WAL_BYTES_MAX: Final = (
-    16 * 1024 * 1024
-)  # SQLite truncates the write-ahead log to this size when it restarts it
+# SQLite truncates the write-ahead log to this size when it restarts it
+WAL_BYTES_MAX: Final = 16 * 1024 * 1024
 LOCKED_S: Final = 1.0  # how long to wait for a reader from outside; no other process writes
 FORMAT: Final = 1  # the format of the blocks, in SQLite's user_version
 
@@ -113,9 +112,8 @@ class SpoolFile:
         self.damaged: list[Path] = []  # where this process moved damaged files
         self._figures_known = False  # the figures were read from disk, or come from commits since
         self._database: sqlite3.Connection | None = None  # None: closed, or failed
-        self._identity: tuple[int, int] | None = (
-            None  # of the open file, to notice that it was replaced
-        )
+        # Device and inode of the open file, to notice that it was replaced.
+        self._identity: tuple[int, int] | None = None
 
     @property
     def is_open(self) -> bool:

@@ -119,12 +119,12 @@ class Emqx:
 @contextlib.asynccontextmanager
 async def emqx(bootstrap: str) -> AsyncIterator[Emqx]:
     """An EMQX that writes."""
-    told = Emqx(bootstrap)
-    await told.producer.start()
+    broker = Emqx(bootstrap)
+    await broker.producer.start()
     try:
-        yield told
+        yield broker
     finally:
-        await told.producer.stop()
+        await broker.producer.stop()
 
 
 class KafkaBridge:

@@ -233,24 +233,24 @@ async def test_a_bridge_that_is_killed_in_an_outage_loses_no_stored_event(
     await answered(500)
     await asyncio.to_thread(hurt_kafka.kill)
     await answered(max(len(process.answered) for process in processes) + 2_000)
-    told = [await process.kill() for process in processes]
+    stored = [await process.kill() for process in processes]
     # When one process starts while Kafka is still down, and another when it is back
-    first = [max(numbers) + 1 for numbers in told]
+    first = [max(numbers) + 1 for numbers in stored]
     later = Process(hurt_kafka.address, spool, "k0", first[0] + 10_000)
     processes = [later]
     await answered(500)
-    told[0] += await later.kill()
+    stored[0] += await later.kill()
     await asyncio.to_thread(hurt_kafka.start)
     async with running(hurt_kafka.address, spool) as one:
         await until_drained(one.durable_producer)
         assert one.spool.orphans == []
     # Then Kafka has every event that they stored, and no event overtook an earlier one
-    for client, numbers_told in enumerate(told):
+    for client, stored_numbers in enumerate(stored):
         topics = [topic_of(f"k{client}", number) for number in range(TOPICS)]
-        await log.until(partial(has, log, topics, max(numbers_told)), "the last")
+        await log.until(partial(has, log, topics, max(stored_numbers)), "the last")
         found = [first_times(numbers(log, topic)) for topic in topics]
         assert all(each == sorted(each) for each in found)
-        assert set(numbers_told) <= {number for each in found for number in each}
+        assert set(stored_numbers) <= {number for each in found for number in each}
 
 
 async def test_a_bridge_without_kafka_starts_stores_events_and_stops(
@@ -479,7 +479,7 @@ async def test_order_holds_through_kills_of_the_bridge(
     paused: Server, log: Log, tmp_path: Path, seed: int
 ) -> None:
     chance = random.Random(seed)
-    client, told = f"r{seed}", list[int]()
+    client, stored = f"r{seed}", list[int]()
     for number in range(ROUNDS):
         # Given a bridge that is killed before, in or after an outage, or while the spool is sent
         process = Process(paused.address, tmp_path / "spool", client, number * 1_000_000)
@@ -489,15 +489,15 @@ async def test_order_holds_through_kills_of_the_bridge(
             await asyncio.sleep(chance.uniform(0, 2))
             paused.resume()
             await asyncio.sleep(chance.uniform(0, 0.3))
-        told += await process.kill()
+        stored += await process.kill()
     async with running(paused.address, tmp_path / "spool") as one:
         await until_drained(one.durable_producer)
     # Then Kafka has every stored event, in order. A batch of a killed process may still be on its way.
     topics = [topic_of(client, number) for number in range(TOPICS)]
     await log.until(
-        lambda: set(told) <= {number for topic in topics for number in numbers(log, topic)}, "all"
+        lambda: set(stored) <= {number for topic in topics for number in numbers(log, topic)}, "all"
     )
-    answered = set(told)
+    answered = set(stored)
     for topic in topics:
         found = first_times(number for number in numbers(log, topic) if number in answered)
         assert found == sorted(found)

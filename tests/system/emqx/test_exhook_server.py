@@ -115,12 +115,12 @@ async def test_kafka_has_the_events_of_a_client_in_the_order_of_its_calls(
         found = [each.topic_filter for each in events if isinstance(each, SessionSubscribed)]
         assert found == filters
         for half in (0, 1):
-            told = [
+            types = [
                 (type(record.event), getattr(record.event, "message_id", None))
                 for record in log.records
                 if record.key == f"{client_id}/{half}"
             ]
-            assert told == [
+            assert types == [
                 (kind, f"{client_id}-{number}")
                 for number in range(half, publishes, 2)
                 for kind in (MessagePublished, MessageAcked)
@@ -207,10 +207,10 @@ async def test_health_follows_whether_events_are_stored() -> None:
             durable_producer.complaint = complaint
             for service in services:
 
-                async def told(service: str = service, expected: int = expected) -> bool:
+                async def reported(service: str = service, expected: int = expected) -> bool:
                     return await health(provider, service) == expected
 
-                await until(told, f"{service!r} to be {expected}")
+                await until(reported, f"{service!r} to be {expected}")
 
 
 async def test_publishes_are_refused_while_events_cannot_be_stored() -> None:
@@ -311,13 +311,13 @@ async def test_two_servers_share_a_port_and_a_connection_stays_with_one() -> Non
                 for number in range(3):
                     request = a_publish("t", f"{connection}-{number}")
                     await unary(channel, path("v2", "OnMessagePublish"))(request)
-    told = [
+    served = [
         {event.message_id.split("-")[0] for event in durable_producer.events if isinstance(event, MessagePublished)}
         for durable_producer in producers
     ]  # fmt: skip
-    assert told[0]
-    assert told[1]
-    assert not told[0] & told[1]
+    assert served[0]
+    assert served[1]
+    assert not served[0] & served[1]
     assert len(producers[0].events) + len(producers[1].events) == 96
 
 

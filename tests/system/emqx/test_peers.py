@@ -67,10 +67,10 @@ async def test_an_acknowledgement_reaches_the_process_with_the_clients_commands(
         peers.acked("a", "A1")
         peers.acked("b", "B1")
 
-        async def told() -> bool:
+        async def arrived() -> bool:
             return bool(two.acks)
 
-        await until(told, "the other process to hear")
+        await until(arrived, "the note at the other process")
         assert (one.acks, two.acks) == ([("a", "A1")], [("b", "B1")])
 
 
@@ -79,10 +79,10 @@ async def test_the_end_of_a_session_reaches_all_processes(directory: Path) -> No
     async with process(directory, 1, two), process(directory, 0, one, first=True) as peers:
         peers.session_ended("c")
 
-        async def told() -> bool:
+        async def arrived() -> bool:
             return bool(two.ended)
 
-        await until(told, "the other process to hear")
+        await until(arrived, "the note at the other process")
         assert one.ended == two.ended == ["c"]
 
 
@@ -93,10 +93,10 @@ async def test_a_gap_reaches_the_process_that_takes_snapshots(directory: Path) -
         async with process(directory, 1, two) as peers:
             peers.gap("node")
 
-            async def told() -> bool:
+            async def arrived() -> bool:
                 return one.gaps == 3  # one for its start
 
-            await until(told, "the first process to hear")
+            await until(arrived, "the note at the first process")
         assert two.gaps == 0
 
 
@@ -107,11 +107,11 @@ async def test_a_process_that_starts_later_is_found(
     one, two = Sender(), Sender("b")
     async with process(directory, 0, one, first=True) as peers, process(directory, 1, two):
 
-        async def told() -> bool:
+        async def arrived() -> bool:
             peers.acked("b", "B")
             return bool(two.acks)
 
-        await until(told, "the later process to hear")
+        await until(arrived, "the note at the later process")
 
 
 async def test_the_socket_of_a_killed_process_is_replaced(directory: Path) -> None:
@@ -134,10 +134,10 @@ async def test_many_notes_take_several_datagrams_and_garbage_is_ignored(
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:
             stranger.sendto(b"\xff[", str(directory / NAME.format(1)))
 
-        async def told() -> bool:
+        async def arrived() -> bool:
             return len(two.acks) >= 1_000
 
-        await until(told, "all of them")
+        await until(arrived, "all notes")
         assert [alias for _, alias in two.acks] == [str(number) for number in range(1_000)]
         assert "it is not a note of a bridge process" in caplog.text
 

@@ -49,8 +49,8 @@ A_LIE = b'{"event":"message.publish","id":7}'
 class World:
     """The topics of one test, an EMQX that writes, the bridges that read, and the log of their events."""
 
-    def __init__(self, bootstrap: str, directory: Path, app: str, told: Emqx, log: Log) -> None:
-        self.bootstrap, self.app, self.emqx, self.log = bootstrap, app, told, log
+    def __init__(self, bootstrap: str, directory: Path, app: str, broker: Emqx, log: Log) -> None:
+        self.bootstrap, self.app, self.emqx, self.log = bootstrap, app, broker, log
         self.source = f"{app}-rules"
         self._directory = directory
         self._bridges: list[KafkaBridge] = []
@@ -76,8 +76,8 @@ class World:
 async def over(bootstrap: str, directory: Path, app: str) -> AsyncIterator[World]:
     """A world whose Kafka already has Millpond's topics."""
     await make_sources(bootstrap, f"{app}-rules")
-    async with emqx(bootstrap) as told, reading(bootstrap, from_start=True) as log:
-        world = World(bootstrap, directory, app, told, log)
+    async with emqx(bootstrap) as broker, reading(bootstrap, from_start=True) as log:
+        world = World(bootstrap, directory, app, broker, log)
         try:
             yield world
         finally:
@@ -151,13 +151,13 @@ async def test_connects_begin_sessions_and_the_broker_delivers(world: World) -> 
         connected("c", 1, 5001), subscribed("c", "queue/#", 2), disconnected("c", 3, 5001),
         connected("c", 4, 5002, clean=False),
     )  # fmt: skip
-    told = await world.log.until_kinds(
+    events = await world.log.until_kinds(
         "c", SessionCreated, ClientConnected, SessionSubscribed, ClientDisconnected, ClientConnected
     )
-    assert isinstance(told[1], ClientConnected)
-    assert told[1].connection_id == f"{NODE}/192.168.0.11:5001"
-    assert isinstance(told[2], SessionSubscribed)
-    assert told[2].broker_delivers
+    assert isinstance(events[1], ClientConnected)
+    assert events[1].connection_id == f"{NODE}/192.168.0.11:5001"
+    assert isinstance(events[2], SessionSubscribed)
+    assert events[2].broker_delivers
 
 
 async def test_events_that_no_rule_needs_are_skipped(world: World) -> None:

@@ -297,7 +297,7 @@ async def test_only_the_refused_copy_of_a_bulk_fails(
     assert fault.seen == 1
     assert numbers(client) == [0, 1, 2, 4]
     assert scene.failed("bridge") == ["m3"]
-    assert "a copy for bad is refused" in caplog.text
+    assert "bad: EMQX refuses a copy, it fails" in caplog.text
 
 
 async def test_a_client_with_an_ambiguous_id_gets_nothing(scene: Scene) -> None:

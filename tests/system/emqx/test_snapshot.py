@@ -71,9 +71,9 @@ async def test_the_events_of_a_snapshot_stand_between_started_and_completed(
     assert all(isinstance(event, NodeSyncStarted) and event.node == NODE for event in first)
     assert all(isinstance(event, NodeSyncCompleted) and event.node == NODE for event in last)
     assert len({getattr(event, "sync_id", None) for event in (*first, *last)}) == 1
-    told = connected(durable_producer)["c"]
-    assert told == ClientConnected(
-        at=told.at, node=NODE, client_id="c", username="u",
+    event = connected(durable_producer)["c"]
+    assert event == ClientConnected(
+        at=event.at, node=NODE, client_id="c", username="u",
         connection_id=f"{NODE}/{client.peerhost}:{client.port}", connected_at=client.connected_at,
         clean_start=False, session_expiry_s=3600, told_again=True,
     )  # fmt: skip
@@ -170,10 +170,10 @@ async def test_a_long_list_is_read_until_it_shows_nothing_new(
     monkeypatch.setattr(rest, "_request", request_and_end_one)
     durable_producer = InMemoryProducer()
     await snapshots(rest, durable_producer).take()
-    told = [
+    found = [
         event.client_id for event in durable_producer.events if isinstance(event, ClientConnected)
     ]
-    assert sorted(told) == [f"c{number:02}" for number in range(12)]
+    assert sorted(found) == [f"c{number:02}" for number in range(12)]
 
 
 @pytest.mark.parametrize("path", ["/nodes", "/clients", "/subscriptions"])

@@ -147,7 +147,7 @@ async def test_a_client_that_subscribes_again_gets_its_messages(
     async def tried() -> bool:
         return len(world.rest.bulks) > asked
 
-    await until(tried, "a copy that nobody gets")
+    await until(tried, "a failed copy")
     await client.subscribe("queue/c")
     await client.until_received(2)
     await world.until_stored("queue/c", 0)

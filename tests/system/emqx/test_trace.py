@@ -232,7 +232,7 @@ MESSAGES: dict[str, list[Event]] = {
 # -- expected keys in Redis
 
 OFFLINE = set(CLIENTS)  # all went in the end
-INDEXES = {  # of QoS 1 and 2; what was acknowledged has left its queue, what nobody wanted waits in it
+INDEXES = {  # of QoS 1 and 2; acknowledged messages have left their queue, the others wait in it
     "t/x": [Q1, Q2], "t/ret": [KEPT], "sh/1": [SHARED], "t/will": [WILL], "api/1": [FOR_B],
     "nobody/here": [DROPPED],
 }  # fmt: skip
@@ -257,8 +257,8 @@ def bodies() -> dict[str, dict[str, str]]:
     left = [message_id for ids in INDEXES.values() for message_id in ids]
     events = {
         event.message_id: event
-        for told in MESSAGES.values()
-        for event in told
+        for events in MESSAGES.values()
+        for event in events
         if isinstance(event, Message)
     }
     return {
@@ -330,11 +330,11 @@ def timeless(event: Event, since: int) -> Event:
 
 def told_by_bridge(log: Log, topic: str) -> dict[str, list[Event]]:
     """The bridge's events by key, in order, without those of agents."""
-    told: dict[str, list[Event]] = {}
+    found: dict[str, list[Event]] = {}
     for record in log.records:
         if record.topic == topic and record.event.node == NODE:
-            told.setdefault(record.key, []).append(record.event)
-    return told
+            found.setdefault(record.key, []).append(record.event)
+    return found
 
 
 @pytest.mark.parametrize("version", ["v1", "v2", "v3"])

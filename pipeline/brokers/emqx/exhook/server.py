@@ -63,9 +63,8 @@ class HookServer:
         self._settings, self._calls, self._durable_producer = settings, calls, durable_producer
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
-        self._serving: bool | None = (
-            None  # what the health service reports; None before the first report
-        )
+        # What the health service reports; None before the first report.
+        self._serving: bool | None = None
 
     async def start(self) -> int:
         """Listen. Returns the port.

@@ -37,9 +37,8 @@ logger = logging.getLogger(__name__)
 NAME: Final = "emqx-kafka"
 RETRY_S: Final = 1.0  # before a record that Kafka refused is sent again
 LOG_INTERVAL_S: Final = 10.0  # between two log lines about dead letters
-STOP_TIMEOUT_S: Final = (
-    10.0  # for Kafka to acknowledge the rest; the next start reads what it has not
-)
+# For Kafka to acknowledge the rest; the next start reads what it has not
+STOP_TIMEOUT_S: Final = 10.0
 
 
 class TranslatedRecord(NamedTuple):

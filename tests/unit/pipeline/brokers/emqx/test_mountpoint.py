@@ -87,7 +87,7 @@ def test_the_topics_of_two_served_clients_never_meet(one: str, other: str, topic
 
 
 @pytest.mark.parametrize(
-    ("told", "share", "standard"),
+    ("written", "share", "standard"),
     [
         ("queue/#", "", "queue/#"),
         ("$share/g/queue/#", "", "$share/g/queue/#"),
@@ -98,6 +98,6 @@ def test_the_topics_of_two_served_clients_never_meet(one: str, other: str, topic
     ],
 )
 def test_shared_subscriptions_get_the_standard_spelling(
-    told: str, share: str, standard: str
+    written: str, share: str, standard: str
 ) -> None:
-    assert standard_filter(told, share) == standard
+    assert standard_filter(written, share) == standard

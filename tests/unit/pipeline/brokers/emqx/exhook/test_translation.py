@@ -58,8 +58,8 @@ def a_message(topic: str = "t", **fields: Any) -> pb.Message:
 
 @BOTH
 def test_a_connection(to: Translator) -> None:
-    told = to.connected(pb.ClientConnectedRequest(clientinfo=a_client()), AT)
-    assert told == ClientConnected(
+    event = to.connected(pb.ClientConnectedRequest(clientinfo=a_client()), AT)
+    assert event == ClientConnected(
         at=AT, node=NODE, client_id="c2", username="u", connected_at=AT, protocol="MQTT",
         connection_id="emqx@10.0.0.1/192.0.2.7:40112",
     )  # fmt: skip
@@ -67,12 +67,12 @@ def test_a_connection(to: Translator) -> None:
 
 def test_an_empty_username_is_none_and_another_protocol_is_named() -> None:
     request = pb.ClientConnectedRequest(clientinfo=a_client(username="", protocol="mqtt-sn"))
-    told = PLAIN.connected(request, AT)
-    assert (told.username, told.protocol) == (None, "mqtt-sn")
+    event = PLAIN.connected(request, AT)
+    assert (event.username, event.protocol) == (None, "mqtt-sn")
 
 
 @pytest.mark.parametrize(
-    ("told", "reason"),
+    ("text", "reason"),
     [
         ("normal", "normal"), ("kicked", "kicked"), ("tcp_closed", "tcp_closed"), ("", ""),
         ("takenover", "takenover"), ("discarded", "discarded"), ("takeovered", "takenover"),
@@ -80,13 +80,13 @@ def test_an_empty_username_is_none_and_another_protocol_is_named() -> None:
         ("{shutdown,{a,b}}", "{shutdown,{a,b}}"), ("{shutdown,normal}x", "{shutdown,normal}x"),
     ],
 )  # fmt: skip
-def test_a_reason_loses_its_erlang_wrapping(told: str, reason: str) -> None:
-    disconnected = pb.ClientDisconnectedRequest(clientinfo=a_client(), reason=told)
+def test_a_reason_loses_its_erlang_wrapping(text: str, reason: str) -> None:
+    disconnected = pb.ClientDisconnectedRequest(clientinfo=a_client(), reason=text)
     assert PLAIN.disconnected(disconnected, AT) == ClientDisconnected(
         at=AT, node=NODE, client_id="c2", connection_id="emqx@10.0.0.1/192.0.2.7:40112",
         reason=reason,
     )  # fmt: skip
-    terminated = pb.SessionTerminatedRequest(clientinfo=a_client(), reason=told)
+    terminated = pb.SessionTerminatedRequest(clientinfo=a_client(), reason=text)
     assert PLAIN.terminated(terminated, AT) == SessionTerminated(
         at=AT, node=NODE, client_id="c2", reason=reason
     )
@@ -124,20 +124,20 @@ SUBSCRIBED: list[tuple[Translator, str, str, str, str, bool, bool]] = [
 
 
 @pytest.mark.parametrize(
-    ("to", "mountpoint", "client_id", "told", "own", "reachable", "broker_delivers"), SUBSCRIBED
+    ("to", "mountpoint", "client_id", "mounted", "own", "reachable", "broker_delivers"), SUBSCRIBED
 )
 def test_a_subscription(
-    to: Translator, mountpoint: str, client_id: str, told: str, own: str, reachable: bool,
+    to: Translator, mountpoint: str, client_id: str, mounted: str, own: str, reachable: bool,
     broker_delivers: bool,
 ) -> None:  # fmt: skip
     client = a_client(client_id, mountpoint=mountpoint)
     options = pb.SubOpts(qos=2, rh=1)
-    request = pb.SessionSubscribedRequest(clientinfo=client, topic=told, subopts=options)
+    request = pb.SessionSubscribedRequest(clientinfo=client, topic=mounted, subopts=options)
     assert to.subscribed(request, AT) == SessionSubscribed(
         at=AT, node=NODE, client_id=client_id, topic_filter=own, qos=2, retain_handling=1,
         reachable=reachable, broker_delivers=broker_delivers,
     )  # fmt: skip
-    ended = pb.SessionUnsubscribedRequest(clientinfo=client, topic=told)
+    ended = pb.SessionUnsubscribedRequest(clientinfo=client, topic=mounted)
     assert to.unsubscribed(ended, AT) == SessionUnsubscribed(
         at=AT, node=NODE, client_id=client_id, topic_filter=own
     )
@@ -198,7 +198,7 @@ def test_user_properties_a_will_and_bytes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("to", "mountpoint", "told", "topic"),
+    ("to", "mountpoint", "mounted", "topic"),
     [
         (PLAIN, "", "queue/t", "queue/t"), (PLAIN, "mp/c2/", "mp/c2/queue/t", "mp/c2/queue/t"),
         (MOUNTED, "mp/c2/", "mp/c2/queue/t", "queue/t"), (MOUNTED, "", "queue/t", "queue/t"),
@@ -207,9 +207,9 @@ def test_user_properties_a_will_and_bytes() -> None:
     ],
 )  # fmt: skip
 def test_a_received_message_has_the_topic_without_mountpoint(
-    to: Translator, mountpoint: str, told: str, topic: str
+    to: Translator, mountpoint: str, mounted: str, topic: str
 ) -> None:
-    client, message = a_client(mountpoint=mountpoint), a_message(told, qos=2)
+    client, message = a_client(mountpoint=mountpoint), a_message(mounted, qos=2)
     fields: dict[str, Any] = {
         "at": AT, "node": NODE, "message_id": ID, "topic": topic, "client_id": "c2",
         "from_client_id": "pub", "qos": 2,

@@ -325,9 +325,9 @@ def test_an_invalid_record_is_a_decode_error(record: bytes | None, reason: str) 
 
 @pytest.mark.parametrize("client", ["a/b", "+", "#"])
 def test_a_client_with_an_ambiguous_id_is_not_reachable(client: str) -> None:
-    told = value(SUBSCRIBED, clientid=client, topic=f"mp/{client}/t")
+    record = value(SUBSCRIBED, clientid=client, topic=f"mp/{client}/t")
     with contextlib.suppress(DecodeError):
-        (event,) = read(told, Mountpoint("mp/${clientid}/"))
+        (event,) = read(record, Mountpoint("mp/${clientid}/"))
         assert isinstance(event, SessionSubscribed)
         assert not event.reachable
 
@@ -366,8 +366,8 @@ def test_any_bytes(record: bytes) -> None:
 
 
 @given(values)
-def test_any_json(told: Any) -> None:
-    events_or_decode_error(json.dumps(told).encode())
+def test_any_json(parsed: Any) -> None:
+    events_or_decode_error(json.dumps(parsed).encode())
 
 
 @given(st.sampled_from(DOCUMENTED), st.data())
