@@ -52,8 +52,8 @@ ON enter(event):
 
 ON an acknowledgement by Kafka: the event is no longer in flight. It is stored, if it was not before.
 
-ON a refusal by Kafka: wait until nothing is in flight, then send each refused event alone (`sender.py`). Reason: Kafka
-  refuses a whole batch because of one record.
+ON a refusal by Kafka: wait until Kafka has answered for every event in flight, then send each refused event alone
+  (`sender.py`). Reason: Kafka refuses a whole batch because of one record.
 
 ON the check, every `CHECK_INTERVAL_S`:
   1. direct, and the oldest unstored event has waited for `patience_s`: begin spooling.
@@ -72,9 +72,9 @@ ON close: send for a grace period, then commit the unstored events to the spool,
 The exception to the order
 --------------------------
 
-If a batch is refused because one of its records is bad, its other records are sent again, one by one. Later records of
-the same key may have reached Kafka before. This happens only if Kafka's size limit is lower than the setting, or if a
-record is bad in itself.
+If Kafka refuses a batch, its records are sent again, one by one. Later records of the same key may have reached Kafka
+before. Kafka refuses a batch if it takes no batches of `BATCH_BYTES_MAX` (`pipeline/kafka/producer.py`), or if one of
+the records is invalid.
 """
 
 from __future__ import annotations
