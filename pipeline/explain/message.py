@@ -40,6 +40,7 @@ from millpond.pipeline.explain.results import (
     Searched,
     StoredMessageFacts,
 )
+from millpond.pipeline.kafka.partitioning import partition_of
 from millpond.pipeline.operate.dead_letters import AGENTS as DELIVERY_AGENTS
 from millpond.pipeline.operate.dead_letters import is_utf8, stored_message
 from millpond.pipeline.settings import Settings
@@ -51,7 +52,6 @@ from millpond.pipeline.stores.redis.inspection import (
     ReadRules,
 )
 from millpond.pipeline.stores.redis.reader import StoreReader
-from millpond.pipeline.worker.control_channel import partition_of
 from millpond.schemas.errors import ConfigError, MillpondError
 from millpond.schemas.events import AgentName
 from millpond.schemas.keys import Partition

@@ -33,11 +33,11 @@ from millpond.pipeline.explain.results import (
     SubscriberFacts,
     TopicFacts,
 )
+from millpond.pipeline.kafka.partitioning import partition_of
 from millpond.pipeline.operate.dead_letters import dead_letters_of, is_utf8
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.stores.redis.inspection import CountBetween, CountIndex, ReadFence, ReadRules
 from millpond.pipeline.stores.redis.reader import StoreReader
-from millpond.pipeline.worker.control_channel import partition_of
 from millpond.schemas.errors import ConfigError, MillpondError
 from millpond.schemas.keys import Partition
 from millpond.schemas.rules import Rules

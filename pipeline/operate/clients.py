@@ -7,10 +7,10 @@ from typing import Any
 
 from millpond.agents.reads import ReadStates
 from millpond.agents.sessions.state import ClientState, unpack
+from millpond.pipeline.kafka.partitioning import partition_of
 from millpond.pipeline.operate.state_pages import pages
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.stores.redis.reader import StoreReader
-from millpond.pipeline.worker.control_channel import partition_of
 from millpond.schemas.keys import Partition
 from millpond.schemas.rules import Rules
 

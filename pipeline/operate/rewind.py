@@ -8,9 +8,9 @@ from typing import Final, NamedTuple
 from millpond.agents.pubsub.state import reader_key, subscriber_named, unpack_log
 from millpond.agents.reads import ReadEntry, ReadIndex, ReadLast, ReadStates
 from millpond.pipeline.clock import now_ms
+from millpond.pipeline.kafka.partitioning import partition_of
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.stores.redis.reader import StoreReader
-from millpond.pipeline.worker.control_channel import partition_of
 from millpond.schemas import keys
 from millpond.schemas.errors import ConfigError, MillpondError
 from millpond.schemas.events import OperatorRewind

@@ -16,12 +16,12 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from aiokafka.errors import KafkaError
-from aiokafka.partitioner import murmur2
 from msgspec import Meta, Struct
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from millpond.pipeline.clock import now_ms
+from millpond.pipeline.kafka.partitioning import partition_of
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.stores.registry import access_of, locate
 from millpond.schemas import codec, keys
@@ -70,11 +70,6 @@ def order_event(data: bytes, now_ms: int) -> ControlSubscribe | ControlUnsubscri
     if order.type == "unsubscribe":
         return ControlUnsubscribe(**fields)
     return ControlSubscribe(**fields, qos=int(order.qos))
-
-
-def partition_of(client_id: str, partition_count: int) -> int:
-    """Return the partition of a client's records, by the rule of Kafka's own clients: murmur2 of the key."""
-    return int((murmur2(client_id.encode()) & 0x7FFF_FFFF) % partition_count)
 
 
 class ControlChannel:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic
+from millpond.pipeline.brokers.emqx.copy_topic import CopyTopic
 from millpond.pipeline.brokers.emqx.exhook.calls import Calls
 from millpond.pipeline.brokers.emqx.exhook.server import HookServer
 from millpond.pipeline.brokers.spool.directory import Spool

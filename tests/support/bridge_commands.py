@@ -9,8 +9,8 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.partitioner import murmur2
 
+from millpond.pipeline.kafka import partitioning
 from millpond.schemas import codec, keys
 from millpond.schemas.commands import Command, Deliver, Subscribe
 from millpond.schemas.events import DeliveriesSent, DeliveryFailed, MessageAcked, Sent
@@ -24,7 +24,7 @@ VALID_FOR_S = 300  # longer than any test
 
 def partition_of(key: str) -> int:
     """The partition of records with this key."""
-    return int((murmur2(key.encode()) & 0x7FFF_FFFF) % PARTITIONS)
+    return partitioning.partition_of(key, PARTITIONS)
 
 
 def a_deliver(client_id: str, number: int, **fields: Any) -> Deliver:

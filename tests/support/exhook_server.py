@@ -14,7 +14,7 @@ import grpc
 import msgspec
 from google.protobuf.message import Message
 
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic
+from millpond.pipeline.brokers.emqx.copy_topic import CopyTopic
 from millpond.pipeline.brokers.emqx.exhook import exhook_pb2 as pb
 from millpond.pipeline.brokers.emqx.exhook.calls import Calls
 from millpond.pipeline.brokers.emqx.exhook.hooks import Version

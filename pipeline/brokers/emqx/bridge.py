@@ -18,7 +18,7 @@ from typing import Any, Final, NoReturn
 from millpond.pipeline.brokers.commands.consumer import CommandConsumer
 from millpond.pipeline.brokers.commands.deliveries import Deliveries
 from millpond.pipeline.brokers.commands.reports import Reports
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic
+from millpond.pipeline.brokers.emqx.copy_topic import CopyTopic
 from millpond.pipeline.brokers.emqx.delivery.peers import PeerProcesses
 from millpond.pipeline.brokers.emqx.delivery.sender import BulkSender
 from millpond.pipeline.brokers.emqx.exhook.calls import CallListener, Calls

@@ -19,7 +19,7 @@ What can go wrong, and what follows:
   error. So `_check` deletes the blocks beyond `last` at the next opening.
 - SpoolDamaged: SQLite calls the file corrupt, or its content is not ours. The file is moved aside, never deleted, and
   a new one takes its place. Its numbers continue after `last`, so numbers never repeat within a process.
-- Somebody deletes or replaces the file: the next call notices another inode, and opens the new file.
+- The file is deleted or replaced from outside: the next call notices another inode, and opens the new file.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 from millpond.pipeline.brokers.commands.deliveries import Deliveries
 from millpond.pipeline.brokers.commands.pending import PendingCommand
 from millpond.pipeline.brokers.commands.reports import Reports
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic
+from millpond.pipeline.brokers.emqx.copy_topic import CopyTopic
 from millpond.pipeline.brokers.emqx.delivery.sender import BulkSender
 from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint
 from millpond.pipeline.brokers.emqx.rest.client import RestClient

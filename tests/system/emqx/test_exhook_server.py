@@ -12,7 +12,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic
+from millpond.pipeline.brokers.emqx.copy_topic import CopyTopic
 from millpond.pipeline.brokers.emqx.exhook import exhook_pb2 as pb
 from millpond.pipeline.brokers.emqx.exhook.hooks import Version
 from millpond.pipeline.brokers.emqx.exhook.server import service_name

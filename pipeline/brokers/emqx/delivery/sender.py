@@ -26,7 +26,7 @@ from typing import Final, NoReturn
 
 from millpond.pipeline.brokers.commands.deliveries import Deliveries
 from millpond.pipeline.brokers.commands.pending import PendingCommand
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic
+from millpond.pipeline.brokers.emqx.copy_topic import CopyTopic
 from millpond.pipeline.brokers.emqx.delivery.windows import (
     REPEATED,
     Accepted,

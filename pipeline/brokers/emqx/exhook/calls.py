@@ -33,7 +33,7 @@ from typing import Any, Final, NamedTuple
 from google.protobuf.message import Message as ProtobufMessage
 
 from millpond.pipeline.brokers.bridge_rules import BridgeRules
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic, ReturnedCopy
+from millpond.pipeline.brokers.emqx.copy_topic import CopyTopic, ReturnedCopy
 from millpond.pipeline.brokers.emqx.exhook import exhook_pb2 as pb
 from millpond.pipeline.brokers.emqx.exhook import translation
 from millpond.pipeline.brokers.emqx.exhook.hooks import Version, needed_hooks

@@ -12,7 +12,7 @@ from typing import Final, TypeAlias
 
 from millpond.pipeline.brokers.emqx.exhook import exhook_pb2 as pb
 from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint, standard_filter
-from millpond.pipeline.brokers.emqx.rest.responses import milliseconds
+from millpond.pipeline.brokers.emqx.times import milliseconds
 from millpond.schemas import codec
 from millpond.schemas.errors import DecodeError
 from millpond.schemas.events import (

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
-from typing import Annotated, Final, TypeAlias
+from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta, Struct
 
-from millpond.schemas.events import TIME_MS_MAX, ClientId, MessageId, QoS, Text, Topic
+from millpond.pipeline.brokers.emqx.times import Time
+from millpond.schemas.events import ClientId, MessageId, QoS, Text, Topic
 
 NO_MATCHING_SUBSCRIBERS: Final = 16  # MQTT's reason code 0x10
 # 0x83, together with 503: a subscriber matches, but did not get the message. Seen while a node restarts.
 NOT_HANDED_OVER: Final = 131
-EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-
-Time: TypeAlias = str | int | None  # RFC 3339; anything else counts as missing
 
 
 class ErrorBody(Struct, frozen=True):
@@ -104,14 +101,3 @@ class SubscribeResult(Struct, frozen=True):
     """The subscriptions of a bulk that EMQX did not grant. If it granted all, it answers with a list instead."""
 
     failed: list[msgspec.Raw] = []
-
-
-def milliseconds(time: Time) -> int | None:
-    """A time in milliseconds since the epoch; None if it is missing or not a time."""
-    try:
-        at = datetime.fromisoformat(time if isinstance(time, str) else "")
-        at_ms = (at - EPOCH) // timedelta(milliseconds=1)
-    # ValueError: not a time. OverflowError: out of range. TypeError: a time without a zone.
-    except (ValueError, OverflowError, TypeError):
-        return None
-    return at_ms if 0 <= at_ms <= TIME_MS_MAX else None

@@ -21,7 +21,8 @@ from typing import Final, NamedTuple, NoReturn
 
 from millpond.pipeline.brokers.emqx.rest.backoff import Backoff
 from millpond.pipeline.brokers.emqx.rest.client import RestClient
-from millpond.pipeline.brokers.emqx.rest.responses import RetainedRow, milliseconds
+from millpond.pipeline.brokers.emqx.rest.responses import RetainedRow
+from millpond.pipeline.brokers.emqx.times import milliseconds
 from millpond.pipeline.brokers.spool.durable_producer import DurableProducer
 from millpond.pipeline.clock import now_ms
 from millpond.schemas import codec, keys

@@ -17,7 +17,8 @@ from uuid import uuid4
 from millpond.pipeline.brokers.emqx.exhook.translation import Translator
 from millpond.pipeline.brokers.emqx.rest.backoff import Backoff
 from millpond.pipeline.brokers.emqx.rest.client import RestClient, Unanswered
-from millpond.pipeline.brokers.emqx.rest.responses import ClientRow, SubscriptionRow, milliseconds
+from millpond.pipeline.brokers.emqx.rest.responses import ClientRow, SubscriptionRow
+from millpond.pipeline.brokers.emqx.times import milliseconds
 from millpond.pipeline.brokers.spool.durable_producer import DurableProducer
 from millpond.pipeline.clock import now_ms
 from millpond.schemas import keys

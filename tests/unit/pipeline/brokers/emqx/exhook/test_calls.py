@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic
+from millpond.pipeline.brokers.emqx.copy_topic import CopyTopic
 from millpond.pipeline.brokers.emqx.exhook import exhook_pb2 as pb
 from millpond.pipeline.brokers.emqx.exhook.calls import EMPTY, Calls
 from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint

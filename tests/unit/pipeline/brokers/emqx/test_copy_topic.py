@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic, ReturnedCopy
+from millpond.pipeline.brokers.emqx.copy_topic import CopyTopic, ReturnedCopy
 from millpond.schemas.topics import topic_name_error
 
 RETURNING = CopyTopic("secret")
