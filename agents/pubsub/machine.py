@@ -89,6 +89,8 @@ class PubsubMachine(Trimming):
         online = self.readers_of(topic)
         for key in dict.fromkeys((*online, *self.expected(topic))):
             reader = self._windows[key]
+            if reader.made_at is None:
+                self._unmade[key] = None
             if (log.length == 1 or reader.read_to >= before) and score > log.cursor:
                 self._read_ahead(reader, message_id, score)
         for key in online:

@@ -1,4 +1,7 @@
-"""Many seeds, until one fails or all are done: `python -m tests.simulation --seeds N [--first SEED] [--agent pubsub]`."""
+"""Many seeds, until one fails or all are done: `python -m tests.simulation --seeds N [--first SEED] [--agent pubsub]`.
+
+`--agent borders` folds logs of both delivery agents in many ways.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from millpond.agents.topics import dedup
+from tests.simulation import borders
 from tests.simulation.pubsub_faults import judge_seed
 from tests.simulation.small_limits import small_limits
 from tests.simulation.test_pubsub_properties import LIMITS
@@ -24,9 +28,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--agent", choices=["messages", "queue", "pubsub"])
+    parser.add_argument("--agent", choices=["messages", "queue", "pubsub", "borders"])
     arguments = parser.parse_args()
-    for agent, live in {"messages": messages, "queue": queue, "pubsub": pubsub}.items():
+    worlds = {"messages": messages, "queue": queue, "pubsub": pubsub, "borders": borders.judge_seed}
+    for agent, live in worlds.items():
         if arguments.agent in (None, agent):
             soak(agent, live, arguments.first, arguments.seeds)
 
