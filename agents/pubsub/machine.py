@@ -42,7 +42,8 @@ class PubsubMachine(Trimming):
     def touched_by(self, event: MessagePublished | MessageAcked) -> Iterable[str]:
         if isinstance(event, MessagePublished):
             return dict.fromkeys((*self.readers_of(event.topic), *self.expected(event.topic)))
-        return self.readers_of_client(event.client_id, event.topic)
+        readers = self.readers_of_client(event.client_id, event.topic)
+        return dict.fromkeys((*readers, *self.expected(event.topic)))
 
     def published(self, offset: int, event: MessagePublished, now_ms: int, score: int) -> Done:
         topic, message_id = event.topic, event.message_id

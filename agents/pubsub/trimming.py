@@ -47,9 +47,8 @@ class Trimming(Forgetting):
 
     of_logs = (INDEX, MESSAGE)
 
-    def __init__(self) -> None:
-        """An empty partition without rules; `restore` follows."""
-        super().__init__()
+    def _forget_memory(self) -> None:
+        super()._forget_memory()
         self._forget_entries()
 
     def _forget_entries(self) -> None:

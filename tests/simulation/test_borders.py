@@ -105,6 +105,14 @@ FOUND: dict[str, Found] = {
             (21_000, given.tick("pubsub")),
         ],
     ),
+    "an acknowledgement shared its batch with the join of a group that was not in memory": Found(
+        "pubsub", given.pubsub("t/#", max_inflight=2), [
+            *stored("m1", "m2", "m3", "m4", at=10_000),
+            (10_000, given.joined("b", "$share/g/t/0", source_offset=1)),
+            (10_000, given.acked("m1", "t/0", client_id="b")),
+            (10_000, given.acked("m2", "t/0", client_id="b")),
+        ],
+    ),
 }  # fmt: skip
 
 
