@@ -72,8 +72,8 @@ DECIDING: Final[dict[str, Sequence[int]]] = {
     f"{DELIVERY}.membership.FORGET_MS": (3_000, 20_000),
     f"{DELIVERY}.membership.COMMAND_VALID_FOR_S": (1, 3),
     "millpond.agents.queue.machine.OVERFLOW_MAX": (1, 2, 8),
-    # Short memories of ids are another matter: a repeat may then be in the batch in which its message goes.
-    f"{TOPIC_STATES}.dedup.DEDUP_WINDOW_MS": (1_000_000,),
+    # With short ones nothing is repeated: a repeat may then be in the batch in which its message goes.
+    f"{TOPIC_STATES}.dedup.DEDUP_WINDOW_MS": (1_000_000, 1_000_000, 1_500),
 }
 PAGE_MAX: Final = (1, 2, 3, 64)
 PAGES: Final = (
@@ -101,7 +101,8 @@ def rule_sets(agent: AgentName) -> tuple[Rules, ...]:
     if agent == "pubsub":
         common["offset_retention_s"] = 60
     inflight_of_each = tuple(
-        kind(topic, **common, max_inflight=1 + 2 * at) for at, topic in enumerate(TOPICS)
+        kind(topic, **{**common, "max_deliveries": 1}, max_inflight=1 + 2 * at)
+        for at, topic in enumerate(TOPICS)
     )
     sets = [
         (kind("t/#", **common, max_inflight=2), *kept),
@@ -397,8 +398,9 @@ TIMES: Final[dict[str, dict[str, int]]] = {
     "drain": {"sent": 12, "ack": 14, "tick": 8, "publish": 1},
     "trouble": {
         "fail": 10, "fail late": 4, "sent again": 5, "sent": 4, "resume": 4, "disconnect": 3, "end": 2, "tick": 8, "wait": 3,
-        "gone": 1,
+        "gone": 1, "too large": 2,
     },
+    "operators": {"requeue": 6, "drop": 2, "rewind": 3, "rules": 2, "tick": 6, "sent": 4, "too large": 3},
     "waiting": {"wait": 6, "tick": 10, "sent": 3, "join": 1},
 }  # fmt: skip
 STEPS_OF_A_TIME: Final = (2, 14)
@@ -428,7 +430,8 @@ class Player:
         self.handed: list[DeliverMessage] = []
         self.aliases: dict[int, str] = {}  # by lease
         self.published: list[MessagePublished] = []
-        self.broker_delivers = scene.agent == "queue" and random.random() < 0.15
+        self.broker_delivers = scene.agent == "queue" and random.random() < 0.2
+        self.repeats = scene.limits[f"{TOPIC_STATES}.dedup.DEDUP_WINDOW_MS"] > max(WAITS_MS)
         self.lag = random.choice((0.0, 0.3, 0.7))
         self._source = self._taken = 0
 
@@ -495,7 +498,7 @@ class Player:
                 return [RulesChanged(**AT, agent=self.scene.agent, rules=rules)]
             case "broker retains" if self.published:
                 return [given.broker_retains(random.choice(self.published[-8:]))]
-            case "repeat" if self.published:
+            case "repeat" if self.published and self.repeats:
                 return [random.choice(self.published[-8:])]
             case "requeue" | "drop" | "rewind":
                 return self._ordered(kind, client_id)
@@ -609,6 +612,10 @@ class Player:
         if kind == "early ack":
             name = f"m{len(self.published)}"
             return [given.acked(name, self.topics[0], client_id=client_id, **marks)]
+        if self.broker_delivers and self.published and self.random.random() < 0.5:
+            # The broker has delivered it by itself.
+            new = self.random.choice(self.published[-6:])
+            return [given.acked(new.message_id, new.topic, client_id=client_id, **marks)]
         events: list[Event] = []
         for _ in range(self.random.randint(1, 3) if self.handed else 0):
             command = self.random.choice(self.handed[-10:])
@@ -700,6 +707,12 @@ def shrunk(scene: Scene, records: Sequence[Record], tries: int = 18) -> list[Rec
                 left = fewer
         piece //= 2
     return left
+
+
+def smallest(seed: int) -> str:
+    """What is left of a seed's log, for people."""
+    log = played(seed)
+    return f"{log.scene.limits}\n{told(shrunk(log.scene, log.records))}"
 
 
 def renumbered(records: Sequence[Record]) -> list[Record]:

@@ -1,6 +1,24 @@
-"""However a log is folded, the same comes of it: many logs of many seeds, and those that once showed a difference.
+"""However a log is folded, the same comes of it: logs of many seeds, and those that once showed a difference.
 
-Bugs planted to try the property are in its table: see the end of `borders.py`.
+Bugs planted by hand, with the first seed that showed each:
+
+| planted | seed |
+|---|---|
+| the needs of one tick are not added up | 32 |
+| reports of leases that the batch is yet to make are not counted | 128 |
+| the room that an acknowledgement makes is not counted | 7 |
+| members take turns in the order in which they were loaded | 10 |
+| interrupted rounds continue in the order in which members were loaded | 14 |
+| a window is evicted while its batch is on its way | 0 |
+| an index is read while a batch is on its way | 2 |
+| a message's place is read while a batch is on its way | 741 |
+| a window is trimmed, and not how far it was read | 3 |
+| a step stops before the last message that was read | 5 |
+| a round ends where memory does | 273 |
+| a pause is noticed by a member without room | 36 |
+| a member that a batch was told of is forgotten before it is in the store | 84 |
+| a member on its way through everything is taken for idle | 3 |
+| what overflows is not read | 1 |
 """
 
 from __future__ import annotations
@@ -119,4 +137,33 @@ FOUND: dict[str, Found] = {
 @pytest.mark.parametrize("name", FOUND)
 def test_what_was_found_once_stays_right(name: str) -> None:
     found = FOUND[name]
+    assert differs(found.scene, found.records, 4 * WAYS_TRIED) is None
+
+
+# A publish that is repeated after its id was forgotten. It needs another order of effects, or a place for each publish.
+YOUNG_IDS = {"millpond.agents.topics.dedup.DEDUP_WINDOW_MS": 1_500}
+OPEN: dict[str, Found] = {
+    "a late repeat is ignored only in the batch in which its message left the queue": Found(
+        "queue", given.queue("t/#", max_length=1), [
+            *stored("m1", "m2", at=10_000),
+            *stored("m3", at=20_000, topic="t/1"),
+            *stored("m1", at=20_000),
+        ], YOUNG_IDS,
+    ),
+    "a late repeat of what its topic log still has is at its new place in memory alone": Found(
+        "pubsub", given.pubsub("t/#", max_inflight=1), [
+            (10_000, given.joined("b", "$share/g/t/0", source_offset=1)),
+            (10_000, given.joined("a", "$share/g/t/0", source_offset=2)),
+            *stored("m1", at=10_000),
+            *stored("m2", "m1", at=71_000),
+            (71_000, given.tick("pubsub")),
+        ], {**YOUNG_IDS, "millpond.agents.delivery.leasing.SEND_TIMEOUT_MS": borders.SEND_MS},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPEN)
+@pytest.mark.xfail(raises=AssertionError, reason="the seen ids alone make a repeat harmless")
+def test_what_is_known_and_not_mended_yet(name: str) -> None:
+    found = OPEN[name]
     assert differs(found.scene, found.records, 4 * WAYS_TRIED) is None
