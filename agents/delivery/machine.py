@@ -213,13 +213,23 @@ class DeliveryMachine(TopicPolicy[W]):
         reads += self._members.unknown(key for kind, key, _ in overdue if kind == MEMBER)
         if reads:
             return reads
-        for key in self.due_windows(overdue):
-            leaving = len(self._windows[key].leases) + self.leaving(key, overdue)
-            self.want_ahead(reads, key, self.room(key) + leaving)
+        due = self.due_windows(overdue)
+        # One tick hands out to all of them, one after the other, so their needs add up.
+        need: Counter[str] = Counter()
+        for key in due:
+            need[key] += (
+                self.room(key) + len(self._windows[key].leases) + self.leaving(key, overdue)
+            )
         limit = self.inflight_max()
         for key, member in work:
-            # What is overdue in the same tick may leave a member nothing in hand.
-            self.want_ahead(reads, key, self.room(key) if member is None else limit)
+            if member is None:
+                need[key] += self.room(key)
+            else:
+                # What is overdue in the same tick may be in its hands no more.
+                kept = sum(leased not in due for leased in member.leases.values())
+                need[key] += max(0, limit - kept)
+        for key, count in need.items():
+            self.want_ahead(reads, key, count)
         return reads
 
     def due_windows(self, overdue: Sequence[tuple[str, str, str]]) -> dict[str, None]:

@@ -42,7 +42,8 @@ class PubsubMachine(Trimming):
     def touched_by(self, event: MessagePublished | MessageAcked) -> Iterable[str]:
         if isinstance(event, MessagePublished):
             return dict.fromkeys((*self.readers_of(event.topic), *self.expected(event.topic)))
-        return self.readers_of_client(event.client_id, event.topic)
+        readers = self.readers_of_client(event.client_id, event.topic)
+        return dict.fromkeys((*readers, *self.expected(event.topic)))
 
     def published(self, offset: int, event: MessagePublished, now_ms: int, score: int) -> Done:
         topic, message_id = event.topic, event.message_id
@@ -89,6 +90,8 @@ class PubsubMachine(Trimming):
         online = self.readers_of(topic)
         for key in dict.fromkeys((*online, *self.expected(topic))):
             reader = self._windows[key]
+            if reader.made_at is None:
+                self._unmade[key] = None
             if (log.length == 1 or reader.read_to >= before) and score > log.cursor:
                 self._read_ahead(reader, message_id, score)
         for key in online:

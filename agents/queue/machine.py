@@ -12,7 +12,7 @@ welcome and whose failure ends it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from millpond.agents.delivery.dead_messages import DeadMessage
@@ -22,6 +22,7 @@ from millpond.agents.delivery.members import Reach
 from millpond.agents.delivery.rounds import PAGE_MAX, literal_prefix
 from millpond.agents.delivery.window import Waiting, holds
 from millpond.agents.effects import NO_SOURCE, Effect, Output, Refusal, Reindex, SetDue, Unindex
+from millpond.agents.ports import LoadedState
 from millpond.agents.queue.indexes import Indexes
 from millpond.agents.queue.state import QueueWindow, pack, unpack
 from millpond.agents.reads import Read, ReadNames
@@ -37,6 +38,7 @@ from millpond.schemas.events import (
     OperatorRequeue,
     OperatorRewind,
 )
+from millpond.schemas.rules import Rules
 
 # A publish into a queue that is too long takes out the oldest; after a rule has made it shorter, up to this many.
 OVERFLOW_MAX: Final = 8
@@ -53,6 +55,12 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         """An empty partition without rules; `restore` follows."""
         super().__init__(self.new_windows())
         self._indexes = Indexes()
+
+    def restore(
+        self, partition_state: Mapping[str, Any], stored: LoadedState, rules: Rules
+    ) -> None:
+        super().restore(partition_state, stored, rules)
+        self._indexes = Indexes()  # a batch that was given up may have read some
 
     # -- what `agents/delivery/` asks -----------------------------------------------------------------------
 
