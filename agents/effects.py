@@ -20,8 +20,8 @@ from millpond.schemas.commands import Subscribe, Unsubscribe
 from millpond.schemas.events import Message, SubscriberJoined, SubscriberLeft
 
 # The tables of packed states that a partition has: retained messages or clients; what is being handed out, and to whom;
-# dead letters; what pubsub knows of topics and subscribers.
-Table: TypeAlias = Literal["states", "windows", "members", "dead", "logs", "subscribers"]
+# dead letters, and the ids that brokers gave their copies; what pubsub knows of topics and subscribers.
+Table: TypeAlias = Literal["states", "windows", "members", "dead", "aliases", "logs", "subscribers"]
 
 # The source of an effect that no single record asked for (expiry, cleaning up after a refusal).
 NO_SOURCE = -1
@@ -200,7 +200,8 @@ class SendCommand(Struct, frozen=True, gc=False, tag="command"):
 class DeliverMessage(Struct, frozen=True, gc=False, tag="hand_out"):
     """An output: have the bridge deliver a message to one client. `lease` is 0 if nobody wants to know what comes of it.
 
-    `stored` if its body is in the store; else, and if `offset` is its own publish's, it is in that record.
+    `stored` if its body is in the store; else, and if `offset` is its own publish's, it is in that record. A bridge may
+    deliver it until `valid_until` (log time, ms), whenever its command is written.
     """
 
     offset: int
@@ -213,6 +214,7 @@ class DeliverMessage(Struct, frozen=True, gc=False, tag="hand_out"):
     attempt: int
     expires_at: int | None
     stored: bool = True
+    valid_until: int | None = None
 
 
 class DeadLetterMessage(Struct, frozen=True, gc=False, tag="give_up"):

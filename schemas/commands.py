@@ -21,7 +21,8 @@ SUBSCRIPTIONS_MAX = 1_000
 
 
 class Deliver(Struct, frozen=True, kw_only=True, tag_field="type", tag="deliver"):
-    """Hand one message to one client, within `valid_for_s` seconds of the record's own log time.
+    """Hand one message to one client, within `valid_for_s` seconds of the record's own log time, and not after
+    `valid_until`: a record may reach Kafka late, and the agent counts from the lease.
 
     `lease` names this copy in the bridge's reports; it is empty for a retained message and a QoS 0 publish, of which
     nobody wants a report. `attempt` counts from 1. Once a command of a client failed, all its later ones of the same
@@ -40,6 +41,7 @@ class Deliver(Struct, frozen=True, kw_only=True, tag_field="type", tag="deliver"
     payload: str
     payload_encoding: PayloadEncoding = "utf-8"
     expires_at: TimeMs | None = None
+    valid_until: TimeMs | None = None
 
 
 class Subscribe(Struct, frozen=True, kw_only=True, tag_field="type", tag="subscribe"):

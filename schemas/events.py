@@ -264,6 +264,15 @@ class DeliveryFailed(Base, frozen=True, kw_only=True, tag="delivery.failed"):
     reason: Literal["no_client", "stale", "bridge", "gone", "too_large"]
 
 
+class MembersActive(Base, frozen=True, kw_only=True, tag="members.active"):
+    """These clients have acknowledged copies, perhaps only copies of other partitions: the time for the acknowledgement
+    of what they have of this one starts again. Written to the agent's partition, by the bridge that knows of the copies.
+    """
+
+    agent: AgentName
+    client_ids: tuple[ClientId, ...]
+
+
 class OperatorRequeue(Base, frozen=True, kw_only=True, tag="operator.requeue"):
     """Deliver a dead letter of a topic once more, as if for the first time, behind what waits there by now."""
 
@@ -309,6 +318,6 @@ Event: TypeAlias = (
     | SessionUnsubscribed | SessionTerminated | SessionDiscarded | SessionTakenOver
     | ControlSubscribe | ControlUnsubscribe | NodeStarted | NodeStopped | NodeSyncStarted | NodeSyncCompleted | MessagePublished | MessageRetained | MessageDelivered
     | MessageAcked | SubscriberJoined | SubscriberLeft | DeliveriesSent | DeliveryFailed
-    | OperatorRequeue | OperatorDrop | OperatorRewind | RulesChanged | Tick
+    | MembersActive | OperatorRequeue | OperatorDrop | OperatorRewind | RulesChanged | Tick
 )
 # fmt: on

@@ -22,7 +22,8 @@ Redis Cluster slot and can be written in one transaction.
 | `millpond:{app:agent:partition}:states` | hash | client id → its state; topic → its retained message, as JSON | the agent | while it has state |
 | `millpond:{app:agent:partition}:windows` | hash | queue: topic; pubsub: subscriber and topic → what is handed out, and how far, as JSON | queue, pubsub | while there is something; pubsub: with the offset |
 | `millpond:{app:agent:partition}:members` | hash | client, or group and client → its filters and what it has in hand, as JSON | queue, pubsub | ten minutes longer than it is online |
-| `millpond:{app:agent:partition}:dead` | hash | message id → why it was given up on, as JSON | queue, pubsub | 7 days |
+| `millpond:{app:agent:partition}:dead` | hash | message id → why it was given up on, and who had it, as JSON | queue, pubsub | 7 days |
+| `millpond:{app:agent:partition}:aliases` | hash | id that a broker gave a copy → message id of the dead message | queue, pubsub | with the dead message, at most 16 for one of its subscribers |
 | `millpond:{app:pubsub:partition}:logs` | hash | topic → how long its log is, and what was trimmed, as JSON | pubsub | grows with the topics |
 | `millpond:{app:pubsub:partition}:subscribers` | hash | subscriber → since when it is known by which filters, as JSON | pubsub | `offset_retention_s` longer than its session |
 | `millpond:{app:agent:partition}:waiting` | zset | windows with something that nobody had room for, by name | queue, pubsub | until it is handed out |
@@ -46,6 +47,7 @@ from millpond.schemas.events import (
     DeliveriesSent,
     DeliveryFailed,
     Event,
+    MembersActive,
     Message,
     MessageAcked,
     MessageDelivered,
@@ -136,7 +138,7 @@ def record_key(event: Event) -> str:
         return event.topic
     if isinstance(event, OperatorRequeue | OperatorDrop | OperatorRewind):
         return event.topic
-    if isinstance(event, RulesChanged | Tick | DeliveriesSent | DeliveryFailed):
+    if isinstance(event, RulesChanged | Tick | DeliveriesSent | DeliveryFailed | MembersActive):
         return agent_record_key(event.agent)
     if isinstance(event, SubscriberJoined | SubscriberLeft):
         return split_share(event.topic_filter)[

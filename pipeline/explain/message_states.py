@@ -15,6 +15,7 @@ from millpond.agents.topics.plans import TopicPlan
 from millpond.pipeline.explain.results import LogEvent, MessageState
 
 TICK: Final = "the next tick takes it away"
+LATE: Final = "late: it was a dead letter, which the acknowledgement took back"
 DROPPED_SILENTLY: Final = "the topic was longer than max_length, or its rules changed"
 
 
@@ -69,16 +70,22 @@ def leased(lease: Lease) -> MessageState:
         client_id=client_id,
         group=group,
         since=lease.leased_at,
-        until=lease.until,
+        until=None if lease.silent else lease.until,
         attempt=lease.deliveries + (not lease.sent),
         sent=lease.sent,
         stored=lease.stored,
     )
 
 
-def given_up(dead: DeadMessage) -> MessageState:
+def given_up(dead: DeadMessage, subscriber: str | None = None) -> MessageState:
     """A dead letter."""
-    return MessageState(state="dead", since=dead.at, deliveries=dead.deliveries, reason=dead.reason)
+    holders = [
+        client_id for client_id, _, held_for in dead.holders if subscriber in (None, held_for)
+    ]
+    return MessageState(
+        state="dead", since=dead.at, deliveries=dead.deliveries, reason=dead.reason,
+        holders=tuple(dict.fromkeys(holders)),
+    )  # fmt: skip
 
 
 def waits(known: Known, waiting: Waiting | None, online: int) -> MessageState:
@@ -167,7 +174,17 @@ def of_queue(known: Known, window: QueueWindow, online: int) -> MessageState:
     if score is not None:
         reason = "it was stored before its topic was a queue"
         return MessageState(state="stored", since=score // 1000, reason=reason)
-    return ended(known)
+    state = ended(known)
+    if state.state == "acked" and _was_dead(known, state.since or 0):
+        return structs.replace(state, reason=LATE)
+    return state
+
+
+def _was_dead(known: Known, acked_at: int) -> bool:
+    """True if an acknowledgement found the message among the dead letters."""
+    died = [each.at for each in known.events if each.kind == "dead_letter" and each.at <= acked_at]
+    requeued = [each.at for each in known.since_published("requeue")]
+    return bool(died) and max(died) >= max(requeued, default=0)
 
 
 # -- pubsub ------------------------------------------------------------------------------------------------------------
@@ -231,7 +248,7 @@ def _of_pubsub(known: Known, topic: str, log: TopicLog, reading: Reading) -> Mes
         return waits(known, waiting, reading.online)
     dead = known.dead
     if dead is not None and reading.subscriber in dead.subscribers:
-        return given_up(dead)
+        return given_up(dead, reading.subscriber)
     if any(message_id == each for _, each in reader.done):
         reason = "ahead of the read offset: something before it is not done with"
         return structs.replace(_passed(known, reading), state="acked", reason=reason)

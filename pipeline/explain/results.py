@@ -70,9 +70,9 @@ class Searched(Struct, frozen=True, kw_only=True):
 class MessageState(Struct, frozen=True, kw_only=True):
     """What a message is, for one `subscriber` of a pubsub topic, or as a whole.
 
-    Of a lease: `client_id` (in `group`) has it `since`, `until` it returns, as the delivery number `attempt`; `sent` once
+    Of a lease: `client_id` (in `group`) has it `since`, `until` it returns (None if another client may take it over), as the delivery number `attempt`; `sent` once
     the bridge has handed it over, not `stored` once it is the holder's alone. `deliveries` were not acknowledged before.
-    `online` clients may be served. `before` are stored messages of the topic that come first.
+    `online` clients may be served. The acknowledgement of one of its `holders` takes a dead letter back. `before` are stored messages of the topic that come first.
     """
 
     state: State
@@ -88,6 +88,7 @@ class MessageState(Struct, frozen=True, kw_only=True):
     online: int | None = None
     before: int | None = None
     reason: str | None = None
+    holders: tuple[str, ...] = ()
     words: str = ""
 
 

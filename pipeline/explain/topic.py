@@ -49,7 +49,7 @@ class LeaseFacts(Struct, frozen=True, kw_only=True):
     group: str | None
     number: int
     since: int
-    until: int
+    until: int | None
     attempt: int
     sent: bool
     stored: bool
@@ -241,7 +241,7 @@ class _Looking:
                 continue
             yield LeaseFacts(
                 message_id=message_id, client_id=state.client_id, group=state.group,
-                number=lease.number, since=lease.leased_at, until=lease.until,
+                number=lease.number, since=lease.leased_at, until=state.until,
                 attempt=state.attempt or 0, sent=lease.sent, stored=lease.stored,
                 subscriber=subscriber,
             )  # fmt: skip
