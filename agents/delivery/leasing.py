@@ -25,7 +25,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Final, Generic, TypeAlias, TypeVar
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from millpond.agents.delivery.members import (
     LeftCopy,
@@ -217,8 +217,9 @@ class Leasing(ABC, Generic[W]):
     def lease(self, offset: int, key: str, waiting: Waiting, reach: Reach, now_ms: int) -> Done:
         """Put a message that a window has into a member's hands."""
         window, member = self._windows[key], self._members[reach.name]
+        done: Done = []
         if waiting.message_id in window.leases:
-            self._leave(key, waiting.message_id)
+            done += self._leave(key, waiting.message_id)
         else:
             window.take(waiting)
         window.turn = reach.name
@@ -238,7 +239,7 @@ class Leasing(ABC, Generic[W]):
             reach.qos, waiting.deliveries + 1, self.expires_at(key, waiting),
             valid_until=valid_until(held),
         )  # fmt: skip
-        return [hand_out, *self._deadline(key, window, held.until)]
+        return [*done, hand_out, *self._deadline(key, window, held.until)]
 
     def pass_on(self, offset: int, key: str, event: MessagePublished, score: int) -> Done:
         """QoS 0, not stored: to one member of a window with room, once, and nobody waits for an ack."""
@@ -287,16 +288,13 @@ class Leasing(ABC, Generic[W]):
         self._members.touch(lease.member)
         return [] if lease.sent else self._confirmed(lease)
 
-    def _leave(self, key: str, message_id: str) -> None:
-        """A confirmed lease is over, but its member still has the copy: that takes up its room as before."""
+    def _leave(self, key: str, message_id: str) -> Done:
+        """A lease is over, but its member still has the copy, or gets it yet: that takes up its room as before."""
         lease = self._windows[key].end(message_id)
         assert lease is not None, "the caller knows the lease"
-        assert lease.sent, "only what was sent is with a client"
-        member = self._members[lease.member]
         copy = LeftCopy(lease.number, key, message_id, lease.alias)
-        del member.leases[lease.number]
-        member.left[copy.name] = copy
-        self._members.touch(lease.member)
+        self._members[lease.member].left[copy.name] = copy
+        return self.release(lease)
 
     def acked_copy(self, client_id: str, key: str, message_id: str) -> tuple[str, LeftCopy] | None:
         """Forget a copy of a lease that is over, by any id that it has: its client has acknowledged it. Its member and the
@@ -410,6 +408,8 @@ class Leasing(ABC, Generic[W]):
         done: Done = []
         for report in event.sent:
             found = self._reported(offset, report)
+            if found is None:
+                done += self._left_copy_sent(offset, report, now_ms)
             if found is None or found[1].sent:
                 continue
             key, lease = found
@@ -433,8 +433,8 @@ class Leasing(ABC, Generic[W]):
         lease = window.leases[message_id]
         member = self._members[lease.member]
         done: Done = []
-        if lease.sent and member.client_id != client_id:
-            self._leave(key, message_id)
+        if member.client_id != client_id:
+            done += self._leave(key, message_id)
             window.forget_holders(lease.holders)
         else:
             member.failures, member.acked_to = 0, max(member.acked_to, lease.number)
@@ -466,6 +466,21 @@ class Leasing(ABC, Generic[W]):
         if lease.number > member.epoch and not member.rests_until:
             done += self._rest(lease.member, member, now_ms)
         return [*done, *self.freed(offset, key, (lease.member,), now_ms)]
+
+    def _left_copy_sent(self, offset: int, report: Sent, now_ms: int) -> Done:
+        """The lease of a copy was over before this report. A copy of QoS 0 takes no room from here on."""
+        for name, member in self._members.in_use(report.client_id):
+            copies = (x for x in member.left.values() if x.number == lease_number(report.lease))
+            copy = next(copies, None)
+            if copy is None or copy.alias is not None:
+                continue
+            self._members.touch(name)
+            if report.qos:
+                member.left[copy.name] = structs.replace(copy, alias=report.alias)
+                return []
+            del member.left[copy.name]
+            return self.freed(offset, copy.key, (name,), now_ms)
+        return []
 
     def _left_copy_failed(self, offset: int, event: DeliveryFailed, now_ms: int) -> Done:
         """A copy of a lease that is over is not with its client any more."""
@@ -563,7 +578,7 @@ class Leasing(ABC, Generic[W]):
                 and self._may_take_over(key, lease, message_id, client_of(reach.name))
                 for reach in self.reaching(key)
             ):
-                self._leave(key, message_id)
+                done += self._leave(key, message_id)
                 window.forget_holders(lease.holders)
                 window.remove(message_id)
                 done += self.given_up(offset, key, waiting, too_often(lease.deliveries), now_ms)

@@ -298,6 +298,29 @@ def test_whoever_acknowledges_first_the_other_still_has_a_copy() -> None:
     assert world.hand_over() == [("b", "m3")]
 
 
+@pytest.mark.parametrize("qos", [0, 1])
+def test_a_copy_whose_message_is_done_before_it_is_sent_takes_its_room(qos: int) -> None:
+    """Found by the worlds of consumers: who had it before acknowledged it, and the other got one too many."""
+    world = a_queue(max_inflight=1)
+    world.join("a")
+    world.publish("m1")
+    world.hand_over()
+    world.at(world.now_ms + ACK_TIMEOUT_MS)
+    world.join("b", qos=qos)
+    under_way = world.take()
+    world.ack("a", "m1")
+    world.leave("a")
+    world.publish("m2")
+    assert world.take() == []
+    world.sent(under_way, "x")
+    if qos:
+        assert world.take() == []
+        world.sent(under_way, "y")
+        world.ack("b", "xm1")
+    assert world.hand_over() == [("b", "m2")]
+    assert member(world, "b").unconfirmed == 0
+
+
 def test_the_state_of_silent_leases_and_left_copies_survives_a_restart() -> None:
     world = a_queue(max_inflight=2)
     world.join("a")
