@@ -193,7 +193,7 @@ class Leasing(ABC, Generic[W]):
                 if not self._members.has_copy(client_id, key, waiting.message_id):
                     return waiting
                 continue
-            alive_until = self._members[lease.member].acked_at + delivery.ack_timeout_ms
+            alive_until = self._members[lease.member].alive_until(delivery.ack_timeout_ms)
             if alive_until > now_ms:
                 window.set_deadline(waiting.message_id, alive_until)
                 done += self._deadline(key, window, alive_until)
@@ -289,11 +289,15 @@ class Leasing(ABC, Generic[W]):
         return [] if lease.sent else self._confirmed(lease)
 
     def _leave(self, key: str, message_id: str) -> Done:
-        """A lease is over, but its member still has the copy, or gets it yet: that takes up its room as before."""
+        """A lease is over, but its member, if it is connected, has the copy, or gets it yet: that takes up its room."""
         lease = self._windows[key].end(message_id)
         assert lease is not None, "the caller knows the lease"
-        copy = LeftCopy(lease.number, key, message_id, lease.alias)
-        self._members[lease.member].left[copy.name] = copy
+        copy, member = (
+            LeftCopy(lease.number, key, message_id, lease.alias),
+            self._members[lease.member],
+        )
+        if member.filters:
+            member.left[copy.name] = copy
         return self.release(lease)
 
     def acked_copy(self, client_id: str, key: str, message_id: str) -> tuple[str, LeftCopy] | None:
@@ -315,8 +319,9 @@ class Leasing(ABC, Generic[W]):
         """These clients work through what they have: the clocks of their copies start again."""
         for client_id in client_ids:
             for name, member in self._members.in_use(client_id):
-                member.acked_at, member.probes = now_ms, 0
-                self._members.touch(name)
+                if member.filters or member.acked_at:  # else it is offline: this is told late
+                    member.acked_at, member.probes = now_ms, 0
+                    self._members.touch(name)
 
     def _confirmed(self, lease: Lease) -> Done:
         """One lease less that nobody has confirmed."""
@@ -542,14 +547,16 @@ class Leasing(ABC, Generic[W]):
         """True if a lease whose time is over stays with its holder: until a later deadline, or silent."""
         window, delivery = self._windows[key], self.delivery(key)
         member = self._members[lease.member]
-        if not lease.sent or not member.filters:
-            return False
         timeout_ms = 0 if delivery is None else delivery.ack_timeout_ms
+        alive_until = member.alive_until(timeout_ms)
+        if not lease.sent:
+            return False
+        if not member.filters and alive_until <= now_ms:
+            return False
         may_be_dropped = lease.alias is not None and valid_until(lease) < now_ms
         if may_be_dropped and lease.number < member.acked_to:
             lease.deliveries -= 1  # it is sent again over the same connection: that is no attempt
             return False
-        alive_until = member.acked_at + timeout_ms
         if alive_until > now_ms:
             window.set_deadline(message_id, alive_until)
             return True
@@ -570,7 +577,7 @@ class Leasing(ABC, Generic[W]):
             lease = window.leases[message_id]
             if delivery is None or lease.deliveries < delivery.max_deliveries:
                 continue
-            if self._members[lease.member].acked_at + delivery.ack_timeout_ms > now_ms:
+            if self._members[lease.member].alive_until(delivery.ack_timeout_ms) > now_ms:
                 continue
             waiting = window.leased_as(message_id)
             if any(

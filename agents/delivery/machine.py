@@ -294,14 +294,12 @@ class DeliveryMachine(TopicPolicy[W]):
         self, offset: int, event: DeliveriesSent | DeliveryFailed | MembersActive, now_ms: int
     ) -> Done:
         """What became of copies, or who is at work on them."""
-        match event:
-            case DeliveriesSent():
-                return self.sent(offset, event, now_ms)
-            case DeliveryFailed():
-                return self.failed(offset, event, now_ms)
-            case MembersActive():
-                self.active(event.client_ids, now_ms)
-                return []
+        if isinstance(event, DeliveriesSent):
+            return self.sent(offset, event, now_ms)
+        if isinstance(event, DeliveryFailed):
+            return self.failed(offset, event, now_ms)
+        self.active(event.client_ids, now_ms)
+        return []
 
     def finish(self) -> Sequence[Effect]:
         """One write for each window and member that the batch changed, however often."""

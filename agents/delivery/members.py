@@ -103,6 +103,10 @@ class Member(Struct, array_like=True):
         """How much of its room is taken."""
         return len(self.leases) + len(self.left)
 
+    def alive_until(self, timeout_ms: int) -> int:
+        """Until when (ms) its last acknowledgement is a sign of life."""
+        return self.acked_at + timeout_ms if self.acked_at else 0
+
     def spans(self, topic: str) -> bool:
         """Whether another topic than this one may wait for it."""
         return any(each != topic for each in self.filters)

@@ -94,10 +94,8 @@ class Membership(Leasing[W]):
             done += self.forget(offset, name, topic_filter, now_ms, score)
             if member.filters:
                 return done
-        if event.reason == "disconnected":
-            member.acked_at = (
-                0  # nothing of it is worth waiting for beyond the validity of its copies
-            )
+        # One that has unsubscribed is alive. For one that is offline only the validity of its copies counts.
+        member.acked_at = now_ms if event.reason == "unsubscribed" else 0
         ended = event.reason == "session_ended"
         return [*done, *self._end(offset, name, topic_filter, now_ms, ended=ended)]
 
@@ -132,12 +130,10 @@ class Membership(Leasing[W]):
         done: Done = []
         for key in dict.fromkeys(member.leases.values()):
             window, delivery = self.window(offset, key), self.delivery(key)
-            clock_ms = 0
-            if member.acked_at and delivery is not None:
-                clock_ms = member.acked_at + delivery.ack_timeout_ms
+            timeout_ms = 0 if delivery is None else delivery.ack_timeout_ms
             for message_id, lease in list(window.leases.items()):
                 if lease.member == name:
-                    until = max(valid_until(lease), now_ms, clock_ms)
+                    until = max(valid_until(lease), now_ms, member.alive_until(timeout_ms))
                     window.set_deadline(message_id, until)
                     done += self._deadline(key, window, until)
             done += self.note_waiting(key, window)

@@ -195,7 +195,7 @@ def takeable(
         lease = window.leases.get(name)
         if lease is None:
             return name
-        alive = state.members[lease.member].acked_at + delivery.ack_timeout_ms > now_ms
+        alive = state.members[lease.member].alive_until(delivery.ack_timeout_ms) > now_ms
         mine, spent = (
             client_of(lease.member) == client_id,
             lease.deliveries >= delivery.max_deliveries,

@@ -449,18 +449,49 @@ def test_a_session_that_was_away_for_longer_gets_its_messages_over_the_new_conne
     assert (again.message_id, again.attempt) == ("m1", 2)
 
 
+def test_what_an_offline_client_has_in_hand_and_another_has_done_takes_no_room() -> None:
+    """Found by the properties: it was remembered for a member that was to be forgotten."""
+    world = a_queue(max_inflight=1)
+    world.join("a")
+    world.publish("m1")
+    world.hand_over()
+    world.at(world.now_ms + ACK_TIMEOUT_MS)
+    world.join("b")
+    world.hand_over()
+    world.leave("b", reason="disconnected")
+    world.ack("a", "m1")
+    assert not member(world, "b").in_hand
+    world.leave("a")
+    world.join("b")
+    world.publish("m2")
+    assert world.hand_over() == [("b", "m2")]
+
+
 def test_a_client_that_only_gives_up_its_filter_may_end_its_work() -> None:
     world = a_queue(ack_timeout_s=120)
     world.join("a")
     world.publish("m1", "m2")
     world.hand_over()
     world.at(world.now_ms + VALID_MS)
-    world.ack("a", "m1")
     world.leave("a", reason="unsubscribed")
     world.join("b")
+    world.at(world.now_ms + 100_000)
+    world.ack("a", "m1")
     world.at(world.now_ms + 120_000 - 1)
     assert world.take() == []
     world.at(world.now_ms + 1)
+    assert world.hand_over() == [("b", "m2")]
+
+
+def test_an_acknowledgement_that_is_told_after_its_client_went_offline_is_no_sign_of_life() -> None:
+    world = a_queue(ack_timeout_s=120)
+    world.join("a")
+    world.publish("m1", "m2")
+    world.hand_over()
+    world.leave("a", reason="disconnected")
+    world.join("b")
+    world.ack("a", "m1")
+    world.at(world.now_ms + VALID_MS)
     assert world.hand_over() == [("b", "m2")]
 
 
