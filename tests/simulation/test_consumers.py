@@ -1,5 +1,8 @@
 """Seeded worlds of slow, frozen, late and absent consumers: no connection gets a message twice, nobody is given more than
 it may have, everything is done in the end, and what somebody has done is no dead letter.
+
+Bugs planted by hand, each caught here and by `tests/unit/agents/queue/test_turns.py`: a left copy takes no room; a message
+that returned goes to a client that has a copy of it. An acknowledgement that is no sign of life is caught there.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from tests.simulation.consumers import Consumers, Kind, World
 SEEDS = 12
 WORLDS: dict[str, tuple[Kind, ...]] = {
     "slow alone": ("slow",), "slow": ("slow", "slow", "slow"), "frozen alone": ("frozen",),
-    "frozen": ("frozen", "slow"), "late": ("late", "slow", "late"), "away": ("away", "away"),
+    "frozen": ("frozen", "slow"), "frozen and away": ("frozen", "away", "away"), "late": ("late", "slow", "late"), "away": ("away", "away"),
     "all": ("slow", "frozen", "late", "away"),
 }  # fmt: skip
 

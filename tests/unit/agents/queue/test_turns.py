@@ -199,7 +199,7 @@ def test_a_holder_that_acknowledges_something_is_alive_again() -> None:
 
 
 def test_a_message_that_returns_is_not_written_again_to_a_connection_that_has_it() -> None:
-    world = a_queue(max_inflight=1)
+    world = a_queue(max_inflight=2)
     world.join("a")
     world.publish("m1")
     world.hand_over()
