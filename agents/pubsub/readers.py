@@ -101,7 +101,7 @@ class Readers(DeliveryMachine[Reader]):
         """See `Leasing`. A reader that begins anew has nothing in memory: a tick reads for it."""
         done, reader = super().dispatch(offset, key, now_ms), self._windows[key]
         delivery = self.delivery(key)
-        if delivery is None or not reader.waits or reader.next() is not None or self.pauses():
+        if delivery is None or reader.next() is not None or not self.unread(key) or self.pauses():
             return done
         for reach in self.reaching(key):
             if self._members.room(reach.name, delivery.max_inflight):
@@ -164,8 +164,11 @@ class Readers(DeliveryMachine[Reader]):
             for topic_filter in member.filters:
                 if matches(topic_filter, topic):
                     keys[reader_key(subscriber_of(name, topic_filter), topic)] = None
+            left = (copy.key for copy in member.left.values())
             keys.update(
-                (key, None) for key in member.leases.values() if self.topic_of(key) == topic
+                (key, None)
+                for key in (*member.leases.values(), *left)
+                if self.topic_of(key) == topic
             )
         return list(keys)
 
@@ -175,6 +178,8 @@ class Readers(DeliveryMachine[Reader]):
     def something_waits(self, key: str, window: Reader) -> bool:
         if window.made_at is None:
             return False
+        if window.silent and split_reader(key)[0].startswith(GROUP):
+            return True  # for another member of the group
         return bool(window.returned) or window.cursor < self.last_of(key)
 
     def unread(self, key: str) -> int:

@@ -90,7 +90,7 @@ class Reader(Window, array_like=True, dict=True):
         self.returned, self.leases, self.done, self.requeued = [], {}, [], []
         self.made_at = self.due = None
         self.stored_leases = 0
-        self.aliases = {}
+        self.aliases, self.silent = {}, []
         self.forget_ahead()
 
     def start(self, at: int) -> None:

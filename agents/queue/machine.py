@@ -4,7 +4,7 @@ Rule 1: every transition of a queued message is in this file; leases and members
 besides in `agents/topics/storage.py`. Rule 2: no IO, no clock, no chance.
 
 ON published: unless its id was seen, store, append, hand out. QoS 0 is not stored unless a rule says so: it is handed
-once to one member with room. ON acked, by a client that holds or held a lease of it: delete; hand out. ON tick: what is
+once to one member with room. ON acked, by a client that holds or held a lease of it: delete, also if it is dead by now; hand out. ON tick: what is
 due goes: expired messages, overdue leases, dead letters that are too old. ON requeue: a dead message is appended anew.
 A message that expires, overflows or is superseded while it is leased is gone for everyone but the holder, whose ack is
 welcome and whose failure ends it.
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from millpond.agents.delivery.dead_messages import DeadMessage
+from millpond.agents.delivery.dead_messages import DeadMessage, dead_holders
 from millpond.agents.delivery.leasing import WAITING, Done
 from millpond.agents.delivery.machine import DeliveryMachine
 from millpond.agents.delivery.members import Reach
@@ -92,7 +92,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         return self._windows[key].last
 
     def something_waits(self, key: str, window: QueueWindow) -> bool:
-        return window.ready > 0
+        return window.ready > 0 or bool(window.silent)
 
     def unread(self, key: str) -> int:
         window = self._windows[key]
@@ -179,13 +179,22 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         """See the head of this file. Where the broker delivers, any of its clients' acks is the first one."""
         topic, client_id = event.topic, event.client_id
         window = self.window(offset, topic)
-        message_id = window.known_as(event.message_id)
-        trusted = event.broker_delivers
+        found = self.acked_copy(client_id, topic, event.message_id)
+        message_id = window.known_as(event.message_id) if found is None else found[1].message_id
+        done = self._acked_message(offset, event, message_id, now_ms)
+        done += self._taken_back(offset, event)
+        return done if found is None else [*done, *self.freed(offset, topic, found[:1], now_ms)]
+
+    def _acked_message(
+        self, offset: int, event: MessageAcked, message_id: str, now_ms: int
+    ) -> Done:
+        topic, client_id = event.topic, event.client_id
+        window, trusted = self._windows[topic], event.broker_delivers
         lease = window.leases.get(message_id)
         if lease is not None:
             if not (trusted or holds(lease.holders, client_id)):
                 return []
-            return self.acked(offset, topic, message_id, now_ms)
+            return self.acked(offset, topic, message_id, client_id, now_ms)
         waiting = window.returned_as(message_id)
         if waiting is not None and not (trusted or holds(waiting.holders, client_id)):
             return []
@@ -195,6 +204,11 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         if trusted:
             self._storage.seen.add(ACKED_EARLY + message_id, now_ms)
         return []
+
+    def _taken_back(self, offset: int, event: MessageAcked) -> Done:
+        """A dead message that its holder has done after all is deleted, as if it had been acknowledged in time."""
+        found = self._dead.held_by(event.topic, event.client_id, event.message_id)
+        return [] if found is None else self.dropped(offset, event.topic, found[0].message_id)
 
     def acknowledged(self, offset: int, key: str, message_id: str, score: int) -> Done:
         """See `Leasing`: the ack deletes."""
@@ -246,7 +260,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         self._leaves(key, waiting.message_id)
         dead = DeadMessage(
             topic=key, message_id=waiting.message_id, reason=reason,
-            deliveries=waiting.deliveries, at=now_ms,
+            deliveries=waiting.deliveries, at=now_ms, holders=dead_holders(waiting.holders),
         )  # fmt: skip
         return [
             Unindex(offset, key, (waiting.message_id,)),
