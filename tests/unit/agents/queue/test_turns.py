@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from millpond.agents.delivery import leasing
+from millpond.agents.delivery import silence
 from millpond.agents.delivery.members import Member
 from millpond.schemas import keys
 from millpond.schemas.commands import COMMAND_VALID_FOR_S, Deliver
@@ -519,7 +519,7 @@ def test_where_a_broker_may_drop_copies_one_that_a_later_one_overtook_is_sent_ag
 def test_where_a_broker_may_drop_copies_a_silent_tail_is_probed_more_and_more_rarely(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(leasing, "PROBE_MS_MAX", 8 * ACK_TIMEOUT_MS)
+    monkeypatch.setattr(silence, "PROBE_MS_MAX", 8 * ACK_TIMEOUT_MS)
     world = a_queue(max_deliveries=2)
     world.join("a")
     world.publish("m1", "m2", "m3")
