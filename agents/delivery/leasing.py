@@ -3,15 +3,7 @@
 Rule 1: every transition of a lease is in this file; members come and go in `membership.py`, and what becomes of a
 message is the agent's own. Rule 2: no IO, no clock, no chance.
 
-The clock of a copy runs from the later of its sending and the last acknowledgement of its member: a member that works
-through what it has is alive, however long the last copy waits for its turn. A lease whose clock runs out is silent. Its
-member keeps the copy, and gets it no second time over that connection ([MQTT-4.4.0-1]); another member with room may
-take the lease over. An attempt is a confirmed send, so attempts are on different connections.
-
-Where the broker gives copies ids of its own, it holds them in a queue, and drops them without a report when their
-validity ends (EMQX). There, a copy is sent again to the same member in two cases: after its validity, when the member
-has acknowledged a later one; and the first silent one of a window, as a probe, at intervals that double. Neither counts
-as an attempt.
+A copy stays with the member that has it; when its clock runs out, `silence.py` lets others take it over.
 
 ON something to hand out: members with room take turns. ON sent: the lease counts as a delivery, and has until its ack is
 due. ON failed, also after sent: the lease returns and counts nothing; the member rests. ON acked: the message is done
@@ -53,8 +45,6 @@ UNCONFIRMED_MAX: Final = 16_384
 # After a command that did not reach its client the member rests: a second, twice that the next time, at most a minute.
 REST_MS: Final = 1_000
 REST_MS_MAX: Final = 60_000
-# Between two probes of a silent member whose broker may drop copies: `ack_timeout_s`, twice that, at most an hour.
-PROBE_MS_MAX: Final = 3_600_000
 WORK: Final = "work"  # the index of members whose round goes on, in their order
 WAITING: Final = "waiting"  # the index of windows with something to be handed out that nobody took
 RESUME: Final = "\0resume"  # no member's name: all windows that wait, after a pause
@@ -196,16 +186,17 @@ class Leasing(ABC, Generic[W]):
             alive_until = self._members[lease.member].alive_until(delivery.ack_timeout_ms)
             if alive_until > now_ms:
                 window.set_deadline(waiting.message_id, alive_until)
-                done += self._deadline(key, window, alive_until)
-            elif not self._may_take_over(key, lease, waiting.message_id, client_id):
+                done += self.deadline(key, window, alive_until)
+            elif not self.may_take_over(key, lease, waiting.message_id, client_id):
                 continue
             elif lease.deliveries >= delivery.max_deliveries:
-                done += self._deadline(key, window, now_ms)
+                done += self.deadline(key, window, now_ms)
             else:
                 return waiting
         return None
 
-    def _may_take_over(self, key: str, lease: Lease, message_id: str, client_id: str) -> bool:
+    def may_take_over(self, key: str, lease: Lease, message_id: str, client_id: str) -> bool:
+        """True if a client has no copy of a leased message over its present connection."""
         held = client_of(lease.member) == client_id
         return not (held or self._members.has_copy(client_id, key, message_id))
 
@@ -219,7 +210,7 @@ class Leasing(ABC, Generic[W]):
         window, member = self._windows[key], self._members[reach.name]
         done: Done = []
         if waiting.message_id in window.leases:
-            done += self._leave(key, waiting.message_id)
+            done += self.leave_copy(key, waiting.message_id)
         else:
             window.take(waiting)
         window.turn = reach.name
@@ -239,7 +230,7 @@ class Leasing(ABC, Generic[W]):
             reach.qos, waiting.deliveries + 1, self.expires_at(key, waiting),
             valid_until=valid_until(held),
         )  # fmt: skip
-        return [*done, hand_out, *self._deadline(key, window, held.until)]
+        return [*done, hand_out, *self.deadline(key, window, held.until)]
 
     def pass_on(self, offset: int, key: str, event: MessagePublished, score: int) -> Done:
         """QoS 0, not stored: to one member of a window with room, once, and nobody waits for an ack."""
@@ -263,7 +254,7 @@ class Leasing(ABC, Generic[W]):
         lifetime = self._storage.plans.of(self.topic_of(key)).index_lifetime_ms
         return None if lifetime is None else waiting.score // 1000 + lifetime
 
-    def _deadline(self, key: str, window: W, at: int | None) -> Done:
+    def deadline(self, key: str, window: W, at: int | None) -> Done:
         """See that a tick looks at a window's leases by then."""
         if at is None or (window.due is not None and window.due <= at):
             return []
@@ -288,7 +279,7 @@ class Leasing(ABC, Generic[W]):
         self._members.touch(lease.member)
         return [] if lease.sent else self._confirmed(lease)
 
-    def _leave(self, key: str, message_id: str) -> Done:
+    def leave_copy(self, key: str, message_id: str) -> Done:
         """A lease is over, but its member, if it is connected, has the copy, or gets it yet: that takes up its room."""
         lease = self._windows[key].end(message_id)
         assert lease is not None, "the caller knows the lease"
@@ -429,7 +420,7 @@ class Leasing(ABC, Generic[W]):
                 done += self.acked(offset, key, report.message_id, report.client_id, now_ms)
             elif delivery is not None and self._members[lease.member].filters:
                 lease.until = now_ms + delivery.ack_timeout_ms
-                done += self._deadline(key, window, lease.until)
+                done += self.deadline(key, window, lease.until)
         return done
 
     def acked(self, offset: int, key: str, message_id: str, client_id: str, now_ms: int) -> Done:
@@ -439,7 +430,7 @@ class Leasing(ABC, Generic[W]):
         member = self._members[lease.member]
         done: Done = []
         if member.client_id != client_id:
-            done += self._leave(key, message_id)
+            done += self.leave_copy(key, message_id)
             window.forget_holders(lease.holders)
         else:
             member.failures, member.acked_to = 0, max(member.acked_to, lease.number)
@@ -524,72 +515,6 @@ class Leasing(ABC, Generic[W]):
         self._counters.work += 1
         self._counters.place += 1
         return [SetIndex(WORK, name, self._counters.place)]
-
-    # -- ticks ----------------------------------------------------------------------------------------------------
-
-    def overdue_leases(self, offset: int, key: str, now_ms: int) -> Done:
-        """The leases of a window whose time is over fall silent, or return; then it is looked at again when the next one's is."""
-        window = self.window(offset, key)
-        window.due = None
-        done: Done = []
-        returned: dict[str, None] = {}
-        overdue = [(x, lease) for x, lease in window.leases.items() if 0 < lease.until <= now_ms]
-        for message_id, lease in overdue:
-            if not self._stays(key, message_id, lease, now_ms, probed=lease.member in returned):
-                returned[lease.member] = None
-                done += self.give_back(offset, key, message_id, now_ms)
-        done += self._give_up_silent(offset, key, now_ms)
-        done += self.freed(offset, key, returned, now_ms)
-        done += self._deadline(key, window, window.next_deadline())
-        return done
-
-    def _stays(self, key: str, message_id: str, lease: Lease, now_ms: int, *, probed: bool) -> bool:
-        """True if a lease whose time is over stays with its holder: until a later deadline, or silent."""
-        window, delivery = self._windows[key], self.delivery(key)
-        member = self._members[lease.member]
-        timeout_ms = 0 if delivery is None else delivery.ack_timeout_ms
-        alive_until = member.alive_until(timeout_ms)
-        if not lease.sent:
-            return False
-        if not member.filters and alive_until <= now_ms:
-            return False
-        may_be_dropped = lease.alias is not None and valid_until(lease) < now_ms
-        if may_be_dropped and lease.number < member.acked_to:
-            lease.deliveries -= 1  # it is sent again over the same connection: that is no attempt
-            return False
-        if alive_until > now_ms:
-            window.set_deadline(message_id, alive_until)
-            return True
-        if may_be_dropped and lease.silent and not (probed or window.is_behind(message_id)):
-            lease.deliveries -= 1
-            member.probes += 1
-            return False
-        wait_ms = min(max(timeout_ms, 1) << min(member.probes, 16), PROBE_MS_MAX)
-        probe_at = max(valid_until(lease) + 1, now_ms + wait_ms)
-        window.fall_silent(message_id, 0 if lease.alias is None else probe_at)
-        return True
-
-    def _give_up_silent(self, offset: int, key: str, now_ms: int) -> Done:
-        """Silent leases of messages that were delivered too often: a message is dead if another member is to get it next."""
-        window, delivery = self._windows[key], self.delivery(key)
-        done: Done = []
-        for _, message_id in tuple(window.silent):
-            lease = window.leases[message_id]
-            if delivery is None or lease.deliveries < delivery.max_deliveries:
-                continue
-            if self._members[lease.member].alive_until(delivery.ack_timeout_ms) > now_ms:
-                continue
-            waiting = window.leased_as(message_id)
-            if any(
-                reach.wants(waiting)
-                and self._may_take_over(key, lease, message_id, client_of(reach.name))
-                for reach in self.reaching(key)
-            ):
-                done += self._leave(key, message_id)
-                window.forget_holders(lease.holders)
-                window.remove(message_id)
-                done += self.given_up(offset, key, waiting, too_often(lease.deliveries), now_ms)
-        return done
 
 
 def valid_until(lease: Lease) -> int:

@@ -1,6 +1,6 @@
 """What the driver sees of a delivery agent: what its steps want, what they get, and who decides about an event.
 
-The decisions themselves are in `leasing.py`, `membership.py`, `rounds.py` and the agent's own `machine.py`.
+The decisions themselves are in `leasing.py`, `silence.py`, `membership.py`, `rounds.py` and the agent's own `machine.py`.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Final
 
-from millpond.agents.delivery.leasing import Done, Leasing, W, valid_until
+from millpond.agents.delivery.leasing import Done, W, valid_until
 from millpond.agents.delivery.members import HeldFilter, Member, member_name
+from millpond.agents.delivery.silence import Silence
 from millpond.agents.topics.due_times import MEMBER, due_member
 from millpond.schemas.errors import DecodeError
 from millpond.schemas.events import SubscriberJoined, SubscriberLeft
@@ -24,7 +25,7 @@ from millpond.schemas.topics import filter_error, has_wildcard
 FORGET_MS: Final = 600_000
 
 
-class Membership(Leasing[W]):
+class Membership(Silence[W]):
     """The members of one partition."""
 
     def remember(self, name: str, topic_filter: str, event: SubscriberJoined, score: int) -> Done:
@@ -135,7 +136,7 @@ class Membership(Leasing[W]):
                 if lease.member == name:
                     until = max(valid_until(lease), now_ms, member.alive_until(timeout_ms))
                     window.set_deadline(message_id, until)
-                    done += self._deadline(key, window, until)
+                    done += self.deadline(key, window, until)
             done += self.note_waiting(key, window)
         return done
 
@@ -165,7 +166,7 @@ class Membership(Leasing[W]):
                 elif delivery is not None:
                     until = now_ms + delivery.ack_timeout_ms
                 window.set_deadline(message_id, until)
-                done += self._deadline(key, window, until)
+                done += self.deadline(key, window, until)
             done += self.note_waiting(key, window)
         return returned, done
 

@@ -13,13 +13,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from millpond.agents.delivery import leasing
+from millpond.agents.delivery import silence
 from millpond.agents.delivery.members import Member
 from millpond.schemas import keys
 from millpond.schemas.commands import COMMAND_VALID_FOR_S, Deliver
 from millpond.schemas.events import MembersActive
+from tests.support import given
 from tests.support.delivery import AT, Delivering
 from tests.unit.agents.queue.test_machine import ACK_TIMEOUT_MS, a_queue
+from tests.unit.agents.queue.test_members import new_rules
 
 VALID_MS = COMMAND_VALID_FOR_S * 1000
 
@@ -246,6 +248,34 @@ def test_one_that_was_delivered_too_often_stays_where_it_is_if_its_holder_is_at_
     assert world.table("dead") == {}
     world.at(world.now_ms + 1)
     assert list(world.table("dead")) == ["m1"]
+
+
+def test_one_that_was_delivered_too_often_stays_with_a_holder_that_is_said_to_be_active() -> None:
+    world = a_queue(max_deliveries=1)
+    world.join("a")
+    world.join("c")
+    world.publish("m1", "m2")
+    world.hand_over()
+    world.leave("c", reason="disconnected")
+    world.at(world.now_ms + VALID_MS - 1)
+    world.tell(MembersActive(**AT, agent="queue", client_ids=("a",)))
+    world.at(world.now_ms + 1)
+    assert list(world.table("dead")) == ["m2"]
+
+
+def test_a_session_that_comes_back_when_no_rule_delivers_its_topic_keeps_its_copies() -> None:
+    world = a_queue()
+    world.join("a", "queue/+")
+    world.publish("m1")
+    world.hand_over()
+    new_rules(world, given.queue("queue/other"))
+    world.leave("a", "queue/+", "disconnected")
+    world.join("a", "queue/+")
+    world.at(world.now_ms + 2 * VALID_MS)
+    new_rules(world, given.queue())
+    assert world.take() == []
+    world.ack("a", "m1")
+    assert world.stored("queue/a") == []
 
 
 def test_a_silent_message_that_is_superseded_is_its_holders_alone() -> None:
@@ -519,7 +549,7 @@ def test_where_a_broker_may_drop_copies_one_that_a_later_one_overtook_is_sent_ag
 def test_where_a_broker_may_drop_copies_a_silent_tail_is_probed_more_and_more_rarely(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(leasing, "PROBE_MS_MAX", 8 * ACK_TIMEOUT_MS)
+    monkeypatch.setattr(silence, "PROBE_MS_MAX", 8 * ACK_TIMEOUT_MS)
     world = a_queue(max_deliveries=2)
     world.join("a")
     world.publish("m1", "m2", "m3")
