@@ -70,7 +70,7 @@ DECIDING: Final[dict[str, Sequence[int]]] = {
     f"{DELIVERY}.leasing.UNCONFIRMED_MAX": (3, 5, 8, 16, 1_000),
     f"{DELIVERY}.leasing.SEND_TIMEOUT_MS": (SEND_MS,),
     f"{DELIVERY}.membership.FORGET_MS": (3_000, 20_000),
-    f"{DELIVERY}.membership.COMMAND_VALID_FOR_S": (1, 3),
+    f"{DELIVERY}.leasing.COMMAND_VALID_FOR_S": (1, 3),
     "millpond.agents.queue.machine.OVERFLOW_MAX": (1, 2, 8),
     # With short ones nothing is repeated: a repeat may then be in the batch in which its message goes.
     f"{TOPIC_STATES}.dedup.DEDUP_WINDOW_MS": (1_000_000, 1_000_000, 1_500),
