@@ -41,6 +41,7 @@ from millpond.agents.effects import DeleteBody, Refusal, RunCommand
 from millpond.agents.ports import Applied, LoadedState, Transaction
 from millpond.agents.reads import Read
 from millpond.pipeline.clock import now_ms
+from millpond.pipeline.stores.backoff import Backoff, until_up
 from millpond.pipeline.stores.redis.commands import CommandList, refusals
 from millpond.pipeline.stores.redis.connection import (
     Access,
@@ -54,7 +55,7 @@ from millpond.pipeline.stores.redis.fence import BAD_COMMAND_CODES, Fence, Packe
 from millpond.pipeline.stores.redis.nodes import Nodes
 from millpond.pipeline.stores.redis.packing import BatchCommands
 from millpond.pipeline.stores.redis.reads import answer, read_command
-from millpond.pipeline.stores.redis.store import NOT_LOADED, until_up
+from millpond.pipeline.stores.redis.store import NOT_LOADED
 from millpond.schemas import keys
 from millpond.schemas.keys import Partition
 
@@ -84,16 +85,21 @@ class ClusterStore:
         """`seeds` are some nodes of the cluster. Nothing connects before `load`."""
         self._partition, self._seeds, self._access = partition, seeds, access
         self._nodes = Nodes(seeds, access)
+        self._backoff = Backoff()
         # None before `load`, during a commit, and after a failure.
         self._fence: Fence | None = None
 
     async def load(self) -> LoadedState:
         """See `millpond.agents.ports.Store`. Finishes the removals of the last transaction first."""
-        return await until_up(self._load, self._partition)
+        # A store that was loaded, and then refused the transaction, is not loaded again at once.
+        await self._backoff.pause()
+        return await until_up(self._load, self._partition, self._backoff)
 
     async def _load(self) -> LoadedState:
         await self.close()
         self._nodes = Nodes(self._seeds, self._access)
+        # A node that is cut off from the cluster answers with an old map. So the next load asks another one first.
+        self._seeds = (*self._seeds[1:], self._seeds[0])
         await self._nodes.discover()
         home = self._nodes.address_of(keys.applied(self._partition))
         fence = Fence(await self._nodes.connection(home), self._partition)
@@ -135,9 +141,11 @@ class ClusterStore:
                 )
 
     async def read(self, reads: Sequence[Read]) -> list[Any]:
-        replies = await self._nodes.run([read_command(self._partition, read) for read in reads])
-        pairs = zip(reads, replies, strict=True)
-        return [answer(read, reply, "the cluster") for read, reply in pairs]
+        commands = [read_command(self._partition, read) for read in reads]
+        with self._backoff.counting(success=False):
+            replies = await self._nodes.run(commands)
+            pairs = zip(reads, replies, strict=True)
+            return [answer(read, reply, "the cluster") for read, reply in pairs]
 
     def pack(self, transaction: Transaction) -> ClusterPacked:
         commands = BatchCommands(self._partition, transaction, now_ms())
@@ -159,6 +167,12 @@ class ClusterStore:
         return asyncio.ensure_future(self._commit(fence, packed))
 
     async def _commit(self, fence: Fence, packed: ClusterPacked) -> Sequence[Refusal]:
+        with self._backoff.counting():
+            refused = await self._run_steps(fence, packed)
+        self._fence = fence
+        return refused
+
+    async def _run_steps(self, fence: Fence, packed: ClusterPacked) -> Sequence[Refusal]:
         # Without this check a fenced worker would run steps 1 and 2 in vain.
         fence.expect(packed.fenced)
         refused = await self._run_step(packed.bodies) + await self._run_step(packed.entries)
@@ -167,7 +181,6 @@ class ClusterStore:
             refused += await self._run_step(packed.removals)
             refused += await self._run_step(packed.body_removals)
             await self._forget_removals(packed.applied)
-        self._fence = fence
         return refused
 
     async def _run_step(self, commands: CommandList) -> list[Refusal]:
@@ -195,7 +208,8 @@ class ClusterStore:
     async def check(self) -> None:
         fence, self._fence = self._fence, None
         assert fence is not None, NOT_LOADED
-        await fence.verify()
+        with self._backoff.counting():
+            await fence.verify()
         self._fence = fence
 
     async def close(self) -> None:

@@ -106,6 +106,7 @@ class Nodes:
             key = command[1] if len(command) > 1 else b""
             by_node.setdefault(self.address_of(key), []).append(at)
         replies: list[Any] = [None] * len(commands)
+        asked = {at: address for address, positions in by_node.items() for at in positions}
 
         async def run_on(address: Address, positions: Sequence[int]) -> None:
             connection = await self.connection(address)
@@ -118,17 +119,22 @@ class Nodes:
         await asyncio.gather(*(run_on(address, at) for address, at in by_node.items()))
         for at, reply in enumerate(replies):
             if isinstance(reply, ReplyError):
-                replies[at] = await self._redirected(commands[at], reply)
+                replies[at] = await self._redirected(commands[at], reply, asked[at])
         return replies
 
-    async def _redirected(self, command: RedisCommand, reply: Any) -> Any:
-        """Follow MOVED and ASK. Return any other reply as it is, and the last one after too many redirections."""
+    async def _redirected(self, command: RedisCommand, reply: Any, asked: Address) -> Any:
+        """Follow the MOVED and ASK of the node `asked`.
+
+        Return any other reply as it is, and the last one after too many redirections.
+        """
         for _ in range(REDIRECTIONS_MAX):
             if not isinstance(reply, ReplyError) or error_code(reply) not in ("MOVED", "ASK"):
                 break
             kind, _slot, where = str(reply).split(" ")[:3]
             host, _, port = where.rpartition(":")
-            connection = await self.connection(Address(host or self._seeds[0].host, int(port)))
+            # An empty host is that of the node which sent it.
+            asked = Address(host or asked.host, int(port))
+            connection = await self.connection(asked)
             if kind == "MOVED":
                 self._slots_moved = True
                 (reply,) = await connection.call(*command)
