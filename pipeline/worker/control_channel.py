@@ -30,9 +30,9 @@ from redis.exceptions import NoPermissionError, RedisError
 
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.kafka.producer import Producer
-from millpond.pipeline.stores.backoff import Backoff
 from millpond.pipeline.stores.redis.connection import Access, Address
 from millpond.pipeline.stores.registry import access_of, locate
+from millpond.pipeline.stores.retries import Retries
 from millpond.schemas import codec, keys
 from millpond.schemas.errors import DecodeError, MillpondError, StoreDown
 from millpond.schemas.events import ControlSubscribe, ControlUnsubscribe, Text, Topic
@@ -103,7 +103,7 @@ class ControlChannel:
         """`owned` returns the partitions that this worker owns now."""
         self._pool, self._producer = pool, producer
         self._partition_count, self._owned = partition_count, owned
-        self._backoff = Backoff(RETRY_INTERVAL_MAX_S)
+        self._retries = Retries(RETRY_INTERVAL_MAX_S)
         # Why the channel is not heard, as logged; None while it is heard.
         self._reason: str | None = None
 
@@ -114,8 +114,8 @@ class ControlChannel:
                 await self._listen()
             except (RedisError, OSError, MillpondError, KafkaError) as error:
                 self._note_failure(error)
-            self._backoff.failed()
-            await self._backoff.pause()
+            self._retries.failed()
+            await self._retries.pause()
 
     async def _listen(self) -> None:
         """Listen at the server of the pool, until it is silent, or until the pool has another one.
@@ -178,7 +178,7 @@ class ControlChannel:
             self._reason = None
             logger.info("control channel %s: listening again", self._pool.channel)
         if answered:
-            self._backoff.succeeded()
+            self._retries.succeeded()
 
     def _note_failure(self, error: Exception) -> None:
         """Log a reason, if it is not that of the last try."""

@@ -44,9 +44,9 @@ from millpond.pipeline.process.readiness import say_ready
 from millpond.pipeline.process.signals import on_signal
 from millpond.pipeline.rebuild.rebuild import check_not_rebuilding
 from millpond.pipeline.settings import Settings
-from millpond.pipeline.stores.backoff import until_up
 from millpond.pipeline.stores.redis.command_check import check_commands
 from millpond.pipeline.stores.registry import open_store
+from millpond.pipeline.stores.retries import until_up
 from millpond.pipeline.telemetry.http import KAFKA_TIMEOUT_S, serving
 from millpond.pipeline.telemetry.tracers import worker_tracing
 from millpond.pipeline.telemetry.worker import WorkerTelemetry

@@ -41,7 +41,6 @@ from millpond.agents.effects import DeleteBody, Refusal, RunCommand
 from millpond.agents.ports import Applied, LoadedState, Transaction
 from millpond.agents.reads import Read
 from millpond.pipeline.clock import now_ms
-from millpond.pipeline.stores.backoff import Backoff, until_up
 from millpond.pipeline.stores.redis.commands import CommandList, refusals
 from millpond.pipeline.stores.redis.connection import (
     Access,
@@ -56,6 +55,7 @@ from millpond.pipeline.stores.redis.nodes import Nodes
 from millpond.pipeline.stores.redis.packing import BatchCommands
 from millpond.pipeline.stores.redis.reads import answer, read_command
 from millpond.pipeline.stores.redis.store import NOT_LOADED
+from millpond.pipeline.stores.retries import Retries, until_up
 from millpond.schemas import keys
 from millpond.schemas.keys import Partition
 
@@ -85,15 +85,15 @@ class ClusterStore:
         """`seeds` are some nodes of the cluster. Nothing connects before `load`."""
         self._partition, self._seeds, self._access = partition, seeds, access
         self._nodes = Nodes(seeds, access)
-        self._backoff = Backoff()
+        self._retries = Retries()
         # None before `load`, during a commit, and after a failure.
         self._fence: Fence | None = None
 
     async def load(self) -> LoadedState:
         """See `millpond.agents.ports.Store`. Finishes the removals of the last transaction first."""
         # A store that was loaded, and then refused the transaction, is not loaded again at once.
-        await self._backoff.pause()
-        return await until_up(self._load, self._partition, self._backoff)
+        await self._retries.pause()
+        return await until_up(self._load, self._partition, self._retries)
 
     async def _load(self) -> LoadedState:
         await self.close()
@@ -142,7 +142,7 @@ class ClusterStore:
 
     async def read(self, reads: Sequence[Read]) -> list[Any]:
         commands = [read_command(self._partition, read) for read in reads]
-        with self._backoff.counting(success=False):
+        with self._retries.counting(success=False):
             replies = await self._nodes.run(commands)
             pairs = zip(reads, replies, strict=True)
             return [answer(read, reply, "the cluster") for read, reply in pairs]
@@ -167,7 +167,7 @@ class ClusterStore:
         return asyncio.ensure_future(self._commit(fence, packed))
 
     async def _commit(self, fence: Fence, packed: ClusterPacked) -> Sequence[Refusal]:
-        with self._backoff.counting():
+        with self._retries.counting():
             refused = await self._run_steps(fence, packed)
         self._fence = fence
         return refused
@@ -208,7 +208,7 @@ class ClusterStore:
     async def check(self) -> None:
         fence, self._fence = self._fence, None
         assert fence is not None, NOT_LOADED
-        with self._backoff.counting():
+        with self._retries.counting():
             await fence.verify()
         self._fence = fence
 

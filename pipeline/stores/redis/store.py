@@ -10,11 +10,11 @@ from millpond.agents.effects import Refusal
 from millpond.agents.ports import LoadedState, Transaction
 from millpond.agents.reads import Read
 from millpond.pipeline.clock import now_ms
-from millpond.pipeline.stores.backoff import Backoff, until_up
 from millpond.pipeline.stores.redis.connection import Connection, pack
 from millpond.pipeline.stores.redis.fence import Fence, Packed
 from millpond.pipeline.stores.redis.packing import BatchCommands
 from millpond.pipeline.stores.redis.reads import answer, read_command
+from millpond.pipeline.stores.retries import Retries, until_up
 from millpond.schemas.keys import Partition
 
 NOT_LOADED: Final = "call load() first, and again after every failure; one commit at a time"
@@ -27,14 +27,14 @@ class RedisStore:
         """`connect` opens a connection to the current primary."""
         self._partition, self._connect = partition, connect
         self._connection: Connection | None = None
-        self._backoff = Backoff()
+        self._retries = Retries()
         # None before `load`, during a commit, and after a failure.
         self._fence: Fence | None = None
 
     async def load(self) -> LoadedState:
         # A store that was loaded, and then refused the transaction, is not loaded again at once.
-        await self._backoff.pause()
-        return await until_up(self._load, self._partition, self._backoff)
+        await self._retries.pause()
+        return await until_up(self._load, self._partition, self._retries)
 
     async def _load(self) -> LoadedState:
         await self.close()
@@ -49,7 +49,7 @@ class RedisStore:
         assert self._connection is not None, NOT_LOADED
         commands = [read_command(self._partition, read) for read in reads]
         where = self._connection.address
-        with self._backoff.counting(success=False):
+        with self._retries.counting(success=False):
             replies = await self._connection.send(b"".join(map(pack, commands)), len(commands))
             return [answer(read, reply, where) for read, reply in zip(reads, replies, strict=True)]
 
@@ -66,7 +66,7 @@ class RedisStore:
     async def _result(
         self, fence: Fence, packed: Packed, sent: asyncio.Future[list[Any]]
     ) -> Sequence[Refusal]:
-        with self._backoff.counting():
+        with self._retries.counting():
             refused = await fence.result(packed, sent)
         # Not reached after an error or a cancellation: the store must then load again.
         self._fence = fence
@@ -75,7 +75,7 @@ class RedisStore:
     async def check(self) -> None:
         fence, self._fence = self._fence, None
         assert fence is not None, NOT_LOADED
-        with self._backoff.counting():
+        with self._retries.counting():
             await fence.verify()
         self._fence = fence
 

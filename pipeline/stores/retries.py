@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 BACKOFF_BASE_S, BACKOFF_MAX_S, BACKOFF_DOUBLINGS_MAX = 0.05, 2.0, 8
 
 
-class Backoff:
+class Retries:
     """Counts the failures since the last success."""
 
     def __init__(self, pause_max_s: float = BACKOFF_MAX_S) -> None:
@@ -58,14 +58,14 @@ class Backoff:
 
 
 async def until_up(
-    attempt: Callable[[], Awaitable[Result]], name: object, backoff: Backoff | None = None
+    attempt: Callable[[], Awaitable[Result]], name: object, retries: Retries | None = None
 ) -> Result:
     """Repeat an attempt until it raises no `StoreDown`. Log the first failure and the success after it.
 
-    `name` says in the log lines who waits. `backoff` counts the failures; it does not count the success, because a store
+    `name` says in the log lines who waits. `retries` counts the failures; it does not count the success, because a store
     that can be loaded may still refuse to be written.
     """
-    backoff, down = backoff or Backoff(), False
+    retries, down = retries or Retries(), False
     while True:
         try:
             result = await attempt()
@@ -73,8 +73,8 @@ async def until_up(
             if not down:
                 log.warning("%s: the store is down: %s; retrying until it is up", name, error)
             down = True
-            backoff.failed()
-            await backoff.pause()
+            retries.failed()
+            await retries.pause()
         else:
             if down:
                 log.info("%s: the store is up again", name)
