@@ -10,6 +10,7 @@ from hiredis import ReplyError
 from millpond.agents.registry import AGENT_NAMES
 from millpond.pipeline.kafka import topics
 from millpond.pipeline.settings import KafkaSettings, Settings
+from millpond.pipeline.stores.redis.cluster_check import cluster_weaknesses
 from millpond.pipeline.stores.redis.command_check import check_commands
 from millpond.pipeline.stores.registry import connector
 from millpond.schemas.errors import ConfigError, StoreError
@@ -100,14 +101,16 @@ async def _redis(pool: Pool, rules: Rules) -> list[str]:
     where = f"[pool.{pool.name}]"
     try:
         await check_commands(pool, rules)
+        found = [f"{where} {weakness}" for weakness in await cluster_weaknesses(pool)]
         answers = await _asked(pool)
     except StoreError as error:
         return [f"{where} {error}"]
     if answers is None:
         return [
-            f"{where} CONFIG GET is not allowed: see for yourself that it keeps what it is given"
+            *found,
+            f"{where} CONFIG GET is not allowed: see for yourself that it keeps what it is given",
         ]
-    return [f"{where} {reason}" for reason in redis_weaknesses(answers)]
+    return [*found, *(f"{where} {reason}" for reason in redis_weaknesses(answers))]
 
 
 async def _asked(pool: Pool) -> dict[str, str] | None:

@@ -44,6 +44,7 @@ from millpond.pipeline.process.readiness import say_ready
 from millpond.pipeline.process.signals import on_signal
 from millpond.pipeline.rebuild.rebuild import check_not_rebuilding
 from millpond.pipeline.settings import Settings
+from millpond.pipeline.stores.redis.cluster_check import cluster_weaknesses
 from millpond.pipeline.stores.redis.command_check import check_commands
 from millpond.pipeline.stores.registry import open_store
 from millpond.pipeline.stores.retries import until_up
@@ -195,7 +196,10 @@ class Worker:
 
     async def _check_store(self) -> None:
         """Check what does not change by itself: the rules' user commands, and an unfinished rebuild."""
-        await check_commands(self.rules.pool(self.agent), self.rules)
+        pool = self.rules.pool(self.agent)
+        await check_commands(pool, self.rules)
+        for weakness in await cluster_weaknesses(pool):
+            logger.warning("pool %s: %s", pool.name, weakness)
         await check_not_rebuilding(self.agent, self.settings, self.rules)
 
     async def _check_partitions(self) -> None:

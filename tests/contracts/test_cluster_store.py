@@ -142,10 +142,10 @@ async def test_the_check_at_start_does_not_need_the_node_that_is_named_first(
 class CrashingStore(ClusterStore):
     """An owner that crashes between the fence and the removals."""
 
-    async def _run_step(self, commands: Any) -> Any:
+    async def _run_step(self, commands: Any, unless_on: Any = None) -> Any:
         if any(isinstance(source, Unindex | DeleteBody) for source in commands.sources):
             raise StoreDown("killed")
-        return await super()._run_step(commands)
+        return await super()._run_step(commands, unless_on)
 
 
 async def test_the_next_owner_runs_once_the_removals_that_an_owner_left(

@@ -9,7 +9,15 @@ One transaction cannot span slots. A batch therefore runs in this order:
 5. body deletions,
 6. the list leaves the journal.
 
-Each step begins after every command of the step before has been answered.
+Each step begins after every command of the step before has been answered. On shards with replicas, the steps 1 to 5 end
+when a replica of each written shard has acknowledged the writes (nodes.py).
+
+**Why each step is confirmed.** The fence and the public keys lie in different shards, and each shard can fail over by
+itself, and lose its last writes. The fence decides what is folded again, and the journal what is removed again. So:
+
+- Bodies and entries are on a replica before the fence moves. If they are lost before, they are folded again.
+- The fence is on a replica before anything is removed, and before user commands run. So no removal is ahead of it.
+- Removals are on a replica before their list leaves the journal. If they are lost before, they run again.
 
 **Invariants**
 
@@ -21,7 +29,7 @@ Each step begins after every command of the step before has been answered.
 
 1. Discover the nodes.
 2. Watch the fence, and read state and journal (`Fence.load`).
-3. If the journal has the list of the last transaction, run steps 4 to 6 for it.
+3. If the journal has the list of the last transaction: confirm the fence, then run steps 4 to 6.
 
 Step 3 may repeat what the last owner did before it crashed, stalled or lost its connection. Only here a user command may
 run twice. docs/explanation/guarantees.md lists what else can run late, and with which effect.
@@ -57,6 +65,7 @@ from millpond.pipeline.stores.redis.reads import answer, read_command
 from millpond.pipeline.stores.redis.store import NOT_LOADED
 from millpond.pipeline.stores.retries import Retries, until_up
 from millpond.schemas import keys
+from millpond.schemas.errors import StoreDown
 from millpond.schemas.keys import Partition
 
 log = logging.getLogger(__name__)
@@ -105,14 +114,18 @@ class ClusterStore:
         fence = Fence(await self._nodes.connection(home), self._partition)
         stored, journal = await fence.load()
         if stored.applied is not None:
-            await self._finish_removals(stored.applied, journal)
+            await self._finish_removals(stored.applied, journal, home)
         self._fence = fence
         return stored
 
-    async def _finish_removals(self, applied: Applied, journal: Mapping[bytes, bytes]) -> None:
+    async def _finish_removals(
+        self, applied: Applied, journal: Mapping[bytes, bytes], home: Address
+    ) -> None:
         # Lists of earlier transactions cannot exist: a commit ends with step 6, and `load` with this one.
         left = journal.get(keys.removal_field(applied.sequence).encode())
         if left is not None:
+            # The owner that left the list may not have had the confirmation of its fence.
+            await self._nodes.confirm(home)
             for commands in _decode(left):
                 await self._run_journaled(commands)
             await self._forget_removals(applied)
@@ -127,7 +140,9 @@ class ClusterStore:
         checked(await self._nodes.run(forget), "the cluster")
 
     async def _run_journaled(self, commands: Sequence[RedisCommand]) -> None:
-        for command, reply in zip(commands, await self._nodes.run(commands), strict=True):
+        for command, reply in zip(
+            commands, await self._nodes.run(commands, confirmed=True), strict=True
+        ):
             if isinstance(reply, ReplyError):
                 error = store_error(reply, "the cluster")
                 if error is not None and error_code(reply) not in BAD_COMMAND_CODES:
@@ -175,7 +190,17 @@ class ClusterStore:
     async def _run_steps(self, fence: Fence, packed: ClusterPacked) -> Sequence[Refusal]:
         # Without this check a fenced worker would run steps 1 and 2 in vain.
         fence.expect(packed.fenced)
-        refused = await self._run_step(packed.bodies) + await self._run_step(packed.entries)
+        await self._nodes.refresh()
+        home = self._nodes.address_of(keys.applied(self._partition))
+        if home != fence.address:
+            # The old primary may be cut off, and still take writes.
+            raise StoreDown(
+                f"the slot of {self._partition} has moved from {fence.address} to {home}"
+            )
+        fence.confirmation = self._nodes.confirmation(home)
+        # What steps 1 and 2 write in the fence's own shard comes before it, on the same connection.
+        refused = await self._run_step(packed.bodies, unless_on=home)
+        refused += await self._run_step(packed.entries, unless_on=home)
         refused += await fence.result(packed.fenced, fence.send(packed.fenced))
         if packed.removals.commands or packed.body_removals.commands:
             refused += await self._run_step(packed.removals)
@@ -183,8 +208,10 @@ class ClusterStore:
             await self._forget_removals(packed.applied)
         return refused
 
-    async def _run_step(self, commands: CommandList) -> list[Refusal]:
-        """Run commands on the nodes that hold their keys, and return the refusals.
+    async def _run_step(
+        self, commands: CommandList, unless_on: Address | None = None
+    ) -> list[Refusal]:
+        """Run commands on the nodes that hold their keys, and return the refusals. For `unless_on` see `Nodes.run`.
 
         An error about one key stops nothing.
 
@@ -193,7 +220,7 @@ class ClusterStore:
         """
         if not commands.commands:
             return []
-        replies = await self._nodes.run(commands.commands)
+        replies = await self._nodes.run(commands.commands, confirmed=True, unless_on=unless_on)
         for source, reply in zip(commands.sources, replies, strict=True):
             if isinstance(reply, ReplyError):
                 error = store_error(reply, "the cluster")
