@@ -14,6 +14,7 @@ from tests.simulation.pubsub_faults import judge_seed
 from tests.simulation.small_limits import small_limits
 from tests.simulation.test_pubsub_properties import LIMITS
 from tests.simulation.test_queue_simulation import Simulated
+from tests.simulation.test_shards import World as ShardsWorld
 from tests.simulation.world import World
 
 PROGRESS_SEEDS = 500
@@ -24,9 +25,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--agent", choices=["messages", "queue", "pubsub"])
+    parser.add_argument("--agent", choices=["messages", "queue", "pubsub", "shards"])
     arguments = parser.parse_args()
-    for agent, run_seed in {"messages": messages, "queue": queue, "pubsub": pubsub}.items():
+    runs = {"messages": messages, "queue": queue, "pubsub": pubsub, "shards": shards}
+    for agent, run_seed in runs.items():
         if arguments.agent in (None, agent):
             soak(agent, run_seed, arguments.first, arguments.seeds)
 
@@ -54,6 +56,13 @@ def pubsub(seed: int) -> Counter[str]:
         for name, value in LIMITS.items():
             patch.setattr(name, value)
         return judge_seed(seed)
+
+
+def shards(seed: int) -> Counter[str]:
+    """Run a world of the messages agent on a Redis Cluster whose shards lose writes."""
+    world = ShardsWorld(seed)
+    world.play()
+    return world.happened
 
 
 def soak(agent: str, run_seed: Callable[[int], Counter[str]], first: int, seeds: int) -> None:
