@@ -1,1 +1,1 @@
-"""Adapters: one folder for each kind of MQTT broker."""
+"""Bridges: one folder for each kind of MQTT broker, and the parts that they share."""

@@ -1,4 +1,4 @@
-"""What a bridge asks of the rules; it decides nothing else."""
+"""The questions that a bridge asks the rules. A bridge decides nothing else."""
 
 from __future__ import annotations
 
@@ -9,27 +9,26 @@ from typing import Final
 from millpond.schemas.rules import Rules
 from millpond.schemas.rules.rule import Hook
 
-TOPICS_REMEMBERED_MAX: Final = 10_000  # the last ones asked for
+TOPICS_CACHED_MAX: Final = 10_000  # for each question; the least recently used goes first
 RETAINING: Final = ("on_message_retain", "on_retain_delete")
 
 
 class BridgeRules:
-    """The answers for each topic, remembered. The rules are those of the bridge's whole life."""
+    """The answers of the rules, cached by topic. The rules of a bridge process never change."""
 
     wants: Callable[[Hook, str], bool]
-    """Whether a rule, or the topic's delivery agent, needs this event."""
+    """True if a rule, or the topic's delivery agent, needs the event of this hook."""
     has_delivery_agent: Callable[[str], bool]
-    """Whether an agent has the topic's messages delivered: then the broker does not route them."""
+    """True if queue or pubsub owns the topic. The broker must not route its messages."""
     may_retain: Callable[[str], bool]
-    """Whether a rule keeps the topic's retained message, or clears it."""
+    """True if a rule stores or clears the topic's retained message."""
 
     def __init__(self, rules: Rules) -> None:
-        """Nothing asked so far."""
         self._rules = rules
-        remember = lru_cache(TOPICS_REMEMBERED_MAX)
-        self.wants = remember(self._wants)
-        self.has_delivery_agent = remember(self._has_delivery_agent)
-        self.may_retain = remember(self._may_retain)
+        cached = lru_cache(TOPICS_CACHED_MAX)
+        self.wants = cached(self._wants)
+        self.has_delivery_agent = cached(self._has_delivery_agent)
+        self.may_retain = cached(self._may_retain)
 
     def _wants(self, hook: Hook, topic: str) -> bool:
         owned = hook == "message.acked" and self.has_delivery_agent(topic)
@@ -43,6 +42,6 @@ class BridgeRules:
         return any(rule.action in RETAINING for rule in rules)
 
     def looks_up_retained(self, topic_filter: str) -> bool:
-        """Whether a rule has the stored retained messages delivered to new subscriptions of this filter."""
+        """True if a rule delivers stored retained messages to a new subscription of this filter."""
         rules = self._rules.matching("session.subscribed", topic_filter)
         return any(rule.action == "on_retain_lookup" for rule in rules)

@@ -1,4 +1,4 @@
-"""The command `millpond`: parses arguments, prints answers; everything else is done elsewhere."""
+"""The command `millpond`. It parses arguments and prints answers; other packages do the work."""
 
 from __future__ import annotations
 

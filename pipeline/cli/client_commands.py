@@ -1,51 +1,51 @@
-"""`millpond clients`: who is online, and subscribed to what."""
+"""`millpond clients`: which clients are online, and their subscriptions."""
 
 from __future__ import annotations
 
-import asyncio
-import sys
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
-import orjson
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from millpond.pipeline.cli.common import (
     DEFAULT_DATA,
     ConfigOption,
     DataOption,
+    JsonLinesOption,
+    JsonOption,
+    cell,
     console,
     load_settings,
+    print_json,
+    utc_time,
 )
-from millpond.pipeline.operate.clients import client as find
-from millpond.pipeline.operate.clients import clients as find_all
+from millpond.pipeline.operate.clients import client as read_client
+from millpond.pipeline.operate.clients import clients as read_clients
+from millpond.pipeline.process.signals import run
 from millpond.schemas.errors import MillpondError
 
-clients = typer.Typer(help="Who is online, and subscribed to what.", no_args_is_help=True)
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
+clients = typer.Typer(help="List clients and their subscriptions.", no_args_is_help=True)
 
 
 @clients.command("list")
 def list_clients(
-    as_json: JsonOption = False,
+    as_json: JsonLinesOption = False,
     config: ConfigOption = None,
     data: DataOption = DEFAULT_DATA,
 ) -> None:
-    """Every client that was ever heard of."""
+    """List every client that the sessions agent knows, online or not."""
     settings, rules = load_settings(config, data)
     table = Table("client", "online", "node", "since", "subscriptions", box=None)
 
-    async def show() -> None:
-        async for found in find_all(settings, rules):
+    async def read() -> None:
+        async for found in read_clients(settings, rules):
             if as_json:
-                _print_json(found)
+                print_json(found)
             else:
                 count = str(len(found["subscriptions"]))
-                table.add_row(escape(found["client_id"]), *_presence(found), count)
+                table.add_row(cell(found["client_id"]), *_presence(found), count)
 
-    asyncio.run(show())
+    run(read())
     if not as_json:
         console.print(table)
 
@@ -57,13 +57,13 @@ def show_client(
     config: ConfigOption = None,
     data: DataOption = DEFAULT_DATA,
 ) -> None:
-    """Presence, session and subscriptions of one client."""
+    """Show presence, session and subscriptions of one client."""
     settings, rules = load_settings(config, data)
-    found = asyncio.run(find(settings, rules, client_id))
+    found = run(read_client(settings, rules, client_id))
     if found is None:
-        raise MillpondError(f"no client {client_id!r} was ever heard of")
+        raise MillpondError(f"the sessions agent knows no client {client_id!r}")
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     online, node, since = _presence(found)
     facts = Table(show_header=False, box=None)
@@ -74,20 +74,17 @@ def show_client(
     if not found["subscriptions"]:
         return
     table = Table("subscription", "QoS", "origin", box=None)
-    for held in found["subscriptions"]:
-        origin = f"{held['origin']}, resumed" if held["resumed"] else held["origin"]
-        table.add_row(escape(held["topic_filter"]), str(held["qos"]), origin)
+    for each in found["subscriptions"]:
+        origin = f"{each['origin']}, resumed" if each["resumed"] else each["origin"]
+        table.add_row(cell(each["topic_filter"]), str(each["qos"]), origin)
     console.print(table)
 
 
-def _presence(found: dict[str, Any]) -> tuple[str, str, str]:
-    since = found["online_at"] if found["online"] else found["offline_at"]
-    shown = (
-        "" if since is None else f"{datetime.fromtimestamp(since / 1000, UTC):%Y-%m-%d %H:%M:%SZ}"
+def _presence(client: dict[str, Any]) -> tuple[str, str, str]:
+    """The cells online, node and since."""
+    since = client["online_at"] if client["online"] else client["offline_at"]
+    return (
+        "yes" if client["online"] else "no",
+        cell(client["node"] or ""),
+        "" if since is None else utc_time(since),
     )
-    return "yes" if found["online"] else "no", escape(found["node"] or ""), shown
-
-
-def _print_json(found: dict[str, Any]) -> None:
-    sys.stdout.buffer.write(orjson.dumps(found) + b"\n")
-    sys.stdout.buffer.flush()

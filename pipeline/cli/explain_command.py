@@ -1,73 +1,75 @@
-"""`millpond explain`: where a message is, or who has what of a topic."""
+"""`millpond explain`: where a message is, or what is known of a topic."""
 
 from __future__ import annotations
 
-import asyncio
-import sys
 from collections import Counter
-from typing import Annotated, Any
+from typing import Annotated, Final
 
-import msgspec
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from millpond.pipeline.cli.common import (
     DEFAULT_DATA,
+    ID_LENGTH,
     ConfigOption,
     DataOption,
-    console,
+    JsonOption,
+    cell,
     errors,
+    facts_table,
+    listing,
     load_settings,
+    print_json,
+    say,
+    show,
 )
-from millpond.pipeline.cli.dead_letter_commands import printable
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.explain import message as messages
 from millpond.pipeline.explain import sentences
 from millpond.pipeline.explain import topic as topics
-from millpond.pipeline.explain.results import MessageFacts
-from millpond.pipeline.explain.topic import TopicFacts
+from millpond.pipeline.explain.results import MessageFacts, TopicFacts
+from millpond.pipeline.process.signals import run
 from millpond.schemas.codec import payload_bytes
 from millpond.schemas.errors import ConfigError
 
-SHOWN_MAX = 20  # subscribers, members, leases, events: --json has all of them
-ID_LENGTH = 40  # ids up to this stay in one piece, to be copied; EMQX's have 32 characters
-PIPED_WIDTH = 1_000
+SHOWN_MAX: Final = 20  # of each table: subscribers, clients, leases, records
 
 
 def explain(
     message_id: Annotated[
-        str | None, typer.Argument(metavar="[MESSAGE_ID]", help="A message.", show_default=False)
+        str | None, typer.Argument(help="The message id.", show_default=False)
     ] = None,
     topic: Annotated[
         str | None,
-        typer.Option("--topic", "-t", help="Its topic, if Redis has forgotten it; or a topic."),
+        typer.Option(
+            "--topic",
+            "-t",
+            help="The message's topic, if Redis has no trace of it; or a topic to show.",
+        ),
     ] = None,
     client: Annotated[
-        str | None, typer.Option("--client", help="Only what concerns this client or subscriber.")
+        str | None, typer.Option("--client", help="Show only this client or subscriber.")
     ] = None,
     search: Annotated[
-        int, typer.Option("--search", min=1, help="Records of the log to look at, at most.")
+        int, typer.Option("--search", min=1, help="How many records of the log to read at most.")
     ] = messages.RECORDS_MAX,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: JsonOption = False,
     config: ConfigOption = None,
     data: DataOption = DEFAULT_DATA,
 ) -> None:
-    """Where a message is: in Kafka, in Redis, for each subscriber. With --topic alone: who reads it, who has what in hand."""
+    """Show where a message is: in Kafka, in Redis, and for each subscriber. With --topic alone, show a topic."""
     if message_id is None and topic is None:
         raise ConfigError("explain takes a message id, or --topic TOPIC, or both")
     settings, rules = load_settings(config, data)
     if message_id is None:
-        assert topic is not None, "it has just been checked"
-        about = asyncio.run(topics.explain(settings, rules, topic, client))
-        show_topic(about, as_json=as_json, members=client is not None)
+        assert topic is not None, "one of the two is given"
+        facts = run(topics.explain(settings, rules, topic, client))
+        show_topic(facts, as_json=as_json, members=client is not None)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task("reading the log", total=None)
-        found = asyncio.run(
+        found = run(
             messages.explain(
                 settings, rules, message_id, topic=topic, client=client, records_max=search,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
@@ -79,46 +81,8 @@ def explain(
         _show_message(found)
 
 
-def print_json(found: Any) -> None:
-    """One line of JSON."""
-    sys.stdout.buffer.write(msgspec.json.encode(found) + b"\n")
-    sys.stdout.buffer.flush()
-
-
-def cell(text: object) -> str:
-    """What others wrote, for a table."""
-    return escape(printable(str(text)))
-
-
-def say(line: str = "") -> None:
-    """A line of its own, however long."""
-    console.print(printable(line), markup=False, soft_wrap=True)
-
-
-def show(table: Table) -> None:
-    """A table; for grep, a row is one line."""
-    to = console if console.is_terminal else Console(width=PIPED_WIDTH, highlight=False)
-    to.print(table)
-
-
-def facts_table() -> Table:
-    """Names and what they are."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    return table
-
-
-def listing(*columns: str) -> Table:
-    """A table with these columns, of which long ones are folded."""
-    table = Table(*columns, box=None, pad_edge=False)
-    for column in table.columns:
-        column.overflow = "fold"
-    return table
-
-
-def left_out(total: int, things: str) -> None:
-    """Say that there are more."""
+def _say_left_out(total: int, things: str) -> None:
+    """Say how many rows a table leaves out, if it does."""
     if total > SHOWN_MAX:
         say(f"and {total - SHOWN_MAX} more {things}: --json shows all")
 
@@ -141,17 +105,17 @@ def _show_message(found: MessageFacts) -> None:
     subscribers = found.states[1:]
     if subscribers:
         counts = Counter(each.state for each in subscribers)
-        said = ", ".join(f"{number} {state}" for state, number in counts.items())
+        by_state = ", ".join(f"{number} {state}" for state, number in counts.items())
         say()
-        say(f"{sentences.count(len(subscribers), 'subscriber')}: {said}")
+        say(f"{sentences.count(len(subscribers), 'subscriber')}: {by_state}")
         table = listing("subscriber", "state")
         for each in subscribers[:SHOWN_MAX]:
             table.add_row(cell(each.subscriber), cell(each.words))
         show(table)
-        left_out(len(subscribers), "subscribers")
+        _say_left_out(len(subscribers), "subscribers")
     elif found.agent == "pubsub":
         say()
-        say("no subscriber of its topic is known")
+        say("its topic has no known subscriber")
     _show_events(found)
     for note in found.notes:
         say(f"note: {note}")
@@ -163,13 +127,8 @@ def _stored(found: MessageFacts) -> list[tuple[str, str]]:
     if message is None:
         rows.append(("in Redis", "no body"))
     else:
-        size = len(payload_bytes(message))
-        rows.append(
-            (
-                "in Redis",
-                f"body: {sentences.count(size, 'byte')} from {message.client_id!r} at QoS {message.qos}",
-            )
-        )
+        size = sentences.count(len(payload_bytes(message)), "byte")
+        rows.append(("in Redis", f"body: {size} from {message.client_id!r} at QoS {message.qos}"))
     if stored.index_score is not None:
         end = "" if stored.expires_at is None else f", until {sentences.time(stored.expires_at)}"
         rows.append(("", f"index entry {stored.index_score}{end}"))
@@ -187,7 +146,7 @@ def _stored(found: MessageFacts) -> list[tuple[str, str]]:
 def _show_events(found: MessageFacts) -> None:
     if not found.events:
         say()
-        say("Kafka has no record of it where it was searched:")
+        say("no record of it in the part of Kafka that was searched:")
         for part in found.searched:
             say(f"  {sentences.searched(part)}")
         return
@@ -197,22 +156,22 @@ def _show_events(found: MessageFacts) -> None:
         what = [event.kind.replace("_", " ")]
         if event.qos is not None:
             what.append(f"QoS {event.qos}")
-        said = [each for each in (event.lease, event.detail) if each is not None]
+        details = [each for each in (event.lease, event.detail) if each is not None]
         if event.message_id != found.message_id:
-            said.append(f"as {event.message_id}")
+            details.append(f"as {event.message_id}")
         table.add_row(
             f"{event.kafka_topic}\\[{event.partition}]", str(event.offset), sentences.time(event.at),
-            ", ".join(what), cell(event.client_id or ""), cell("; ".join(said)),
+            ", ".join(what), cell(event.client_id or ""), cell("; ".join(details)),
         )  # fmt: skip
     show(table)
-    left_out(len(found.events), "records")
+    _say_left_out(len(found.events), "records")
 
 
 # -- a topic -----------------------------------------------------------------------------------------------------------
 
 
 def show_topic(found: TopicFacts, *, as_json: bool, members: bool = False) -> None:
-    """One topic, for people or for scripts; of a pubsub topic, too, with the `members` if they are wanted."""
+    """Print one topic. The members of a pubsub topic are printed only if `members` asks for them."""
     if as_json:
         print_json(found)
         return
@@ -237,11 +196,13 @@ def _topic_rows(found: TopicFacts) -> list[tuple[str, str]]:
         ("agent", f"{found.agent}, partition {found.partition}, applied up to {applied}"),
     ]
     if found.rule is not None:
-        settings = ["max_inflight", "max_deliveries", "max_length"]
-        settings += ["start"] if found.agent == "pubsub" else []
-        said = [f"{name} {found.rule[name]}" for name in settings if found.rule.get(name)]
-        said.append(f"ack_timeout_s {found.rule['ack_timeout_ms'] // 1000}")
-        rows.append(("rule", f"{found.rule['action']} {found.rule['topic']}: {', '.join(said)}"))
+        names = ["max_inflight", "max_deliveries", "max_length"]
+        names += ["start"] if found.agent == "pubsub" else []
+        settings = [f"{name} {found.rule[name]}" for name in names if found.rule.get(name)]
+        settings.append(f"ack_timeout_s {found.rule['ack_timeout_ms'] // 1000}")
+        rows.append(
+            ("rule", f"{found.rule['action']} {found.rule['topic']}: {', '.join(settings)}")
+        )
     kept = "for ever" if found.expired_time is None else f"for {found.expired_time} s"
     depth = f"{sentences.count(found.messages, 'message')}, each kept {kept}"
     if found.oldest is not None:
@@ -259,19 +220,21 @@ def _topic_rows(found: TopicFacts) -> list[tuple[str, str]]:
 def _show_members(found: TopicFacts) -> None:
     if not found.members:
         say()
-        say("nobody is online to take messages")
+        say("no client that could get its messages is online")
         return
     now = now_ms()
     say()
-    table = listing("client", "group", "QoS", "in hand", "unconfirmed", "rests")
+    table = listing("client", "group", "QoS", "in flight", "unconfirmed", "back-off")
     for each in found.members[:SHOWN_MAX]:
-        rests = "" if each.rests_until is None else f"{sentences.age(each.rests_until - now)} more"
+        back_off = ""
+        if each.rests_until is not None:
+            back_off = f"{sentences.age(each.rests_until - now)} more"
         table.add_row(
             cell(each.client_id), cell(each.group or ""), str(each.qos),
-            f"{each.in_hand} of {each.max_inflight}", str(each.unconfirmed), rests,
+            f"{each.in_hand} of {each.max_inflight}", str(each.unconfirmed), back_off,
         )  # fmt: skip
     show(table)
-    left_out(len(found.members), "clients")
+    _say_left_out(len(found.members), "clients")
 
 
 def _show_subscribers(found: TopicFacts) -> None:
@@ -288,7 +251,7 @@ def _show_subscribers(found: TopicFacts) -> None:
             str(each.leased), str(each.lost or ""),
         )  # fmt: skip
     show(table)
-    left_out(len(found.subscribers), "subscribers")
+    _say_left_out(len(found.subscribers), "subscribers")
 
 
 def _show_leases(found: TopicFacts) -> None:
@@ -300,12 +263,12 @@ def _show_leases(found: TopicFacts) -> None:
     table.columns[0].no_wrap = all(len(each.message_id) <= ID_LENGTH for each in found.leases)
     for each in found.leases[:SHOWN_MAX]:
         left = each.until - now
-        returns = f"{sentences.age(left)} left" if left > 0 else "overdue"
+        deadline = f"{sentences.age(left)} left" if left > 0 else "overdue"
         sent = "sent" if each.sent else "not confirmed"
         by = each.client_id if each.group is None else f"{each.client_id} ({each.group})"
         table.add_row(
             cell(each.message_id), cell(by), sentences.age(now - each.since), str(each.attempt),
-            f"{sent}, {returns}",
+            f"{sent}, {deadline}",
         )  # fmt: skip
     show(table)
-    left_out(len(found.leases), "leases")
+    _say_left_out(len(found.leases), "leases")

@@ -1,12 +1,10 @@
-"""`millpond lag`: how far each agent is behind."""
+"""`millpond lag`: how many records each agent has not applied."""
 
 from __future__ import annotations
 
 import asyncio
-import sys
 from typing import Annotated, Any
 
-import msgspec
 import typer
 from rich.console import Group
 from rich.live import Live
@@ -18,41 +16,43 @@ from millpond.pipeline.cli.common import (
     DataOption,
     console,
     load_settings,
+    print_json,
 )
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.explain import sentences
 from millpond.pipeline.operate.lag import AgentLag, LagReader, lags
+from millpond.pipeline.process.signals import run
 from millpond.pipeline.settings import Settings
 from millpond.schemas.errors import ConfigError
 from millpond.schemas.rules import Rules
 
 
 def lag(
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Repeat until Ctrl-C.")] = False,
     every: Annotated[
-        bool, typer.Option("--partitions", "-p", help="Each partition, not only the agents.")
+        bool, typer.Option("--partitions", "-p", help="Show each partition, too.")
     ] = False,
     interval: Annotated[
-        float, typer.Option("--interval", min=0.2, help="Seconds between looks, with --watch.")
+        float, typer.Option("--interval", min=0.2, help="Seconds between two readings of --watch.")
     ] = 1.0,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object, and with --watch one per look.")
+        bool, typer.Option("--json", help="Print one JSON object; with --watch one per reading.")
     ] = False,
     config: ConfigOption = None,
     data: DataOption = DEFAULT_DATA,
 ) -> None:
-    """How many records each agent has yet to apply, and how old the oldest of them is."""
+    """Show how many records each agent has not applied, and how old the oldest of them is."""
     settings, rules = load_settings(config, data)
     if watch and not (as_json or console.is_terminal):
         raise ConfigError("--watch needs a terminal, or --json")
     try:
-        asyncio.run(_look(settings, rules, watch, every, interval, as_json))
+        run(_run(settings, rules, watch, every, interval, as_json))
     except KeyboardInterrupt:
         if not watch:
             raise
 
 
-async def _look(
+async def _run(
     settings: Settings, rules: Rules, watch: bool, every: bool, interval: float, as_json: bool
 ) -> None:
     async with LagReader(settings.kafka, settings.app) as offsets:
@@ -65,42 +65,26 @@ async def _look(
                 _print(found, every, as_json)
                 await asyncio.sleep(interval)
                 found = await lags(offsets, settings, rules)
-        with Live(tables(found, every), console=console, auto_refresh=False) as live:
+        with Live(_tables(found, every), console=console, auto_refresh=False) as live:
             while True:
                 await asyncio.sleep(interval)
                 found = await lags(offsets, settings, rules)
-                live.update(tables(found, every), refresh=True)
+                live.update(_tables(found, every), refresh=True)
 
 
 def _print(found: list[AgentLag], every: bool, as_json: bool) -> None:
-    if not as_json:
-        console.print(tables(found, every))
-        return
-    sys.stdout.buffer.write(msgspec.json.encode(described(found)) + b"\n")
-    sys.stdout.buffer.flush()
+    if as_json:
+        answer: dict[str, Any] = {
+            "at": now_ms(),
+            "agents": [each.describe() for each in found],
+        }
+        print_json(answer)
+    else:
+        console.print(_tables(found, every))
 
 
-def described(found: list[AgentLag]) -> dict[str, Any]:
-    """All of it, for scripts; times are ms since the epoch."""
-    return {
-        "at": now_ms(),
-        "agents": [
-            {
-                "agent": each.agent,
-                "behind": each.behind,
-                "uncommitted": each.uncommitted,
-                "oldest_at": each.oldest_at,
-                "partitions": [
-                    {**msgspec.to_builtins(one), "behind": one.behind} for one in each.partitions
-                ],
-            }
-            for each in found
-        ],
-    }
-
-
-def tables(found: list[AgentLag], every: bool) -> Table | Group:
-    """The agents; and each of their partitions, if that is wanted."""
+def _tables(found: list[AgentLag], every: bool) -> Table | Group:
+    """The agents, and their partitions if `every` asks for them."""
     now = now_ms()
     agents = _table("agent", "partitions", "behind", "oldest", "uncommitted")
     for each in found:

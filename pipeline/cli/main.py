@@ -1,4 +1,4 @@
-"""All commands, and the one place where an error becomes a line and an exit code."""
+"""The list of all commands, and the one place where an error becomes a line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -29,12 +29,15 @@ from millpond.pipeline.cli.common import console, errors
 from millpond.pipeline.process.logs import quiet_libraries
 from millpond.schemas.errors import ConfigError, MillpondError
 
+# The exit code for a wrong option, setting or rule, and the one for a command that failed.
 USAGE_EXIT_CODE, FAILURE_EXIT_CODE = 2, 1
 
 app = typer.Typer(
-    help="Keeps what an MQTT broker forgets: broker events through Kafka and Faust into Redis.",
+    help="Store what an MQTT broker forgets: its events go through Kafka and Faust into Redis.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    # Rich's own markup would take the brackets of a URL such as redis://host[:port][/database] for tags.
+    rich_markup_mode="markdown",
 )
 
 
@@ -49,7 +52,7 @@ def _options(
     *,
     version: Annotated[
         bool,
-        typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version),
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version),
     ] = False,
 ) -> None:
     pass
@@ -61,7 +64,7 @@ app.command()(stack_commands.status)
 app.command()(process_commands.worker)
 app.command()(process_commands.bridge)
 app.add_typer(client_commands.clients, name="clients")
-app.add_typer(dead_letter_commands.dead_letters, name="dead-letters")
+app.add_typer(dead_letter_commands.commands, name="dead-letters")
 app.command()(explain_command.explain)
 app.command()(topics_command.topics)
 app.command()(lag_command.lag)
@@ -79,8 +82,8 @@ app.command(
 
 
 def main() -> None:
-    """Run one command; what went wrong is one sentence on stderr, never a traceback."""
-    # What the libraries would say beside our one line; the processes that run for long turn it up again.
+    """Run one command. An error is one sentence on stderr, never a traceback."""
+    # Libraries would log the same error beside our sentence. Long-running processes raise the level again.
     quiet_libraries(logging.CRITICAL)
     try:
         app(prog_name="millpond")

@@ -1,8 +1,10 @@
-"""`millpond pub` and `sub`, for machines without MQTT tools."""
+"""`millpond pub` and `millpond sub`: a small MQTT client, for machines without one."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import stat
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,13 +14,23 @@ import typer
 
 from millpond.pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, load_settings
 from millpond.pipeline.process.extras import extra
+from millpond.pipeline.process.signals import run
 from millpond.schemas.errors import ConfigError, MillpondError
 from millpond.schemas.topics import filter_error, topic_name_error
 
-IN_FLIGHT_MAX: Final = 20  # publishes that wait for their acknowledgement, as most clients have it
+PAYLOAD_BYTES_MAX: Final = 268_435_455  # the largest Remaining Length (MQTT 3.1.1, 2.2.3)
+IN_FLIGHT_MAX: Final = (
+    20  # publishes that wait for an acknowledgement; a usual default of MQTT clients
+)
 
-HostOption = Annotated[str | None, typer.Option("--host", "-h", help="The broker's host.")]
-PortOption = Annotated[int | None, typer.Option("--port", "-p", help="The broker's port.")]
+HostOption = Annotated[
+    str | None,
+    typer.Option("--host", "-h", help="The broker's host, if not the one in the settings."),
+]
+PortOption = Annotated[
+    int | None,
+    typer.Option("--port", "-p", help="The broker's port, if not the one in the settings."),
+]
 QosOption = Annotated[int, typer.Option("--qos", "-q", min=0, max=2, help="Quality of service.")]
 IdOption = Annotated[str | None, typer.Option("--id", "-i", help="The client id.")]
 
@@ -30,20 +42,20 @@ def _address(
     return host or settings.bridge.host, port or settings.bridge.mqtt_port
 
 
-def _right(error: str | None) -> None:
+def _check_topic(error: str | None) -> None:
     if error is not None:
         raise ConfigError(f"--topic: {error}")
 
 
 def pub(
-    topic: Annotated[str, typer.Option("--topic", "-t", help="Where to publish.")],
+    topic: Annotated[str, typer.Option("--topic", "-t", help="The topic.")],
     message: Annotated[str | None, typer.Option("--message", "-m", help="The payload.")] = None,
     lines: Annotated[
-        bool, typer.Option("--lines", "-l", help="One message per line of stdin.")
+        bool, typer.Option("--lines", "-l", help="Publish each line of stdin as a message.")
     ] = False,
     qos: QosOption = 0,
     retain: Annotated[
-        bool, typer.Option("--retain", "-r", help="Keep as retained message.")
+        bool, typer.Option("--retain", "-r", help="Publish a retained message.")
     ] = False,
     client_id: IdOption = None,
     host: HostOption = None,
@@ -51,11 +63,11 @@ def pub(
     config: ConfigOption = None,
     data: DataOption = DEFAULT_DATA,
 ) -> None:
-    """Publish one message, or one for each line of stdin; returns when the broker has acknowledged them."""
+    """Publish one message, or one for each line of stdin, and wait until the broker has acknowledged all."""
     with extra("local", "`millpond pub`"):
         import aiomqtt  # noqa: PLC0415
 
-    _right(topic_name_error(topic))
+    _check_topic(topic_name_error(topic))
     address = _address(host, port, config, data)
 
     async def publish() -> None:
@@ -64,7 +76,7 @@ def pub(
             asyncio.TaskGroup() as publishes,
         ):
             room = asyncio.Semaphore(IN_FLIGHT_MAX)
-            client.pending_calls_threshold = IN_FLIGHT_MAX  # more is what it would warn of
+            client.pending_calls_threshold = IN_FLIGHT_MAX  # aiomqtt logs a warning above this
             async for payload in _lines_of_stdin() if lines else _one(message or ""):
                 await room.acquire()
                 acknowledged = publishes.create_task(
@@ -73,34 +85,52 @@ def pub(
                 acknowledged.add_done_callback(lambda _: room.release())
 
     try:
-        asyncio.run(publish())
+        run(publish())
     except* aiomqtt.MqttError as errors:
         reason = f"MQTT at {address[0]}:{address[1]}: {errors.exceptions[0]}"
         raise MillpondError(reason) from errors
 
 
-async def _one(payload: str) -> AsyncIterator[str]:
-    yield payload
+async def _one(payload: str) -> AsyncIterator[bytes]:
+    yield payload.encode()
 
 
-async def _lines_of_stdin() -> AsyncIterator[str]:
-    """The connection stays alive while nothing comes."""
-    while line := await asyncio.to_thread(sys.stdin.readline):
-        yield line.removesuffix("\n")
+async def _lines_of_stdin() -> AsyncIterator[bytes]:
+    """Read stdin while the client sends its keep-alives.
+
+    A thread would do that, too, but an interrupt could not end its read.
+    """
+    stdin = sys.stdin.buffer
+    if stat.S_ISREG(
+        os.fstat(stdin.fileno()).st_mode
+    ):  # no event loop can wait for a file: it never blocks
+        for line in stdin:
+            yield line.removesuffix(b"\n")
+        return
+    reader = asyncio.StreamReader(limit=PAYLOAD_BYTES_MAX)
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), stdin
+    )
+    async for line in reader:
+        yield line.removesuffix(b"\n")
 
 
 def sub(
-    topic: Annotated[str, typer.Option("--topic", "-t", help="A topic filter.")],
-    count: Annotated[int | None, typer.Option("--count", "-C", help="Stop after so many.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print topics too.")] = False,
+    topic: Annotated[str, typer.Option("--topic", "-t", help="The topic filter.")],
+    count: Annotated[
+        int | None, typer.Option("--count", "-C", help="Stop after this many messages.")
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print the topic before each payload.")
+    ] = False,
     keep_session: Annotated[
-        bool, typer.Option("--keep-session", "-c", help="Not a clean one.")
+        bool, typer.Option("--keep-session", "-c", help="Keep the session (clean session = 0).")
     ] = False,
     exit_subscribed: Annotated[
-        bool, typer.Option("--exit", "-E", help="Leave once the broker has the subscription.")
+        bool, typer.Option("--exit", "-E", help="Subscribe and exit.")
     ] = False,
     no_ack: Annotated[
-        bool, typer.Option("--no-ack", help="Acknowledge nothing: it comes again.")
+        bool, typer.Option("--no-ack", help="Do not acknowledge the messages.")
     ] = False,
     qos: QosOption = 0,
     client_id: IdOption = None,
@@ -109,18 +139,18 @@ def sub(
     config: ConfigOption = None,
     data: DataOption = DEFAULT_DATA,
 ) -> None:
-    """Print what is published, a line each, until Ctrl-C."""
+    """Subscribe, and print the payload of each message on a line, until Ctrl-C."""
     with extra("local", "`millpond sub`"):
         import aiomqtt  # noqa: PLC0415
 
-    _right(filter_error(topic))
+    _check_topic(filter_error(topic))
     address = _address(host, port, config, data)
 
     async def subscribe() -> None:
         async with aiomqtt.Client(
             *address, identifier=client_id, clean_session=not keep_session
         ) as client:
-            client._client.manual_ack_set(no_ack)  # noqa: SLF001  aiomqtt has no way to
+            client._client.manual_ack_set(no_ack)  # noqa: SLF001  aiomqtt has no option for it
             await client.subscribe(topic, qos=qos)
             if exit_subscribed:
                 return
@@ -136,7 +166,7 @@ def sub(
                     return
 
     try:
-        asyncio.run(subscribe())
+        run(subscribe())
     except aiomqtt.MqttError as error:
         raise MillpondError(f"MQTT at {address[0]}:{address[1]}: {error}") from error
     except KeyboardInterrupt:

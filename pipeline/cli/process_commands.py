@@ -1,8 +1,7 @@
-"""The parts that stand alone in production: `worker`, `bridge`, `kafka`, `config`."""
+"""The commands of a production set-up: `worker`, `bridge`, `kafka init`, `kafka check` and `config check`."""
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated
 
 import typer
@@ -13,18 +12,21 @@ from millpond.pipeline.cli.common import (
     DEFAULT_DATA,
     ConfigOption,
     DataOption,
+    agent_named,
     console,
     errors,
     load_settings,
+    say,
 )
 from millpond.pipeline.kafka import topics as kafka_topics
 from millpond.pipeline.process.extras import extra
 from millpond.pipeline.process.logs import log_to_stderr
+from millpond.pipeline.process.signals import run as run_command
 from millpond.schemas import keys
 from millpond.schemas.errors import ConfigError
 
-kafka = typer.Typer(help="Kafka's topics.", no_args_is_help=True)
-config = typer.Typer(help="Settings and rules.", no_args_is_help=True)
+kafka = typer.Typer(help="Create and check the Kafka topics.", no_args_is_help=True)
+config = typer.Typer(help="Check settings and rules.", no_args_is_help=True)
 
 
 def worker(
@@ -32,16 +34,13 @@ def worker(
     config: ConfigOption = None,
     data: DataOption = DEFAULT_DATA,
 ) -> None:
-    """Run one agent until SIGTERM; start more to share its partitions."""
+    """Run one worker of an agent until SIGTERM. Several workers of an agent share its partitions."""
     from millpond.pipeline.worker.worker import run  # noqa: PLC0415  Faust is slow to import
 
-    for name in AGENT_NAMES:
-        if name == agent:
-            settings, rules = load_settings(config, data)
-            log_to_stderr(settings.log, f"worker {name}")
-            run(name, settings, rules)
-            return
-    raise ConfigError(f"no agent {agent!r}: there are {', '.join(AGENT_NAMES)}")
+    name = agent_named(agent)
+    settings, rules = load_settings(config, data)
+    log_to_stderr(settings.log, f"worker {name}")
+    run(name, settings, rules)
 
 
 def bridge(
@@ -50,14 +49,16 @@ def bridge(
     data: DataOption = DEFAULT_DATA,
     topics: Annotated[
         str | None,
-        typer.Option(help="emqx-kafka: the Kafka topics that EMQX writes rule events to, a,b,…"),
+        typer.Option(help="For emqx-kafka: the Kafka topics that EMQX writes events to, a,b,…"),
     ] = None,
 ) -> None:
-    """Connect an MQTT broker to Kafka until SIGTERM: its own (`embedded`), or an EMQX, by its ExHook (`emqx`) or by
-    what its rules write to Kafka (`emqx-kafka`).
+    """Connect an MQTT broker to Kafka until SIGTERM.
+
+    `embedded` runs a broker in this process. `emqx` serves EMQX's ExHook. `emqx-kafka` reads the events that EMQX's
+    rules write to Kafka.
     """
     if (topics is not None) != (broker == "emqx-kafka"):
-        raise ConfigError("--topics names what the bridge emqx-kafka reads, and only that one")
+        raise ConfigError("the bridge emqx-kafka needs --topics, and no other bridge takes it")
     settings, rules = load_settings(config, data)
     log_to_stderr(settings.log, f"bridge {broker}")
     if broker == "embedded":
@@ -79,39 +80,45 @@ def bridge(
 
 
 def _source_topics(text: str) -> list[str]:
-    """The Kafka topics in `a,b,…`, each once."""
+    """Split `a,b,…` into Kafka topics, each once.
+
+    Raises:
+        ConfigError: the list is empty, or names a topic of Millpond.
+    """
     names = list(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
     own = sorted(set(names) & set(keys.TOPICS))
     if own:
-        raise ConfigError(f"--topics: {', '.join(own)} is Millpond's own; EMQX writes elsewhere")
+        raise ConfigError(
+            f"--topics: {', '.join(own)} is a topic of Millpond; name topics that EMQX writes"
+        )
     if not names:
-        raise ConfigError("--topics: there is none")
+        raise ConfigError("--topics: the list is empty")
     return names
 
 
 @kafka.command("init")
 def kafka_init(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) -> None:
-    """Create the topics that are missing."""
+    """Create the Kafka topics that do not exist."""
     settings, _ = load_settings(config, data)
-    created = asyncio.run(kafka_topics.create(settings.kafka))
+    created = run_command(kafka_topics.create(settings.kafka))
     console.print(f"created {', '.join(created)}" if created else "all topics exist")
 
 
 @kafka.command("check")
 def kafka_check(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) -> None:
-    """Compare the topics with the settings; exit code 1 if anything differs."""
+    """Compare the Kafka topics with the settings. The exit code is 1 if a topic differs."""
     settings, _ = load_settings(config, data)
-    deviations = asyncio.run(kafka_topics.check(settings.kafka))
+    deviations = run_command(kafka_topics.check(settings.kafka))
     for deviation in deviations:
         errors.print(deviation, markup=False, soft_wrap=True)
     if deviations:
         raise typer.Exit(1)
-    console.print("all topics are as they should be")
+    console.print("all topics match the settings")
 
 
 @config.command("check")
 def config_check(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) -> None:
-    """Read settings and rules as every part would, and show what they come to."""
+    """Load settings and rules as a worker does, show the rules, and note what weakens a guarantee."""
     from millpond.pipeline.operate.config_warnings import weaknesses  # noqa: PLC0415
 
     settings, rules = load_settings(config, data)
@@ -132,6 +139,6 @@ def config_check(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) -
             ", ".join(agents),
         )
     console.print(table)
-    for line in asyncio.run(weaknesses(settings, rules)):
-        console.print(f"note: {line}", markup=False, soft_wrap=True)
+    for line in run_command(weaknesses(settings, rules)):
+        say(f"note: {line}")
     console.print("the configuration is valid")

@@ -1,4 +1,7 @@
-"""`millpond redis`, for machines without redis-cli: any command, printed as redis-cli prints to a pipe."""
+"""`millpond redis`: any Redis command, for machines without redis-cli.
+
+The output has the form that redis-cli writes to a pipe.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def redis(
     config: ConfigOption = None,
     data: DataOption = DEFAULT_DATA,
 ) -> None:
-    """Run one Redis command, for example: millpond redis ZRANGE mqtt:msg:t 0 -1."""
+    """Run one Redis command, for example: `millpond redis ZRANGE mqtt:msg:t 0 -1`."""
     _, rules = load_settings(config, data)
     pool = rules.pool("messages")
     host, port = asyncio.run(locate(pool, access_of(pool)))
@@ -33,7 +36,7 @@ def redis(
         ssl=pool.tls, ssl_ca_certs=pool.ca_file,
     )  # fmt: skip
     try:
-        # Without the callbacks that turn some commands' replies into Python objects.
+        # The callbacks would turn the replies of some commands into Python objects.
         client.response_callbacks.clear()
         reply: Any = client.execute_command(*context.args)  # type: ignore[no-untyped-call]
     except ResponseError as error:
@@ -54,7 +57,7 @@ def _lines(reply: Any) -> list[bytes]:
             return [line for pair in reply.items() for item in pair for line in _lines(item)]
         case list() | tuple() | set():
             return [line for item in reply for line in _lines(item)]
-        case float():  # a score, which Redis writes without ".0"
+        case float():  # a score: redis-cli prints no ".0"
             return [repr(reply).removesuffix(".0").encode()]
         case _:
             return [str(reply).encode()]

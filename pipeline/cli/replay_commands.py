@@ -1,4 +1,4 @@
-"""`millpond replay`: recorded events into another Redis, compared with the live one."""
+"""`millpond replay`: fold the log into another Redis, and compare that with the live one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Protocol, TypeVar
 
-import orjson
 import typer
 from msgspec import structs
 from rich.progress import (
@@ -28,9 +27,13 @@ from millpond.pipeline.cli.common import (
     DEFAULT_DATA,
     ConfigOption,
     DataOption,
+    JsonOption,
+    agent_named,
     console,
     errors,
     load_settings,
+    print_json,
+    say,
 )
 from millpond.pipeline.compare.differences import Comparison, Difference
 from millpond.pipeline.replay.run import (
@@ -42,38 +45,41 @@ from millpond.pipeline.replay.run import (
     run_until_done,
 )
 from millpond.pipeline.settings import pool_at, read_secret
-from millpond.schemas.errors import ConfigError
 from millpond.schemas.events import AgentName
 
 SHOWN_MAX: Final = 200  # differences in the table; --json has all
-VALUE_LENGTH: Final = 60
+VALUE_LENGTH: Final = 60  # characters of a value in the table
+ALL_AGENTS: Final = "all"
 WATCH_INTERVAL_S: Final = 0.2
 
 Result = TypeVar("Result")
 
 IntoOption = Annotated[
-    str, typer.Option("--into", help="redis://[user@]host[:port][/database] of another store.")
+    str, typer.Option("--into", help="The other store: redis://[user@]host[:port][/database].")
 ]
 
 
 def replay(
-    agent: Annotated[str, typer.Argument(help=f"One of: {', '.join(AGENT_NAMES)}, all.")],
+    agent: Annotated[str, typer.Argument(help=f"One of: {', '.join(AGENT_NAMES)}, {ALL_AGENTS}.")],
     into: IntoOption,
     begins: Annotated[str, typer.Option("--from", help="earliest, or an ISO time.")] = EARLIEST,
     ends: Annotated[str, typer.Option("--to", help="latest, or an ISO time.")] = LATEST,
     diff: Annotated[
-        str | None, typer.Option("--diff", help="Compare with this Redis, as live has it now.")
+        str | None, typer.Option("--diff", help="The live Redis to compare the result with.")
     ] = None,
     password_file: Annotated[
         Path | None,
-        typer.Option("--password-file", help="Of --into, if not the pool's; empty for none."),
+        typer.Option(
+            "--password-file",
+            help="The password file of --into, if it is not the pool's. An empty file is no password.",
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: JsonOption = False,
     config: ConfigOption = None,
     data: DataOption = DEFAULT_DATA,
 ) -> None:
-    """Fold recorded events into another Redis; nothing is delivered, and live is not disturbed."""
-    agents = agents_named(agent)
+    """Fold the log into another Redis. Nothing is delivered, and the live store is not affected."""
+    agents = _agents_named(agent)
     settings, rules = load_settings(config, data)
     pool = rules.pool(agents[0])
     target = pool_at(pool, into, "--into")
@@ -84,23 +90,20 @@ def replay(
     run = Replay(settings, rules, ReplayRequest(agents, target, begins, ends, live))
     outcome = run_until_done(
         lambda: watched(run.run, run, as_json=as_json),
-        f"interrupted: {into} is marked as incomplete; the same command goes on where it was",
+        f"interrupted: {into} is marked as incomplete; the same command continues",
     )
-    _tell(outcome, as_json=as_json)
+    _print_result(outcome, as_json=as_json)
     if outcome.compared is not None and outcome.compared.differences:
         raise typer.Exit(1)
 
 
-def agents_named(name: str) -> tuple[AgentName, ...]:
-    """The agents that an argument names.
+def _agents_named(name: str) -> tuple[AgentName, ...]:
+    """The agent of this name, or all agents.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: no agent has this name.
     """
-    found = tuple(each for each in AGENT_NAMES if name in (each, "all"))
-    if not found:
-        raise ConfigError(f"no agent {name!r}: there are {', '.join(AGENT_NAMES)}, all")
-    return found
+    return AGENT_NAMES if name == ALL_AGENTS else (agent_named(name, ALL_AGENTS),)
 
 
 class Rate(ProgressColumn):
@@ -112,27 +115,27 @@ class Rate(ProgressColumn):
 
 
 class Watched(Protocol):
-    """What has a position."""
+    """A run with a position in the log."""
 
     @property
     def agent(self) -> str:
-        """Whose log is being folded."""
+        """The agent whose log is being folded."""
         ...
 
     @property
     def total(self) -> int:
-        """How many offsets there are to go by; 0 while that is not known."""
+        """How many offsets there are to fold; 0 while that is unknown."""
         ...
 
     @property
     def folded(self) -> int:
-        """How many have gone by."""
+        """How many offsets are folded."""
         ...
 
 
 async def watched(work: Callable[[], Awaitable[Result]], run: Watched, *, as_json: bool) -> Result:
-    """Do the work, with rate, position and time left on a terminal."""
-    # What lives here is a batch, or for ever: see `pipeline/worker/worker.py`.
+    """Run `work`, and show rate, position and time left on a terminal."""
+    # Objects live for one batch or for ever, so frequent collections find little: see `pipeline/worker/worker.py`.
     gc.set_threshold(50_000, 20, 50)
     working = asyncio.ensure_future(work())
     columns = (
@@ -153,48 +156,47 @@ async def watched(work: Callable[[], Awaitable[Result]], run: Watched, *, as_jso
         await asyncio.gather(working, return_exceptions=True)
 
 
-def _tell(outcome: ReplayResult, *, as_json: bool) -> None:
+def _print_result(outcome: ReplayResult, *, as_json: bool) -> None:
     compared = outcome.compared
     if as_json:
-        told: dict[str, Any] = {"records": outcome.records, "notes": outcome.notes}
+        answer: dict[str, Any] = {"records": outcome.records, "notes": outcome.notes}
         if compared is not None:
-            told["diff"] = {
+            answer["diff"] = {
                 "keys": compared.keys, "equal": not compared.differences and not compared.more,
                 "more": compared.more, "differences": [described(each) for each in compared.differences],
             }  # fmt: skip
-        typer.echo(orjson.dumps(told).decode())
+        print_json(answer)
         return
     for note in outcome.notes:
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
-    console.print(f"replayed {outcome.records} records", soft_wrap=True)
+        say(f"note: {note}")
+    say(f"replayed {outcome.records} records")
     if compared is not None:
-        _tell_differences(compared)
+        _print_differences(compared)
 
 
-def _tell_differences(compared: Comparison) -> None:
+def _print_differences(compared: Comparison) -> None:
     found = compared.differences
     if not found:
-        console.print(f"no difference in {compared.keys} keys", soft_wrap=True)
+        say(f"no difference in {compared.keys} keys")
         return
-    console.print(difference_table(found[:SHOWN_MAX]))
+    console.print(_difference_table(found[:SHOWN_MAX]))
     if len(found) > SHOWN_MAX:
-        console.print(f"and {len(found) - SHOWN_MAX} more: --json shows them all")
+        say(f"and {len(found) - SHOWN_MAX} more: --json shows all")
     counts = {
         kind: sum(each.what == kind for each in found) for kind in ("added", "missing", "changed")
     }
-    summed = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
-    more = ", and more that was not looked at" if compared.more else ""
-    console.print(f"differences in {compared.keys} keys: {summed}{more}", soft_wrap=True)
+    total = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    more = "; too many differ to compare all of them again" if compared.more else ""
+    say(f"differences in {compared.keys} keys: {total}{more}")
 
 
-def difference_table(found: Sequence[Difference]) -> Table:
-    """A line for each."""
+def _difference_table(found: Sequence[Difference]) -> Table:
     table = Table("", "key", "field", "live", "replayed", box=None)
     for column in table.columns:
         column.overflow = "fold"
     for each in found:
-        told = described(each)
-        cells = (told["what"], told["key"], told["field"] or "", told["live"], told["replayed"])
+        row = described(each)
+        cells = (row["what"], row["key"], row["field"] or "", row["live"], row["replayed"])
         table.add_row(*(Text(_cut(cell)) for cell in cells))
     return table
 
@@ -205,7 +207,7 @@ def _cut(value: str | None) -> str:
 
 
 def described(difference: Difference) -> dict[str, Any]:
-    """In JSON; bytes that are no text are escaped."""
+    """One difference for JSON. Bytes that are no UTF-8 are escaped."""
     item = difference.item
     field = "(lifetime)" if item.kind == "lifetime" else _text(item.field) or None
     return {

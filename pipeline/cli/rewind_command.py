@@ -1,16 +1,22 @@
-"""`millpond rewind`: have one subscriber read a pubsub topic again."""
+"""`millpond rewind`: move the read offset of one subscriber of a pubsub topic."""
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated
 
-import orjson
 import typer
 
-from millpond.pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, load_settings
+from millpond.pipeline.cli.common import (
+    DEFAULT_DATA,
+    ConfigOption,
+    DataOption,
+    JsonOption,
+    load_settings,
+    print_json,
+)
 from millpond.pipeline.operate import operator_events
 from millpond.pipeline.operate.rewind import find_place
+from millpond.pipeline.process.signals import run as run_command
 
 
 def rewind(
@@ -22,13 +28,13 @@ def rewind(
         str, typer.Option("--to", help="earliest, latest, an ISO time, or a message id.")
     ],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say how many messages would come.")
+        bool, typer.Option("--dry-run", help="Only count the messages to deliver.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: JsonOption = False,
     config: ConfigOption = None,
     data: DataOption = DEFAULT_DATA,
 ) -> None:
-    """Have one subscriber of a pubsub topic read on from another place, while everything runs."""
+    """Move the read offset of one subscriber of a pubsub topic, while everything runs."""
     settings, rules = load_settings(config, data)
 
     async def run() -> int:
@@ -37,10 +43,10 @@ def rewind(
             await operator_events.write(settings.kafka, [order])
         return place.messages
 
-    messages = asyncio.run(run())
+    messages = run_command(run())
     if as_json:
-        told = {"subscriber": subscriber, "topic": topic, "to": to, "messages": messages}
-        typer.echo(orjson.dumps({**told, "dry_run": dry_run}).decode())
+        answer = {"subscriber": subscriber, "topic": topic, "to": to, "messages": messages}
+        print_json({**answer, "dry_run": dry_run})
         return
     will = "would" if dry_run else "will"
     counted = f"{messages} message{'' if messages == 1 else 's'}"

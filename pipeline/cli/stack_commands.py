@@ -1,4 +1,4 @@
-"""`millpond up`, `down`, `status`."""
+"""`millpond up`, `millpond down` and `millpond status`: the stack on this machine."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import orjson
 import typer
 from aiokafka.errors import KafkaError
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from millpond.agents.registry import AGENT_NAMES
-from millpond.pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, console, errors
+from millpond.pipeline.cli.common import (
+    DEFAULT_DATA,
+    ConfigOption,
+    DataOption,
+    JsonOption,
+    console,
+    errors,
+    print_json,
+)
 from millpond.pipeline.operate.lag import LagReader
 from millpond.pipeline.process.child import MILLPOND
 from millpond.pipeline.process.extras import extra
@@ -26,24 +33,31 @@ from millpond.pipeline.settings import load
 from millpond.schemas.errors import MillpondError
 
 KAFKA_SIZE = "about 60 MB"
-DETACHED_READY_TIMEOUT_S = 600.0  # a first start fetches Kafka
+DETACHED_READY_TIMEOUT_S = 600.0  # long enough for a first start, which downloads Kafka
 
 
 def up(
     data: DataOption = DEFAULT_DATA,
     config: ConfigOption = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Return when all is ready.")] = False,
-    kafka: Annotated[str | None, typer.Option(help="HOST:PORT of a Kafka to use.")] = None,
-    redis: Annotated[str | None, typer.Option(help="URL of a Redis to use, or `embedded`.")] = None,
-    mqtt_port: Annotated[int | None, typer.Option(help="MQTT; 0 picks a free port.")] = None,
-    websocket_port: Annotated[
-        int | None, typer.Option(help="MQTT over WebSocket; 0: a free one.")
+    detach: Annotated[
+        bool,
+        typer.Option("--detach", help="Run in the background; return when everything is ready."),
+    ] = False,
+    kafka: Annotated[str | None, typer.Option(help="HOST:PORT of a Kafka to use instead.")] = None,
+    redis: Annotated[
+        str | None, typer.Option(help="URL of a Redis to use instead, or `embedded`.")
     ] = None,
-    kafka_port: Annotated[int | None, typer.Option(help="Kafka; 0 picks a free port.")] = None,
-    redis_port: Annotated[int | None, typer.Option(help="Redis; 0 picks a free port.")] = None,
-    web_port: Annotated[int | None, typer.Option(help="The web page; 0: a free one.")] = None,
+    mqtt_port: Annotated[int | None, typer.Option(help="MQTT port; 0 picks a free port.")] = None,
+    websocket_port: Annotated[
+        int | None, typer.Option(help="Port of MQTT over WebSocket; 0 picks a free port.")
+    ] = None,
+    kafka_port: Annotated[int | None, typer.Option(help="Kafka port; 0 picks a free port.")] = None,
+    redis_port: Annotated[int | None, typer.Option(help="Redis port; 0 picks a free port.")] = None,
+    web_port: Annotated[
+        int | None, typer.Option(help="Port of the web page; 0 picks a free port.")
+    ] = None,
 ) -> None:
-    """Start Kafka, Redis, an MQTT broker and the agents here, and keep them running until Ctrl-C."""
+    """Start Kafka, Redis, an MQTT broker, the agents and the web page, and keep them running until Ctrl-C."""
     with extra("local", "`millpond up`"):
         from millpond.pipeline.stack.directory import DataDirectory  # noqa: PLC0415
         from millpond.pipeline.stack.stack import Options, Stack  # noqa: PLC0415
@@ -66,28 +80,28 @@ def up(
     stack = Stack(
         directory, options, lambda line: console.print(line, markup=False, soft_wrap=True)
     )
-    asyncio.run(stack.run(lambda: _say_ready(stack.addresses, data)))
+    asyncio.run(stack.run(lambda: _print_ready(stack.addresses, data)))
 
 
 def _fetch_kafka(external: str | None) -> None:
-    """Fetch the jars with something to look at; the second start finds them."""
-    from millpond.pipeline.stack import kafka  # noqa: PLC0415  up to here the extra [local] was there
+    """Download Kafka's jars behind a progress display, unless the cache has them."""
+    from millpond.pipeline.stack import kafka  # noqa: PLC0415  only after the check for the extra [local]
 
     if external is not None or kafka.fetched_jars() is not None:
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    console.print(f"fetching Apache Kafka {kafka.KAFKA_VERSION} ({KAFKA_SIZE}, this once)")
+    console.print(f"downloading Apache Kafka {kafka.KAFKA_VERSION} ({KAFKA_SIZE}, only once)")
     with Progress(*columns, console=console, transient=True) as progress:
-        progress.add_task("fetching")
+        progress.add_task("downloading")
         kafka.fetch_jars()
 
 
-def _say_ready(addresses: dict[str, str], data: Path) -> None:
+def _print_ready(addresses: dict[str, str], data: Path) -> None:
     table = Table(show_header=False, box=None)
     for name, address in addresses.items():
         table.add_row(name, address)
     console.print(table)
-    millpond, where = _as_typed(), "" if data == DEFAULT_DATA else f" --data {data}"
+    millpond, where = _command_name(), "" if data == DEFAULT_DATA else f" --data {data}"
     console.print("Try, in another terminal:", markup=False)
     for command in (
         f"pub{where} -q 1 -t sensors/kitchen -m 21.5",
@@ -98,8 +112,8 @@ def _say_ready(addresses: dict[str, str], data: Path) -> None:
     console.print("millpond is ready")
 
 
-def _as_typed() -> str:
-    """How this command is called from here: by its name if that leads to it, else by its path."""
+def _command_name() -> str:
+    """What to type for this command: `millpond` if the PATH leads to this installation, else its path."""
     own = Path(sys.executable).with_name("millpond")
     on_path = shutil.which("millpond")
     if on_path is not None and Path(on_path).samefile(own):
@@ -108,7 +122,11 @@ def _as_typed() -> str:
 
 
 def _detach(directory: Any, arguments: list[str]) -> None:
-    """The same command in the background; returns when it is ready, or says why it is not."""
+    """Run the same command in the background, and return when it is ready.
+
+    Raises:
+        MillpondError: the command ended; with what it printed.
+    """
     directory.create()
     log = directory.log("up")
     with log.open("wb") as output:
@@ -125,14 +143,15 @@ def _detach(directory: Any, arguments: list[str]) -> None:
         if state is not None and state.supervisor.pid == running.pid and state.ready:
             break
         time.sleep(0.1)
-    said = log.read_text(errors="replace")
     if running.poll() is not None:
-        raise MillpondError(said.strip().removeprefix("millpond: ") or "`millpond up` ended")
+        output_text = log.read_text(errors="replace").strip()
+        raise MillpondError(output_text.removeprefix("millpond: ") or "`millpond up` ended")
     _wait_for_last_line(log)
     console.print(log.read_text(errors="replace").rstrip(), markup=False, soft_wrap=True)
 
 
 def _wait_for_last_line(log: Path) -> None:
+    # The state says ready a moment before the last line is in the log.
     deadline = time.monotonic() + 5
     while (
         "millpond is ready" not in log.read_text(errors="replace") and time.monotonic() < deadline
@@ -141,7 +160,7 @@ def _wait_for_last_line(log: Path) -> None:
 
 
 def down(data: DataOption = DEFAULT_DATA) -> None:
-    """Stop exactly what `millpond up` started in this directory."""
+    """Stop what `millpond up` started in this directory, and nothing else."""
     with extra("local", "`millpond down`"):
         from millpond.pipeline.stack.directory import DataDirectory  # noqa: PLC0415
         from millpond.pipeline.stack.stack import down as stop  # noqa: PLC0415
@@ -152,17 +171,18 @@ def down(data: DataOption = DEFAULT_DATA) -> None:
 
 def status(
     data: DataOption = DEFAULT_DATA,
-    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+    as_json: JsonOption = False,
     pid_of: Annotated[
-        str | None, typer.Option("--pid", metavar="NAME", help="Only the pid of one process.")
+        str | None,
+        typer.Option("--pid", metavar="NAME", help="Print only the pid of this process."),
     ] = None,
 ) -> None:
-    """Addresses, processes, readiness, and how many records each agent is behind."""
+    """Show addresses, processes, readiness, and how many records each agent has not committed."""
     found = _status(data)
     if pid_of is not None:
         console.print(_pid(found, pid_of))
     elif as_json:
-        sys.stdout.buffer.write(orjson.dumps(found, option=orjson.OPT_INDENT_2) + b"\n")
+        print_json(found, indent=True)
     else:
         _print_status(found)
     if not found["ready"]:
@@ -184,7 +204,9 @@ def _status(data: Path) -> dict[str, Any]:
             async with LagReader(settings.kafka, settings.app) as offsets:
                 return {each.agent: each.uncommitted for each in await offsets.of(AGENT_NAMES)}
         except (KafkaError, MillpondError) as error:
-            errors.print(f"millpond: Kafka does not answer: {error}", markup=False)
+            errors.print(
+                f"millpond: Kafka does not answer, so the lag is unknown: {error}", markup=False
+            )
             return dict.fromkeys(AGENT_NAMES)
 
     processes = [
@@ -212,7 +234,9 @@ def _pid(found: dict[str, Any], name: str) -> int:
         process["name"]: int(process["pid"]) for process in found["processes"] if process["pid"]
     }
     if name not in pids:
-        raise MillpondError(f"no process {name!r} runs here: there are {', '.join(pids) or 'none'}")
+        raise MillpondError(
+            f"no process {name!r} runs here; running are: {', '.join(pids) or 'none'}"
+        )
     return pids[name]
 
 

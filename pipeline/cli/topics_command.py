@@ -1,8 +1,7 @@
-"""`millpond topics`: the deepest topics, or one of them."""
+"""`millpond topics`: the deepest topics, or one topic."""
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated
 
 import typer
@@ -12,32 +11,39 @@ from millpond.pipeline.cli.common import (
     DEFAULT_DATA,
     ConfigOption,
     DataOption,
+    JsonOption,
+    cell,
     errors,
+    listing,
     load_settings,
+    print_json,
+    say,
+    show,
 )
-from millpond.pipeline.cli.explain_command import cell, listing, print_json, say, show, show_topic
+from millpond.pipeline.cli.explain_command import show_topic
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.explain import sentences
 from millpond.pipeline.explain import topic as one_topic
 from millpond.pipeline.explain.topics import LISTED_MAX, TopicList, deepest
+from millpond.pipeline.process.signals import run
 
 
 def topics(
-    topic: Annotated[
-        str | None, typer.Argument(metavar="[TOPIC]", help="Only this one, and all of it.")
-    ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="The deepest so many.")] = LISTED_MAX,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    topic: Annotated[str | None, typer.Argument(help="Show this topic in full.")] = None,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, help="How many topics to list, the deepest.")
+    ] = LISTED_MAX,
+    as_json: JsonOption = False,
     config: ConfigOption = None,
     data: DataOption = DEFAULT_DATA,
 ) -> None:
-    """The topics with the most messages, the deepest first; of one, who reads it from where."""
+    """List the topics with the most messages, the deepest first; or show one topic and its subscribers."""
     settings, rules = load_settings(config, data)
     if topic is not None:
-        show_topic(asyncio.run(one_topic.explain(settings, rules, topic)), as_json=as_json)
+        show_topic(run(one_topic.explain(settings, rules, topic)), as_json=as_json)
         return
-    with Status("reading the tables of all partitions", console=errors):
-        found = asyncio.run(deepest(settings, rules, limit))
+    with Status("reading the state of all partitions", console=errors):
+        found = run(deepest(settings, rules, limit))
     if as_json:
         print_json(found)
         return

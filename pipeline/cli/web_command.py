@@ -1,4 +1,4 @@
-"""`millpond web`: the page."""
+"""`millpond web`: serve the web page."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from millpond.pipeline.process.logs import log_to_stderr
 
 def web(
     port: Annotated[
-        int | None, typer.Option(min=0, max=65_535, help="Of the page; 0 picks a free one.")
+        int | None, typer.Option(min=0, max=65_535, help="The page's port; 0 picks a free port.")
     ] = None,
     config: ConfigOption = None,
     data: DataOption = DEFAULT_DATA,
 ) -> None:
-    """Serve a page that shows what goes on, until SIGTERM; `millpond up` has one already."""
+    """Serve the web page until SIGTERM. `millpond up` serves it, too."""
     from millpond.pipeline.web.server import run_web  # noqa: PLC0415  aiohttp is slow to import
 
     settings, rules = load_settings(config, data)

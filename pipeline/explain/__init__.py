@@ -1,1 +1,1 @@
-"""Seeing inside: where a message is, how deep a topic, read from Kafka and Redis; as plain data, for whoever shows it."""
+"""Inspection: where a message is, and what is known of a topic, read from Kafka and Redis and returned as data."""

@@ -1,4 +1,13 @@
-"""Records about one message, found in Kafka: which partitions are read from where, and what is picked out of them."""
+"""The search for the records about one message in Kafka.
+
+- If Redis knows when the message was stored, its partition is read forwards from shortly before that time.
+- Otherwise each partition is read backwards in chunks, from its end, until a chunk has the publish. Records that follow
+  the publish may name the message by the id of a copy, which only a report in between reveals. So the partition is read
+  once more, forwards from the publish.
+- At last the same partition of the dead-letter topic is read.
+
+Each pass reads at most `records_max` records. The result says which offsets were read.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +38,11 @@ from millpond.schemas.events import (
     OperatorRewind,
 )
 
-CHUNK_RECORDS: Final = 50_000  # read at once when searching backwards
-RUN_RECORDS: Final = 5_000
+CHUNK_RECORDS: Final = 50_000  # of one step backwards
+RUN_RECORDS: Final = 5_000  # of one fetch
 FETCH_BYTES: Final = 4 * 1024 * 1024
-SILENCE_S: Final = 30.0  # of a Kafka that has what is asked for; a new leader is elected in less
+# How long Kafka may send no record although the log has more. A new leader is elected in less.
+SILENCE_S: Final = 30.0
 
 _KINDS: Final[Mapping[type[Any], EventKind]] = {
     MessageAcked: "acked",
@@ -43,18 +53,18 @@ _KINDS: Final[Mapping[type[Any], EventKind]] = {
     OperatorRewind: "rewind",
 }
 
-Progress = Callable[[int, int], None]  # records looked at, of how many
+Progress = Callable[[int, int], None]  # called with the number of records read, and the total
 
 
 class LogReader:
-    """The partitions of `mqtt.messages` and `mqtt.dead-letters`; a context manager. It is in no consumer group.
+    """Reads partitions of `mqtt.messages` and `mqtt.dead-letters`, in no consumer group. A context manager.
 
     Raises:
-        MillpondError: Kafka is away, or has no such topics.
+        MillpondError: Kafka cannot be reached, or does not have the topics.
     """
 
     def __init__(self, settings: KafkaSettings) -> None:
-        """Connected when it is entered."""
+        """It connects when it is entered."""
         self._settings = settings
         self._consumer = AIOKafkaConsumer(
             enable_auto_commit=False, auto_offset_reset="earliest",
@@ -78,7 +88,7 @@ class LogReader:
         await self._consumer.stop()
 
     async def bounds(self, partitions: Sequence[TopicPartition]) -> list[Searched]:
-        """What the log has of partitions, of which nothing has been looked at: `first` and `stop` are its end."""
+        """The bounds of partitions, with nothing searched: `first` and `stop` are at the end of the log."""
         self._consumer.assign(partitions)
         self._consumer.pause(*partitions)
         starts = await self._consumer.beginning_offsets(partitions)
@@ -92,13 +102,17 @@ class LogReader:
         ]  # fmt: skip
 
     async def first_since(self, bounds: Searched, at_ms: int) -> int:
-        """The first offset whose record is not older."""
+        """The first offset whose record is as late as this time, or later."""
         partition = _partition(bounds)
         found = (await self._consumer.offsets_for_times({partition: max(at_ms, 0)}))[partition]
         return bounds.end if found is None else int(found.offset)
 
     async def read(self, bounds: Searched, first: int, stop: int) -> AsyncIterator[Sequence[Any]]:
-        """The records from `first` up to, not with, `stop`."""
+        """Read the records from `first` up to `stop`, without `stop`.
+
+        Raises:
+            MillpondError: Kafka sends no more records.
+        """
         partition = _partition(bounds)
         self._consumer.seek(partition, first)
         self._consumer.resume(partition)
@@ -113,7 +127,7 @@ class LogReader:
                         yield [each for each in records if each.offset < stop]
         except TimeoutError as error:
             raise MillpondError(
-                f"Kafka has told nothing of {partition.topic}[{partition.partition}] for {SILENCE_S:g} s"
+                f"Kafka has sent no record of {partition.topic}[{partition.partition}] for {SILENCE_S:g} s"
             ) from error
         finally:
             self._consumer.pause(partition)
@@ -124,33 +138,33 @@ def _partition(bounds: Searched) -> TopicPartition:
 
 
 class WantedMessage:
-    """What is looked for: a message, by its id and by those that the broker gave its copies."""
+    """The message that is searched for, by its id and by the ids that the broker gave to its copies."""
 
     def __init__(self, message_id: str, topic: str | None, aliases: Iterable[str] = ()) -> None:
-        """`topic` None: it is yet to be found out."""
+        """`topic` is None while it is unknown."""
         self.message_id, self.topic = message_id, topic
-        self.copy_of: str | None = None  # whose, if the id is one that the broker gave a copy
-        self._ids: dict[str, bytes] = {}
-        self._escaped = False
+        self.copy_of: str | None = None  # the message's own id, if `message_id` is that of a copy
+        self._ids: dict[str, bytes] = {}  # as they stand in JSON
+        self._may_be_escaped = False  # true if a record may have an escape in one of the ids
         for each in (message_id, *aliases):
             self._add(each)
 
     def _add(self, message_id: str) -> None:
         self._ids[message_id] = msgspec.json.encode(message_id)[1:-1]
-        # Other writers of JSON may escape what ours does not; letters and digits nobody does.
+        # Other writers of JSON may escape characters that ours does not. None escapes letters and digits.
         plain = message_id.isascii() and message_id.replace("-", "").replace("_", "").isalnum()
-        self._escaped |= not plain
+        self._may_be_escaped |= not plain
 
     def may_be_in(self, value: bytes | None) -> bool:
-        """Whether it is worth to decode a record."""
+        """True if a record may name the message, so that it is worth decoding."""
         if value is None:
             return False
         return any(each in value for each in self._ids.values()) or (
-            self._escaped and b"\\" in value
+            self._may_be_escaped and b"\\" in value
         )
 
     def events(self, record: Any) -> list[LogEvent]:
-        """What a record says of the message: a report of a bridge may be about several copies."""
+        """The events in a record that are about the message. A report may have several: one for each copy."""
         if record.topic == keys.DEAD_LETTERS_TOPIC:
             return self._dead_letters(record)
         if not self.may_be_in(record.value):
@@ -207,7 +221,7 @@ class WantedMessage:
             try:
                 named = getattr(codec.decode(record.value), "message_id", None)
             except DecodeError:
-                # What nobody can read may still name it; its key is its topic.
+                # The record has the id somewhere, though it cannot be decoded. Its key is its topic.
                 named = self.message_id
         if named != self.message_id:
             return []
@@ -227,14 +241,14 @@ def _event(record: Any, message_id: str, topic: str | None = None) -> LogEvent:
 
 
 class SearchResult(Struct, kw_only=True):
-    """What a search has come to."""
+    """The events that a search found, and what it has read."""
 
     events: list[LogEvent] = field(default_factory=list)
     searched: list[Searched] = field(default_factory=list)
 
     @property
     def published(self) -> LogEvent | None:
-        """The last publish."""
+        """The last publish among the events."""
         found = [each for each in self.events if each.kind == "published"]
         return found[-1] if found else None
 
@@ -247,33 +261,33 @@ async def search(
     records_max: int,
     progress: Progress = lambda done, total: None,
 ) -> SearchResult:
-    """All records about a message in these partitions: backwards to its publish, then on from there, each time through
-    at most so many records; then those among the dead letters. `since_ms` is about when it was published, if that is
-    known.
+    """Search the partitions `numbers` for the records about a message.
+
+    `since_ms` is the time of its publish, if it is known. The module's docstring describes the passes.
     """
     topics = (keys.MESSAGES_TOPIC, keys.DEAD_LETTERS_TOPIC)
     every = await log.bounds([TopicPartition(each, at) for each in topics for at in numbers])
     bounds = every[: len(numbers)]
-    steps = _Steps(progress, min(records_max, sum(each.end - each.start for each in bounds)))
+    read = _ReadCount(progress, min(records_max, sum(each.end - each.start for each in bounds)))
     found = SearchResult()
     if since_ms is not None and len(bounds) == 1:
-        found = await _from(log, wanted, bounds[0], since_ms, records_max, steps)
+        found = await _forwards(log, wanted, bounds[0], since_ms, records_max, read)
     if found.published is None:
-        found = await _backwards(log, wanted, bounds, records_max, steps)
+        found = await _backwards(log, wanted, bounds, records_max, read)
         published = found.published
         if published is not None:
-            (where,) = (each for each in bounds if each.partition == published.partition)
-            steps = _Steps(progress, min(records_max, where.end - published.offset))
-            found = await _from(log, wanted, where, published.at, records_max, steps)
-    where_found = found.events[0].partition if found.events else numbers[0]
+            (place,) = (each for each in bounds if each.partition == published.partition)
+            read = _ReadCount(progress, min(records_max, place.end - published.offset))
+            found = await _forwards(log, wanted, place, published.at, records_max, read)
+    number = found.events[0].partition if found.events else numbers[0]
     if found.events or len(numbers) == 1:
-        (letters,) = (each for each in every[len(numbers) :] if each.partition == where_found)
-        await _dead_letters(log, wanted, letters, records_max, found)
+        (dead_letters,) = (each for each in every[len(numbers) :] if each.partition == number)
+        await _search_dead_letters(log, wanted, dead_letters, records_max, found)
     return found
 
 
-class _Steps:
-    """Counts what was looked at."""
+class _ReadCount:
+    """Counts the records that were read, and reports the progress."""
 
     def __init__(self, progress: Progress, total: int) -> None:
         self._progress, self._total, self.done = progress, total, 0
@@ -283,21 +297,25 @@ class _Steps:
         self._progress(min(self.done, self._total), self._total)
 
 
-async def _from(
+async def _forwards(
     log: LogReader,
     wanted: WantedMessage,
     bounds: Searched,
     at_ms: int,
     records_max: int,
-    steps: _Steps,
+    read: _ReadCount,
 ) -> SearchResult:
-    """Forwards from a publish. An ack may have overtaken it, by as long as one is waited for."""
+    """Search forwards from a publish.
+
+    An ack may precede its publish in the log. The agents accept that as long as the seen ids reach, so the search
+    begins that long before the publish.
+    """
     first = await log.first_since(bounds, at_ms - DEDUP_WINDOW_MS)
     stop = min(bounds.end, first + records_max)
     found = SearchResult(searched=[structs.replace(bounds, first=first, stop=stop)])
     async for run in log.read(bounds, first, stop):
         found.events += [event for record in run for event in wanted.events(record)]
-        steps.add(len(run))
+        read.add(len(run))
     return found
 
 
@@ -306,20 +324,21 @@ async def _backwards(
     wanted: WantedMessage,
     bounds: Sequence[Searched],
     records_max: int,
-    steps: _Steps,
+    read: _ReadCount,
 ) -> SearchResult:
-    """A piece of each partition after the other, from its end, until the publish is found. Once anything is, the others
-    are left alone.
+    """Search backwards from the end, one chunk of each partition in turn, until a chunk has the publish.
+
+    All records about a message are in one partition. Once one has an event, the others are not read further.
     """
-    found, searched, steps.done = SearchResult(), list(bounds), 0
-    while steps.done < records_max:
-        some = False
+    found, searched, read.done = SearchResult(), list(bounds), 0
+    while read.done < records_max:
+        unfinished = False
         for at, each in enumerate(searched):
             elsewhere = found.events and found.events[0].partition != each.partition
-            if each.first <= each.start or elsewhere or steps.done >= records_max:
+            if each.first <= each.start or elsewhere or read.done >= records_max:
                 continue
-            some = True
-            first = max(each.start, each.first - min(CHUNK_RECORDS, records_max - steps.done))
+            unfinished = True
+            first = max(each.start, each.first - min(CHUNK_RECORDS, records_max - read.done))
             chunk = [
                 event
                 async for run in log.read(each, first, each.first)
@@ -327,20 +346,20 @@ async def _backwards(
                 for event in wanted.events(record)
             ]
             found.events[:0] = chunk
-            steps.add(each.first - first)
+            read.add(each.first - first)
             searched[at] = structs.replace(each, first=first)
             if wanted.copy_of is not None or any(event.kind == "published" for event in chunk):
                 return SearchResult(events=found.events, searched=searched)
-        if not some:
+        if not unfinished:
             break
     found.searched = searched
     return found
 
 
-async def _dead_letters(
+async def _search_dead_letters(
     log: LogReader, wanted: WantedMessage, bounds: Searched, records_max: int, found: SearchResult
 ) -> None:
-    """The records about a message among the dead letters of its partition, after its publish."""
+    """Add the dead-letter records about a message, from its publish on."""
     first = bounds.start
     if found.published is not None:
         first = await log.first_since(bounds, found.published.at - DEDUP_WINDOW_MS)

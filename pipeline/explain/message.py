@@ -1,4 +1,12 @@
-"""Where a message is: in Kafka, in Redis, and for each of its subscribers."""
+"""Where a message is: in Kafka, in Redis, and for each subscriber of its topic.
+
+1. Find the topic: from the caller, else from the message's body or dead letter in Redis.
+2. Read what Redis has of the message, and search the log for records about it. The topic gives the one partition to
+   search. Without a topic all partitions are searched.
+3. If the id is one that the broker gave to a copy, start again with the id of the message.
+4. Read Redis once more. A record that the search found is then either applied, or after the applied offset.
+5. Compute the states from both (`message_states.py`).
+"""
 
 from __future__ import annotations
 
@@ -10,14 +18,7 @@ from msgspec import Struct, structs
 from millpond.agents.delivery.dead_messages import DeadMessage
 from millpond.agents.delivery.dead_messages import unpack as unpack_dead
 from millpond.agents.ports import Applied
-from millpond.agents.pubsub.state import (
-    TopicLog,
-    reader_key,
-    subscriber_named,
-    unpack_log,
-    unpack_reader,
-    unpack_subscriber,
-)
+from millpond.agents.pubsub.state import TopicLog, unpack_log
 from millpond.agents.queue.state import QueueWindow
 from millpond.agents.queue.state import unpack as unpack_queue
 from millpond.agents.reads import ReadBody, ReadEntry, ReadStates
@@ -25,17 +26,23 @@ from millpond.agents.topics import storage
 from millpond.agents.topics.plans import make_plan
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.explain import log_search, message_states, sentences
-from millpond.pipeline.explain.agent_states import members_of, pages
+from millpond.pipeline.explain.agent_states import (
+    OWNERS,
+    clients_by_subscriber,
+    members_of,
+    subscribers_of,
+)
 from millpond.pipeline.explain.log_search import Progress, SearchResult, WantedMessage
-from millpond.pipeline.explain.message_states import Known, Reading
+from millpond.pipeline.explain.message_states import Known
 from millpond.pipeline.explain.results import (
     MessageFacts,
     MessageState,
     Searched,
     StoredMessageFacts,
 )
-from millpond.pipeline.operate.dead_letters import AGENTS as DELIVERING
-from millpond.pipeline.operate.dead_letters import stored_message
+from millpond.pipeline.kafka.partitioning import partition_of
+from millpond.pipeline.operate.dead_letters import AGENTS as DELIVERY_AGENTS
+from millpond.pipeline.operate.dead_letters import is_utf8, stored_message
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.stores.redis.inspection import (
     CountBefore,
@@ -45,7 +52,6 @@ from millpond.pipeline.stores.redis.inspection import (
     ReadRules,
 )
 from millpond.pipeline.stores.redis.reader import StoreReader
-from millpond.pipeline.worker.control_channel import partition_of
 from millpond.schemas.errors import ConfigError, MillpondError
 from millpond.schemas.events import AgentName
 from millpond.schemas.keys import Partition
@@ -53,8 +59,7 @@ from millpond.schemas.rules import Rules
 from millpond.schemas.rules.pool import Pool
 from millpond.schemas.topics import topic_name_error
 
-RECORDS_MAX: Final = 1_000_000  # looked at in one go: some ten seconds
-OWNERS: Final[tuple[AgentName, ...]] = ("messages", "queue", "pubsub")
+RECORDS_MAX: Final = 1_000_000  # records to search, without --search: takes some ten seconds
 
 
 async def explain(
@@ -67,89 +72,86 @@ async def explain(
     records_max: int = RECORDS_MAX,
     progress: Progress = lambda done, total: None,
 ) -> MessageFacts:
-    """All that is known of a message; for one subscriber only, if `client` names it. `topic` None: Redis or Kafka tell it.
+    """Read all that is known of a message. `client` selects one subscriber. Without `topic`, Redis or Kafka gives it.
 
     Raises:
-        ConfigError: nobody can publish to such a topic.
-        MillpondError: there is no such message; it says where it was looked for. Kafka is away.
-        StoreDown, StoreRefused: Redis is.
+        ConfigError: the topic name is invalid.
+        MillpondError: no such message is known, or it is of another topic, or Kafka cannot be reached.
+        StoreDown, StoreRefused: Redis does not answer, or refuses.
     """
-    if not _is_text(message_id, topic, client):
+    if not is_utf8("".join(filter(None, (message_id, topic, client)))):
         raise MillpondError(
-            f"{message_id!r}, or what comes with it, is no UTF-8: nothing has such a name"
+            f"{message_id!r}, or its --topic or --client, is no UTF-8: nothing has such a name"
         )
-    wrong = None if topic is None else topic_name_error(topic)
-    if wrong is not None:
-        raise ConfigError(f"{topic!r}: {wrong}")
+    invalid = None if topic is None else topic_name_error(topic)
+    if invalid is not None:
+        raise ConfigError(f"{topic!r}: {invalid}")
     notes: list[str] = []
     where = topic or await _topic_in_stores(settings, rules, message_id)
     if where is None:
-        notes.append("Redis does not have it, so its topic was looked for in the log")
+        notes.append("Redis does not have it: its topic was searched for in the log")
     async with log_search.LogReader(settings.kafka) as log:
-        held = None if where is None else await _held(settings, rules, message_id, where)
-        if held is not None and held.elsewhere is not None:
+        view = None if where is None else await _read_store(settings, rules, message_id, where)
+        if view is not None and view.other_topic is not None:
             raise MillpondError(
-                f"{message_id!r} is a message of topic {held.elsewhere!r}, not of {where!r}"
+                f"{message_id!r} is a message of topic {view.other_topic!r}, not of {where!r}"
             )
         numbers = range(settings.kafka.partitions)
         if where is not None:
             numbers = range((at := partition_of(where, settings.kafka.partitions)), at + 1)
-        wanted = WantedMessage(message_id, where, () if held is None else held.aliases)
-        since = None if held is None or held.score is None else held.score // 1000
+        wanted = WantedMessage(message_id, where, () if view is None else view.aliases)
+        since = None if view is None or view.score is None else view.score // 1000
         found = await log_search.search(log, wanted, numbers, since, records_max, progress)
     if wanted.copy_of not in (None, message_id):
-        assert wanted.copy_of is not None, "it has just been looked at"
-        told = await explain(
+        assert wanted.copy_of is not None, "it is not in the tuple above"
+        facts = await explain(
             settings, rules, wanted.copy_of,
             topic=topic, client=client, records_max=records_max, progress=progress,
         )  # fmt: skip
         note = f"{message_id!r} is the id that the broker gave to a copy of it"
-        return structs.replace(told, notes=[note, *told.notes])
+        return structs.replace(facts, notes=[note, *facts.notes])
     where = where or next((each.topic for each in found.events if each.topic is not None), None)
     if where is None:
         raise _unknown(message_id, topic, found)
-    # Once more, since the log was read meanwhile: what it tells is in Redis by now, or the agent has not come to it.
-    held = await _held(settings, rules, message_id, where)
-    if not found.events and held.blank():
+    # The agent went on while the log was searched. This read is later than all records that were found.
+    view = await _read_store(settings, rules, message_id, where)
+    if not found.events and view.blank():
         raise _unknown(message_id, topic, found)
-    return await _facts(settings, rules, held, found, client, notes)
-
-
-def _is_text(*texts: str | None) -> bool:
-    try:
-        "".join(filter(None, texts)).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return await _facts(rules, view, found, client, notes)
 
 
 def _unknown(message_id: str, topic: str | None, found: SearchResult) -> MillpondError:
-    looked: dict[str, list[Searched]] = {}
+    searched: dict[str, list[Searched]] = {}
     for each in found.searched:
-        looked.setdefault(each.kafka_topic, []).append(each)
-    said = [
+        searched.setdefault(each.kafka_topic, []).append(each)
+    places = [
         sentences.searched(parts[0]) if len(parts) == 1 else _all_of(kafka_topic, parts)
-        for kafka_topic, parts in looked.items()
+        for kafka_topic, parts in searched.items()
     ]
-    part = "" if all(each.whole for each in found.searched) else "; --search N looks at more"
+    more = "" if all(each.whole for each in found.searched) else "; --search N searches more"
     of = "" if topic is None else f" of topic {topic!r}"
     return MillpondError(
-        f"no message {message_id!r}{of} is known: neither in Redis, nor in {', nor in '.join(said)}{part}"
+        f"no message {message_id!r}{of} is known: neither in Redis, nor in {', nor in '.join(places)}{more}"
     )
 
 
 def _all_of(kafka_topic: str, parts: Sequence[Searched]) -> str:
-    looked = sum(each.stop - each.first for each in parts)
+    searched = sum(each.stop - each.first for each in parts)
     total = sum(each.end - each.start for each in parts)
-    which = f"the {total} records" if looked == total else f"the newest {looked} of {total} records"
+    newest = f"the newest {searched} of {total} records"
+    which = f"the {total} records" if searched == total else newest
     return f"{which} in the {len(parts)} partitions of {kafka_topic}"
 
 
 # -- Redis -------------------------------------------------------------------------------------------------------------
 
 
-class _Held(Struct, frozen=True, kw_only=True):
-    """What Redis holds of a message of a topic, read at once."""
+class _StoreView(Struct, frozen=True, kw_only=True):
+    """What Redis has of a message of a topic, and its agent's state, from one round trip.
+
+    `rules` are the rules in force in the partition. `before` counts the index entries before the message. `window` is
+    read for a queue, `log` for a pubsub topic.
+    """
 
     message_id: str
     topic: str
@@ -168,15 +170,21 @@ class _Held(Struct, frozen=True, kw_only=True):
     log: TopicLog | None
 
     def blank(self) -> bool:
-        """Whether it holds nothing of it."""
-        mine = self.retained is not None and self.retained.message_id == self.message_id
+        """True if Redis has nothing of the message."""
         lease = self.window is not None and self.message_id in self.window.leases
         stored = stored_message(self.message_id, self.body) is not None
-        return not (stored or mine or lease or self.receipts or self.dead) and self.score is None
+        return self.score is None and not (
+            stored or self.is_retained or lease or self.receipts or self.dead
+        )
 
     @property
-    def elsewhere(self) -> str | None:
-        """The topic that its body names, if that is another."""
+    def is_retained(self) -> bool:
+        """True if it is the retained message of its topic."""
+        return self.retained is not None and self.retained.message_id == self.message_id
+
+    @property
+    def other_topic(self) -> str | None:
+        """The topic in its body, if it is not `topic`."""
         if stored_message(self.message_id, self.body) is None:
             return None
         named = self.body.get("topic", b"").decode("utf-8", "replace")
@@ -184,7 +192,7 @@ class _Held(Struct, frozen=True, kw_only=True):
 
     @property
     def aliases(self) -> list[str]:
-        """The ids that the broker gave the copies of a queued message."""
+        """The ids that the broker gave to copies of a queued message."""
         window = self.window
         if window is None:
             return []
@@ -192,8 +200,8 @@ class _Held(Struct, frozen=True, kw_only=True):
 
 
 async def _topic_in_stores(settings: Settings, rules: Rules, message_id: str) -> str | None:
-    """The topic of a message that has a body, or is a dead letter."""
-    asked: dict[Pool, None] = {}
+    """Find the topic of a message that has a body or is a dead letter."""
+    asked: dict[Pool, None] = {}  # agents may share a pool, and bodies belong to no partition
     for agent in OWNERS:
         pool = rules.pool(agent)
         async with StoreReader(pool) as reader:
@@ -203,7 +211,7 @@ async def _topic_in_stores(settings: Settings, rules: Rules, message_id: str) ->
                 (body,) = await reader.read(partition, [ReadBody(message_id)])
                 if stored_message(message_id, body) is not None and "topic" in body:
                     return str(body["topic"].decode("utf-8", "replace"))
-            if agent not in DELIVERING:
+            if agent not in DELIVERY_AGENTS:
                 continue
             for number in range(settings.kafka.partitions):
                 partition = Partition(settings.app, agent, number)
@@ -214,7 +222,7 @@ async def _topic_in_stores(settings: Settings, rules: Rules, message_id: str) ->
     return None
 
 
-async def _held(settings: Settings, rules: Rules, message_id: str, topic: str) -> _Held:
+async def _read_store(settings: Settings, rules: Rules, message_id: str, topic: str) -> _StoreView:
     agent = rules.owner(topic)
     number = partition_of(topic, settings.kafka.partitions)
     partition = Partition(settings.app, agent, number)
@@ -235,7 +243,7 @@ async def _held(settings: Settings, rules: Rules, message_id: str, topic: str) -
         (
             applied, in_force, score, before, body, lifetime, receipts, kept, dead, windows, logs,
         ) = await reader.read(partition, reads)  # fmt: skip
-    return _Held(
+    return _StoreView(
         message_id=message_id,
         topic=topic,
         agent=agent,
@@ -254,62 +262,60 @@ async def _held(settings: Settings, rules: Rules, message_id: str, topic: str) -
     )
 
 
-# -- together ----------------------------------------------------------------------------------------------------------
+# -- the answer --------------------------------------------------------------------------------------------------------
 
 
 async def _facts(
-    settings: Settings,
     rules: Rules,
-    held: _Held,
+    view: _StoreView,
     found: SearchResult,
     client: str | None,
     notes: list[str],
 ) -> MessageFacts:
-    plan, now = make_plan(held.rules, held.topic), now_ms()
-    retained = held.retained
-    retains = retained is not None and retained.message_id == held.message_id
+    plan, now = make_plan(view.rules, view.topic), now_ms()
+    retained = view.retained if view.is_retained else None
     known = Known(
-        message_id=held.message_id,
+        message_id=view.message_id,
         plan=plan,
-        score=held.score,
-        applied=-1 if held.applied is None else held.applied.offset,
+        score=view.score,
+        applied=-1 if view.applied is None else view.applied.offset,
         now_ms=now,
         events=found.events,
-        dead=held.dead if held.dead is not None and held.dead.topic == held.topic else None,
-        retained=retains,
-        before=held.before,
+        dead=view.dead if view.dead is not None and view.dead.topic == view.topic else None,
+        retained=view.is_retained,
+        before=view.before,
     )
-    if held.rules.owner(held.topic) != held.agent:
+    if view.rules.owner(view.topic) != view.agent:
         notes.append(
-            f"by the rules in force in {held.partition} its topic is not {held.agent}'s, as it is by this configuration"
+            f"this configuration gives its topic to {view.agent}, but the rules in force in {view.partition} do not"
         )
-    if held.applied is None:
-        notes.append(f"Redis holds no state of {held.partition}: the agent has not run there")
+    if view.applied is None:
+        notes.append(f"Redis has no state of {view.partition}: the agent has not run there")
     notes += [
-        f"only a part of the log was searched ({sentences.searched(each)}): --search N looks at more"
+        f"only a part of the log was searched ({sentences.searched(each)}): --search N searches more"
         for each in found.searched
         if not each.whole and (found.published is None or each.stop < each.end)
     ]
-    message = stored_message(held.message_id, held.body)
-    lifetime = held.body_lifetime
+    message = stored_message(view.message_id, view.body)
+    lifetime = view.body_lifetime
     return MessageFacts(
-        message_id=held.message_id,
-        topic=held.topic,
-        agent=held.agent,
-        partition=held.partition.number,
-        applied=None if held.applied is None else held.applied.offset,
+        message_id=view.message_id,
+        topic=view.topic,
+        agent=view.agent,
+        partition=view.partition.number,
+        applied=None if view.applied is None else view.applied.offset,
         states=[
             structs.replace(state, words=sentences.in_words(state, now))
-            async for state in _states(rules, held, known, client)
+            async for state in _states(rules, view, known, client)
         ],
         stored=StoredMessageFacts(
             message=message,
             body_expires_at=None if message is None or lifetime is None else now + lifetime,
-            index_score=held.score,
-            expires_at=None if held.score is None else _index_end(held.score, plan, message),
-            retained=retains,
-            retained_until=retained.expires_at if retained is not None and retains else None,
-            receipts=held.receipts,
+            index_score=view.score,
+            expires_at=None if view.score is None else _index_end(view.score, plan, message),
+            retained=view.is_retained,
+            retained_until=None if retained is None else retained.expires_at,
+            receipts=view.receipts,
         ),
         events=found.events,
         searched=found.searched,
@@ -323,63 +329,26 @@ def _index_end(score: int, plan: Any, message: Any) -> int | None:
 
 
 async def _states(
-    rules: Rules, held: _Held, known: Known, client: str | None
+    rules: Rules, view: _StoreView, known: Known, client: str | None
 ) -> AsyncIterator[MessageState]:
-    """Of the message as a whole; then of each subscriber of a pubsub topic."""
-    if held.agent == "messages":
+    """The state of the message as a whole, then that for each subscriber of a pubsub topic."""
+    if view.agent == "messages":
         yield message_states.of_message(known)
         return
-    async with StoreReader(rules.pool(held.agent)) as reader:
-        online: dict[str, dict[str, str]] = {}  # subscriber → name → client of its members
-        async for _, found in members_of(reader, held.partition, [held.topic]):
-            for each in found.subscribers:
-                online.setdefault(each, {})[found.reach.name] = found.member.client_id
-        if held.window is not None:
-            names = {name for members in online.values() for name in members}
-            yield message_states.of_queue(known, held.window, len(names))
+    async with StoreReader(rules.pool(view.agent)) as reader:
+        members = [each async for _, each in members_of(reader, view.partition, [view.topic])]
+        if view.window is not None:
+            names = {each.reach.name for each in members}
+            yield message_states.of_queue(known, view.window, len(names))
             return
-        assert held.log is not None, "the other agent that delivers has logs"
-        yield message_states.of_log(known, held.log)
-        async for reading in _readings(reader, held, online, client):
-            state = message_states.of_pubsub(known, held.topic, held.log, reading)
-            if state is not None:
-                yield state
-
-
-async def _readings(
-    reader: StoreReader, held: _Held, online: dict[str, dict[str, str]], client: str | None
-) -> AsyncIterator[Reading]:
-    """The subscribers of the message's topic, and those that gave up on it."""
-    told: dict[str, None] = {}
-    dead = () if held.dead is None else held.dead.subscribers
-    async for packed in _subscribers(reader, held.partition, client, dead):
-        names = [name for name in packed if name not in told]
-        known = {name: unpack_subscriber(packed[name]) for name in names}
-        wanted = [x for x in names if x in dead or known[x].since(held.topic) is not None]
-        told.update(dict.fromkeys(wanted))
-        keys = tuple(reader_key(name, held.topic) for name in wanted)
-        (windows,) = await reader.read(held.partition, [ReadStates(keys, "windows")])
-        for name, key in zip(wanted, keys, strict=True):
-            members = online.get(name, {})
-            yield Reading(
-                subscriber=name,
-                known=known[name],
-                reader=unpack_reader(windows[key]),
-                online=len(members),
-                clients=frozenset(members.values()),
-            )
-
-
-async def _subscribers(
-    reader: StoreReader, partition: Partition, client: str | None, dead: Sequence[str]
-) -> AsyncIterator[dict[str, bytes | None]]:
-    if client is not None:
-        read = ReadStates((subscriber_named(client),), "subscribers")
-        (packed,) = await reader.read(partition, [read])
-        yield packed
-        return
-    async for page in pages(reader, partition, "subscribers"):
-        yield dict(page)
-    if dead:  # of a subscriber that is forgotten by now
-        (packed,) = await reader.read(partition, [ReadStates(tuple(dead), "subscribers")])
-        yield packed
+        assert view.log is not None, "it is read for pubsub, the other delivery agent"
+        yield message_states.of_log(known, view.log)
+        online = clients_by_subscriber(members)
+        dead_for = () if view.dead is None else view.dead.subscribers
+        async for views in subscribers_of(
+            reader, view.partition, view.topic, online, client, dead_for
+        ):
+            for each in views:
+                state = message_states.of_pubsub(known, view.topic, view.log, each)
+                if state is not None:
+                    yield state

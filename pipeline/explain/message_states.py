@@ -1,4 +1,18 @@
-"""What a message is now: worked out of its agent's own states, and of what the log says. No IO, no clock."""
+"""The state of a message, computed from its agent's states and from the records about it. No IO, no clock.
+
+The agent's state comes first, since it is exact: leases, returned messages, and the message's place (score) in the
+topic's index. Only what the state no longer shows is taken from the log: acks, drops and expiry.
+
+The topic's window (queue) or log (pubsub) tells what an index entry means:
+
+- Queue: an entry up to `cursor` was delivered before, or is older than the queue. An entry up to `last` waits.
+- Pubsub: an entry up to `cursor` was deleted from the log. Each subscriber has a cursor of its own for the rest.
+- Both: an entry after `last` belongs to a transaction that is not complete. On a Redis Cluster it is stored before the
+  fence.
+
+Records after the agent's applied offset have no effect yet, so they are ignored: the message is `waiting` if its
+publish is one of them.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +28,18 @@ from millpond.agents.queue.state import QueueWindow
 from millpond.agents.topics.plans import TopicPlan
 from millpond.pipeline.explain.results import LogEvent, MessageState
 
-TICK: Final = "the next tick takes it away"
-DROPPED_SILENTLY: Final = "the topic was longer than max_length, or its rules changed"
+DELETED_AT_TICK: Final = "the next tick deletes it"
+DELETED_UNRECORDED: Final = "the topic exceeded max_length, or its rules changed"
 
 
 class Known(Struct, frozen=True, kw_only=True):
-    """What is known of a message as a whole. `score` is its place in the topic's index, if that has it; `applied` is the
-    offset that its agent has come to, -1 before the first.
+    """What is known of a message, apart from its topic's window or log.
+
+    - `plan`: what the rules in force do with its topic.
+    - `score`: its place in the topic's index, None if it is not there. A score is a time in µs.
+    - `applied`: the agent's applied offset, -1 before the first record.
+    - `events`: the records about it that the search found, in the order of the log.
+    - `before`: how many index entries come before it.
     """
 
     message_id: str
@@ -35,16 +54,16 @@ class Known(Struct, frozen=True, kw_only=True):
 
     @property
     def published(self) -> LogEvent | None:
-        """Its last publish, as far as the log was searched."""
+        """Its last publish, if the search found one."""
         found = [each for each in self.events if each.kind == "published"]
         return found[-1] if found else None
 
-    def since_published(self, kind: str) -> list[LogEvent]:
-        """Events of a kind that the agent has read."""
+    def applied_events(self, kind: str) -> list[LogEvent]:
+        """The events of a kind that the agent has applied."""
         return [each for each in self.events if each.kind == kind and each.offset <= self.applied]
 
     def expired_at(self) -> int | None:
-        """When it became too old, if it did."""
+        """When it expired; None if it has not."""
         published, lifetime = self.published, self.plan.index_lifetime_ms
         at = None if published is None else published.at
         if self.score is not None:
@@ -56,13 +75,13 @@ class Known(Struct, frozen=True, kw_only=True):
 
 
 def member_of(name: str) -> tuple[str | None, str]:
-    """Group and client of a member, by its name."""
+    """Split a member's name into its shared group, if any, and its client id."""
     group, separator, client_id = name.partition("\0")
     return (group, client_id) if separator else (None, name)
 
 
 def leased(lease: Lease) -> MessageState:
-    """A message in somebody's hands."""
+    """The state of a message with this lease."""
     group, client_id = member_of(lease.member)
     return MessageState(
         state="leased",
@@ -70,40 +89,45 @@ def leased(lease: Lease) -> MessageState:
         group=group,
         since=lease.leased_at,
         until=lease.until,
+        # The agent counts a delivery when the bridge reports it.
         attempt=lease.deliveries + (not lease.sent),
         sent=lease.sent,
         stored=lease.stored,
     )
 
 
-def given_up(dead: DeadMessage) -> MessageState:
-    """A dead letter."""
+def _dead(dead: DeadMessage) -> MessageState:
     return MessageState(state="dead", since=dead.at, deliveries=dead.deliveries, reason=dead.reason)
 
 
-def waits(known: Known, waiting: Waiting | None, online: int) -> MessageState:
-    """It is to be handed out, unless it is too old by now."""
+def _ready(known: Known, waiting: Waiting | None, online: int) -> MessageState:
+    """Ready for delivery, or expired if no tick has deleted it yet. `waiting` is its entry if it was returned."""
     deliveries = 0 if waiting is None else waiting.deliveries
     expired = known.expired_at()
     if expired is not None:
-        return MessageState(state="expired", since=expired, deliveries=deliveries, reason=TICK)
+        return MessageState(
+            state="expired", since=expired, deliveries=deliveries, reason=DELETED_AT_TICK
+        )
     return MessageState(state="ready", deliveries=deliveries, online=online, before=known.before)
 
 
-def ended(known: Known, clients: Callable[[str], bool] = lambda client_id: True) -> MessageState:
-    """It is stored no more, and in nobody's hands: what the log says that it came to. `clients` are those whose acks count."""
+def _ended(known: Known, counts: Callable[[str], bool] = lambda client_id: True) -> MessageState:
+    """The state of a message that is neither stored nor leased, from the log alone.
+
+    An ack is taken only from a client for which `counts` is true.
+    """
     published = known.published
     if published is not None and published.offset > known.applied:
         return MessageState(state="waiting", since=published.at)
-    dropped = known.since_published("drop")
+    dropped = known.applied_events("drop")
     if dropped:
         return MessageState(state="dropped", since=dropped[-1].at)
-    for event in reversed(known.since_published("acked")):
-        if clients(event.client_id or ""):
+    for event in reversed(known.applied_events("acked")):
+        if counts(event.client_id or ""):
             return MessageState(state="acked", client_id=event.client_id, since=event.at)
-    for event in reversed(known.since_published("sent")):
-        if event.qos == 0 and clients(event.client_id or ""):
-            reason = "a copy of QoS 0: that it was sent is its ack"
+    for event in reversed(known.applied_events("sent")):
+        if event.qos == 0 and counts(event.client_id or ""):
+            reason = "a copy of QoS 0 is done when it is sent"
             return MessageState(
                 state="acked", client_id=event.client_id, since=event.at, reason=reason
             )
@@ -112,14 +136,14 @@ def ended(known: Known, clients: Callable[[str], bool] = lambda client_id: True)
     expired = known.expired_at()
     if expired is not None:
         return MessageState(state="expired", since=expired)
-    return MessageState(state="gone", reason=DROPPED_SILENTLY)
+    return MessageState(state="gone", reason=DELETED_UNRECORDED)
 
 
-# -- topics that nobody delivers ---------------------------------------------------------------------------------------
+# -- topics without a delivery rule ------------------------------------------------------------------------------------
 
 
 def of_message(known: Known) -> MessageState:
-    """A message of a topic without a delivery rule."""
+    """The state of a message whose topic has no delivery rule."""
     published, expired = known.published, known.expired_at()
     if known.score is not None:
         return _stored(known)
@@ -131,17 +155,17 @@ def of_message(known: Known) -> MessageState:
         reason = "no rule stores messages of its topic"
         return MessageState(state="not_stored", reason=reason)
     if published is not None and published.qos == 0 and not known.plan.store_qos0:
-        return MessageState(state="not_stored", reason="it is of QoS 0")
+        return MessageState(state="not_stored", reason="its QoS is 0")
     if expired is not None:
         return MessageState(state="expired", since=expired)
-    return MessageState(state="gone", reason="its rules changed, or somebody deleted it")
+    return MessageState(state="gone", reason="its rules changed, or another program deleted it")
 
 
 def _stored(known: Known) -> MessageState:
-    """It is in its topic's index."""
+    """Stored, or expired if no tick has deleted it yet."""
     expired = known.expired_at()
     if expired is not None:
-        return MessageState(state="expired", since=expired, reason=TICK)
+        return MessageState(state="expired", since=expired, reason=DELETED_AT_TICK)
     assert known.score is not None, "the index has it"
     return MessageState(state="stored", since=known.score // 1000)
 
@@ -150,42 +174,48 @@ def _stored(known: Known) -> MessageState:
 
 
 def of_queue(known: Known, window: QueueWindow, online: int) -> MessageState:
-    """A message of a queue."""
+    """The state of a message of a queue with `online` consumers."""
     message_id, score = known.message_id, known.score
     lease = window.leases.get(message_id)
     if lease is not None:
         return structs.replace(leased(lease), online=online)
     waiting = window.returned_as(message_id)
     if waiting is not None:
-        return waits(known, waiting, online)
+        return _ready(known, waiting, online)
     if score is not None and window.cursor < score <= window.last:
-        return waits(known, None, online)
+        return _ready(known, None, online)
     if known.dead is not None and not known.dead.requeued:
-        return given_up(known.dead)
+        return _dead(known.dead)
     if score is not None and score > window.last > 0:
         return MessageState(state="waiting", since=score // 1000)
     if score is not None:
         reason = "it was stored before its topic was a queue"
         return MessageState(state="stored", since=score // 1000, reason=reason)
-    return ended(known)
+    return _ended(known)
 
 
 # -- pubsub ------------------------------------------------------------------------------------------------------------
 
 
 def of_log(known: Known, log: TopicLog) -> MessageState:
-    """A message of a pubsub topic, whoever reads it."""
+    """The state of a message in the log of its pubsub topic, without regard to subscribers."""
     if known.score is not None and known.score > log.last:
         return MessageState(state="waiting", since=known.score // 1000)
     if known.score is not None and known.score > log.cursor:
         return _stored(known)
     if known.dead is not None and not known.dead.requeued:
-        return given_up(known.dead)
-    return MessageState(state="retained") if known.retained else ended(known, lambda _: False)
+        return _dead(known.dead)
+    # The acks of one subscriber do not end a message for the others.
+    return MessageState(state="retained") if known.retained else _ended(known, lambda _: False)
 
 
-class Reading(Struct, frozen=True, kw_only=True):
-    """One subscriber of a topic. `clients` are those of its members, `online` how many of them may be served."""
+class SubscriberView(Struct, frozen=True, kw_only=True):
+    """One subscriber and its place in one topic.
+
+    - `known`: since when the subscriber has each filter.
+    - `reader`: its cursor, leases and read offset in the topic. `reader.made_at` is None before the first delivery.
+    - `online`: how many of its members are online. `clients` are their client ids.
+    """
 
     subscriber: str
     known: Subscriber
@@ -194,70 +224,79 @@ class Reading(Struct, frozen=True, kw_only=True):
     clients: frozenset[str] = field(default_factory=frozenset)
 
     @property
-    def group(self) -> bool:
-        """Whether it is a shared subscription."""
+    def is_group(self) -> bool:
+        """True if it is a shared subscription."""
         return self.subscriber.startswith(GROUP)
 
 
-def start_of(reading: Reading, topic: str, log: TopicLog, plan: TopicPlan) -> int | None:
-    """Where a reader that is yet to be made will begin; None if nobody of that name reads the topic."""
-    since = reading.known.since(topic)
+def start_of(view: SubscriberView, topic: str, log: TopicLog, plan: TopicPlan) -> int | None:
+    """The score after which a subscriber without a place will begin; None if it does not want the topic."""
+    since = view.known.since(topic)
     if since is None or plan.delivery is None:
         return None
     return log.cursor if plan.delivery.start == "earliest" else max(since, log.cursor)
 
 
-def still_in(log: TopicLog, reader: Reader, message_id: str, score: int) -> bool:
-    """Whether what a reader has is still to be had: one that is looked at later than its log moves up only then."""
+def is_stored(log: TopicLog, reader: Reader, message_id: str, score: int) -> bool:
+    """True if a message that a reader has leased or returned is still stored.
+
+    The agent updates a reader only when it works on it. Until then the reader may list messages that left the log.
+    """
     return score > log.cursor or message_id in reader.requeued
 
 
-def of_pubsub(known: Known, topic: str, log: TopicLog, reading: Reading) -> MessageState | None:
-    """A message for one subscriber of its topic; None if it has never been for it."""
-    state = _of_pubsub(known, topic, log, reading)
-    return None if state is None else structs.replace(state, subscriber=shown(reading.subscriber))
+def of_pubsub(known: Known, topic: str, log: TopicLog, view: SubscriberView) -> MessageState | None:
+    """The state of a message for one subscriber of its topic; None if it was never for that subscriber."""
+    state = _of_pubsub(known, topic, log, view)
+    return None if state is None else structs.replace(state, subscriber=shown(view.subscriber))
 
 
-def _of_pubsub(known: Known, topic: str, log: TopicLog, reading: Reading) -> MessageState | None:
-    message_id, reader = known.message_id, reading.reader
+def _of_pubsub(
+    known: Known, topic: str, log: TopicLog, view: SubscriberView
+) -> MessageState | None:
+    message_id, reader = known.message_id, view.reader
     lease = reader.leases.get(message_id)
     if lease is not None:
-        stored = lease.stored and still_in(log, reader, message_id, lease.score)
-        return structs.replace(leased(lease), online=reading.online, stored=stored)
+        stored = lease.stored and is_stored(log, reader, message_id, lease.score)
+        return structs.replace(leased(lease), online=view.online, stored=stored)
     waiting = reader.returned_as(message_id)
-    if waiting is not None and message_id in reader.requeued:  # kept as long as if it were dead
-        return MessageState(state="ready", deliveries=waiting.deliveries, online=reading.online)
+    # A requeued message does not expire with its topic. It is kept as long as a dead letter.
+    if waiting is not None and message_id in reader.requeued:
+        return MessageState(state="ready", deliveries=waiting.deliveries, online=view.online)
     if waiting is not None and waiting.score > log.cursor:
-        return waits(known, waiting, reading.online)
+        return _ready(known, waiting, view.online)
     dead = known.dead
-    if dead is not None and reading.subscriber in dead.subscribers:
-        return given_up(dead)
+    if dead is not None and view.subscriber in dead.subscribers:
+        return _dead(dead)
     if any(message_id == each for _, each in reader.done):
-        reason = "ahead of the read offset: something before it is not done with"
-        return structs.replace(_passed(known, reading), state="acked", reason=reason)
+        reason = "ahead of the read offset: an earlier message is not done"
+        return structs.replace(_passed(known, view), state="acked", reason=reason)
     cursor: int | None = reader.cursor
     if reader.made_at is None:
-        cursor = start_of(reading, topic, log, known.plan)
+        cursor = start_of(view, topic, log, known.plan)
         if cursor is None:
             return None
     if known.score is None or known.score <= log.cursor:
-        return ended(known, _counts(reading))
-    assert cursor is not None, "a reader that was made has a place"
+        return _ended(known, _counts(view))
+    assert cursor is not None, "a reader that was made has a cursor"
     if known.score > log.last:
         return MessageState(state="waiting", since=known.score // 1000)
     if known.score > cursor:
-        return waits(known, None, reading.online)
-    return _passed(known, reading)
+        return _ready(known, None, view.online)
+    return _passed(known, view)
 
 
-def _passed(known: Known, reading: Reading) -> MessageState:
-    """The subscriber is past it: by an ack, as far as the log tells, or for another reason."""
-    state = ended(known, _counts(reading))
+def _passed(known: Known, view: SubscriberView) -> MessageState:
+    """The state of a message before the subscriber's cursor: acknowledged if the log shows an ack, else behind."""
+    state = _ended(known, _counts(view))
     return state if state.state == "acked" else MessageState(state="behind")
 
 
-def _counts(reading: Reading) -> Callable[[str], bool]:
-    """Whose acks are the subscriber's: its own; of a group, those of the members that it has now."""
-    if not reading.group:
-        return lambda client_id: client_id == reading.subscriber
-    return lambda client_id: client_id in reading.clients
+def _counts(view: SubscriberView) -> Callable[[str], bool]:
+    """Make the predicate that is true for the client ids whose acks are the subscriber's.
+
+    The clients of a group are those of its online members. The acks of a member that has left are not recognised.
+    """
+    if not view.is_group:
+        return lambda client_id: client_id == view.subscriber
+    return lambda client_id: client_id in view.clients

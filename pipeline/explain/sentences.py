@@ -1,20 +1,22 @@
-"""What is known, in words: one sentence for each state."""
+"""Results in words: times, counts, and one sentence for each state of a message."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from typing import Final
 
-from millpond.pipeline.explain.results import MessageState, Searched
+from millpond.pipeline.explain.results import MessageState, Searched, State
 
 
 def time(at_ms: int) -> str:
-    """A time, to the millisecond."""
+    """A time in UTC, to the millisecond."""
     at = datetime.fromtimestamp(at_ms / 1000, UTC)
     return f"{at:%Y-%m-%d %H:%M:%S}.{at_ms % 1000:03d}Z"
 
 
 def age(ms: int) -> str:
-    """How long, in the largest unit that tells enough."""
+    """A duration, in the largest unit of which there are at least two."""
     seconds = max(ms, 0) / 1000
     for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= 2 * length:
@@ -23,18 +25,18 @@ def age(ms: int) -> str:
 
 
 def count(number: int, thing: str) -> str:
-    """So many things."""
+    """A number of things: `no topics`, `1 topic`, `2 topics`."""
     return f"{number or 'no'} {thing}{'' if number == 1 else 's'}"
 
 
 def in_words(state: MessageState, now_ms: int) -> str:
-    """A state as a sentence without its subject: "ready: …"."""
-    return _SAID[state.state](state, now_ms)
+    """A state as a sentence without its subject: `ready: 2 clients online`."""
+    return _SENTENCES[state.state](state, now_ms)
 
 
 def _waiting(state: MessageState, now_ms: int) -> str:
     since = "" if state.since is None else f", published at {time(state.since)}"
-    return f"in Kafka{since}: the agent has not come to it yet"
+    return f"in Kafka{since}: its agent has not read it yet"
 
 
 def _stored(state: MessageState, now_ms: int) -> str:
@@ -44,33 +46,31 @@ def _stored(state: MessageState, now_ms: int) -> str:
 
 
 def _ready(state: MessageState, now_ms: int) -> str:
-    said = ["ready"]
+    details = []
     if state.deliveries:
-        said.append(f"delivered {count(state.deliveries, 'time')} without an acknowledgement")
+        details.append(f"delivered {count(state.deliveries, 'time')} without an acknowledgement")
     if state.before is not None:
-        said.append(f"{count(state.before, 'stored message')} before it")
-    if state.online == 0:
-        said.append("nobody is online to take it")
-    elif state.online is not None:
-        said.append(f"{count(state.online, 'client')} online")
-    return ": ".join((said[0], ", ".join(said[1:]))) if len(said) > 1 else said[0]
+        details.append(f"{count(state.before, 'stored message')} before it")
+    if state.online is not None:
+        details.append(f"{count(state.online, 'client')} online")
+    return f"ready: {', '.join(details)}" if details else "ready"
 
 
 def _leased(state: MessageState, now_ms: int) -> str:
     assert state.since is not None, "a lease has a beginning"
-    assert state.until is not None, "a lease has an end"
+    assert state.until is not None, "a lease has a deadline"
     group = "" if state.group is None else f" of {state.group}"
-    said = f"leased by {state.client_id!r}{group} since {time(state.since)}"
-    said += f" ({age(now_ms - state.since)} ago), delivery {state.attempt}"
+    sentence = f"leased by {state.client_id!r}{group} since {time(state.since)}"
+    sentence += f" ({age(now_ms - state.since)} ago), delivery {state.attempt}"
     if state.sent:
         overdue = state.until <= now_ms
-        said += ", sent, " + ("its ack is overdue since" if overdue else "its ack is due by")
+        sentence += ", sent, " + ("its ack is overdue since" if overdue else "its ack is due by")
     else:
-        said += ", not confirmed by the bridge, returns at"
-    said += f" {time(state.until)}"
+        sentence += ", not confirmed by the bridge, returns at"
+    sentence += f" {time(state.until)}"
     if not state.stored:
-        said += "; it has expired or was superseded, and is the holder's alone"
-    return said
+        sentence += "; it has expired or was superseded, and only this client has it"
+    return sentence
 
 
 def _acked(state: MessageState, now_ms: int) -> str:
@@ -80,7 +80,7 @@ def _acked(state: MessageState, now_ms: int) -> str:
 
 
 def _behind(state: MessageState, now_ms: int) -> str:
-    return "behind its read offset: done with, or from before it began to read"
+    return "behind its read offset: acknowledged, or older than its first read"
 
 
 def _expired(state: MessageState, now_ms: int) -> str:
@@ -99,11 +99,11 @@ def _dropped(state: MessageState, now_ms: int) -> str:
 
 
 def _passed_on(state: MessageState, now_ms: int) -> str:
-    return "passed on: at QoS 0 it went to whom was online, and is kept nowhere"
+    return "passed on: at QoS 0 it went to the clients that were online, and was not stored"
 
 
 def _retained(state: MessageState, now_ms: int) -> str:
-    return "retained by its topic, and not stored otherwise"
+    return "retained: stored only as the retained message of its topic"
 
 
 def _not_stored(state: MessageState, now_ms: int) -> str:
@@ -114,7 +114,7 @@ def _gone(state: MessageState, now_ms: int) -> str:
     return f"gone without an acknowledgement: {state.reason}"
 
 
-_SAID = {
+_SENTENCES: Final[Mapping[State, Callable[[MessageState, int], str]]] = {
     "waiting": _waiting,
     "stored": _stored,
     "ready": _ready,
@@ -132,7 +132,7 @@ _SAID = {
 
 
 def searched(part: Searched) -> str:
-    """What was looked at of a partition."""
+    """The part of a partition that was searched."""
     where = f"{part.kafka_topic}[{part.partition}]"
     if part.start >= part.end:
         return f"{where}, which is empty"

@@ -1,4 +1,9 @@
-"""All topics with something of theirs in Redis, listed from the agents' own indexes and tables: no key is scanned for."""
+"""The topics that have something in Redis, the deepest first.
+
+The list comes from the agents' own tables and indexes; the keyspace is never scanned. A first pass over a partition
+reads only what gives depths. Ready messages, leases and subscribers are read later, and only for the rows that may be
+listed.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +15,16 @@ from typing import Final
 
 from msgspec import Struct, field, structs
 
-from millpond.agents.delivery.dead_messages import unpack as unpack_dead
 from millpond.agents.pubsub.state import reader_key, unpack_log, unpack_reader, unpack_subscriber
 from millpond.agents.queue.state import unpack as unpack_queue
 from millpond.agents.reads import ReadIndex, ReadNames, ReadStates
 from millpond.agents.topics.due_times import INDEX, due_member, split_due
 from millpond.agents.topics.plans import TopicPlans
-from millpond.pipeline.explain.agent_states import members_of, pages
-from millpond.pipeline.explain.message_states import Reading
+from millpond.pipeline.explain.agent_states import OWNERS, members_of
+from millpond.pipeline.explain.message_states import SubscriberView
 from millpond.pipeline.explain.topic import ready_for
+from millpond.pipeline.operate.dead_letters import dead_letters_of
+from millpond.pipeline.operate.state_pages import pages
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.stores.redis.inspection import CountIndex, ScanDue
 from millpond.pipeline.stores.redis.reader import StoreReader
@@ -27,15 +33,17 @@ from millpond.schemas.keys import RETAINED_INDEX, Partition
 from millpond.schemas.rules import Rules
 from millpond.schemas.topics import matches
 
-LISTED_MAX: Final = 50  # unless more are asked for
-AGENTS: Final[tuple[AgentName, ...]] = ("messages", "queue", "pubsub")
-NAMES_READ: Final = 500
-FILTERS_REMEMBERED: Final = 10_000  # and which topics each matches
+LISTED_MAX: Final = 50  # without --limit
+NAMES_READ: Final = 500  # retained topics in one read
+FILTERS_REMEMBERED: Final = 10_000  # with the topics that each matches
 
 
 class TopicRow(Struct, frozen=True, kw_only=True):
-    """A topic in the list. `ready` and `leased` are None where nobody delivers; of a pubsub topic they are of all its
-    subscribers together. `subscribers` of a queue are those that are online. `oldest` is when (ms) the log had it.
+    """A topic in the list.
+
+    `ready` and `leased` are None if no agent delivers its messages. For pubsub they are sums over all subscribers.
+    `subscribers` counts the online members of a queue, and all subscribers of a pubsub topic. `oldest` is the time (ms)
+    of the oldest stored message.
     """
 
     topic: str
@@ -51,7 +59,7 @@ class TopicRow(Struct, frozen=True, kw_only=True):
 
 
 class TopicList(Struct, frozen=True, kw_only=True):
-    """The deepest topics, of so many with so many messages; what the list cannot know is in the notes."""
+    """The deepest topics. `topics` and `messages` count all; `notes` say which topics the list may lack."""
 
     rows: list[TopicRow]
     topics: int
@@ -60,52 +68,51 @@ class TopicList(Struct, frozen=True, kw_only=True):
 
 
 async def deepest(settings: Settings, rules: Rules, limit: int = LISTED_MAX) -> TopicList:
-    """The topics with the most messages, deepest first.
+    """List the topics with the most messages, the deepest first.
 
     Raises:
-        StoreDown, StoreRefused: Redis is away.
+        StoreDown, StoreRefused: Redis does not answer, or refuses.
     """
     top, topics, messages = Top(limit), 0, 0
-    for agent in AGENTS:
+    for agent in OWNERS:
         async with StoreReader(rules.pool(agent)) as reader:
             for number in range(settings.kafka.partitions):
                 partition = Partition(settings.app, agent, number)
-                mine = Top(limit)
+                of_partition = Top(limit)
                 async for row in _rows(reader, partition, rules):
                     topics += 1
                     messages += row.messages
-                    mine.add(row)
-                # Only what may be listed is looked at more closely.
-                for row in await _details(reader, partition, rules, mine.rows()):
+                    of_partition.add(row)
+                # A row outside the partition's own top cannot be in the top of all.
+                for row in await _details(reader, partition, rules, of_partition.rows()):
                     top.add(row)
     return TopicList(rows=top.rows(), topics=topics, messages=messages, notes=_notes(rules))
 
 
 def _notes(rules: Rules) -> list[str]:
-    """What cannot be listed: nothing but the index itself knows of messages that are kept for ever."""
-    for_ever = [
+    """Topics whose messages never expire are in no table, so the list lacks them."""
+    without_expiry = [
         rule
         for rule in rules.run_by("messages")
         if rule.action == "on_message_publish" and rule.expired_time is None
     ]
     return [
-        f"topics that only the rule {rule.topic!r} without expired_time keeps are not listed, unless they retain a"
-        " message: `millpond topics TOPIC` shows one"
-        for rule in for_ever
+        f"the rule {rule.topic!r} has no expired_time: topics that no other rule stores are listed only if they"
+        " retain a message; `millpond topics TOPIC` shows any topic"
+        for rule in without_expiry
     ]
 
 
 class Top:
-    """The deepest so many rows, each topic once."""
+    """Keeps the deepest rows, at most `limit`, each topic once. Memory stays below twice the limit."""
 
     def __init__(self, limit: int) -> None:
-        """Empty."""
         self._limit = limit
         self._rows: dict[tuple[str, str], TopicRow] = {}
-        self._floor = (-1, -1)  # what is not deeper has no place
+        self._floor = (-1, -1)  # rows that are not deeper have no place
 
     def add(self, row: TopicRow) -> None:
-        """One more, or the same once more."""
+        """Add a row; one of the same topic replaces the earlier one."""
         if _depth(row) <= self._floor:
             return
         self._rows[row.agent, row.topic] = row
@@ -115,7 +122,7 @@ class Top:
             self._floor = _depth(kept[-1])
 
     def rows(self) -> list[TopicRow]:
-        """The deepest first."""
+        """The rows, the deepest first."""
         in_order = sorted(
             self._rows.values(), key=lambda row: (-row.messages, -row.dead, row.topic, row.agent)
         )
@@ -130,15 +137,15 @@ def _depth(row: TopicRow) -> tuple[int, int]:
 
 
 async def _rows(reader: StoreReader, partition: Partition, rules: Rules) -> AsyncIterator[TopicRow]:
-    """Every topic that has messages, or dead or retained ones."""
+    """Every topic with stored, dead or retained messages."""
     dead = await _dead(reader, partition)
-    left = dict.fromkeys(dead)
-    ways = {"messages": _stored, "queue": _queues, "pubsub": _logs}
-    for way in (ways[partition.agent], _retained):
-        async for row in way(reader, partition, rules):
-            left.pop(row.topic, None)
+    only_dead = dict.fromkeys(dead)
+    sources = {"messages": _stored, "queue": _queues, "pubsub": _logs}
+    for source in (sources[partition.agent], _retained):
+        async for row in source(reader, partition, rules):
+            only_dead.pop(row.topic, None)
             yield structs.replace(row, dead=dead[row.topic])
-    for topic in left:
+    for topic in only_dead:
         yield structs.replace(_row(partition, topic), dead=dead[topic])
 
 
@@ -151,10 +158,8 @@ def _row(partition: Partition, topic: str, messages: int = 0) -> TopicRow:
 async def _dead(reader: StoreReader, partition: Partition) -> Counter[str]:
     counted: Counter[str] = Counter()
     if partition.agent != "messages":
-        async for page in pages(reader, partition, "dead"):
-            for dead in map(unpack_dead, page.values()):
-                if dead is not None and not dead.requeued:
-                    counted[dead.topic] += 1
+        async for dead in dead_letters_of(reader, partition):
+            counted[dead.topic] += 1
     return counted
 
 
@@ -182,7 +187,7 @@ async def _logs(reader: StoreReader, partition: Partition, rules: Rules) -> Asyn
 async def _stored(
     reader: StoreReader, partition: Partition, rules: Rules
 ) -> AsyncIterator[TopicRow]:
-    """Topics that nobody delivers have their index among what falls due."""
+    """Topics without a delivery rule. The due set has an entry for each index whose messages expire."""
     cursor = -1
     while cursor:
         read = ScanDue(max(cursor, 0), due_member(INDEX, ""))
@@ -196,7 +201,7 @@ async def _stored(
 async def _retained(
     reader: StoreReader, partition: Partition, rules: Rules
 ) -> AsyncIterator[TopicRow]:
-    """Topics that retain a message, and are found in no other way."""
+    """Topics that retain a message and that the other sources do not list."""
     after, plans = "", TopicPlans(rules)
     while True:
         read = ReadNames(None, RETAINED_INDEX, "", after, NAMES_READ)
@@ -217,56 +222,54 @@ async def _counted(
     return list(zip(topics, counts, strict=True))
 
 
-# -- more of those that are listed -------------------------------------------------------------------------------------
+# -- details of the listed topics --------------------------------------------------------------------------------------
 
 
 async def _details(
     reader: StoreReader, partition: Partition, rules: Rules, rows: list[TopicRow]
 ) -> list[TopicRow]:
-    """The rows with all that costs more to know."""
+    """Complete rows with what takes more reads."""
     if not rows:
         return []
     topics = [row.topic for row in rows]
     oldest = await reader.read(partition, [ReadIndex(topic, 1) for topic in topics])
     (kept,) = await reader.read(partition, [ReadStates(tuple(topics))])
-    read_by = {topic: _Readers() for topic in topics}
+    readers = {topic: _Readers() for topic in topics}
     if partition.agent == "queue":
         async for topic, member in members_of(reader, partition, topics):
-            read_by[topic].names[member.reach.name] = None
+            readers[topic].names[member.reach.name] = None
     if partition.agent == "pubsub":
-        await _read_by(reader, partition, rules, read_by)
+        await _add_subscribers(reader, partition, rules, readers)
     return [
         structs.replace(
             row,
             oldest=entries[0][1] // 1000 if entries else None,
             retained=kept[row.topic] is not None,
-            subscribers=len(read_by[row.topic].names),
-            ready=read_by[row.topic].ready if partition.agent == "pubsub" else row.ready,
-            leased=read_by[row.topic].leased if partition.agent == "pubsub" else row.leased,
+            subscribers=len(readers[row.topic].names),
+            ready=readers[row.topic].ready if partition.agent == "pubsub" else row.ready,
+            leased=readers[row.topic].leased if partition.agent == "pubsub" else row.leased,
         )
         for row, entries in zip(rows, oldest, strict=True)
     ]
 
 
 class _Readers(Struct):
-    """Who reads a topic, and what there is for all of them together."""
+    """The readers of a topic by name, and their ready and leased messages together."""
 
     names: dict[str, None] = field(default_factory=dict)
     ready: int = 0
     leased: int = 0
 
 
-async def _read_by(
-    reader: StoreReader, partition: Partition, rules: Rules, read_by: dict[str, _Readers]
+async def _add_subscribers(
+    reader: StoreReader, partition: Partition, rules: Rules, readers: dict[str, _Readers]
 ) -> None:
-    """The subscribers of pubsub topics, whether they are online or not."""
-    plans, (packed,) = (
-        TopicPlans(rules),
-        await reader.read(partition, [ReadStates(tuple(read_by), "logs")]),
-    )
-    logs = {topic: unpack_log(packed[topic]) for topic in read_by}
-    wanting = lru_cache(FILTERS_REMEMBERED)(
-        lambda topic_filter: [topic for topic in read_by if matches(topic_filter, topic)]
+    """Add the subscribers of pubsub topics, online or not."""
+    plans = TopicPlans(rules)
+    (packed,) = await reader.read(partition, [ReadStates(tuple(readers), "logs")])
+    logs = {topic: unpack_log(packed[topic]) for topic in readers}
+    matching = lru_cache(FILTERS_REMEMBERED)(
+        lambda topic_filter: [topic for topic in readers if matches(topic_filter, topic)]
     )
     async for page in pages(reader, partition, "subscribers"):
         known = {name: unpack_subscriber(state) for name, state in page.items()}
@@ -274,21 +277,23 @@ async def _read_by(
             (name, topic)
             for name, each in known.items()
             for topic_filter in each.known
-            for topic in wanting(topic_filter)
-            if name not in read_by[topic].names
+            for topic in matching(topic_filter)
+            if name not in readers[topic].names
         )
         keys = tuple(starmap(reader_key, pairs))
         (windows,) = await reader.read(partition, [ReadStates(keys, "windows")])
-        readings = [
+        views = [
             (
                 topic,
-                Reading(subscriber=name, known=known[name], reader=unpack_reader(windows[key])),
+                SubscriberView(
+                    subscriber=name, known=known[name], reader=unpack_reader(windows[key])
+                ),
             )
             for (name, topic), key in zip(pairs, keys, strict=True)
         ]
-        ready = await ready_for(reader, partition, readings, logs, plans)
-        for (topic, reading), number in zip(readings, ready, strict=True):
-            found = read_by[topic]
-            found.names[reading.subscriber] = None
+        ready = await ready_for(reader, partition, views, logs, plans)
+        for (topic, view), number in zip(views, ready, strict=True):
+            found = readers[topic]
+            found.names[view.subscriber] = None
             found.ready += number
-            found.leased += len(reading.reader.leases)
+            found.leased += len(view.reader.leases)

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 
-from aiokafka.partitioner import murmur2
-
 from millpond.agents.ports import LogBounds, OutgoingRecord, Record
+from millpond.pipeline.kafka.partitioning import partition_of
 from millpond.schemas.keys import Partition
 
 
@@ -69,7 +68,7 @@ class MemoryLog:
             self.produced.append(record)
             number = record.partition
             if number is None:
-                number = (murmur2(record.key or b"") & 0x7FFF_FFFF) % self.partition_count
+                number = partition_of(record.key or b"", self.partition_count)
             self.append(record.topic, number, record.key, record.value)
         return _Acknowledged()
 

@@ -1,1 +1,1 @@
-"""What an operator does and reads: dead letters, rewinds, clients, lag, warnings about the configuration."""
+"""What an operator reads and orders: clients, lag, dead letters, read offsets, and what weakens a guarantee."""

@@ -1,44 +1,42 @@
-"""What the sessions agent knows of clients, read from its store."""
+"""The clients that the sessions agent knows, read from its store."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from typing import Any
 
-from millpond.agents.reads import ReadAllStates, ReadStates
+from millpond.agents.reads import ReadStates
 from millpond.agents.sessions.state import ClientState, unpack
+from millpond.pipeline.kafka.partitioning import partition_of
+from millpond.pipeline.operate.state_pages import pages
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.stores.redis.reader import StoreReader
-from millpond.pipeline.worker.control_channel import partition_of
 from millpond.schemas.keys import Partition
 from millpond.schemas.rules import Rules
 
 
 async def client(settings: Settings, rules: Rules, client_id: str) -> dict[str, Any] | None:
-    """Everything known of one client; None if it was never heard of."""
+    """Describe one client; None if the sessions agent does not know it."""
     number = partition_of(client_id, settings.kafka.partitions)
     async with StoreReader(rules.pool("sessions")) as reader:
         partition = Partition(settings.app, "sessions", number)
         (found,) = await reader.read(partition, [ReadStates((client_id,))])
     packed = found[client_id]
-    return None if packed is None else describe(client_id, unpack(packed))
+    return None if packed is None else _describe(client_id, unpack(packed))
 
 
 async def clients(settings: Settings, rules: Rules) -> AsyncIterator[dict[str, Any]]:
-    """All clients, a partition after the other; one that comes or goes meanwhile may be missed, or told twice."""
+    """Describe all clients, partition by partition. One that changes meanwhile may be missing or appear twice."""
     async with StoreReader(rules.pool("sessions")) as reader:
         for number in range(settings.kafka.partitions):
             partition = Partition(settings.app, "sessions", number)
-            cursor = -1
-            while cursor:
-                answers = await reader.read(partition, [ReadAllStates(max(cursor, 0))])
-                ((cursor, states),) = answers
-                for client_id, packed in states.items():
-                    yield describe(client_id, unpack(packed))
+            async for page in pages(reader, partition):
+                for client_id, packed in page.items():
+                    yield _describe(client_id, unpack(packed))
 
 
-def describe(client_id: str, state: ClientState) -> dict[str, Any]:
-    """A client's state in words; times are ms since the epoch."""
+def _describe(client_id: str, state: ClientState) -> dict[str, Any]:
+    """A client as a JSON object. Times are ms since the epoch."""
     presence, session = state.connections.presence(), state.session
     return {
         "client_id": client_id,
@@ -51,10 +49,10 @@ def describe(client_id: str, state: ClientState) -> dict[str, Any]:
         "subscriptions": [
             {
                 "topic_filter": topic_filter,
-                "qos": held.qos,
-                "origin": "proxied" if held.proxied else "own",
-                "resumed": session is not None and held.since < session.resumed,
+                "qos": subscription.qos,
+                "origin": "proxied" if subscription.proxied else "own",
+                "resumed": session is not None and subscription.since < session.resumed,
             }
-            for topic_filter, held in sorted(state.subscriptions.items())
+            for topic_filter, subscription in sorted(state.subscriptions.items())
         ],
     }

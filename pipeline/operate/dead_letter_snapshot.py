@@ -1,4 +1,7 @@
-"""Dead letters as they were at one time: sorted, each once, on disk, so that a million take no memory."""
+"""A snapshot of dead letters: each once, in the order in which they died.
+
+It is a temporary file, so a million dead letters take no memory.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ from millpond.agents.delivery.dead_messages import DeadMessage
 from millpond.schemas.errors import MillpondError
 from millpond.schemas.events import AgentName
 
-WRITTEN_AT_ONCE: Final = 1_000
+WRITTEN_AT_ONCE: Final = 1_000  # rows of one transaction
 
-# An agent's id is unique, because a store that is changed while it is read may tell the same twice.
+# UNIQUE, because a scan of a table that changes meanwhile may return a dead letter twice.
 _CREATE: Final = """
 CREATE TABLE dead (agent TEXT, message_id TEXT, at INTEGER, packed BLOB, UNIQUE (agent, message_id))
 """
@@ -28,19 +31,19 @@ _decode: Final = msgspec.json.Decoder(DeadMessage).decode
 
 
 class DeadLetterSnapshot:
-    """A private file in the system's temporary directory, gone when it is closed; a context manager.
+    """A private file in the system's temporary directory. A context manager, which deletes the file at its end.
 
     Raises:
-        MillpondError: the directory has no room.
+        MillpondError: the directory has no space left.
     """
 
     def __init__(self) -> None:
-        """Empty."""
         self._database = sqlite3.connect("", isolation_level=None)
         for setting in ("journal_mode", "synchronous"):
-            self._database.execute(f"PRAGMA {setting} = OFF")  # nobody needs it after a crash
+            # After a crash the file is useless anyway.
+            self._database.execute(f"PRAGMA {setting} = OFF")
         self._database.execute(_CREATE)
-        self._new: list[tuple[AgentName, str, int, bytes]] = []
+        self._unwritten: list[tuple[AgentName, str, int, bytes]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -54,21 +57,21 @@ class DeadLetterSnapshot:
         self._database.close()
 
     def add(self, agent: AgentName, dead: DeadMessage) -> None:
-        """One more, unless it is there."""
-        self._new.append((agent, dead.message_id, dead.at, _encode(dead)))
-        if len(self._new) >= WRITTEN_AT_ONCE:
+        """Add a dead letter, unless the snapshot has it."""
+        self._unwritten.append((agent, dead.message_id, dead.at, _encode(dead)))
+        if len(self._unwritten) >= WRITTEN_AT_ONCE:
             self._write()
 
     def _write(self) -> None:
         try:
             self._database.execute("BEGIN")
-            self._database.executemany(_INSERT, self._new)
+            self._database.executemany(_INSERT, self._unwritten)
             self._database.execute("COMMIT")
         except sqlite3.Error as error:
             raise MillpondError(
-                f"the dead letters need a temporary file: {error}; make room, or name another directory in TMPDIR"
+                f"cannot write dead letters to a temporary file: {error}; free space, or set another TMPDIR"
             ) from error
-        self._new.clear()
+        self._unwritten.clear()
 
     def __len__(self) -> int:
         self._write()
@@ -76,12 +79,12 @@ class DeadLetterSnapshot:
         return cast(int, count)
 
     def __iter__(self) -> Iterator[tuple[AgentName, DeadMessage]]:
-        """All of them, in the order in which they died."""
+        """All dead letters, the oldest first."""
         self._write()
         return map(_found, self._database.execute(_IN_ORDER))
 
     def newest(self, limit: int) -> list[tuple[AgentName, DeadMessage]]:
-        """The last ones, in the same order."""
+        """The newest dead letters, at most `limit`, the newest last."""
         self._write()
         return [_found(row) for row in self._database.execute(_NEWEST, (limit,))][::-1]
 

@@ -1,4 +1,9 @@
-"""Messages given up on, read from outside out of the stores of the agents that deliver."""
+"""The dead letters in the stores of the delivery agents, read from outside the agents.
+
+Each agent keeps the dead letters of its topics, partition by partition, in the table `dead`. A requeued message stays
+in that table, marked `requeued`, so that its body is kept: it is no dead letter any more. If the rules changed since,
+another agent may own the topic now. Then no worker would apply an order about the dead letter.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,9 @@ import msgspec
 from msgspec import Struct
 
 from millpond.agents.delivery.dead_messages import DEAD_LETTER_RETENTION_MS, DeadMessage, unpack
-from millpond.agents.reads import ReadAllStates, ReadBody, ReadStates
+from millpond.agents.reads import ReadBody, ReadStates
 from millpond.pipeline.operate.dead_letter_snapshot import DeadLetterSnapshot
+from millpond.pipeline.operate.state_pages import pages
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.stores.redis.reader import StoreReader
 from millpond.schemas.codec import payload_text
@@ -21,15 +27,15 @@ from millpond.schemas.rules import Rules
 from millpond.schemas.rules.rule import DELIVERY_AGENTS
 from millpond.schemas.topics import matches
 
-# Who keeps dead letters: the agents that deliver.
+# Only the agents that deliver keep dead letters.
 AGENTS: Final[tuple[AgentName, ...]] = tuple(dict.fromkeys(DELIVERY_AGENTS.values()))
-LOOKED_UP: Final = 500  # ids in one question
-NAMED: Final = 5  # of what is wrong, in an error
+LOOKED_UP_AT_ONCE: Final = 500  # ids in one read
+NAMED_MAX: Final = 5  # ids or topics in one error
 RETENTION_DAYS: Final = DEAD_LETTER_RETENTION_MS // 86_400_000
 
 
 class StoredMessage(Struct, frozen=True, kw_only=True):
-    """The message itself, as the store has it: `payload` is text or base64, `published_at` whole seconds in ms."""
+    """A message as the store has it. `payload` is text or base64. `published_at` is in ms, but whole seconds."""
 
     client_id: Text
     qos: QoS
@@ -41,55 +47,59 @@ class StoredMessage(Struct, frozen=True, kw_only=True):
 
 
 class FoundDeadLetter(NamedTuple):
-    """A dead letter, and which agent keeps it."""
+    """A dead letter, and the agent that keeps it."""
 
     agent: AgentName
     dead: DeadMessage
 
     def describe(self) -> dict[str, Any]:
-        """All that is known of it; times are ms since the epoch."""
+        """The dead letter as a JSON object. Times are ms since the epoch."""
         kept_until = self.dead.at + DEAD_LETTER_RETENTION_MS
         return {**msgspec.structs.asdict(self.dead), "agent": self.agent, "kept_until": kept_until}
+
+
+async def dead_letters_of(
+    reader: StoreReader, partition: Partition, topic_filter: str | None = None
+) -> AsyncIterator[DeadMessage]:
+    """Read the dead letters of one partition, in no order. One that changes meanwhile may be missing or double."""
+    async for page in pages(reader, partition, "dead"):
+        for dead in map(unpack, page.values()):
+            if dead is None or dead.requeued:
+                continue
+            if topic_filter is None or matches(topic_filter, dead.topic):
+                yield dead
 
 
 async def scan(
     settings: Settings, rules: Rules, topic_filter: str | None
 ) -> AsyncIterator[FoundDeadLetter]:
-    """All dead letters of topics that match, in no order; one that comes or goes meanwhile may be missed, or told
-    twice.
-    """
+    """Read the dead letters of all partitions, in no order. One that changes meanwhile may be missing or double."""
     for agent in AGENTS:
         async with StoreReader(rules.pool(agent)) as reader:
             for number in range(settings.kafka.partitions):
-                partition, cursor = Partition(settings.app, agent, number), -1
-                while cursor:
-                    read = ReadAllStates(max(cursor, 0), "dead")
-                    ((cursor, states),) = await reader.read(partition, [read])
-                    for dead in map(unpack, states.values()):
-                        if dead is None or dead.requeued:
-                            continue
-                        if topic_filter is None or matches(topic_filter, dead.topic):
-                            yield FoundDeadLetter(agent, dead)
+                partition = Partition(settings.app, agent, number)
+                async for dead in dead_letters_of(reader, partition, topic_filter):
+                    yield FoundDeadLetter(agent, dead)
 
 
 async def find(
     settings: Settings, rules: Rules, message_ids: Iterable[str]
 ) -> list[FoundDeadLetter]:
-    """The dead letters among these ids, in their order.
+    """Find the dead letters with these ids, in the order of the ids.
 
     Raises:
-        MillpondError: some of them are none; it names them.
+        MillpondError: some ids are of no dead letter. The message names them.
     """
     asked = list(dict.fromkeys(message_ids))
-    # What is no UTF-8 on the command line is nobody's id.
-    possible = [each for each in asked if _is_text(each)]
+    # An argument that is no UTF-8 cannot be the id of a message, and cannot be sent to Redis.
+    possible = [each for each in asked if is_utf8(each)]
     found: dict[str, list[FoundDeadLetter]] = {}
     for agent in AGENTS:
         async with StoreReader(rules.pool(agent)) as reader:
             for number in range(settings.kafka.partitions):
                 partition = Partition(settings.app, agent, number)
-                for first in range(0, len(possible), LOOKED_UP):
-                    read = ReadStates(tuple(possible[first : first + LOOKED_UP]), "dead")
+                for first in range(0, len(possible), LOOKED_UP_AT_ONCE):
+                    read = ReadStates(tuple(possible[first : first + LOOKED_UP_AT_ONCE]), "dead")
                     (states,) = await reader.read(partition, [read])
                     for message_id, dead in zip(states, map(unpack, states.values()), strict=True):
                         if dead is not None and not dead.requeued:
@@ -101,30 +111,31 @@ async def find(
 
 
 def no_such(missing: Sequence[str]) -> MillpondError:
-    """The error that names ids which are no dead letters."""
+    """The error about ids of which no agent keeps a dead letter."""
     return MillpondError(
-        f"not among the dead letters: {_named(missing)} (never there, or requeued, dropped, or given up on more than"
-        f" {RETENTION_DAYS} days ago); `millpond dead-letters list` shows those that there are"
+        f"these ids are no dead letters: {_named(missing)} (unknown, requeued, dropped, or dead for more than"
+        f" {RETENTION_DAYS} days); `millpond dead-letters list` lists all dead letters"
     )
 
 
 async def show(
     settings: Settings, rules: Rules, message_id: str
 ) -> tuple[FoundDeadLetter, StoredMessage | None]:
-    """One dead letter with its message; without, if the store has lost that.
+    """Find one dead letter and its message. The message is None if the store no longer has its body.
 
     Raises:
-        MillpondError: it is no dead letter.
+        MillpondError: no dead letter has this id.
     """
     found = (await find(settings, rules, [message_id]))[0]
     async with StoreReader(rules.pool(found.agent)) as reader:
-        partition = Partition(settings.app, found.agent, 0)  # any: bodies are the store's own
+        # Bodies belong to no partition, so any number will do.
+        partition = Partition(settings.app, found.agent, 0)
         (body,) = await reader.read(partition, [ReadBody(message_id)])
     return found, stored_message(message_id, body)
 
 
 def stored_message(message_id: str, body: dict[str, bytes]) -> StoredMessage | None:
-    """The message in the body of that id; None if it is gone, or somebody else's key is in its place."""
+    """Decode the body of a message; None if there is none, or if another program has written something else there."""
     payload, encoding = payload_text(body.get("payload", b""))
     try:
         if body["id"].decode() != message_id:
@@ -143,26 +154,26 @@ def stored_message(message_id: str, body: dict[str, bytes]) -> StoredMessage | N
         return None
 
 
-def carried_out(rules: Rules, found: FoundDeadLetter) -> bool:
-    """Whether an order about it reaches who keeps it: each agent reads only of topics that its rules are for."""
+def has_owner(rules: Rules, found: FoundDeadLetter) -> bool:
+    """True if the agent that keeps the dead letter owns its topic. Only then does a worker apply an order about it."""
     return rules.owner(found.dead.topic) == found.agent
 
 
 async def pick(
     settings: Settings, rules: Rules, message_ids: Sequence[str]
 ) -> list[FoundDeadLetter]:
-    """The dead letters of these ids, of which all can be ordered about.
+    """Find the dead letters with these ids, to write orders about them.
 
     Raises:
-        MillpondError: one is no dead letter, or of a topic that has no delivery rule any more.
+        MillpondError: an id is of no dead letter, or its topic has no delivery rule any more.
     """
     found = await find(settings, rules, message_ids)
-    stranded = [each for each in found if not carried_out(rules, each)]
-    if stranded:
-        topics = list(dict.fromkeys(each.dead.topic for each in stranded))
+    ownerless = [each for each in found if not has_owner(rules, each)]
+    if ownerless:
+        topics = list(dict.fromkeys(each.dead.topic for each in ownerless))
         raise MillpondError(
-            f"no agent would carry it out for {_named([each.dead.message_id for each in stranded])}: give"
-            f" {_named(topics)} the delivery rule again that it had, in the workers' configuration and in this one"
+            f"no agent would apply the order for {_named([each.dead.message_id for each in ownerless])}: restore the"
+            f" delivery rule of {_named(topics)}, in the workers' configuration and in this one"
         )
     return found
 
@@ -170,19 +181,21 @@ async def pick(
 async def take(
     settings: Settings, rules: Rules, topic_filter: str | None, snapshot: DeadLetterSnapshot
 ) -> int:
-    """Put what there is now, of topics that match, into a snapshot; how many were left out, of topics that have no
-    delivery rule any more.
+    """Add the dead letters of matching topics to a snapshot, and return how many were left out.
+
+    Those of topics without a delivery rule are left out: no agent would apply an order about them.
     """
     left_out = 0
     async for found in scan(settings, rules, topic_filter):
-        if carried_out(rules, found):
+        if has_owner(rules, found):
             snapshot.add(*found)
         else:
             left_out += 1
     return left_out
 
 
-def _is_text(text: str) -> bool:
+def is_utf8(text: str) -> bool:
+    """True if the text can be sent as UTF-8. Arguments of a command line may hold other bytes, as surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -191,5 +204,5 @@ def _is_text(text: str) -> bool:
 
 
 def _named(texts: Sequence[str]) -> str:
-    named = ", ".join(map(repr, texts[:NAMED]))
-    return named if len(texts) <= NAMED else f"{named} and {len(texts) - NAMED} more"
+    named = ", ".join(map(repr, texts[:NAMED_MAX]))
+    return named if len(texts) <= NAMED_MAX else f"{named} and {len(texts) - NAMED_MAX} more"

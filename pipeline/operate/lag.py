@@ -1,11 +1,21 @@
-"""How far the agents are behind: of each partition what is committed, what Redis has applied, and what Kafka has."""
+"""How far the agents are behind.
+
+Each partition of an agent has three positions in the log. All are offsets of records:
+
+- `end`: the next record that Kafka will write.
+- `committed`: the first record that the consumer group has not committed. Kafka stores it.
+- `applied`: the last record whose effects Redis has. The fence in Redis holds it.
+
+A worker applies a record before it commits its offset. Retention may delete records that an agent has not applied. Then
+`start` is higher than `applied` + 1, and the agent continues at `start`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
-from typing import Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
@@ -23,17 +33,19 @@ from millpond.schemas.events import AgentName
 from millpond.schemas.keys import Partition
 from millpond.schemas.rules import Rules
 
-REQUEST_TIMEOUT_MS: Final = 10_000  # who looks wants to know that Kafka does not answer
+REQUEST_TIMEOUT_MS: Final = 10_000  # short: a user waits for the answer
 RETRY_INTERVAL_S: Final = 0.2
-FETCH_BYTES: Final = 1  # Kafka answers with the first batch, however large
-FIRST_RECORDS_TIMEOUT_S: Final = 5.0  # to read the oldest record of each partition
+FETCH_BYTES: Final = 1  # Kafka answers with at least one batch, however large: one is enough
+FIRST_RECORDS_TIMEOUT_S: Final = 5.0  # to read one record of each partition
 
 Answer = TypeVar("Answer")
 
 
 class PartitionLag(Struct, frozen=True, kw_only=True):
-    """One partition of one agent. `committed` and `next` are the offsets of the first record that is not committed, or
-    not applied; `oldest_at` (ms) is when the log got that one, if there is one.
+    """One partition of one agent, in the log from `start` to `end`.
+
+    `applied` is the last applied offset, None if Redis has no state of the partition. `oldest_at` (ms) is the time of
+    the first record that is not applied, None if there is none.
     """
 
     agent: AgentName
@@ -46,49 +58,63 @@ class PartitionLag(Struct, frozen=True, kw_only=True):
 
     @property
     def next(self) -> int:
-        """Where the agent goes on: what retention dropped is passed over. A Redis that holds nothing of it, whatever was
-        committed, is rebuilt from the start.
+        """The offset where the agent continues. It skips records that retention deleted.
+
+        Without a state in Redis the agent begins at the start of the log, whatever the group has committed.
         """
         return self.start if self.applied is None else max(self.start, self.applied + 1)
 
     @property
     def behind(self) -> int:
-        """Records that are not applied."""
+        """How many records are not applied."""
         return max(self.end - self.next, 0)
 
 
 class AgentLag(Struct, frozen=True, kw_only=True):
-    """All partitions of an agent. `oldest_at` (ms) is of the oldest event that is not applied."""
+    """All partitions of one agent."""
 
     agent: AgentName
     partitions: tuple[PartitionLag, ...]
 
     @property
     def behind(self) -> int:
-        """Records that are not applied."""
+        """How many records are not applied."""
         return sum(each.behind for each in self.partitions)
 
     @property
     def uncommitted(self) -> int:
-        """Records that are not committed; what retention dropped does not count."""
+        """How many records are not committed. Records that retention deleted do not count."""
         return sum(each.end - max(each.start, each.committed or 0) for each in self.partitions)
 
     @property
     def oldest_at(self) -> int | None:
-        """When the log got the oldest event that is not applied."""
-        return min((x.oldest_at for x in self.partitions if x.oldest_at is not None), default=None)
+        """The time (ms) of the oldest record that is not applied, None if there is none."""
+        times = (each.oldest_at for each in self.partitions if each.oldest_at is not None)
+        return min(times, default=None)
+
+    def describe(self) -> dict[str, Any]:
+        """The agent as a JSON object. Times are ms since the epoch."""
+        return {
+            "agent": self.agent,
+            "behind": self.behind,
+            "uncommitted": self.uncommitted,
+            "oldest_at": self.oldest_at,
+            "partitions": [
+                {**structs.asdict(each), "behind": each.behind} for each in self.partitions
+            ],
+        }
 
 
 class LagReader:
-    """What Kafka says of the agents' groups; a context manager.
+    """Reads the offsets of the agents' consumer groups from Kafka. A context manager.
 
     Raises:
-        MillpondError: Kafka is away.
-        KafkaError: it went away meanwhile.
+        MillpondError: Kafka cannot be reached.
+        KafkaError: Kafka stopped answering later.
     """
 
     def __init__(self, settings: KafkaSettings, app: str) -> None:
-        """Connected when it is entered."""
+        """It connects when it is entered."""
         self._settings, self._app = settings, app
         options = settings.client_options()
         self._admin = AIOKafkaAdminClient(request_timeout_ms=REQUEST_TIMEOUT_MS, **options)
@@ -113,7 +139,7 @@ class LagReader:
         await self._stack.aclose()
 
     async def of(self, agents: Iterable[AgentName]) -> list[AgentLag]:
-        """Each agent's partitions, with nothing known of Redis."""
+        """Read the offsets of each agent's partitions. What Redis has applied is not part of them."""
         return [await self._of(agent) for agent in agents]
 
     async def _of(self, agent: AgentName) -> AgentLag:
@@ -121,10 +147,10 @@ class LagReader:
         if not partitions:
             return AgentLag(agent=agent, partitions=())
         group = keys.group_id(self._app, agent)
-        held = await _persist(
+        offsets = await _retried(
             lambda: self._admin.list_consumer_group_offsets(group, partitions=partitions)
         )
-        committed = {each: at.offset for each, at in held.items() if at.offset >= 0}
+        committed = {each: at.offset for each, at in offsets.items() if at.offset >= 0}
         starts = await self._consumer.beginning_offsets(partitions)
         ends = await self._consumer.end_offsets(partitions)
         return AgentLag(
@@ -139,13 +165,13 @@ class LagReader:
         )  # fmt: skip
 
     async def _partitions(self, topic: str) -> list[TopicPartition]:
-        cluster = await self._consumer._client.fetch_all_metadata()  # noqa: SLF001  no public call does it
+        cluster = await self._consumer._client.fetch_all_metadata()  # noqa: SLF001  no public call does this
         return [
             TopicPartition(topic, at) for at in sorted(cluster.partitions_for_topic(topic) or ())
         ]
 
     async def oldest(self, lags: Sequence[PartitionLag]) -> dict[int, int]:
-        """When the log got the first record that is not applied, of partitions of one agent that are behind."""
+        """Read the time of the first record that is not applied, for each partition of one agent that is behind."""
         wanted = {
             TopicPartition(keys.SOURCE_TOPIC[each.agent], each.partition): each.next
             for each in lags
@@ -166,12 +192,12 @@ class LagReader:
                         del wanted[partition]
                         self._consumer.pause(partition)
         except TimeoutError:
-            pass  # the age of those is not known; how much it is, is
+            pass  # those partitions are listed without an age
         return found
 
 
-async def _persist(call: Callable[[], Awaitable[Answer]]) -> Answer:
-    """The answer of a call that a Kafka which has just begun may not answer at once."""
+async def _retried(call: Callable[[], Awaitable[Answer]]) -> Answer:
+    """Repeat a call while it fails with a retriable error. A Kafka that has just started may do that."""
     deadline = asyncio.get_running_loop().time() + REQUEST_TIMEOUT_MS / 1000
     while True:
         try:
@@ -185,14 +211,14 @@ async def _persist(call: Callable[[], Awaitable[Answer]]) -> Answer:
 async def lags(
     offsets: LagReader, settings: Settings, rules: Rules, agents: Sequence[AgentName] = AGENT_NAMES
 ) -> list[AgentLag]:
-    """How far each agent is, by Kafka and by Redis.
+    """Read the lag of each agent from Kafka and Redis.
 
     Raises:
         KafkaError: Kafka does not answer.
-        StoreDown, StoreRefused: Redis does not.
+        StoreDown, StoreRefused: Redis does not answer, or refuses.
     """
     found = []
-    # What is applied is asked for first: then it is never ahead of the end.
+    # Redis is read first: an applied offset must not be ahead of the end of its log.
     for agent in agents:
         applied = await _applied(settings, rules, agent)
         (lag_of,) = await offsets.of([agent])

@@ -1,4 +1,4 @@
-"""What operators order: a record each, which the owner of the topic carries out."""
+"""Orders of an operator. Each is an event in `mqtt.messages`, and the worker that owns the topic applies it."""
 
 from __future__ import annotations
 
@@ -19,46 +19,46 @@ from millpond.schemas.events import OperatorDrop, OperatorRequeue, OperatorRewin
 
 OperatorEvent: TypeAlias = OperatorRequeue | OperatorDrop | OperatorRewind
 
-WRITTEN_AT_ONCE: Final = 1_000  # orders that wait for Kafka's acknowledgement
-ACKNOWLEDGED_TIMEOUT_S: Final = 60.0  # Kafka elects a new leader in less
+WRITTEN_AT_ONCE: Final = 1_000  # orders of one batch
+ACKNOWLEDGED_TIMEOUT_S: Final = 60.0  # for a batch; Kafka elects a new leader in less
 STOP_TIMEOUT_S: Final = 5.0
 
 
 async def write(settings: KafkaSettings, orders: Iterable[OperatorEvent]) -> int:
-    """Write orders one after the other; how many. All are acknowledged by Kafka.
+    """Write orders in batches, and return how many. Kafka has acknowledged all of them.
 
     Raises:
-        ConfigError: Kafka cannot be reached; nothing was written.
-        MillpondError: Kafka did not take them all; it says how many it did.
+        ConfigError: Kafka cannot be reached. Nothing was written.
+        MillpondError: Kafka did not acknowledge a batch. The message counts the orders that it acknowledged before.
     """
     producer = Producer(settings.client_options(), settings.message_bytes_max)
-    written, waiting = 0, iter(orders)
+    written, remaining = 0, iter(orders)
     try:
         try:
             await producer.start()
         except KafkaError as error:
             raise await unreachable(settings) from error
-        while some := list(islice(waiting, WRITTEN_AT_ONCE)):
+        while batch := list(islice(remaining, WRITTEN_AT_ONCE)):
             async with asyncio.timeout(ACKNOWLEDGED_TIMEOUT_S):
-                await _write_some(producer, some)
-            written += len(some)
+                await _write_batch(producer, batch)
+            written += len(batch)
     except (KafkaError, TimeoutError) as error:
         reason = str(error) or f"no acknowledgement for {ACKNOWLEDGED_TIMEOUT_S:g} s"
         raise MillpondError(
-            f"Kafka took {written} orders and then no more: {reason}; once it is well, give the same command again:"
-            " what was carried out is no dead letter any more"
+            f"Kafka acknowledged {written} orders and then failed: {reason}; repeat the command when Kafka works again:"
+            " it finds only the dead letters that are left"
         ) from error
     finally:
-        # Its stop waits for Kafka for ever.
+        # The stop of a producer waits for Kafka without end.
         with suppress(TimeoutError):
             async with asyncio.timeout(STOP_TIMEOUT_S):
                 await producer.stop()
     return written
 
 
-async def _write_some(producer: Producer, some: Iterable[OperatorEvent]) -> None:
+async def _write_batch(producer: Producer, batch: Iterable[OperatorEvent]) -> None:
     acknowledged = []
-    for event in some:
+    for event in batch:
         key, value = keys.record_key(event).encode(), codec.encode(event)
         acknowledged.append(await producer.send(keys.MESSAGES_TOPIC, key, value))
     await asyncio.gather(*acknowledged)

@@ -1,4 +1,4 @@
-"""Time travel for one subscriber of a pubsub topic: where it is to read on, worked out from what the store holds."""
+"""Where a rewound subscriber of a pubsub topic reads on, computed from the topic's index in the store."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Final, NamedTuple
 from millpond.agents.pubsub.state import reader_key, subscriber_named, unpack_log
 from millpond.agents.reads import ReadEntry, ReadIndex, ReadLast, ReadStates
 from millpond.pipeline.clock import now_ms
+from millpond.pipeline.kafka.partitioning import partition_of
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.stores.redis.reader import StoreReader
-from millpond.pipeline.worker.control_channel import partition_of
 from millpond.schemas import keys
 from millpond.schemas.errors import ConfigError, MillpondError
 from millpond.schemas.events import OperatorRewind
 from millpond.schemas.keys import Partition
 from millpond.schemas.rules import Rules
 
-COUNTED_AT_ONCE: Final = 10_000  # entries of the index
+COUNTED_AT_ONCE: Final = 10_000  # entries of the index in one read
 
 
 class Place(NamedTuple):
-    """Where a subscriber is to read on: behind this score, with so many messages to come as of now."""
+    """The score after which the subscriber reads on, and how many messages the index has after it now."""
 
     after: int
     messages: int
@@ -30,15 +30,17 @@ class Place(NamedTuple):
 async def find_place(
     settings: Settings, rules: Rules, subscriber: str, topic: str, to: str
 ) -> tuple[OperatorRewind, Place]:
-    """The order to an agent, and what it comes to. `to` is `earliest`, `latest`, an ISO time (of this machine's zone, if
-    it names none) or a message id: what was published at that time or later, or from that message on, comes again.
+    """Make the order to rewind, and the place that it leads to.
+
+    `to` is `earliest`, `latest`, an ISO time or a message id. A time without a zone is in this machine's zone. The
+    subscriber gets again what was published at that time or later, or from that message on.
 
     Raises:
-        ConfigError: the topic is not pubsub's, or `to` is none of these.
-        MillpondError: the subscriber does not read the topic.
+        ConfigError: the pubsub agent does not own the topic, or `to` is none of the above.
+        MillpondError: the subscriber has no read offset of the topic.
     """
     if rules.owner(topic) != "pubsub":
-        raise ConfigError(f"{topic!r} is no pubsub topic by the rules in force")
+        raise ConfigError(f"{topic!r} is no pubsub topic by the configured rules")
     number = partition_of(topic, settings.kafka.partitions)
     partition = Partition(settings.app, "pubsub", number)
     async with StoreReader(rules.pool("pubsub")) as reader:
@@ -47,11 +49,11 @@ async def find_place(
         windows, logs = await reader.read(partition, reads)
         if windows[key] is None:
             raise MillpondError(
-                f"{subscriber!r} has no read offset of {topic!r}: it has never read it, or has unsubscribed"
+                f"{subscriber!r} has no read offset of {topic!r}: it never read the topic, or has unsubscribed"
             )
         log = unpack_log(logs[topic])
         after = await _after(reader, partition, topic, to, log.last)
-        # Within the log: what the index has before is somebody else's.
+        # Other programs may have put entries into the index below the log. The subscriber must not read them.
         after = min(max(after, log.cursor), log.last)
         (before,) = await reader.read(partition, [ReadLast(topic, after)])
         messages = await _count(reader, partition, topic, after)
@@ -72,9 +74,12 @@ async def _after(reader: StoreReader, partition: Partition, topic: str, to: str,
         return int(score) - 1
     try:
         at_s = datetime.fromisoformat(to).timestamp()
-    except (ValueError, OverflowError) as error:  # either of the calendar's ends, as local time
+    except (
+        ValueError,
+        OverflowError,
+    ) as error:  # OverflowError: a local time at either end of the calendar
         raise ConfigError(
-            f"--to: {to!r} is neither earliest, latest, an ISO time nor the id of a message that {topic!r} has"
+            f"--to: {to!r} is not earliest, latest, an ISO time, or the id of a stored message of {topic!r}"
         ) from error
     return round(at_s * 1_000_000) - 1
 

@@ -26,10 +26,10 @@ from millpond.agents.delivery import dead_messages
 from millpond.agents.pubsub.state import shown, split_reader
 from millpond.agents.sessions import state as sessions
 from millpond.agents.topics import storage
+from millpond.pipeline.kafka.partitioning import partition_of
 from millpond.pipeline.stores.redis.connection import RedisCommand
 from millpond.pipeline.stores.redis.keyspace import Keyspace
 from millpond.pipeline.stores.redis.packing import BODY_FIELDS
-from millpond.pipeline.worker.control_channel import partition_of
 from millpond.schemas import keys
 from millpond.schemas.events import AgentName
 from millpond.schemas.keys import Partition

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -24,7 +24,7 @@ from millpond.pipeline.compare import differences
 from millpond.pipeline.compare.differences import Comparer, Comparison
 from millpond.pipeline.compare.owned_keys import OwnedKeys
 from millpond.pipeline.process.event_loop import use_uvloop
-from millpond.pipeline.process.signals import on_signal
+from millpond.pipeline.process.signals import cancelled_by
 from millpond.pipeline.replay.folding import Folding
 from millpond.pipeline.replay.log_extent import LogExtent, LogExtents, describe_loss, open_extents
 from millpond.pipeline.replay.target import Marker, check_not_live, claim, write_marker
@@ -264,19 +264,6 @@ def parse_time(text: str, option: str) -> int:
         raise ConfigError(f"{option}: {text!r} is neither {word} nor an ISO time") from error
 
 
-@asynccontextmanager
-async def stopped_by_signals() -> AsyncIterator[None]:
-    """Cancel the task that runs the block on SIGINT and SIGTERM."""
-    task, loop = asyncio.current_task(), asyncio.get_running_loop()
-    assert task is not None, "use this inside a task"
-    on_signal(task.cancel)
-    try:
-        yield
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
-
-
 def run_until_done(work: Callable[[], Coroutine[Any, Any, Result]], interrupted: str) -> Result:
     """Run some work until it is done or a signal arrives.
 
@@ -285,7 +272,7 @@ def run_until_done(work: Callable[[], Coroutine[Any, Any, Result]], interrupted:
     """
 
     async def run() -> Result:
-        async with stopped_by_signals():
+        async with cancelled_by(signal.SIGINT, signal.SIGTERM):
             return await work()
 
     use_uvloop()

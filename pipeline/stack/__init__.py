@@ -1,1 +1,1 @@
-"""`millpond up`: everything a newcomer needs, as child processes on one machine."""
+"""`millpond up`: Kafka, Redis, a bridge, the workers and the web page, as child processes on one machine."""

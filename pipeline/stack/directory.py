@@ -1,4 +1,13 @@
-"""The data directory of a stack: where its data, logs and state are, and what other commands learn from it."""
+"""The data directory of a stack.
+
+| path | content |
+|---|---|
+| `millpond.toml` | the settings of this run; other commands with the same `--data` use it, too |
+| `stack.json` | the state: addresses, processes, readiness |
+| `log/NAME.log` | the output of one process |
+| `NAME.ready` | exists once a process is ready |
+| `kafka/`, `redis/`, `spool/` | the data of Kafka, of Redis, and of an EMQX bridge |
+"""
 
 from __future__ import annotations
 
@@ -14,17 +23,17 @@ from millpond.pipeline.stack.processes import Process
 
 
 class ChildState(Struct):
-    """One child as `millpond status` shows it."""
+    """One child process as `millpond status` shows it."""
 
     name: str
     process: Process | None
     ready: bool
     restarts: int
-    telemetry: str | None = None  # the URL of its metrics and health
+    telemetry: str | None = None  # the URL of its metrics and health, if it has them
 
 
 class StackState(Struct):
-    """What a running stack says of itself. `ready` turns true once everything has been ready."""
+    """The state of a running stack. `ready` becomes true when all children have been ready, and stays so."""
 
     supervisor: Process
     addresses: dict[str, str]
@@ -33,49 +42,49 @@ class StackState(Struct):
 
 
 class DataDirectory:
-    """Paths and files below `--data`."""
+    """The paths and files below `--data`."""
 
     def __init__(self, root: Path) -> None:
-        """Made by `create`."""
+        """The directory need not exist yet: see `create`."""
         self.root = root.absolute()
 
     def create(self) -> None:
-        """Readable by its owner only: it holds everybody's messages."""
+        """Create the directory. Only its owner may read it, since it holds all messages."""
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         (self.root / "log").mkdir(exist_ok=True)
 
     @property
     def configuration(self) -> Path:
-        """The settings that every part of the stack was started with."""
+        """The file with the settings of every process of the stack."""
         return self.root / "millpond.toml"
 
     def log(self, name: str) -> Path:
-        """The log of one child."""
+        """The log file of one child."""
         return self.root / "log" / f"{name.replace(' ', '-')}.log"
 
     def ready_file(self, name: str) -> Path:
-        """Touched by a child when it is ready."""
+        """The file that a child touches when it is ready."""
         return self.root / f"{name.replace(' ', '-')}.ready"
 
     def write_configuration(self, settings: Settings) -> None:
-        """Leave the settings for the children, and for every other command."""
+        """Write the settings for the children and for other commands."""
         self.configuration.write_text(tomli_w.dumps(_without_none(msgspec.to_builtins(settings))))
 
     def write_state(self, state: StackState) -> None:
-        """Replace the state at once: a reader sees the old or the new one."""
+        """Replace the state atomically: a reader sees the old or the new one."""
         partial = self.root / "stack.json.partial"
         partial.write_bytes(msgspec.json.format(msgspec.json.encode(state)))
         partial.rename(self.root / "stack.json")
 
     def read_state(self) -> StackState | None:
-        """The state of the stack that runs here, or ran last; None if there never was one."""
+        """The state of the stack that runs here, or that was killed; None if there is none."""
         try:
             return msgspec.json.decode((self.root / "stack.json").read_bytes(), type=StackState)
         except (OSError, msgspec.DecodeError):
             return None
 
     def forget_state(self) -> None:
-        """Nothing runs here any more."""
+        """Delete the state after the stack has stopped."""
         (self.root / "stack.json").unlink(missing_ok=True)
 
 

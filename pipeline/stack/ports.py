@@ -1,4 +1,4 @@
-"""Ports on 127.0.0.1: the ones asked for, or free ones."""
+"""Ports on 127.0.0.1: requested ones, if they are free, or random ones."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Final
 from millpond.schemas.errors import ConfigError
 
 HOST: Final = "127.0.0.1"
-# Below the ports that systems give to outgoing connections: one of those could take a port between the moment
-# it is chosen and the moment its server listens.
+# Below the range from which systems take ports for outgoing connections. Such a connection could take a chosen port
+# before its server listens.
 FREE_PORTS: Final = range(15_000, 32_000)
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """Pick a random port on which no process listens now."""
     while True:
-        port = random.choice(FREE_PORTS)  # noqa: S311  chance, not a secret
+        port = random.choice(FREE_PORTS)  # noqa: S311  not a secret
         if _is_free(port):
             return port
 
@@ -33,10 +33,10 @@ def _is_free(port: int) -> bool:
 
 
 def claim(port: int, option: str) -> int:
-    """The port if it is free, a free one for 0.
+    """Return the port if it is free; pick a free port for 0.
 
     Raises:
-        ConfigError: somebody listens there; names the option that changes it.
+        ConfigError: the port is in use. The message names the option that changes it.
     """
     if port == 0:
         return free_port()

@@ -1,4 +1,4 @@
-"""Processes that are surely the ones we started: a pid alone may by now be somebody else's."""
+"""Processes that we started, identified by pid and start time. The system may give a pid to another process later."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from msgspec import Struct
 
 
 class Process(Struct, frozen=True):
-    """A process, told from later ones with the same pid by when it was created (seconds since the epoch)."""
+    """A process. `created_at` is its start time, in seconds since the epoch."""
 
     pid: int
     created_at: float
 
     def running(self) -> psutil.Process | None:
-        """The process, if it still runs."""
+        """The process if it still runs, else None."""
         with contextlib.suppress(psutil.NoSuchProcess):
             found = psutil.Process(self.pid)
             if found.create_time() == self.created_at and found.status() != psutil.STATUS_ZOMBIE:
@@ -23,7 +23,7 @@ class Process(Struct, frozen=True):
         return None
 
     def stop(self, timeout_s: float) -> None:
-        """SIGTERM, and SIGKILL if it still runs after `timeout_s`."""
+        """Send SIGTERM, and SIGKILL if the process still runs after `timeout_s`."""
         found = self.running()
         if found is None:
             return
@@ -37,5 +37,5 @@ class Process(Struct, frozen=True):
 
 
 def identify(pid: int) -> Process:
-    """The process that has this pid now."""
+    """Identify the process that has this pid now."""
     return Process(pid, psutil.Process(pid).create_time())

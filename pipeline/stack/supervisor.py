@@ -1,4 +1,9 @@
-"""Keeps child processes running: started in order, restarted with back-off, stopped in reverse."""
+"""Keeps child processes running.
+
+- Children are started in order: each is ready before the next one is started. One that fails fails the start.
+- A child that ends later is restarted after a back-off, which doubles up to a limit.
+- Children are stopped in the reverse order.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +22,15 @@ from millpond.schemas.errors import MillpondError
 
 READY_TIMEOUT_S = 90.0
 READY_POLL_S = 0.1
-STOP_TIMEOUT_S = 20.0  # then SIGKILL: longer than a worker's batch bound and Kafka's own clean stop
+STOP_TIMEOUT_S = 20.0  # until SIGKILL; a worker's last batch and Kafka's clean stop take less
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.5, 30.0
-SETTLED_AFTER_S = 60.0  # a child that ran this long starts with the shortest back-off again
-LOG_LINES_SHOWN = 10
+SETTLED_AFTER_S = 60.0  # after a run this long the back-off is the shortest again
+LOG_LINES_SHOWN = 10  # in the message about a child that ended
 
 
 @dataclass
 class Child:
-    """What to run, and how to see that it is ready."""
+    """A child process: its command, its state, and how to see that it is ready. `before` runs before each start."""
 
     name: str
     command: list[str]
@@ -39,26 +44,26 @@ class Child:
     telemetry: str | None = None  # the URL of its metrics and health, if it has any
 
     def last_lines(self) -> str:
-        """The end of its log."""
+        """The last lines of its log, indented."""
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
         return "\n".join(f"  {line}" for line in lines[-LOG_LINES_SHOWN:])
 
 
 class Supervisor:
-    """`say` gets a line for each notable moment; `changed` is called whenever a child's state has."""
+    """Starts, restarts and stops children. It prints through `say`, and calls `changed` when the state changes."""
 
     def __init__(self, say: Callable[[str], None], changed: Callable[[], None]) -> None:
-        """Nothing runs before `start`."""
+        """No child runs before `start`."""
         self.children: list[Child] = []
         self._say, self._changed = say, changed
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
 
     async def start(self, child: Child) -> None:
-        """Start one more child and wait until it is ready.
+        """Start a child, and wait until it is ready.
 
         Raises:
-            MillpondError: it ended, or was not ready in time; with the end of its log.
+            MillpondError: it ended, or was not ready in time. The message has the end of its log.
         """
         self.children.append(child)
         running = self._spawn(child)
@@ -69,7 +74,7 @@ class Supervisor:
         child.before()
         child.is_ready = False
         with child.log.open("ab") as log:
-            # A session of its own: Ctrl-C reaches us alone, and we stop the children in order.
+            # A session of its own: Ctrl-C reaches only us, and we stop the children in order.
             running = subprocess.Popen(
                 child.command,
                 stdin=subprocess.DEVNULL,
@@ -101,7 +106,7 @@ class Supervisor:
         self._changed()
 
     async def _watch(self, child: Child, running: subprocess.Popen[bytes]) -> None:
-        """Start it again whenever it ends, each time a little later."""
+        """Restart the child whenever it ends, after a growing back-off."""
         backoff_s, started = BACKOFF_MIN_S, time.monotonic()
         while True:
             code = await self._exit_code(running)
@@ -113,7 +118,7 @@ class Supervisor:
             if time.monotonic() - started > SETTLED_AFTER_S:
                 backoff_s = BACKOFF_MIN_S
             self._say(
-                f"{child.name} ended with exit code {code}; starting it again in {backoff_s:g} s."
+                f"{child.name} ended with exit code {code}; restarting it in {backoff_s:g} s."
                 f" The end of {child.log}:\n{child.last_lines()}"
             )
             await asyncio.sleep(backoff_s)
@@ -129,14 +134,16 @@ class Supervisor:
                 self._say(f"{child.name} is ready again")
 
     async def _exit_code(self, running: subprocess.Popen[bytes]) -> int:
-        """Wait for its end: in a thread of its own, since asyncio's are as many as the processors, and all of them would
-        wait before anybody could be stopped.
+        """Wait in a thread of its own until the process ends.
+
+        asyncio's pool has only about as many threads as processors. Waiting children would occupy all of them, and none
+        would be left to stop a child.
         """
         ended = asyncio.get_running_loop().create_future()
 
         def wait() -> None:
             code = running.wait()
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed: no task waits any more
                 ended.get_loop().call_soon_threadsafe(_set, ended, code)
 
         threading.Thread(target=wait, daemon=True).start()
@@ -144,7 +151,7 @@ class Supervisor:
         return code
 
     async def stop(self) -> None:
-        """Stop what was started last first."""
+        """Stop all children, the last one first."""
         self._stopping = True
         for child in reversed(self.children):
             if child.process is not None:

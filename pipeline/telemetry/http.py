@@ -9,9 +9,11 @@ from importlib.metadata import version
 from typing import Final, Protocol
 
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 
+from millpond.pipeline.process.loopback import host_allowed
 from millpond.pipeline.telemetry.families import Collector, Metric, MetricsSource, gauge
 from millpond.schemas.errors import ConfigError
 
@@ -64,17 +66,33 @@ def registry_of(process: str, parts: Sequence[MetricsSource]) -> CollectorRegist
 class Listener:
     """Answers the HTTP requests of one process."""
 
-    def __init__(self, process: str, parts: Sequence[MetricsSource], health: Health) -> None:
-        self._process, self._health = process, health
+    def __init__(
+        self, process: str, parts: Sequence[MetricsSource], health: Health, host: str = HOST
+    ) -> None:
+        """`host` is where it listens."""
+        self._process, self._health, self._host = process, health, host
         self._registry = registry_of(process, parts)
 
     def app(self) -> web.Application:
         """Return the web application."""
-        app = web.Application()
+        app = web.Application(middlewares=[self._known_host()])
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         return app
+
+    def _known_host(self) -> Middleware:
+        """On loopback, refuse requests for any other host name. See `loopback`."""
+
+        @web.middleware
+        async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+            if not host_allowed(self._host, request.host):
+                raise web.HTTPForbidden(
+                    text="this listener answers only at 127.0.0.1 and localhost\n"
+                )
+            return await handler(request)
+
+        return check
 
     async def _metrics(self, request: web.Request) -> web.Response:
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
@@ -104,11 +122,12 @@ async def serving(
     if listen is None:
         yield
         return
-    app = Listener(process, parts, health).app()
+    name, _, port = listen.rpartition(":")
+    host = name.strip("[]") or HOST
+    app = Listener(process, parts, health, host).app()
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=STOP_TIMEOUT_S)
     await runner.setup()
-    host, _, port = listen.rpartition(":")
-    site = web.TCPSite(runner, host.strip("[]") or HOST, int(port))
+    site = web.TCPSite(runner, host, int(port))
     try:
         try:
             await site.start()

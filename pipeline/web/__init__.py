@@ -1,1 +1,1 @@
-"""`millpond web`: a page that shows what goes on, and a console; all that it needs is served from here."""
+"""`millpond web`: the web page with its API and its MQTT console. The page loads nothing from elsewhere."""

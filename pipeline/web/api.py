@@ -1,19 +1,28 @@
-"""The API of the page. Times are ms since the epoch; every list is cut, and says of how many.
+"""The JSON API of the web page. Times are ms since the epoch. Every list has a bound, and a total beside it.
 
 | request | answer |
 |---|---|
-| `GET /api/web` | `app`; `operator`: whether there is a token; `mqtt_url` for the console |
-| `GET /api/agents` | `agents`: `agent`, `behind`, `uncommitted`, `oldest_at`, `rate` (records applied a second), `partitions` |
-| `GET /api/topics` | `rows`, the deepest first; `topics` and `messages` in all; `notes` |
-| `GET /api/topic?name=T` | all that is known of a topic, with `members`, `subscribers`, `leases` and `…_total` of each |
-| `GET /api/clients?contains=PART` | `clients` whose id contains that part; `total`, `online` |
+| `GET /api/web` | `app`; `operator`: true if a token is configured; `mqtt_url` for the console |
+| `GET /api/agents` | `agents`: `agent`, `behind`, `uncommitted`, `oldest_at`, `rate` (per second), `partitions` |
+| `GET /api/topics` | `rows`, the deepest first; the totals `topics` and `messages`; `notes` |
+| `GET /api/topic?name=T` | the facts of one topic; `members`, `subscribers` and `leases`, and `…_total` of each |
+| `GET /api/clients?contains=PART` | `clients` whose id contains `PART`; the totals `total` and `online` |
 | `GET /api/dead-letters` | `dead_letters`, the newest first; `total` |
-| `POST /api/operator` | nothing (204): the token is right |
-| `POST /api/dead-letters/requeue`, `…/drop` | of `{"message_ids": […]}`: `written`, the orders that Kafka has |
+| `POST /api/operator` | 204 and no body: the token is right |
+| `POST /api/dead-letters/requeue`, `…/drop` | `written`, the number of orders. The body is `{"message_ids": […]}` |
 
-A POST needs `Authorization: Bearer TOKEN`: 401 without, 403 if there is none to be had. What goes wrong is
-`{"error": "…"}`: 400 no such request is possible, 404 nothing is known of it, 409 no such dead letter, 503 Redis or
-Kafka is away. An answer serves everybody who asks within a second, or longer if it took long to get.
+A POST needs the header `Authorization: Bearer TOKEN`. An error is `{"error": "…"}`:
+
+| status | meaning |
+|---|---|
+| 400 | the request is invalid |
+| 401 | the token is missing or wrong |
+| 403 | no token is configured, or the host name is not allowed |
+| 404 | nothing is known of the topic |
+| 409 | an id is of no dead letter, or no agent would apply the order |
+| 503 | Redis or Kafka does not answer |
+
+Requests within a second share one answer, and longer if the answer took long (`lookups.py`).
 """
 
 from __future__ import annotations
@@ -26,8 +35,7 @@ from aiohttp import web
 from msgspec import Meta, Struct
 
 from millpond.pipeline.clock import now_ms
-from millpond.pipeline.operate import dead_letters as letters
-from millpond.pipeline.operate import operator_events
+from millpond.pipeline.operate import dead_letters, operator_events
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.web.lookups import LISTED_MAX, Lookups
 from millpond.pipeline.web.operator_token import OperatorToken
@@ -41,23 +49,23 @@ logger = logging.getLogger(__name__)
 NAME_LENGTH_MAX: Final = 65_535  # of an MQTT topic or client id
 
 
-class _Chosen(Struct, forbid_unknown_fields=True):
-    """What an operator sends."""
+class _Order(Struct, forbid_unknown_fields=True):
+    """The body of an order."""
 
     message_ids: Annotated[list[str], Meta(min_length=1, max_length=LISTED_MAX)]
 
 
 class Api:
-    """Answers requests."""
+    """The handlers of the API."""
 
     def __init__(self, settings: Settings, rules: Rules, operator: OperatorToken) -> None:
-        """Nothing is read before somebody asks."""
+        """Nothing is read before the first request."""
         self._settings, self._rules, self._operator = settings, rules, operator
         self.lookups = Lookups(settings, rules)
 
     @property
     def mqtt_url(self) -> str | None:
-        """Where the console connects to; None if nobody has told."""
+        """The WebSocket that the console connects to; None if it is not configured."""
         bridge, url = self._settings.bridge, self._settings.web.mqtt_url
         if url is None and bridge.kind == "embedded":
             return f"ws://{bridge.host}:{bridge.websocket_port}/"
@@ -81,7 +89,7 @@ class Api:
         return _json(
             {
                 "app": self._settings.app,
-                "operator": self._operator.possible,
+                "operator": self._operator.configured,
                 "mqtt_url": self.mqtt_url,
             }
         )
@@ -108,36 +116,37 @@ class Api:
     async def _dead_letters(self, request: web.Request) -> web.Response:
         return _json(await self.lookups.dead_letters.get())
 
-    # -- what an operator does
+    # -- orders of an operator
 
-    def _refused(self, request: web.Request) -> web.Response | None:
-        if not self._operator.possible:
-            return failure(403, "read-only: [web] token_file names no token")
-        if self._operator.is_meant(request.headers.get("Authorization", "")):
+    def _refusal(self, request: web.Request) -> web.Response | None:
+        """The answer to a POST without the token; None if it has the token."""
+        if not self._operator.configured:
+            return failure(403, "the page is read-only: set [web] token_file to allow orders")
+        if self._operator.is_valid(request.headers.get("Authorization", "")):
             return None
-        logger.warning("refused %s %s: not the token", request.method, request.path)
-        answer = failure(401, "this is not the token")
+        logger.warning("refused %s %s: wrong or missing token", request.method, request.path)
+        answer = failure(401, "the token is wrong")
         answer.headers["WWW-Authenticate"] = "Bearer"
         return answer
 
     async def _is_operator(self, request: web.Request) -> web.Response:
-        return self._refused(request) or web.Response(status=204)
+        return self._refusal(request) or web.Response(status=204)
 
     async def _requeue(self, request: web.Request) -> web.Response:
-        return self._refused(request) or await self._order(request, OperatorRequeue)
+        return self._refusal(request) or await self._order(request, OperatorRequeue)
 
     async def _drop(self, request: web.Request) -> web.Response:
-        return self._refused(request) or await self._order(request, OperatorDrop)
+        return self._refusal(request) or await self._order(request, OperatorDrop)
 
     async def _order(
         self, request: web.Request, order: type[OperatorRequeue | OperatorDrop]
     ) -> web.Response:
         try:
-            message_ids = msgspec.json.decode(await request.read(), type=_Chosen).message_ids
+            message_ids = msgspec.json.decode(await request.read(), type=_Order).message_ids
         except (ValueError, RecursionError) as error:
             return failure(400, str(error))
         try:
-            chosen = await letters.pick(self._settings, self._rules, message_ids)
+            chosen = await dead_letters.pick(self._settings, self._rules, message_ids)
         except StoreError:
             raise
         except MillpondError as error:
@@ -148,7 +157,7 @@ class Api:
             for each in dead
         ]
         written = await operator_events.write(self._settings.kafka, events)
-        logger.info("an operator ordered %s of %d dead letters", order.__name__, written)
+        logger.info("an operator wrote %d orders %s", written, order.__name__)
         return _json({"written": written})
 
 
@@ -161,7 +170,7 @@ def _json(answer: Any) -> web.Response:
 
 
 def failure(status: int, reason: str) -> web.Response:
-    """What went wrong, for whoever asked."""
+    """An error as the answer to a request."""
     return web.Response(
         status=status,
         body=msgspec.json.encode({"error": reason}),

@@ -1,4 +1,9 @@
-"""What the page shows, looked up with the functions of the command line; every list has a bound."""
+"""The answers of the API, made by the functions behind the command line. Every list has a bound.
+
+Many browsers may have the page open, and each asks every two seconds. A `SharedLookup` runs a lookup once and gives its
+answer, or its error, to all who ask. The next run begins at the earliest FRESH_S later. A lookup that takes long is
+repeated less often: at most a fifth of the time is spent on it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +20,7 @@ from millpond.agents.pubsub.state import shown
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.explain.topic import explain
 from millpond.pipeline.explain.topics import deepest
-from millpond.pipeline.operate import dead_letters as letters
+from millpond.pipeline.operate import dead_letters
 from millpond.pipeline.operate.clients import clients
 from millpond.pipeline.operate.dead_letter_snapshot import DeadLetterSnapshot
 from millpond.pipeline.operate.dead_letters import FoundDeadLetter
@@ -25,34 +30,30 @@ from millpond.schemas.errors import MillpondError, StoreError
 from millpond.schemas.events import AgentName
 from millpond.schemas.rules import Rules
 
-LISTED_MAX: Final = 100  # of anything that is listed
-SUBSCRIPTIONS_MAX: Final = 10  # of each client in the list
-FRESH_S: Final = 1.0  # so long an answer serves everybody
-REST_RATIO: Final = 4  # a look that took long is not repeated for so many times as long
-REMEMBERED_MAX: Final = 100  # looks with a name: one for each topic that somebody has open
-KAFKA_TIMEOUT_S: Final = 25.0  # longer than each of the clients' own limits, which say more
+LISTED_MAX: Final = 100  # rows of each list
+SUBSCRIPTIONS_MAX: Final = 10  # of each client, and subscribers of each dead letter
+FRESH_S: Final = 1.0  # the shortest time for which an answer is shared
+REST_RATIO: Final = 4  # an answer is shared for this multiple of the time that it took
+REMEMBERED_MAX: Final = 100  # lookups with a name: one for each open topic or search of clients
+KAFKA_TIMEOUT_S: Final = 25.0  # longer than the clients' own limits, whose errors say more
 CLOSE_TIMEOUT_S: Final = 5.0
-RATE_WINDOW_S: Final = 10.0
-RATE_STALE_S: Final = 60.0  # what was applied before nobody looked for so long says nothing of now
+RATE_WINDOW_S: Final = 10.0  # a rate is the mean over this time
+RATE_STALE_S: Final = 60.0  # without a request for this long, the earlier offsets are dropped
 
 Answer = TypeVar("Answer")
 
 
 class SharedLookup(Generic[Answer]):
-    """One look at a time, however many ask: its answer, or its error, is everybody's for a while."""
+    """One lookup, shared by all who ask at the same time."""
 
-    def __init__(self, look: Callable[[], Awaitable[Answer]]) -> None:
-        """Nothing is looked at before somebody asks."""
-        self._look = look
+    def __init__(self, lookup: Callable[[], Awaitable[Answer]]) -> None:
+        """The first `get` runs it."""
+        self._lookup = lookup
         self._task: asyncio.Task[Answer] | None = None
         self._fresh_until = 0.0
 
     async def get(self) -> Answer:
-        """The answer.
-
-        Raises:
-            Whatever the look does.
-        """
+        """Return the latest answer, or wait for the one in progress. Raises what the lookup raises."""
         now = asyncio.get_running_loop().time()
         if self._task is None or (self._task.done() and now >= self._fresh_until):
             self._task = asyncio.create_task(self._timed())
@@ -62,7 +63,7 @@ class SharedLookup(Generic[Answer]):
         clock = asyncio.get_running_loop().time
         began, rest_s = clock(), FRESH_S
         try:
-            answer = await self._look()
+            answer = await self._lookup()
             rest_s = max(FRESH_S, REST_RATIO * (clock() - began))
             return answer
         finally:
@@ -70,17 +71,17 @@ class SharedLookup(Generic[Answer]):
 
 
 class SharedLookups(Generic[Answer]):
-    """Looks with a name, the latest so many."""
+    """Shared lookups by name. Only the names that were used last are remembered."""
 
-    def __init__(self, look: Callable[[str], Awaitable[Answer]]) -> None:
-        """None yet."""
-        self._look = look
+    def __init__(self, lookup: Callable[[str], Awaitable[Answer]]) -> None:
+        """`lookup` gets the name."""
+        self._lookup = lookup
         self._lookups: OrderedDict[str, SharedLookup[Answer]] = OrderedDict()
 
     async def get(self, name: str) -> Answer:
-        """The answer of the look with this name."""
+        """Return the answer of the lookup with this name. Raises what the lookup raises."""
         if name not in self._lookups:
-            self._lookups[name] = SharedLookup(lambda: self._look(name))
+            self._lookups[name] = SharedLookup(lambda: self._lookup(name))
         self._lookups.move_to_end(name)
         if len(self._lookups) > REMEMBERED_MAX:
             self._lookups.popitem(last=False)
@@ -88,60 +89,61 @@ class SharedLookups(Generic[Answer]):
 
 
 class Rates:
-    """Records that each agent applies in a second, from successive applied offsets."""
+    """The rate at which each agent applies records, from successive applied offsets."""
 
     def __init__(self) -> None:
-        """Nothing is known before the second look."""
-        self._lookups: deque[tuple[float, dict[tuple[AgentName, int], int]]] = deque()
+        """A rate needs two samples."""
+        self._samples: deque[tuple[float, dict[tuple[AgentName, int], int]]] = deque()
 
     def note(self, at_s: float, found: Sequence[AgentLag]) -> None:
-        """What is applied at that time, by a clock that never goes back."""
+        """Add a sample of the applied offsets at this time of a monotonic clock."""
         applied = {
             (each.agent, each.partition): each.applied
             for agent in found
             for each in agent.partitions
             if each.applied is not None
         }
-        self._lookups.append((at_s, applied))
-        while at_s - self._lookups[0][0] > (
-            RATE_WINDOW_S if len(self._lookups) > 2 else RATE_STALE_S
+        self._samples.append((at_s, applied))
+        # The last two samples may be further apart than the window: a lookup may take long.
+        while at_s - self._samples[0][0] > (
+            RATE_WINDOW_S if len(self._samples) > 2 else RATE_STALE_S
         ):
-            self._lookups.popleft()
+            self._samples.popleft()
 
     def of(self, agent: AgentName) -> float | None:
-        """Records a second; None until it is known."""
-        if len(self._lookups) < 2:
+        """Records per second; None while it is unknown."""
+        if len(self._samples) < 2:
             return None
-        (since, before), (at, after) = self._lookups[0], self._lookups[-1]
-        gone = sum(
-            # An agent that is rebuilt begins anew.
+        (since, before), (at, after) = self._samples[0], self._samples[-1]
+        applied = sum(
+            # After a rebuild has begun, an applied offset is lower than before.
             max(after[each] - offset, 0)
             for each, offset in before.items()
             if each[0] == agent and each in after
         )
-        return gone / (at - since) if at > since else None
+        return applied / (at - since) if at > since else None
 
 
 class Lags:
-    """Lag and rate of all agents. The connection to Kafka is kept from look to look, and made anew once it failed."""
+    """Lag and rate of all agents. The connection to Kafka is kept, and opened again after a failure."""
 
     def __init__(self, settings: Settings, rules: Rules) -> None:
-        """Not connected yet."""
+        """The first lookup connects."""
         self._settings, self._rules = settings, rules
         self._rates = Rates()
         self._offsets: LagReader | None = None
 
-    async def look(self) -> dict[str, Any]:
-        """Each agent, with its partitions.
+    async def read(self) -> dict[str, Any]:
+        """Read the lag of each agent and partition.
 
         Raises:
-            MillpondError, KafkaError: Kafka or Redis is away.
+            MillpondError, KafkaError: Kafka or Redis does not answer.
         """
         try:
             async with asyncio.timeout(KAFKA_TIMEOUT_S):
                 found = await self._lags()
         except StoreError:
-            raise  # Kafka's connection is as good as it was
+            raise  # the connection to Kafka is not affected
         except (KafkaError, MillpondError):
             await self.close()
             raise
@@ -149,7 +151,8 @@ class Lags:
             await self.close()
             raise MillpondError(f"Kafka has not answered for {KAFKA_TIMEOUT_S:g} s") from error
         self._rates.note(asyncio.get_running_loop().time(), found)
-        return {"at": now_ms(), "agents": [self._described(each) for each in found]}
+        agents = [{**each.describe(), "rate": self._rates.of(each.agent)} for each in found]
+        return {"at": now_ms(), "agents": agents}
 
     async def _lags(self) -> list[AgentLag]:
         if self._offsets is None:
@@ -157,20 +160,8 @@ class Lags:
             await self._offsets.__aenter__()
         return await lags(self._offsets, self._settings, self._rules)
 
-    def _described(self, found: AgentLag) -> dict[str, Any]:
-        return {
-            "agent": found.agent,
-            "behind": found.behind,
-            "uncommitted": found.uncommitted,
-            "oldest_at": found.oldest_at,
-            "rate": self._rates.of(found.agent),
-            "partitions": [
-                {**msgspec.to_builtins(one), "behind": one.behind} for one in found.partitions
-            ],
-        }
-
     async def close(self) -> None:
-        """Disconnect from Kafka, which may not answer."""
+        """Disconnect from Kafka, within a time limit."""
         offsets, self._offsets = self._offsets, None
         if offsets is not None:
             with suppress(KafkaError, TimeoutError):
@@ -179,20 +170,20 @@ class Lags:
 
 
 class Lookups:
-    """All that the page shows."""
+    """The lookups of the API."""
 
     def __init__(self, settings: Settings, rules: Rules) -> None:
-        """Nothing is read before somebody looks."""
+        """Nothing is read before the first request."""
         self._settings, self._rules = settings, rules
         self._lags = Lags(settings, rules)
-        self.agents = SharedLookup(self._lags.look)
+        self.agents = SharedLookup(self._lags.read)
         self.topics = SharedLookup(self._topics)
         self.topic = SharedLookups(self._topic)
         self.clients = SharedLookups(self._clients)
         self.dead_letters = SharedLookup(self._dead_letters)
 
     async def close(self) -> None:
-        """Let go of Kafka."""
+        """Disconnect from Kafka."""
         await self._lags.close()
 
     async def _topics(self) -> dict[str, Any]:
@@ -200,14 +191,14 @@ class Lookups:
         return {"at": now_ms(), **msgspec.to_builtins(found)}
 
     async def _topic(self, topic: str) -> dict[str, Any]:
-        """Of its members, subscribers and leases the first so many, and how many there are."""
+        """One topic, with the first members, subscribers and leases, and the totals."""
         found = msgspec.to_builtins(await explain(self._settings, self._rules, topic))
         for name in ("members", "subscribers", "leases"):
             found[f"{name}_total"], found[name] = len(found[name]), found[name][:LISTED_MAX]
         return {"at": now_ms(), **found}
 
     async def _clients(self, part: str) -> dict[str, Any]:
-        """Those whose id contains this part: who is online first, then who was last."""
+        """The clients whose id contains this part: online ones first, then those that were online last."""
         kept: dict[str, dict[str, Any]] = {}
         total = online = 0
         async for found in clients(self._settings, self._rules):
@@ -221,14 +212,14 @@ class Lookups:
         return {"at": now_ms(), "clients": _first(kept), "total": total, "online": online}
 
     async def _dead_letters(self) -> dict[str, Any]:
-        """The newest first."""
+        """The newest dead letters, the newest first."""
         with DeadLetterSnapshot() as snapshot:
-            async for found in letters.scan(self._settings, self._rules, None):
+            async for found in dead_letters.scan(self._settings, self._rules, None):
                 snapshot.add(*found)
             total, newest = len(snapshot), snapshot.newest(LISTED_MAX)[::-1]
         listed = [
             {
-                "carried_out": letters.carried_out(self._rules, found),
+                "carried_out": dead_letters.has_owner(self._rules, found),
                 **found.describe(),
                 "subscribers": [*map(shown, found.dead.subscribers[:SUBSCRIPTIONS_MAX])],
             }
@@ -238,11 +229,17 @@ class Lookups:
 
 
 def _shortened(client: dict[str, Any]) -> dict[str, Any]:
-    held = client["subscriptions"]
-    return {**client, "subscriptions": held[:SUBSCRIPTIONS_MAX], "subscriptions_total": len(held)}
+    subscriptions = client["subscriptions"]
+    return {
+        **client,
+        "subscriptions": subscriptions[:SUBSCRIPTIONS_MAX],
+        "subscriptions_total": len(subscriptions),
+    }
 
 
 def _first(kept: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first clients in the order of the list."""
+
     def order(client: dict[str, Any]) -> tuple[bool, int, str]:
         since = max(client["online_at"] or 0, client["offline_at"] or 0)
         return not client["online"], -since, client["client_id"]

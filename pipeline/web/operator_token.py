@@ -1,4 +1,4 @@
-"""Who may act: whoever has the token."""
+"""The operator's token: a request that carries it may requeue and drop dead letters."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Final
 from millpond.pipeline.settings import read_secret
 from millpond.schemas.errors import ConfigError
 
-LENGTH_MIN: Final = 16  # nobody guesses it
+LENGTH_MIN: Final = 16  # too long to guess
 SCHEME: Final = "Bearer "
 
 
 class OperatorToken:
-    """Whoever sends the token in the header Authorization. The file is read each time: a new token needs no restart."""
+    """Checks the header Authorization. The file is read for each check, so a new token needs no restart."""
 
     def __init__(self, token_file: str | None) -> None:
-        """Without a file there is no operator.
+        """Without a file no request may give orders.
 
         Raises:
             ConfigError: the token cannot be read, or is too short.
@@ -26,15 +26,15 @@ class OperatorToken:
             self._token(token_file)
 
     @property
-    def possible(self) -> bool:
-        """Whether there is a token at all."""
+    def configured(self) -> bool:
+        """True if there is a token file."""
         return self._token_file is not None
 
-    def is_meant(self, authorization: str) -> bool:
-        """Whether this header has the token; how long that takes tells nothing of it.
+    def is_valid(self, authorization: str) -> bool:
+        """True if the header has the token. The comparison takes the same time for every wrong token.
 
         Raises:
-            ConfigError: the token cannot be read now.
+            ConfigError: the token file cannot be read any more.
         """
         if self._token_file is None or not authorization.startswith(SCHEME):
             return False
@@ -45,6 +45,6 @@ class OperatorToken:
         token = read_secret(token_file, "[web] token_file").strip()
         if len(token) < LENGTH_MIN or not token.isascii():
             raise ConfigError(
-                f"[web] token_file: the first line of {token_file} is to be at least {LENGTH_MIN} ASCII characters"
+                f"[web] token_file: the first line of {token_file} must have at least {LENGTH_MIN} ASCII characters"
             )
         return token

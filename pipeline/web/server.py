@@ -1,9 +1,12 @@
-"""Serves the page and its API until it is asked to stop."""
+"""The HTTP server of the web page and its API.
+
+The page may show everything that Redis stores, so browsers must not give it to other sites. Headers forbid framing and
+loading from elsewhere, and on loopback the server answers only to loopback's own host names.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -15,6 +18,7 @@ from aiohttp.typedefs import Handler, Middleware
 from aiokafka.errors import KafkaError
 
 from millpond.pipeline.process.event_loop import use_uvloop
+from millpond.pipeline.process.loopback import host_allowed, is_loopback
 from millpond.pipeline.process.readiness import say_ready
 from millpond.pipeline.process.signals import asked_to_end
 from millpond.pipeline.settings import Settings
@@ -26,7 +30,7 @@ from millpond.schemas.rules import Rules
 logger = logging.getLogger(__name__)
 
 PAGE: Final = Path(__file__).with_name("page")
-FILES: Final = {  # all that there is to load, and what it is
+FILES: Final = {  # path: file and type; nothing else is served
     "/": ("index.html", "text/html"),
     "/style.css": ("style.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
@@ -36,7 +40,6 @@ FILES: Final = {  # all that there is to load, and what it is
     "/favicon.svg": ("favicon.svg", "image/svg+xml"),
 }
 STOP_TIMEOUT_S: Final = 5.0
-LOOPBACK_NAMES: Final = ("localhost",)
 
 Added = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
 
@@ -63,8 +66,8 @@ async def _run(settings: Settings, rules: Rules) -> None:
         except OSError as error:
             raise ConfigError(f"[web] cannot listen at {host}:{port}: {error.strerror}") from error
         logger.info("the page is at http://%s:%d/", host, runner.addresses[0][1])
-        if not _is_loopback(host):
-            logger.warning("whoever reaches %s may read the page: it asks nobody who he is", host)
+        if not is_loopback(host):
+            logger.warning("no authentication: anyone who can reach %s can read this page", host)
         say_ready("web")
         await stop.wait()
     finally:
@@ -72,7 +75,7 @@ async def _run(settings: Settings, rules: Rules) -> None:
 
 
 def application(settings: Settings, rules: Rules) -> web.Application:
-    """The page and its API.
+    """Make the application.
 
     Raises:
         ConfigError: the token cannot be read.
@@ -103,7 +106,7 @@ def _file(path: Path, kind: str) -> Handler:
 
 
 def _headers(mqtt_url: str | None) -> Added:
-    """Nothing is loaded from elsewhere, nobody else shows the page, and no answer is kept."""
+    """Set headers: the page loads nothing from elsewhere, no site frames it, no cache keeps an answer."""
     broker = "" if mqtt_url is None else " {0.scheme}://{0.netloc}".format(urlsplit(mqtt_url))
     headers = {
         "Content-Security-Policy": (
@@ -124,34 +127,20 @@ def _headers(mqtt_url: str | None) -> Added:
 
 
 def _known_host(settings: Settings) -> Middleware:
-    """On loopback only requests for a name of loopback are answered: a site that gives its own name our address, so
-    that its visitors' browsers let it read from here, is not.
-    """
-    local = _is_loopback(settings.web.host)
+    """On loopback, refuse requests for any other host name. See `loopback`."""
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        try:
-            asked = request.url.host or ""
-        except ValueError:
-            asked = ""
-        if local and not _is_loopback(asked):
-            return failure(403, "this page is for 127.0.0.1 and localhost")
+        if not host_allowed(settings.web.host, request.host):
+            return failure(403, "this page answers only at 127.0.0.1 and localhost")
         return await handler(request)
 
     return check
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host in LOOPBACK_NAMES
-
-
 @web.middleware
 async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """What went wrong, as JSON for whoever asked."""
+    """Turn an exception into a JSON answer."""
     try:
         return await handler(request)
     except web.HTTPException as error:

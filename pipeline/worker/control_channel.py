@@ -20,7 +20,6 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from aiokafka.errors import KafkaError
-from aiokafka.partitioner import murmur2
 from msgspec import Meta, Struct
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
@@ -29,6 +28,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError, RedisError
 
 from millpond.pipeline.clock import now_ms
+from millpond.pipeline.kafka.partitioning import partition_of
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.stores.redis.connection import Access, Address
 from millpond.pipeline.stores.registry import access_of, locate
@@ -41,7 +41,7 @@ from millpond.schemas.topics import filter_error
 
 logger = logging.getLogger(__name__)
 
-# An order is lost while nobody listens, so this is short. A Redis that forbids the channel is asked as often.
+# An order is lost while no worker listens, so this is short. A Redis that forbids the channel is asked as often.
 RETRY_INTERVAL_MAX_S: Final = 5.0
 # A connection that is silent for so long gets a PING, and is given up if it is silent for as long again. So a server that
 # hangs, or a proxy without its server, is noticed within 10 s. An idle connection costs a PING in 5 s.
@@ -83,11 +83,6 @@ def order_event(data: bytes, now_ms: int) -> ControlSubscribe | ControlUnsubscri
     if order.type == "unsubscribe":
         return ControlUnsubscribe(**fields)
     return ControlSubscribe(**fields, qos=int(order.qos))
-
-
-def partition_of(client_id: str, partition_count: int) -> int:
-    """Return the partition of a client's records, by the rule of Kafka's own clients: murmur2 of the key."""
-    return int((murmur2(client_id.encode()) & 0x7FFF_FFFF) % partition_count)
 
 
 class ControlChannel:
@@ -167,7 +162,7 @@ class ControlChannel:
         try:
             now = await locate(self._pool, access, where)
         except StoreDown:
-            # Nobody names another server, and this one answers.
+            # No other server is known, and this one answers.
             return
         if now != where:
             raise StoreDown(f"{now} has taken the place of {where}")

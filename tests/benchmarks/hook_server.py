@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic
+from millpond.pipeline.brokers.emqx.copy_topic import CopyTopic
 from millpond.pipeline.brokers.emqx.exhook.calls import Calls
 from millpond.pipeline.brokers.emqx.exhook.server import HookServer
 from millpond.pipeline.brokers.spool.directory import Spool
@@ -37,7 +37,10 @@ async def main(bootstrap: str, partitions: int, listen: str) -> NoReturn:
     spool = Spool(Path(os.environ["BENCH_DIRECTORY"]) / "spool", SPOOL_BYTES_MAX)
     spool.open()
     durable_producer = DurableProducer(producer, spool)
-    calls = Calls(default_rules(), None, CopyTopic("secret"), durable_producer, Deaf(), partitions)
+    listener = Deaf().listener
+    calls = Calls(
+        default_rules(), None, CopyTopic("secret"), durable_producer, listener, partitions
+    )
     server = HookServer(
         BridgeSettings(exhook_listen=listen), calls, durable_producer, HookMetrics({}).observe
     )

@@ -1,4 +1,4 @@
-"""A bridge and its broker, embedded or an EMQX, as the contract of bridges plays them."""
+"""The interface through which the contract of bridges uses a bridge and its broker, embedded or EMQX."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.mqtt import PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL, deliver
 
 
 class Client(ABC):
-    """One connection of a client whose deliveries are Millpond's."""
+    """One connection of a client that Millpond delivers to."""
 
     client_id: str
 
@@ -29,18 +29,18 @@ class Client(ABC):
 
     @abstractmethod
     async def publish(self, topic: str, payload: bytes, qos: int = 1) -> None:
-        """Returns when it is acknowledged, if it ever is."""
+        """Publish, and wait for the acknowledgement if the QoS has one."""
 
     @abstractmethod
     async def copies(self, count: int) -> list[tuple[str, bytes]]:
-        """Topic and payload of the next ones; each is acknowledged."""
+        """Topic and payload of the next copies. Each is acknowledged."""
 
     @abstractmethod
     async def disconnect(self) -> None: ...
 
 
 class Played(ABC):
-    """One kind of broker, with its bridge; `log` is what the bridge writes from now on."""
+    """One kind of broker with its bridge. `log` has what the bridge writes from now on."""
 
     log: Log
     commands: Commands
@@ -64,7 +64,7 @@ class Played(ABC):
         ]
 
     def acked(self, client_id: str) -> list[str]:
-        """The ids of messages, whatever the broker called their copies."""
+        """The ids of the acknowledged messages. Aliases of copies are replaced by them."""
         names = {each.alias: each.message_id for each in self.sent(client_id)}
         events = [record.event for record in self.log.records]
         acks = [

@@ -1,4 +1,4 @@
-"""What every bridge does, whatever its broker is: the embedded one and an EMQX pass the same cases."""
+"""The contract of bridges: the embedded bridge and the EMQX bridge pass the same cases."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def opening(
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def played(opening: Opening) -> AsyncIterator[Played]:
-    """One bridge for all cases: clients of each case have names of their own."""
+    """One bridge for all cases. The clients of each case have names of their own."""
     async with opening as played:
         yield played
 
 
-async def test_the_life_of_a_client_is_told_in_order(played: Played) -> None:
+async def test_the_events_of_a_clients_life_are_in_order(played: Played) -> None:
     client = await played.connect("life")
     await client.subscribe("plain/+", 1)
     await client.unsubscribe("plain/+")
@@ -73,7 +73,7 @@ async def test_the_life_of_a_client_is_told_in_order(played: Played) -> None:
     assert {created.node, connected.node, disconnected.node} == {connected.node}
 
 
-async def test_a_session_goes_on_over_the_next_connection(played: Played) -> None:
+async def test_a_session_continues_with_the_next_connection(played: Played) -> None:
     first = await played.connect("resumes", clean=False)
     await first.subscribe("queue/resumes")
     await first.disconnect()
@@ -103,7 +103,7 @@ async def test_a_connection_that_is_taken_over_ends_and_its_session_does_not(
 
 @pytest.mark.parametrize("qos", [0, 1, 2])
 @pytest.mark.parametrize("topic", ["plain/published", "queue/published"])
-async def test_a_publish_is_told_once_as_it_is(played: Played, topic: str, qos: int) -> None:
+async def test_a_publish_becomes_one_unchanged_event(played: Played, topic: str, qos: int) -> None:
     client = await played.connect(f"publisher-{topic[:5]}{qos}")
     name = f"{topic}/{qos}"
     await client.publish(name, BINARY, qos)
@@ -123,9 +123,10 @@ async def test_topics_with_a_delivery_rule_are_not_routed(played: Played) -> Non
     assert await client.copies(1) == [("queue/unrouted", b"7")]
 
 
-async def test_nobody_publishes_below_millponds_own_topics(played: Played) -> None:
+async def test_clients_cannot_publish_below_reserved_topics(played: Played) -> None:
     client = await played.connect("sly")
-    with contextlib.suppress(ConnectionError):  # one broker refuses, the other ends the connection
+    # EMQX refuses the publish, the embedded broker closes the connection.
+    with contextlib.suppress(ConnectionError):
         await client.publish("$millpond/queue", b"x")
     other = await played.connect("after")
     await other.publish("plain/after", b"x")
@@ -137,7 +138,7 @@ async def test_nobody_publishes_below_millponds_own_topics(played: Played) -> No
 # -- deliveries
 
 
-async def test_copies_come_in_order_and_each_is_told_as_sent_before_it_is_as_acknowledged(
+async def test_copies_arrive_in_order_and_sent_precedes_acknowledged(
     played: Played,
 ) -> None:
     client, count = await played.connect("ordered"), 250
@@ -159,7 +160,7 @@ async def test_copies_come_in_order_and_each_is_told_as_sent_before_it_is_as_ack
                 assert record.event.message_id in seen  # type: ignore[union-attr]
 
 
-async def test_a_copy_of_qos_0_is_told_as_sent(played: Played) -> None:
+async def test_a_copy_of_qos_0_is_reported_as_sent(played: Played) -> None:
     client = await played.connect("qos-0")
     await client.subscribe("queue/qos-0", 0)
     await played.commands.deliver("qos-0", 1, qos=0)
@@ -169,13 +170,13 @@ async def test_a_copy_of_qos_0_is_told_as_sent(played: Played) -> None:
     assert played.acked("qos-0") == []
 
 
-async def test_one_who_is_not_there_gets_nothing(played: Played) -> None:
+async def test_a_copy_for_an_offline_client_fails(played: Played) -> None:
     await played.commands.deliver("nobody", 1)
     await played.log.until(lambda: played.failed("nobody"), "a failure")
     assert played.failed("nobody") == [("m1", "no_client")]
 
 
-async def test_what_follows_a_failed_command_of_its_epoch_fails_too(played: Played) -> None:
+async def test_later_commands_of_a_failed_epoch_fail(played: Played) -> None:
     client = await played.connect("epochs")
     await client.subscribe("queue/epochs")
     await played.commands.deliver("epochs", 1, expires_at=1)

@@ -1,4 +1,4 @@
-"""Commands for the embedded broker's bridge, as the agents write them, and what it reports of them."""
+"""Commands for a bridge, as the agents write them, and the bridge's reports."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.partitioner import murmur2
 
+from millpond.pipeline.kafka import partitioning
 from millpond.schemas import codec, keys
 from millpond.schemas.commands import Command, Deliver, Subscribe
 from millpond.schemas.events import DeliveriesSent, DeliveryFailed, MessageAcked, Sent
@@ -23,8 +23,8 @@ VALID_FOR_S = 300  # longer than any test
 
 
 def partition_of(key: str) -> int:
-    """Where records with this key are."""
-    return int((murmur2(key.encode()) & 0x7FFF_FFFF) % PARTITIONS)
+    """The partition of records with this key."""
+    return partitioning.partition_of(key, PARTITIONS)
 
 
 def a_deliver(client_id: str, number: int, **fields: Any) -> Deliver:
@@ -62,7 +62,7 @@ class Commands:
 
 @contextlib.asynccontextmanager
 async def commanding(bootstrap: str) -> AsyncIterator[Commands]:
-    """Whoever writes commands."""
+    """A writer of commands."""
     producer = AIOKafkaProducer(bootstrap_servers=bootstrap, max_request_size=4 << 20)
     await producer.start()
     try:
@@ -72,7 +72,7 @@ async def commanding(bootstrap: str) -> AsyncIterator[Commands]:
 
 
 def reported(log: Log, client_id: str) -> Iterator[Sent | DeliveryFailed | MessageAcked]:
-    """What is said of a client's copies, in the order of the log of its topic's partition."""
+    """The reports about a client's copies, in the order of the log."""
     for record in log.records:
         match record.event:
             case DeliveriesSent(sent=sent):
@@ -95,7 +95,7 @@ def sent(log: Log, client_id: str) -> list[int]:
 
 
 def failed(log: Log, client_id: str) -> list[tuple[int, str]]:
-    """The numbers of the leases reported as failed, and why."""
+    """The numbers of the leases reported as failed, with the reasons."""
     return [
         (_number(one), one.reason)
         for one in reported(log, client_id)
@@ -113,26 +113,26 @@ def _number(one: Sent | DeliveryFailed) -> int:
 
 
 async def until_sent(log: Log, client_id: str, *numbers: int) -> None:
-    """Exactly these are reported as sent, in this order."""
+    """Wait until exactly these leases are reported as sent, in this order."""
     await log.until(lambda: len(sent(log, client_id)) >= len(numbers), f"{len(numbers)} sent")
     assert sent(log, client_id) == list(numbers)
 
 
 async def until_failed(log: Log, client_id: str, *failures: tuple[int, str]) -> None:
-    """Exactly these are reported as failed, in this order."""
+    """Wait until exactly these leases are reported as failed, in this order."""
     await log.until(lambda: len(failed(log, client_id)) >= len(failures), f"failed: {failures}")
     assert failed(log, client_id) == list(failures)
 
 
 async def until_acked(log: Log, client_id: str, *numbers: int) -> None:
-    """Exactly these messages are reported as acknowledged, in this order."""
+    """Wait until exactly these messages are reported as acknowledged, in this order."""
     names = [f"m{number}" for number in numbers]
     await log.until(lambda: len(acked(log, client_id)) >= len(names), f"acknowledged: {names}")
     assert acked(log, client_id) == names
 
 
 async def answer_all(client: Client, count: int) -> list[int]:
-    """The numbers of the next copies, each acknowledged as it comes."""
+    """Acknowledge the next copies; their numbers."""
     numbers = []
     for _ in range(count):
         copy = await client.next(PUBLISH)
@@ -142,7 +142,7 @@ async def answer_all(client: Client, count: int) -> list[int]:
 
 
 async def next_copies(client: Client, count: int) -> list[Packet]:
-    """The next packets, which are PUBLISHes."""
+    """The next packets, which must be PUBLISHes."""
     return [await client.next(PUBLISH) for _ in range(count)]
 
 
@@ -151,7 +151,7 @@ def number_of(packet: Packet) -> int:
 
 
 def is_repeated(packet: Packet) -> bool:
-    """Its DUP flag."""
+    """True if the DUP flag is set."""
     return bool(packet.flags & 8)
 
 
@@ -162,33 +162,33 @@ def ack(client: Client, packet: Packet) -> None:
 async def until_dead_letters(
     bootstrap: str, client_id: str, count: int
 ) -> list[tuple[bytes | None, dict[str, bytes]]]:
-    """The value and headers of the commands of a client that nobody could read."""
+    """Wait for the dead letters of a client's commands; their values and headers."""
     consumer = AIOKafkaConsumer(
         keys.DEAD_LETTERS_TOPIC, bootstrap_servers=bootstrap, auto_offset_reset="earliest"
     )
     await consumer.start()
-    letters: list[tuple[bytes | None, dict[str, bytes]]] = []
+    dead_letters: list[tuple[bytes | None, dict[str, bytes]]] = []
 
     async def read() -> bool:
         for records in (await consumer.getmany(timeout_ms=200)).values():
-            letters.extend(
+            dead_letters.extend(
                 (record.value, dict(record.headers))
                 for record in records
                 if record.key == client_id.encode()
             )
-        return len(letters) >= count
+        return len(dead_letters) >= count
 
     try:
         await until(read, f"{count} dead letters of {client_id!r}")
     finally:
         await consumer.stop()
-    return letters
+    return dead_letters
 
 
 async def until_read(bridge: Bridge, log: Log, commands: Commands, client_id: str) -> int:
-    """The bridge has read the commands of the client's partition: one more, after them, is reported.
+    """Wait until the bridge has read the commands of a client's partition: write one more, and wait for its report.
 
-    Returns how many more were written for that.
+    Returns the number of commands written for that.
     """
     names = (f"{client_id}-after-{number}" for number in itertools.count())
     name = next(name for name in names if partition_of(name) == partition_of(client_id))
@@ -200,7 +200,7 @@ async def until_read(bridge: Bridge, log: Log, commands: Commands, client_id: st
 
 
 async def until_committed(bridge: Bridge, client_id: str, count: int) -> None:
-    """The bridge has committed this many commands of the client's partition."""
+    """Wait until the bridge has committed this many commands of a client's partition."""
     admin = AIOKafkaAdminClient(bootstrap_servers=bridge.bootstrap)
     await admin.start()
     partition = TopicPartition(keys.DELIVERIES_TOPIC, partition_of(client_id))

@@ -1,7 +1,7 @@
-"""An inlet under test: in this process, or as a process of its own that can be killed; and what comes of it in Kafka.
+"""A durable producer under test: in this process, or in a process of its own that a test can kill.
 
-As a program: `python -m tests.support.durable_producer BOOTSTRAP DIRECTORY CLIENT FIRST` enters events, numbered from FIRST, as fast
-as they are answered, and prints the number of each that is.
+As a program: `python -m tests.support.durable_producer BOOTSTRAP DIRECTORY CLIENT FIRST` enters events with numbers from
+FIRST on, as fast as they are stored. It prints the number of each stored event.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.support.embedded_bridge import MESSAGE_BYTES_MAX, Log
 HOOK = "message.publish"
 SPOOL_BYTES_MAX = 256 * 1024 * 1024
 TOPICS = 5
-AT_ONCE = 200  # events that a flood has under way
+AT_ONCE = 200  # unstored events of a flood
 STOP_S = 5.0
 
 
@@ -43,7 +43,7 @@ def enter(
 
 
 class Running:
-    """An inlet that runs."""
+    """A durable producer that runs."""
 
     def __init__(self, bootstrap: str, directory: Path, bytes_max: int, patience_s: float) -> None:
         self.producer = Producer({"bootstrap_servers": [bootstrap]}, MESSAGE_BYTES_MAX)
@@ -66,7 +66,7 @@ class Running:
 async def running(
     bootstrap: str, directory: Path, bytes_max: int = SPOOL_BYTES_MAX, patience_s: float = 0.5
 ) -> AsyncIterator[Running]:
-    """An inlet that runs until the end of the block, and what it has then is in Kafka or in the spool."""
+    """A durable producer that runs until the end of the block. Then its events are in Kafka or in the spool."""
     running = Running(bootstrap, directory, bytes_max, patience_s)
     try:
         yield running
@@ -75,7 +75,7 @@ async def running(
 
 
 def numbers(log: Log, topic: str) -> list[int]:
-    """What Kafka has of a topic, in its order."""
+    """The numbers of the events of a topic, in Kafka's order."""
     return [int(codec.payload_bytes(event).rstrip(b".")) for event in log.published(topic)]
 
 
@@ -93,7 +93,7 @@ class Process:
 
     def __init__(self, bootstrap: str, directory: Path, client: str, first: int) -> None:
         self.answered: list[int] = []
-        self._log = (directory.parent / "inlet.log").open("ab")
+        self._log = (directory.parent / "producer.log").open("ab")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.durable_producer", bootstrap, str(directory), client, str(first)],
             stdout=subprocess.PIPE, stderr=self._log,
@@ -108,7 +108,7 @@ class Process:
                     self.answered.append(int(line))
 
     async def kill(self) -> list[int]:
-        """kill -9; the numbers of what was answered."""
+        """kill -9. Returns the numbers of the stored events."""
         self.process.kill()
         await self._reading
         self.process.wait()

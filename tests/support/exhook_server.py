@@ -1,4 +1,4 @@
-"""The ExHook server under test: real gRPC, and what it writes to a real Kafka."""
+"""The ExHook server under test, called through gRPC, with events in memory or in a real Kafka."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import msgspec
 from google.protobuf.message import Message
 
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic
+from millpond.pipeline.brokers.emqx.copy_topic import CopyTopic
 from millpond.pipeline.brokers.emqx.exhook import exhook_pb2 as pb
 from millpond.pipeline.brokers.emqx.exhook.calls import Calls
 from millpond.pipeline.brokers.emqx.exhook.hooks import Version
 from millpond.pipeline.brokers.emqx.exhook.server import HookServer
 from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint
-from millpond.pipeline.brokers.emqx.ports import Keeping
+from millpond.pipeline.brokers.spool.durable_producer import DurableProducer
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.settings import BridgeSettings
 from millpond.pipeline.stack.ports import HOST
 from millpond.pipeline.telemetry.bridge import HookMetrics
+from millpond.pipeline.telemetry.tracing import Headers
 from millpond.schemas import codec, keys
 from millpond.schemas.events import Event
 from millpond.schemas.rules import Rules
@@ -35,13 +36,13 @@ from tests.support.workers import PARTITIONS
 SECRET = "secret"
 
 
-class KafkaInlet:
-    """Events go to Kafka in the order in which they are entered; nothing is spooled."""
+class UnspooledProducer(DurableProducer):
+    """Sends events to Kafka in the order in which they are entered. It has no spool."""
 
     complaint: str | None = None
 
     def __init__(self, producer: Producer) -> None:
-        self._producer = producer
+        self._kafka = producer
         self._queue: deque[tuple[tuple[Any, ...], asyncio.Future[None]]] = deque()
         self._woken = asyncio.Event()
 
@@ -52,39 +53,38 @@ class KafkaInlet:
         partition: int | None = None,
         *,
         hook: str,
-        headers: tuple[tuple[str, bytes], ...] = (),
+        headers: Headers = (),
     ) -> asyncio.Future[None]:
-        kept = asyncio.get_running_loop().create_future()
+        stored = asyncio.get_running_loop().create_future()
         record = (topic, keys.record_key(event).encode(), codec.encode(event), partition)
-        self._queue.append((record, kept))
+        self._queue.append((record, stored))
         self._woken.set()
-        return kept
+        return stored
 
-    async def run(self) -> None:
-        """Until cancelled."""
+    async def run(self) -> NoReturn:
         while True:
             while self._queue:
-                record, kept = self._queue.popleft()
-                acknowledged = await self._producer.send(*record)
-                acknowledged.add_done_callback(partial(_answered, kept))
+                record, stored = self._queue.popleft()
+                acknowledged = await self._kafka.send(*record)
+                acknowledged.add_done_callback(partial(_answered, stored))
             self._woken.clear()
             await self._woken.wait()
 
 
-def _answered(kept: asyncio.Future[None], acknowledged: asyncio.Future[Any]) -> None:
-    if not kept.done() and not acknowledged.cancelled():
+def _answered(stored: asyncio.Future[None], acknowledged: asyncio.Future[Any]) -> None:
+    if not stored.done() and not acknowledged.cancelled():
         assert acknowledged.exception() is None, acknowledged.exception()
-        kept.set_result(None)
+        stored.set_result(None)
 
 
 def unary(channel: grpc.aio.Channel, name: str) -> Callable[..., Any]:
-    """A call of bytes, answered with bytes."""
+    """A gRPC call that takes and returns bytes."""
     method: Callable[..., Any] = channel.unary_unary(name)
     return method
 
 
 class Provider:
-    """A server, and a connection to it as EMQX's."""
+    """A server, and a connection to it like one of EMQX's."""
 
     def __init__(
         self, server: HookServer, calls: Calls, heard: Heard, port: int, hooks: HookMetrics
@@ -95,7 +95,7 @@ class Provider:
         self.channel = grpc.aio.insecure_channel(self.address)
 
     def method(self, name: str, version: Version = "v2") -> Callable[..., Any]:
-        """A call of bytes, answered with bytes."""
+        """A gRPC call of the server that takes and returns bytes."""
         return unary(self.channel, path(version, name))
 
     async def call(self, name: str, request: Message | bytes, version: Version = "v2") -> bytes:
@@ -109,14 +109,16 @@ class Provider:
 
 @contextlib.asynccontextmanager
 async def answering(
-    durable_producer: Keeping,
+    durable_producer: DurableProducer,
     rules: Rules,
     mountpoint: Mountpoint | None = None,
     settings: Mapping[str, str] = MappingProxyType({}),
 ) -> AsyncIterator[Provider]:
-    """A server of this process, on a free port unless the settings say otherwise."""
+    """A server in this process, on a free port unless the settings name one."""
     heard = Heard()
-    calls = Calls(rules, mountpoint, CopyTopic(SECRET), durable_producer, heard, PARTITIONS)
+    calls = Calls(
+        rules, mountpoint, CopyTopic(SECRET), durable_producer, heard.listener, PARTITIONS
+    )
     listen = msgspec.convert({"exhook_listen": f"{HOST}:0", **settings}, BridgeSettings)
     hooks = HookMetrics(calls.refusals.counts)
     server = HookServer(listen, calls, durable_producer, hooks.observe)
@@ -136,10 +138,10 @@ async def answering(
 async def serving(
     bootstrap: str, rules: Rules, mountpoint: Mountpoint | None = None
 ) -> AsyncIterator[Provider]:
-    """The same, and what it enters comes into Kafka, whose topics are there."""
+    """The same, with events that go to Kafka. The topics must exist."""
     producer = Producer({"bootstrap_servers": [bootstrap]}, MESSAGE_BYTES_MAX)
     await producer.start()
-    durable_producer = KafkaInlet(producer)
+    durable_producer = UnspooledProducer(producer)
     running = asyncio.create_task(durable_producer.run())
     try:
         async with answering(durable_producer, rules, mountpoint) as provider:

@@ -1,4 +1,4 @@
-"""What the tests of `millpond explain`, `topics` and `lag` share: the test plays the bridge, workers are real."""
+"""Helpers for the tests of `millpond explain`, `topics` and `lag`. The workers are real; the test plays the bridge."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 
 from millpond.pipeline.explain import message as messages
 from millpond.pipeline.explain import topic as topics
-from millpond.pipeline.explain.results import MessageFacts, MessageState
-from millpond.pipeline.explain.topic import TopicFacts
+from millpond.pipeline.explain.results import MessageFacts, MessageState, TopicFacts
 from millpond.pipeline.settings import load
 from millpond.schemas import codec, keys
 from millpond.schemas.errors import MillpondError
@@ -19,6 +18,7 @@ from millpond.schemas.events import DeliveriesSent, Event, Sent
 from tests.support import given
 from tests.support.bridge_commands import partition_of
 from tests.support.workers import Pipeline, until
+from tests.support.world import World
 
 AT: dict[str, Any] = {"at": 0, "node": "n"}
 RULES = (
@@ -52,33 +52,33 @@ async def topic_of(pipeline: Pipeline, topic: str, client: str | None = None) ->
 async def until_state(
     pipeline: Pipeline, message_id: str, state: str, subscriber: str | None = None, **fields: Any
 ) -> MessageState:
-    """It is in that state, as a whole or for one subscriber."""
+    """Wait until a message is in a state, as a whole or for one subscriber."""
 
-    async def so_it_is() -> MessageState | None:
+    async def in_state() -> MessageState | None:
         try:
             found = await explain(pipeline, message_id)
         except MillpondError:
             return None
         for each in found.states:
             if each.subscriber == subscriber and each.state == state:
-                as_told = {name: getattr(each, name) for name in fields}
-                return each if as_told == fields else None
+                actual = {name: getattr(each, name) for name in fields}
+                return each if actual == fields else None
         return None
 
-    answer = await until(so_it_is, f"{message_id} to be {state} for {subscriber}")
+    answer = await until(in_state, f"{message_id} to be {state} for {subscriber}")
     assert isinstance(answer, MessageState)
     return answer
 
 
 async def sent(pipeline: Pipeline, topic: str, *message_ids: str, alias: str | None = None) -> None:
-    """The bridge has handed over these copies, whoever has them."""
+    """Report these copies as sent, as the bridge does, for all clients that have them."""
     wanted = set(message_ids)
 
     async def all_leased() -> list[Any]:
         try:
             leases = (await topic_of(pipeline, topic)).leases
         except MillpondError:
-            return []  # its agent has not come to it
+            return []  # its agent has not read it yet
         return leases if wanted <= {each.message_id for each in leases} else []
 
     leases = await until(all_leased, f"{message_ids} to be leased")
@@ -97,11 +97,11 @@ async def sent(pipeline: Pipeline, topic: str, *message_ids: str, alias: str | N
     )
 
 
-async def tell(pipeline: Pipeline, *events: Event) -> None:
+async def write(pipeline: Pipeline, *events: Event) -> None:
     await pipeline.publish(events)
 
 
-def command(pipeline: Pipeline, *arguments: str) -> list[str]:
+def command(pipeline: Pipeline | World, *arguments: str) -> list[str]:
     """`millpond …` with the pipeline's configuration."""
     option = ["--config", str(pipeline.directory / "millpond.toml")]
     return [sys.executable, "-m", "millpond", arguments[0], *option, *arguments[1:]]
@@ -120,7 +120,7 @@ async def run(pipeline: Pipeline, *arguments: str) -> subprocess.CompletedProces
 
 
 async def refused(pipeline: Pipeline, *arguments: str) -> str:
-    """What it says on stderr, in one line, when it ends with 1."""
+    """The one line that a command prints on stderr before it ends with 1."""
     done = await run(pipeline, *arguments)
     assert (done.returncode, done.stdout) == (1, ""), done.stdout
     (line,) = done.stderr.splitlines()
@@ -128,5 +128,5 @@ async def refused(pipeline: Pipeline, *arguments: str) -> str:
 
 
 def kinds(found: MessageFacts) -> list[str]:
-    """What happened to a message, in the order of the log."""
+    """The kinds of the events of a message, in the order of the log."""
     return [each.kind for each in found.events]

@@ -1,4 +1,4 @@
-"""What `compose/` mounts and starts is what the code understands. Nothing here starts a container."""
+"""The files in `compose/` match the code: commands, settings, metrics. No container is started."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROMETHEUS: dict[str, Any] = yaml.safe_load((COMPOSE / "prometheus/prometheus.ym
 ALERTS: dict[str, Any] = yaml.safe_load((COMPOSE / "prometheus/alerts.yml").read_text())
 GRAFANA = COMPOSE / "grafana"
 BOARD: dict[str, Any] = json.loads((GRAFANA / "dashboards/millpond.json").read_text())
-# Grafana's and Prometheus' own.
+# Labels that Grafana and Prometheus add.
 FOREIGN_LABELS = {"instance", "job", "le"}
 
 
@@ -41,14 +41,14 @@ def loaded() -> Settings:
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_every_service_says_when_it_is_well(name: str) -> None:
+def test_every_service_has_a_health_check(name: str) -> None:
     health = SERVICES[name]["healthcheck"]
     assert "test" in health or name == "topics"
     assert name not in OWN or SERVICES[name]["environment"].keys() == {READY_FILE}
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_the_commands_are_millponds(name: str) -> None:
+def test_the_commands_of_our_services_exist(name: str) -> None:
     command = SERVICES[name]["command"]
     assert command[-2:] == ["--config", "/etc/millpond/millpond.toml"]
     assert f"./millpond.toml:{command[-1]}:ro" in SERVICES[name]["volumes"]
@@ -56,13 +56,13 @@ def test_the_commands_are_millponds(name: str) -> None:
     assert shown.exit_code == 0, shown.output
 
 
-def test_all_agents_and_the_bridge_run() -> None:
+def test_all_agents_and_the_bridge_are_started() -> None:
     commands = {" ".join(SERVICES[name]["command"][:2]) for name in OWN}
     agents = {f"worker {agent}" for agent in ("sessions", "messages", "queue", "pubsub")}
     assert commands == {"kafka init", "bridge emqx", *agents}
 
 
-def test_bridge_and_emqx_know_each_other(loaded: Settings) -> None:
+def test_the_bridge_and_emqx_are_configured_for_each_other(loaded: Settings) -> None:
     bridge = loaded.bridge
     port = bridge.exhook_listen.rpartition(":")[2]
     assert f'url = "http://bridge:{port}"' in EMQX
@@ -75,7 +75,7 @@ def test_bridge_and_emqx_know_each_other(loaded: Settings) -> None:
     assert spools == [f"spool:{bridge.spool_directory}"]
 
 
-def test_what_is_published_to_the_host_is_on_loopback_and_listened_to() -> None:
+def test_published_ports_are_on_loopback_and_have_a_listener() -> None:
     listening = set(re.findall(r'bind = "0\.0\.0\.0:(\d+)"', EMQX))
     listening |= {
         "18083",
@@ -91,7 +91,7 @@ def test_what_is_published_to_the_host_is_on_loopback_and_listened_to() -> None:
         assert inside in listening
 
 
-def test_kafka_is_where_the_settings_say(loaded: Settings) -> None:
+def test_kafka_advertises_the_address_in_the_settings(loaded: Settings) -> None:
     (server,) = loaded.kafka.bootstrap_servers
     assert SERVICES["kafka"]["environment"]["KAFKA_ADVERTISED_LISTENERS"] == f"PLAINTEXT://{server}"
 
@@ -99,7 +99,7 @@ def test_kafka_is_where_the_settings_say(loaded: Settings) -> None:
 # -- Prometheus and Grafana -----------------------------------------------------------------------------
 
 
-def test_prometheus_asks_every_process_of_ours(loaded: Settings) -> None:
+def test_prometheus_scrapes_every_process_of_ours(loaded: Settings) -> None:
     (job,) = PROMETHEUS["scrape_configs"]
     (found,) = job["dns_sd_configs"]
     assert set(found["names"]) == set(OWN) - {"topics"}
@@ -109,7 +109,7 @@ def test_prometheus_asks_every_process_of_ours(loaded: Settings) -> None:
     assert "./prometheus:/etc/prometheus:ro" in SERVICES["prometheus"]["volumes"]
 
 
-def test_grafana_finds_its_board_and_its_data() -> None:
+def test_grafana_finds_its_dashboard_and_its_data_source() -> None:
     (source,) = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yml").read_text())[
         "datasources"
     ]
@@ -133,7 +133,7 @@ QUERIES = [
 
 
 def names() -> set[str]:
-    """All that a query may name."""
+    """The names that a query may use."""
     suffixes = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("_total",), "gauge": ("",)}
     return {
         family.name + suffix
@@ -153,18 +153,18 @@ def test_a_query_names_metrics_and_labels_that_exist(where: str, query: str) -> 
     assert query.count("(") == query.count(")")
 
 
-def test_the_board_shows_every_metric_of_ours() -> None:
+def test_the_dashboard_shows_every_metric_of_ours() -> None:
     shown = " ".join(query for _, query in QUERIES)
     ours = {each.name for each in every_family() if each.name.startswith("millpond")}
     unseen = {name for name in ours if name not in shown}
     assert unseen == {
-        "millpond_build_info",  # for joins with others
-        "millpond_outputs", "millpond_seen_ids",  # for who looks for a fault in us
+        "millpond_build_info",  # for joins with other metrics
+        "millpond_outputs", "millpond_seen_ids",  # only for finding faults in Millpond
         "millpond_bridge_commands_unfinished", "millpond_bridge_events_unacknowledged",
     }  # fmt: skip
 
 
-def test_a_panel_has_a_place_of_its_own_and_a_legend() -> None:
+def test_panels_do_not_overlap_and_have_legends() -> None:
     assert len({panel["id"] for panel in BOARD["panels"]}) == len(BOARD["panels"])
     taken: set[tuple[int, int]] = set()
     for panel in PANELS:
@@ -179,6 +179,6 @@ def test_a_panel_has_a_place_of_its_own_and_a_legend() -> None:
         assert all(target["legendFormat"] for target in panel["targets"])
 
 
-def test_an_alert_says_what_is_wrong() -> None:
+def test_every_alert_has_a_name_of_its_own_and_a_summary() -> None:
     assert len({rule["alert"] for rule in RULES}) == len(RULES)
     assert all(rule["annotations"]["summary"] for rule in RULES)

@@ -1,1 +1,1 @@
-"""Commands of the agents to a broker: read from Kafka, tracked, and reported."""
+"""Commands from the agents to a broker: the bridge reads them from Kafka, carries them out and reports them."""

@@ -1,4 +1,4 @@
-"""Reads from `mqtt.deliveries` what a broker is to do, and commits what is done."""
+"""The consumer of `mqtt.deliveries`: it hands commands to a broker, and commits those that are finished."""
 
 from __future__ import annotations
 
@@ -24,14 +24,17 @@ from millpond.schemas.topics import topic_name_error
 
 
 class CommandHandler(Protocol):
-    """What carries commands out."""
+    """The part of a broker's bridge that carries out commands."""
 
     async def take(self, pending: PendingCommand, command: Command) -> None:
-        """A command takes its place among those of its client; a report, or `ticket.done`, follows when it is done."""
+        """Queue a command behind the earlier ones of its client.
+
+        The handler finishes it later: it reports the result to `Deliveries`, or calls `pending.done`.
+        """
 
 
 class CommandConsumer:
-    """One per bridge. A command is committed when Kafka knows what came of it; commands finish in any order."""
+    """One per bridge. Commands finish in any order; the group consumer commits up to the first unfinished one."""
 
     def __init__(
         self,
@@ -41,22 +44,22 @@ class CommandConsumer:
         producer: Producer,
         tracing: BridgeTracing | None = None,
     ) -> None:
-        """`run` connects."""
         self._tracing = tracing
         self._broker, self._deliveries, self._producer = broker, deliveries, producer
         self._settings = settings
         group_id = keys.bridge_group_id(settings.app)
         self._source = GroupConsumer(settings, group_id, [keys.DELIVERIES_TOPIC], self._carry_out)
-        self.taken: Counter[str] = Counter()  # by type
+        # Commands read, by type; "unreadable" for dead letters
+        self.taken: Counter[str] = Counter()
         self.seconds = Histogram(SHORT_S)  # from a command's log time until it is finished
 
     @property
     def unfinished(self) -> int:
-        """Commands of which Kafka does not know yet what became of them."""
+        """The number of commands that were read and whose results are not stored yet."""
         return self._source.unfinished
 
     async def run(self) -> NoReturn:
-        """Until cancelled."""
+        """Connect, and carry out commands until cancelled."""
         await self._source.run()
 
     # -- commands
@@ -68,7 +71,7 @@ class CommandConsumer:
             done = self._traced(record, command, done)
             pending = self._pending(command, record.timestamp, done)
         except DecodeError as error:
-            await self._bury(record, str(error), done)
+            await self._send_dead_letter(record, str(error), done)
             self.taken["unreadable"] += 1
             return
         self.taken[str(command.__struct_config__.tag)] += 1
@@ -82,7 +85,7 @@ class CommandConsumer:
     def _traced(
         self, record: Any, command: Command, done: Callable[[], None]
     ) -> Callable[[], None]:
-        """What to call in the end, if the command is a part of a trace."""
+        """Wrap `done` so that it also ends the command's span, if the command belongs to a trace."""
         if self._tracing is None:
             return done
         span = self._tracing.deliver(record.headers, command)
@@ -100,10 +103,10 @@ class CommandConsumer:
         finished()
 
     def _pending(self, command: Command, log_ms: int, done: Callable[[], None]) -> PendingCommand:
-        """The paper of a command.
+        """Make the unfinished command.
 
         Raises:
-            DecodeError: it names a lease that there cannot be.
+            DecodeError: the lease name is invalid, or names a partition that does not exist.
         """
         valid_until_ms = log_ms + command.valid_for_s * 1000
         if not isinstance(command, Deliver):
@@ -120,11 +123,17 @@ class CommandConsumer:
             return None
         lease = parse_lease(name)
         if lease.partition >= self._settings.kafka.partitions:
-            raise DecodeError(f"the lease {name!r} names a partition that there is not")
+            raise DecodeError(
+                f"the lease {name!r} names a partition that does not exist:"
+                f" [kafka] partitions is {self._settings.kafka.partitions}"
+            )
         return lease
 
-    async def _bury(self, record: Any, reason: str, done: Callable[[], None]) -> None:
-        """Only agents write here: it is a newer one's, or somebody else's."""
+    async def _send_dead_letter(self, record: Any, reason: str, done: Callable[[], None]) -> None:
+        """Copy an unreadable record to the dead letters.
+
+        Only agents write commands. So a newer agent wrote this record, or a foreign producer did.
+        """
         headers = headers_of(record.topic, record.partition, record.offset, "bridge", reason)
         acknowledged = await self._producer.send(
             keys.DEAD_LETTERS_TOPIC, record.key, record.value, None, headers

@@ -1,4 +1,9 @@
-"""What comes of the commands for clients: each is carried out in its turn or fails, and that is reported."""
+"""The results of commands: each copy is sent or fails, and its agent gets a report.
+
+An agent numbers the periods of a member: the *epoch* of a lease. When a command fails, the later commands of the same
+client, agent, partition and epoch fail, too (`FailedEpochs`). Without this a later copy would overtake the failed one.
+The agent begins a new epoch after it has read the failure, and delivers again in order.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +23,18 @@ logger = logging.getLogger(__name__)
 
 Failure: TypeAlias = Literal["no_client", "stale", "bridge"]
 
-# An epoch that is forgotten could let a command overtake one that failed; agents begin a new one soon after a failure.
+# If an epoch is forgotten too early, a later command of it can overtake the failed one. An agent begins a new epoch
+# as soon as it reads the failure, so only the most recent epochs matter.
 EPOCHS_MAX: Final = 100_000
 
 
-NOBODY: Final = "none"  # of commands without a lease
-ID_LENGTH: Final = 32  # of message ids whose first half is the time of the publish, in µs
-ID_TIMES_S: Final = range(1_500_000_000, 4_000_000_000)  # what can be such a time
+NO_AGENT: Final = "none"  # the label of commands without a lease
+ID_LENGTH: Final = 32  # hexadecimal digits; the first half is the time of the publish, in µs
+ID_TIMES_S: Final = range(1_500_000_000, 4_000_000_000)  # plausible times, from 2017 to 2096
 
 
 def published_at_s(message_id: str) -> float | None:
-    """When a message was published, as EMQX and the embedded broker write it into its id; None if another made it."""
+    """The time of the publish, which EMQX and the embedded broker write into the id; None for any other id."""
     if len(message_id) != ID_LENGTH:
         return None
     try:
@@ -39,15 +45,14 @@ def published_at_s(message_id: str) -> float | None:
 
 
 class FailedEpochs:
-    """Where a command failed, those after it fail too, until the agent begins a new epoch."""
+    """The epochs in which a command failed. The least recently used epoch is forgotten first."""
 
     def __init__(self, size_max: int = EPOCHS_MAX) -> None:
-        """The epochs asked for least recently go first."""
         self._epochs: OrderedDict[tuple[str, str, int, int], None] = OrderedDict()
         self._size_max = size_max
 
     def add(self, client_id: str, lease: LeaseName, epoch: int) -> None:
-        """A command failed."""
+        """Note that a command of this epoch failed."""
         key = client_id, lease.agent, lease.partition, epoch
         self._epochs[key] = None
         self._epochs.move_to_end(key)
@@ -55,7 +60,7 @@ class FailedEpochs:
             self._epochs.popitem(last=False)
 
     def holds(self, client_id: str, lease: LeaseName, epoch: int) -> bool:
-        """Whether a command of this epoch failed before."""
+        """True if a command of this epoch failed before."""
         key = client_id, lease.agent, lease.partition, epoch
         if key not in self._epochs:
             return False
@@ -64,20 +69,20 @@ class FailedEpochs:
 
 
 class Deliveries:
-    """One per bridge."""
+    """The results of all commands of a bridge, counted and reported. One per bridge."""
 
     def __init__(self, node: str, reports: Reports) -> None:
-        """`reports` tells the agents; `node` is who says so."""
+        """Report in the name of `node`."""
         self.reports = reports
         self._node = node
         self._failed = FailedEpochs()
-        self.outcomes: Counter[tuple[str, str]] = (
-            Counter()
-        )  # by agent, if it wants to know, and outcome
-        self.delivery_s: dict[str, Histogram] = {}  # by agent: from publish to client
+        # By agent (`NO_AGENT` without a lease) and outcome: "sent", or the reason of the failure.
+        self.outcomes: Counter[tuple[str, str]] = Counter()
+        # By agent: from the publish of a message until its copy is handed to the client.
+        self.delivery_s: dict[str, Histogram] = {}
 
     def fail_if_stale(self, pending: PendingCommand) -> bool:
-        """True if the command is stale, or follows a failed one of its epoch; it is then reported as failed."""
+        """True if the command has expired, or follows a failed one of its epoch. Then report it as stale."""
         lease = pending.lease
         if now_ms() > pending.valid_until_ms or (
             lease is not None and self._failed.holds(pending.client_id, lease, pending.epoch)
@@ -87,11 +92,11 @@ class Deliveries:
         return False
 
     def fail(self, pending: PendingCommand, reason: Failure) -> None:
-        """It is not carried out."""
+        """Report a command that the bridge does not carry out. Without a lease the log is the report."""
         lease = pending.lease
-        self.outcomes[NOBODY if lease is None else lease.agent, reason] += 1
+        self.outcomes[NO_AGENT if lease is None else lease.agent, reason] += 1
         if lease is None:
-            logger.info("%s: a command is not carried out: %s", pending.client_id, reason)
+            logger.info("%s: the bridge drops a command: %s", pending.client_id, reason)
             pending.done()
             return
         self._failed.add(pending.client_id, lease, pending.epoch)
@@ -102,8 +107,8 @@ class Deliveries:
         self.reports.add(ReportEntry(event, lease, on_kept=pending.done))
 
     def sent(self, pending: PendingCommand, qos: int) -> None:
-        """A copy was handed to its client's connection."""
-        agent = NOBODY if pending.lease is None else pending.lease.agent
+        """Report a copy that was handed to its client's connection with this QoS."""
+        agent = NO_AGENT if pending.lease is None else pending.lease.agent
         self.outcomes[agent, "sent"] += 1
         if pending.lease is None:
             pending.done()

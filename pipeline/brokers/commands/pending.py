@@ -1,4 +1,4 @@
-"""What a bridge knows of a command while it is carried out."""
+"""A command that a bridge has read and not finished."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from millpond.schemas.leases import LeaseName
 
 
 class PendingCommand(NamedTuple):
-    """One command: whose it is, how long it is good for, and what to call when Kafka knows what came of it.
-
-    Nobody wants a report of a command without a lease.
-    """
+    """One unfinished command."""
 
     client_id: str
-    lease: LeaseName | None
-    epoch: int
-    message_id: str
-    valid_until_ms: int
-    done: Callable[[], None]
+    lease: LeaseName | None  # None: no agent expects a report
+    epoch: int  # 0 without a lease
+    message_id: str  # "" unless the command is a `deliver`
+    valid_until_ms: int  # wall clock; after it the command fails as stale
+    done: Callable[
+        [], None
+    ]  # call it once, when the result is stored: the command may be committed

@@ -1,4 +1,14 @@
-"""What became of copies, into Kafka: many in one record, and a copy's `sent` before its acknowledgement."""
+"""Reports: the results of copies, as events in the log.
+
+Many `sent` of one agent and partition share one record (`deliveries.sent`). The order of the records:
+
+- Within a partition `sent` and `failed` keep the order in which they were added.
+- A copy's `sent` precedes its acknowledgement (`message.acked`). So the agent knows the copy's alias when it reads the
+  acknowledgement.
+
+A report passes two stations, and each can be waited for: `on_entered` (it has its place in the order of events) and
+`on_kept` (Kafka or the spool has stored it).
+"""
 
 from __future__ import annotations
 
@@ -17,43 +27,44 @@ from millpond.schemas.leases import LeaseName
 
 logger = logging.getLogger(__name__)
 
-COLLECT_S: Final = (
-    0.003  # reports wait for company; an acknowledgement takes as long to reach Kafka anyway
-)
-AGAIN_S: Final = 1.0  # before what Kafka refused is entered again
+# How long reports are collected before a flush. An acknowledgement takes as long to reach Kafka anyway.
+COLLECT_S: Final = 0.003
+RETRY_S: Final = 1.0  # before a report that Kafka refused is produced again
 SENT_MAX: Final = 500  # copies in one record
-# Of their client and message ids: in JSON at most six times as much, and with one copy more below 1 MiB.
+# Client and message ids in one record. JSON escapes make at most six times as much of them, so a record stays
+# below 1 MiB even with one copy more.
 SENT_BYTES_MAX: Final = 64 * 1024
 
 Call = Callable[[], None]
 
 
 class EventSink(Protocol):
-    """What a bridge enters its events with."""
+    """The bridge's way for reports into the log: straight to Kafka, or through the spool."""
 
     node: str
 
     async def enter(
         self, event: DeliveriesSent | DeliveryFailed | MessageAcked, partition: int | None = None
     ) -> asyncio.Future[Any]:
-        """The future is done when the event is kept.
+        """Produce an event. The order of calls is the order in the log. The future is done when the event is stored.
 
         Raises:
-            KafkaError: it cannot be, ever.
+            KafkaError: Kafka would refuse the event at every attempt, because it is too large.
         """
 
 
 class ReportEntry(NamedTuple):
-    """One thing to tell, and what to call when it is entered, or when Kafka has it."""
+    """The result of one copy, and the calls that follow."""
 
     what: Sent | DeliveryFailed | MessageAcked
-    lease: LeaseName | None
+    lease: LeaseName | None  # None for an acknowledgement
+    # Only for acknowledgements: `collected` drops it for a `Sent`.
     on_entered: Call | None = None
     on_kept: Call | None = None
 
 
 class Report(NamedTuple):
-    """One record to be."""
+    """One record, before it is produced."""
 
     event: DeliveriesSent | DeliveryFailed | MessageAcked
     partition: int | None
@@ -62,10 +73,12 @@ class Report(NamedTuple):
 
 
 class Reports:
-    """One per bridge. Whoever adds to it bounds it: there is one entry per unfinished command and un-acked copy."""
+    """Collects results and produces them as events. One per bridge.
+
+    Its memory is bounded from outside: there is one entry for each unfinished command and each unacknowledged copy.
+    """
 
     def __init__(self, event_producer: EventSink) -> None:
-        """`run` enters what was added."""
         self._event_producer = event_producer
         self._entries: list[ReportEntry] = []
         self._reports: deque[Report] = deque()
@@ -73,23 +86,24 @@ class Reports:
         self._flushing = asyncio.Lock()
 
     def add(self, entry: ReportEntry) -> None:
-        """Tell it soon."""
+        """Report this with the next flush."""
         self._entries.append(entry)
         self._added.set()
 
     async def run(self) -> NoReturn:
-        """Until cancelled."""
+        """Flush whenever something was added, until cancelled."""
         while True:
             await self._added.wait()
             await asyncio.sleep(COLLECT_S)
             await self.flush()
 
     async def flush(self) -> None:
-        """Everything added so far is on its way to Kafka."""
+        """Produce everything added so far. This does not wait until it is stored."""
         async with self._flushing:
             self._added.clear()
             entries, self._entries = self._entries, []
             self._reports.extend(collected(entries, self._event_producer.node, now_ms()))
+            # A report leaves the queue after it was produced: a flush that is cancelled loses none.
             while self._reports:
                 await self._enter(self._reports[0])
                 self._reports.popleft()
@@ -98,24 +112,25 @@ class Reports:
         try:
             acknowledged = await self._event_producer.enter(report.event, report.partition)
         except KafkaError as error:
-            # It is too large, and would be again: the agent takes its leases back when it has waited long enough.
-            logger.error("a report cannot be written: %r", error)  # noqa: TRY400  no traceback
+            # The report would be too large at every attempt. Its leases expire, and the agent delivers again.
+            why = "a report is dropped, Kafka would never take it; its leases expire and the agent delivers again"
+            logger.error("%s: %r", why, error)  # noqa: TRY400  no traceback
             _call(report.on_kept)
         else:
             acknowledged.add_done_callback(partial(self._answered, report))
         _call(report.on_entered)
 
     def _answered(self, report: Report, acknowledged: asyncio.Future[Any]) -> None:
-        """Kafka refuses a whole batch for one record of it: what was beside that one is entered again."""
         if acknowledged.cancelled():
             return
         if acknowledged.exception() is None:
             _call(report.on_kept)
         else:
+            # Kafka refuses a whole batch because of one of its records. This report may not be that one: retry it.
             again = report._replace(on_entered=())
-            asyncio.get_running_loop().call_later(AGAIN_S, self._enter_again, again)
+            asyncio.get_running_loop().call_later(RETRY_S, self._retry, again)
 
-    def _enter_again(self, report: Report) -> None:
+    def _retry(self, report: Report) -> None:
         self._reports.append(report)
         self._added.set()
 
@@ -126,9 +141,7 @@ def _call(calls: Iterable[Call]) -> None:
 
 
 def collected(entries: Iterable[ReportEntry], node: str, at_ms: int) -> list[Report]:
-    """The records of these entries. Within a partition `sent` and `failed` keep their order; the acknowledgements come
-    last, in theirs.
-    """
+    """Turn entries into records, in the order that the head of this file names. Acknowledgements come last."""
     batches: dict[tuple[str, int], _Batch] = {}
     reports: list[Report] = []
     acknowledgements: list[Report] = []
@@ -143,11 +156,12 @@ def collected(entries: Iterable[ReportEntry], node: str, at_ms: int) -> list[Rep
             case MessageAcked() as event:
                 acknowledgements.append(_alone(event, None, entry))
             case DeliveryFailed() as event:
-                assert entry.lease is not None, "what failed had a lease"
+                assert entry.lease is not None, "only commands with a lease are reported"
+                # The failure must follow the copies that were sent before it.
                 close(entry.lease)
                 reports.append(_alone(event, entry.lease.partition, entry))
             case Sent():
-                assert entry.lease is not None, "nobody wants a report without"
+                assert entry.lease is not None, "only commands with a lease are reported"
                 lease = entry.lease
                 batch = batches.setdefault((lease.agent, lease.partition), _Batch(lease))
                 if batch.add(entry):
@@ -165,7 +179,7 @@ def _alone(
 
 
 class _Batch:
-    """The copies of one record to be."""
+    """The copies that will share one `deliveries.sent` record."""
 
     def __init__(self, lease: LeaseName) -> None:
         self._lease = lease
@@ -174,8 +188,8 @@ class _Batch:
         self._bytes = 0
 
     def add(self, entry: ReportEntry) -> bool:
-        """Whether that was the last one."""
-        assert isinstance(entry.what, Sent), "the caller looked"
+        """Add a copy. True if the record is full now."""
+        assert isinstance(entry.what, Sent), "the caller checked the type"
         self._sent.append(entry.what)
         if entry.on_kept is not None:
             self._on_kept.append(entry.on_kept)
@@ -183,5 +197,6 @@ class _Batch:
         return len(self._sent) >= SENT_MAX or self._bytes >= SENT_BYTES_MAX
 
     def report(self, node: str, at_ms: int) -> Report:
+        """Make the record."""
         event = DeliveriesSent(at=at_ms, node=node, agent=self._lease.agent, sent=tuple(self._sent))
         return Report(event, self._lease.partition, (), tuple(self._on_kept))

@@ -1,4 +1,4 @@
-"""Bridges: what connects one kind of MQTT broker to Kafka."""
+"""The process of the embedded bridge: its parts, and the order in which they start and stop."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from millpond.schemas.rules import Rules
 
 logger = logging.getLogger(__name__)
 
-# How long a bridge that is asked to stop waits for Kafka to take what is left: less than `millpond down` gives it.
+# How long a stopping bridge waits for Kafka to acknowledge the rest. `millpond down` waits longer before it kills.
 STOP_TIMEOUT_S: Final = 10.0
-STALE_CHECK_INTERVAL_S: Final = 1.0  # how late it may be noticed that a command waits in vain
+STALE_CHECK_INTERVAL_S: Final = 1.0  # the delay with which a stale command is noticed, at most
 
 
 def run_embedded(settings: Settings, rules: Rules) -> None:
@@ -53,7 +53,7 @@ async def _run_embedded(settings: Settings, rules: Rules) -> None:
     deliveries = Deliveries(settings.bridge.node, reports)
     broker = EmbeddedBroker(settings.bridge, event_producer, deliveries, settings.web.port)
     command_consumer = CommandConsumer(settings, broker, deliveries, producer, tracing)
-    # Any of its steps may wait for Kafka as long as Kafka is away, and a signal must not.
+    # Every step of `_serve` may wait for Kafka without a limit. So it runs as a task that a signal can cancel.
     parts = _Parts(producer, event_producer, reports, broker, command_consumer)
     shown = (ProducerMetrics(event_producer), CommandMetrics(command_consumer, deliveries))
     health = BridgeHealth(stop.is_set, producer, partial(_complaints, broker))
@@ -63,7 +63,7 @@ async def _run_embedded(settings: Settings, rules: Rules) -> None:
             await until_asked(serving, stop)
             serving.cancel()
         finally:
-            await _end(parts)
+            await _stop(parts)
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
 
@@ -92,8 +92,8 @@ async def _serve(settings: Settings, parts: _Parts) -> NoReturn:
         tasks.create_task(parts.reports.run())
         tasks.create_task(parts.command_consumer.run())
         tasks.create_task(_drop_stale(parts.broker))
-        tasks.create_task(_tell_snapshots(settings, parts.broker))
-    raise AssertionError("none of them ever returns")
+        tasks.create_task(_take_snapshots(settings, parts.broker))
+    raise AssertionError("the tasks run until they are cancelled")
 
 
 async def _drop_stale(broker: EmbeddedBroker) -> NoReturn:
@@ -102,14 +102,14 @@ async def _drop_stale(broker: EmbeddedBroker) -> NoReturn:
         broker.drop_stale()
 
 
-async def _tell_snapshots(settings: Settings, broker: EmbeddedBroker) -> NoReturn:
+async def _take_snapshots(settings: Settings, broker: EmbeddedBroker) -> NoReturn:
     while True:
         await asyncio.sleep(settings.bridge.sync_interval_s)
         await broker.snapshot()
 
 
-async def _end(parts: _Parts) -> None:
-    """Close the connections and tell of it; without Kafka no longer than `STOP_TIMEOUT_S`."""
+async def _stop(parts: _Parts) -> None:
+    """Close the client connections, and produce the events of that. Give up after `STOP_TIMEOUT_S`."""
     try:
         async with asyncio.timeout(STOP_TIMEOUT_S):
             if parts.broker.transitions.is_started():
@@ -118,6 +118,10 @@ async def _end(parts: _Parts) -> None:
             await parts.producer.stop()
     except TimeoutError:
         lost = len(parts.event_producer.unacknowledged)
-        logger.warning("Kafka has not acknowledged %d events in time; not waiting longer", lost)
-        for library in ("amqtt", "asyncio"):  # which would show a traceback for all that is cut off
+        logger.warning(
+            "Kafka has not acknowledged %d events in %g s; the bridge stops, these events may be lost",
+            lost, STOP_TIMEOUT_S,
+        )  # fmt: skip
+        # These libraries would log a traceback for each task that is cut off.
+        for library in ("amqtt", "asyncio"):
             logging.getLogger(library).setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""What the broker saw, into Kafka: stamped once, in the order it happened."""
+"""The events of the embedded broker: each gets its time once, and Kafka gets them in the order of the calls."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ from millpond.schemas.rules import Rules
 
 logger = logging.getLogger(__name__)
 
-NEVER_EXPIRES_S: Final = 0xFFFF_FFFF  # [MQTT5-3.1.2-11.2]; an MQTT 3.1.1 session that is not clean
+# [MQTT5-3.1.2-11.2]; also the expiry of an MQTT 3.1.1 session without clean session.
+NEVER_EXPIRES_S: Final = 0xFFFF_FFFF
 
 ClientEvent = (
     type[ClientDisconnected] | type[SessionCreated] | type[SessionResumed]
@@ -57,7 +58,7 @@ NodeEvent = type[NodeStarted] | type[NodeStopped] | type[NodeSyncStarted] | type
 
 
 class EventProducer:
-    """Produces events; one at a time enters the producer, so that none overtakes another."""
+    """Produces events. One call at a time is in the producer, so no event overtakes another."""
 
     def __init__(
         self,
@@ -67,20 +68,23 @@ class EventProducer:
         partitions: int,
         tracing: BridgeTracing | None = None,
     ) -> None:
-        """`partitions` is how many each topic has: node events go to every one."""
+        """`partitions` is the number of partitions of each Kafka topic: node events go to each of them."""
         self._tracing = tracing
         self.node = node
         self.answers = BridgeRules(rules)
         self._producer, self._partitions = producer, partitions
         self._ids = MessageIds(node, os.getpid())
         self._entering = asyncio.Lock()
-        # A larger packet cannot become a record: what a payload is in JSON is never shorter.
+        # A payload is never shorter in JSON, so a larger packet cannot become a record. Besides its payload a PUBLISH
+        # has the length of the topic (2 bytes), the topic, and the packet id (2 bytes).
         self.packet_bytes_max = producer.message_bytes_max + 2 + TEXT_BYTES_MAX + 2
         self._waiting: set[asyncio.Task[None]] = set()
         self.unacknowledged: set[asyncio.Future[Any]] = set()
-        self.entered: Counter[str] = Counter()  # by type
-        self.lost: Counter[str] = Counter()  # the same, of what Kafka refused
-        self.kept_s = Histogram(SHORT_S)  # how long Kafka took
+        self.entered: Counter[str] = Counter()  # events produced, by type
+        self.lost: Counter[str] = Counter()  # events that Kafka refused, by type
+        self.kept_s = Histogram(
+            SHORT_S
+        )  # from an event's place in the order until Kafka acknowledges it
 
     # -- publishes
 
@@ -93,10 +97,10 @@ class EventProducer:
         client_id: str,
         username: str | None,
     ) -> tuple[MessagePublished, asyncio.Future[Any]]:
-        """Enter a publish; the future is done when Kafka has it.
+        """Produce a publish. The future is done when Kafka has acknowledged it.
 
         Raises:
-            MessageTooLarge: it is larger than one record may be.
+            MessageSizeTooLargeError: the event is larger than one Kafka record may be.
         """
         text, encoding = codec.payload_text(payload)
         at = now_ms()
@@ -113,7 +117,7 @@ class EventProducer:
         return event, acknowledged
 
     async def delivered(self, message: OutgoingMessage, client_id: str, qos: int) -> None:
-        """The broker is about to hand a message to a client."""
+        """Produce `message.delivered`, if a rule needs it: the broker is about to hand a message to a client."""
         if self.answers.wants("message.delivered", message.topic):
             event = MessageDelivered(
                 at=now_ms(), node=self.node, message_id=message.message_id, topic=message.topic,
@@ -124,7 +128,7 @@ class EventProducer:
     def acknowledgement(
         self, message: OutgoingMessage, client_id: str, qos: int, *, leased: bool
     ) -> MessageAcked | None:
-        """A client acknowledged a message: the event, to be entered, if anybody wants it."""
+        """Make the event of a client's acknowledgement. None if the copy has no lease and no rule needs the event."""
         if not leased and not self.answers.wants("message.acked", message.topic):
             return None
         return MessageAcked(
@@ -135,12 +139,12 @@ class EventProducer:
     # -- clients, sessions, nodes
 
     async def client(self, kind: ClientEvent, client_id: str, **fields: Any) -> None:
-        """Something happened to a client or its session."""
+        """Produce an event of a client or its session."""
         event: Event = kind(at=now_ms(), node=self.node, client_id=client_id, **fields)
         await self._enter(keys.CLIENTS_TOPIC, event)
 
     async def node_event(self, kind: NodeEvent, **fields: Any) -> None:
-        """Something happened to the whole broker: every partition hears of it."""
+        """Produce an event of the broker node to every partition: each holds some of its clients."""
         event = kind(at=now_ms(), node=self.node, **fields)
         for number in range(self._partitions):
             await self._enter(keys.CLIENTS_TOPIC, event, number)
@@ -148,10 +152,10 @@ class EventProducer:
     # -- into Kafka
 
     async def enter(self, event: MessageEvent, partition: int | None = None) -> asyncio.Future[Any]:
-        """Something became of a message; the future is done when Kafka has it.
+        """Produce an event of a message or copy. The future is done when Kafka has acknowledged it.
 
         Raises:
-            MessageSizeTooLargeError: it is larger than one record may be.
+            MessageSizeTooLargeError: the event is larger than one Kafka record may be.
         """
         return await self._enter(keys.MESSAGES_TOPIC, event, partition)
 
@@ -170,12 +174,12 @@ class EventProducer:
         return acknowledged
 
     async def drain(self) -> None:
-        """Wait until Kafka has acknowledged everything entered so far."""
+        """Wait until Kafka has acknowledged every event produced so far, or has refused it."""
         if self.unacknowledged:
             await asyncio.wait(set(self.unacknowledged))
 
     def when_kept(self, call: Callable[[], None]) -> None:
-        """Call when Kafka has acknowledged everything entered so far."""
+        """Call when Kafka has acknowledged every event produced so far, or has refused it."""
         waiting = asyncio.create_task(self.drain())
         self._waiting.add(waiting)
         waiting.add_done_callback(partial(self._kept, call))
@@ -193,4 +197,6 @@ class EventProducer:
             self.kept_s.add(time.perf_counter() - began)
         else:
             self.lost[kind] += 1
-            logger.error("Kafka refused an event: %r", acknowledged.exception())
+            logger.error(
+                "Kafka refused an event, it is lost: %s: %r", kind, acknowledged.exception()
+            )

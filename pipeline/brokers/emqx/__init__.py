@@ -1,1 +1,1 @@
-"""The bridges of an EMQX: what its hooks, or its rules, tell, into Kafka; deliveries, through its REST API."""
+"""The two bridges of EMQX: one uses its hooks and REST API, one reads the rule events that it writes to Kafka."""

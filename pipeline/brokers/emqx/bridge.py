@@ -1,21 +1,27 @@
-"""All parts of one process of the EMQX bridge, and the order in which they start and end."""
+"""The process of the EMQX bridge: its parts, and the order in which they start and stop.
+
+Start: REST client and ExHook server first, so that EMQX gets answers even while Kafka is away. Commands are consumed
+only when Kafka answers.
+
+Stop: `finish` starts no more requests and waits for the running ones. Then `run` is cancelled. Then `stop` answers the
+calls under way, produces the remaining reports, and commits to the spool what Kafka has not taken.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from millpond.pipeline.brokers.commands.consumer import CommandConsumer
 from millpond.pipeline.brokers.commands.deliveries import Deliveries
 from millpond.pipeline.brokers.commands.reports import Reports
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic
+from millpond.pipeline.brokers.emqx.copy_topic import CopyTopic
 from millpond.pipeline.brokers.emqx.delivery.peers import PeerProcesses
 from millpond.pipeline.brokers.emqx.delivery.sender import BulkSender
-from millpond.pipeline.brokers.emqx.exhook.calls import Calls
+from millpond.pipeline.brokers.emqx.exhook.calls import CallListener, Calls
 from millpond.pipeline.brokers.emqx.exhook.server import HookServer
 from millpond.pipeline.brokers.emqx.exhook.translation import Translator
 from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint
@@ -39,21 +45,22 @@ from millpond.pipeline.telemetry.http import serving as telemetry
 from millpond.pipeline.telemetry.tracers import bridge_tracing
 from millpond.schemas import keys
 from millpond.schemas.errors import ConfigError
-from millpond.schemas.events import DeliveriesSent, DeliveryFailed, MessageAcked, MessagePublished
+from millpond.schemas.events import DeliveriesSent, DeliveryFailed, MessageAcked
 from millpond.schemas.rules import Rules
 
 logger = logging.getLogger(__name__)
 
-FINISH_TIMEOUT_S: Final = 2.0  # for requests under way; those cut off are carried out again
-STOP_GRACE_S: Final = 2.0  # for the calls in hand, when the process is to end
-STOP_TIMEOUT_S: Final = 10.0  # less than `millpond down` gives it
+# For running requests; the next process repeats those that are cut off
+FINISH_TIMEOUT_S: Final = 2.0
+STOP_GRACE_S: Final = 2.0  # for running calls
+STOP_TIMEOUT_S: Final = 10.0  # for all of `stop`; `millpond down` waits longer before it kills
 
 
 def run_emqx(settings: Settings, rules: Rules) -> None:
     """Run one process of the bridge until SIGTERM or SIGINT.
 
     Raises:
-        ConfigError: a setting is missing or wrong, a rule cannot be kept, or the address is in use.
+        ConfigError: a setting is missing or wrong, a rule needs a mountpoint, or the address is in use.
     """
     use_uvloop()
     asyncio.run(_run_emqx(settings, rules))
@@ -76,8 +83,8 @@ async def _run_emqx(settings: Settings, rules: Rules) -> None:
             await bridge.stop(STOP_TIMEOUT_S)
 
 
-class _Reporting:
-    """Reports go the way of all events: while Kafka is away, to the spool."""
+class _SpooledReports:
+    """The `EventSink` of the EMQX bridge: reports go through the durable producer, like all events."""
 
     def __init__(self, durable_producer: DurableProducer, node: str) -> None:
         self._durable_producer, self.node = durable_producer, node
@@ -88,31 +95,21 @@ class _Reporting:
         return self._durable_producer.enter(keys.MESSAGES_TOPIC, event, partition, hook="reports")
 
 
-class _Listener:
-    """What the hooks hear, to whom it concerns."""
-
-    def __init__(self, peers: PeerProcesses, lookups: RetainedLookup) -> None:
-        self.acked = peers.acked
-        self.session_ended = peers.session_ended
-        self.provider_loaded = peers.gap
-        self.retainable: Callable[[str, MessagePublished], None] = lookups.ask
-
-
 class EmqxBridge:
     """One process. Several share `exhook_listen` and the spool directory; the first of them takes the snapshots."""
 
     def __init__(self, settings: Settings, rules: Rules) -> None:
-        """Takes its place in the spool directory; nothing else is opened before `start`.
+        """Lock a number in the spool directory, and connect the parts. `start` opens everything else.
 
         Raises:
-            ConfigError: a setting is missing or wrong, or a rule cannot be kept.
+            ConfigError: a setting is missing or wrong, or a rule needs a mountpoint.
         """
         bridge = settings.bridge
         mountpoint = None if bridge.mountpoint is None else Mountpoint(bridge.mountpoint)
         if mountpoint is None and rules.run_by_delivery("pubsub"):
             raise ConfigError(
-                "a pubsub rule needs [bridge] mountpoint: without it EMQX can deliver to one client"
-                " alone only what it has routed itself, and never what was stored"
+                "a pubsub rule needs [bridge] mountpoint: without it Millpond cannot deliver a stored"
+                " message to one client alone"
             )
         self._rest = RestClient(bridge)
         copy_topic = CopyTopic(self._rest.secret())
@@ -120,7 +117,7 @@ class EmqxBridge:
         self._spool = Spool(Path(bridge.spool_directory), bridge.spool_bytes_max)
         self._spool.open()
         self._durable_producer = DurableProducer(self._producer, self._spool)
-        self._reports = Reports(_Reporting(self._durable_producer, keys.AGENT_NODE))
+        self._reports = Reports(_SpooledReports(self._durable_producer, keys.AGENT_NODE))
         deliveries = Deliveries(keys.AGENT_NODE, self._reports)
         self._sender = BulkSender(self._rest, deliveries, copy_topic, mountpoint)
         self._snapshots = Snapshots(
@@ -132,7 +129,10 @@ class EmqxBridge:
             None if self._snapshots is None else self._snapshots.want,
         )  # fmt: skip
         self._lookups = RetainedLookup(self._rest, self._durable_producer)
-        listener = _Listener(self._peers, self._lookups)
+        listener = CallListener(
+            provider_loaded=self._peers.gap, acked=self._peers.acked,
+            session_ended=self._peers.session_ended, retainable=self._lookups.ask,
+        )  # fmt: skip
         self._tracing = bridge_tracing(settings.telemetry, "emqx")
         calls = Calls(
             rules, mountpoint, copy_topic, self._durable_producer, listener, settings.kafka.partitions,
@@ -150,13 +150,13 @@ class EmqxBridge:
         )
 
     def complaints(self) -> list[str]:
-        """Why publishes are refused."""
+        """Why publishes are refused now; empty if they are stored."""
         return (
             [] if self._durable_producer.complaint is None else [self._durable_producer.complaint]
         )
 
     async def start(self) -> int:
-        """Listen for hooks; the port. Kafka may be away.
+        """Listen for hook calls. Returns the port. Kafka need not answer yet.
 
         Raises:
             ConfigError: a file cannot be read, or the address is in use.
@@ -165,7 +165,7 @@ class EmqxBridge:
         return await self._server.start()
 
     async def run(self) -> NoReturn:
-        """Until cancelled."""
+        """Run all parts until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             for part in (
                 self._durable_producer, self._server, self._reports, self._sender, self._peers, self._lookups,
@@ -175,16 +175,16 @@ class EmqxBridge:
                 tasks.create_task(self._snapshots.run())
             await self._durable_producer.connected.wait()
             tasks.create_task(self._command_consumer.run())
-        raise AssertionError("none of them ever returns")
+        raise AssertionError("the tasks run until they are cancelled")
 
     async def finish(self) -> None:
-        """While `run` still runs: begin no more commands, and know what became of those begun."""
+        """Start no more requests, and wait for the running ones. Call it while `run` still runs."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FINISH_TIMEOUT_S):
                 await self._sender.finish()
 
     async def stop(self, timeout_s: float) -> None:
-        """When `run` was cancelled: answer what is in hand, and keep what was told."""
+        """Answer the running calls, and store the remaining events. Call it after `run` was cancelled."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._server.stop(STOP_GRACE_S)

@@ -1,8 +1,13 @@
-"""Mountpoints: what EMQX puts in front of the topics of a listener's clients, so that each has topics of its own.
+"""Mountpoints: the prefix that EMQX puts in front of a client's topics, so that the bridge can reach one client alone.
 
-A listener with `mountpoint = "mp/${clientid}/"` turns a subscription of the client `c2` to `queue/t` into one to
-`mp/c2/queue/t`, and its publishes alike; what is published to `mp/c2/queue/t` reaches that client only, which sees
-`queue/t`. Of a shared subscription the group stays in front: `$share/{group}/mp/c2/queue/t`.
+A listener with `mountpoint = "mp/${clientid}/"` changes the topics of its clients, here of the client `c2`:
+
+| the client | EMQX |
+|---|---|
+| subscribes to `queue/t` | holds a subscription to `mp/c2/queue/t` |
+| subscribes to `$share/g/queue/t` | holds a subscription to `$share/g/mp/c2/queue/t` |
+| publishes to `queue/t` | routes to `mp/c2/queue/t` |
+| receives `queue/t` | got a publish to `mp/c2/queue/t` |
 """
 
 from __future__ import annotations
@@ -12,10 +17,9 @@ from typing import Final
 from millpond.schemas.topics import SHARE_PREFIX, split_share
 
 CLIENT_ID_PLACE: Final = "${clientid}"
-QUEUE_PREFIX: Final = (
-    "$queue/"  # how EMQX also writes a shared subscription: one group for each filter
-)
-# Of a client with one of these in its id, the mounted topics could be another client's, or everybody's.
+# EMQX's other spelling of a shared subscription: `$queue/{filter}`, with one group for each filter.
+QUEUE_PREFIX: Final = "$queue/"
+# With one of these in a client id, the mounted topics could also match those of other clients.
 AMBIGUOUS: Final = "/+#"
 
 
@@ -23,52 +27,53 @@ class Mountpoint:
     """The mountpoint of the listener that Millpond delivers through."""
 
     def __init__(self, template: str) -> None:
-        """`template` is EMQX's setting: a prefix, `${clientid}` as a level of its own, and nothing behind."""
-        assert template.endswith(f"/{CLIENT_ID_PLACE}/"), "the settings are checked"
+        """`template` is EMQX's setting. Its last level is `${clientid}`."""
+        assert template.endswith(f"/{CLIENT_ID_PLACE}/"), "the settings were validated"
         self.prefix = template.removesuffix(f"{CLIENT_ID_PLACE}/")
 
     def of(self, client_id: str) -> str:
-        """What stands in front of the topics of one client; ClientInfo.mountpoint shows it."""
+        """The prefix of one client's topics, as EMQX reports it in `ClientInfo.mountpoint`."""
         return f"{self.prefix}{client_id}/"
 
     def can_serve(self, client_id: str) -> bool:
-        """Whether what is published below the client's mountpoint reaches this client only."""
+        """True if a publish below the client's mountpoint reaches this client only."""
         return bool(client_id) and not any(character in client_id for character in AMBIGUOUS)
 
     def holds(self, topic: str) -> bool:
-        """Whether a topic is below the mountpoint, of whichever client."""
+        """True if a topic is below the mountpoint of any client."""
         return topic.startswith(self.prefix)
 
     def mount(self, client_id: str, topic: str) -> str:
-        """The topic that reaches this client, which sees `topic`."""
+        """The topic to publish to, so that this client alone receives `topic`."""
         return self.of(client_id) + topic
 
     def unmount(self, client_id: str, topic: str) -> str | None:
-        """The topic as the client sees it; None if it is not one of this client's."""
-        mine = self.of(client_id)
-        return topic[len(mine) :] if topic.startswith(mine) and len(topic) > len(mine) else None
+        """The topic as the client sees it. None if it is not below this client's mountpoint."""
+        prefix = self.of(client_id)
+        found = topic.startswith(prefix) and len(topic) > len(prefix)
+        return topic[len(prefix) :] if found else None
 
     def unmount_filter(self, client_id: str, topic_filter: str) -> str | None:
-        """The filter as the client subscribed to it; None if it is not one of this client's."""
+        """The filter as the client wrote it. None if it is not below this client's mountpoint."""
         group, plain = split_share(topic_filter)
-        mine = self.unmount(client_id, plain)
-        return None if mine is None else shared(group, mine)
+        own = self.unmount(client_id, plain)
+        return None if own is None else shared(group, own)
 
     def of_any(self, topic_filter: str) -> str:
-        """The filter of the topics that some client sees as ones of `topic_filter`, which has no group."""
+        """The filter that matches what any client sees as a topic of `topic_filter`, which has no group."""
         return f"{self.prefix}+/{topic_filter}"
 
 
 def shared(group: str | None, topic_filter: str) -> str:
-    """The filter with its group in front, if there is one."""
+    """The filter with its group in front, if it has one."""
     return topic_filter if group is None else f"{SHARE_PREFIX}{group}/{topic_filter}"
 
 
 def standard_filter(topic_filter: str, share: str = "") -> str:
-    """A filter as the broker tells it, spelled as MQTT 5.0 does (4.8.2).
+    """A filter of EMQX in the spelling of MQTT 5.0 (4.8.2).
 
-    `$queue/{filter}` is a shared subscription of the group `$queue`. Before EMQX 5.4 the hook had the group apart, as
-    `share`.
+    `$queue/{filter}` is a shared subscription of the group `$queue`. Before EMQX 5.4 the hook reported the group
+    separately, as `share`.
     """
     if topic_filter.startswith(QUEUE_PREFIX):
         return shared("$queue", topic_filter[len(QUEUE_PREFIX) :])

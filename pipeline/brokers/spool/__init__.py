@@ -1,1 +1,1 @@
-"""A durable producer: events go to Kafka, or to the spool on disk while Kafka does not answer."""
+"""The durable producer: it sends events to Kafka, or stores them on disk while Kafka does not answer."""

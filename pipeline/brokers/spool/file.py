@@ -1,7 +1,25 @@
-"""One file of a spool: records in the order they came, in SQLite, fsynced before anybody is told.
+"""One spool file: records in order, in SQLite. `commit` returns after the fsync.
 
-The records of one commit are one row, a block: a row costs as much as a thousand records in it, and SQLite gives up
-Python's lock at every row. Records are numbered from 1 without gaps; those at the head go first.
+Concepts:
+
+- A *record* has a number. Numbers begin at 1 and have no gaps. They survive a restart as long as the file holds
+  records.
+- A *block* is one row of the table: the records of one commit, up to 1 MiB, packed with MessagePack. A row costs as
+  much as a thousand records in it, and SQLite releases Python's lock at every row. Hence blocks.
+- *Discarding* deletes whole blocks at the head. So a few discarded records may remain on disk and be sent again.
+
+State in memory, the *figures*: `last`, `discarded` and `bytes`. The records `discarded + 1 … last` exist, and `bytes`
+is the sum of their sizes. A call changes the figures only after its commit.
+
+What can go wrong, and what follows:
+
+- SpoolDown: the disk is full, the file is locked, a permission is missing. No record is lost. The database is
+  closed, and the next call opens it again. Only a full disk leaves it open: SQLite recovers from that by itself.
+- A commit that failed may nevertheless be on disk, for example if the fsync failed after the write. Its caller saw an
+  error. So `_check` deletes the blocks beyond `last` at the next opening.
+- SpoolDamaged: SQLite calls the file corrupt, or its content is not ours. The file is moved aside, never deleted, and
+  a new one takes its place. Its numbers continue after `last`, so numbers never repeat within a process.
+- The file is deleted or replaced from outside: the next call notices another inode, and opens the new file.
 """
 
 from __future__ import annotations
@@ -21,17 +39,18 @@ from millpond.schemas.errors import MillpondError
 
 logger = logging.getLogger(__name__)
 
-FILE_MODE: Final = 0o600  # payloads are nobody else's
-# Of the names beside a record's key and value, and of the row they are in.
+FILE_MODE: Final = 0o600  # payloads are private
+# What a record takes beside key and value: its names, and its share of the row.
 RECORD_OVERHEAD_BYTES: Final = 64
-BLOCK_BYTES_MAX: Final = 1024 * 1024  # of records; one alone may be larger
-# An empty file that is larger is made anew; a smaller one is used again as it is.
+BLOCK_BYTES_MAX: Final = 1024 * 1024  # of records; a single record may be larger
+# An emptied file above this size is deleted and created again; a smaller one is reused as it is.
 EMPTY_FILE_BYTES_MAX: Final = 16 * 1024 * 1024
-# Pages written ahead before they are moved to their place: 8 MiB, or what is fsynced twice would come up too often.
+# 8 MiB of pages. A checkpoint copies the write-ahead log into the database, with a second fsync: not too often.
 CHECKPOINT_PAGES: Final = 2_048
-WAL_BYTES_MAX: Final = 16 * 1024 * 1024  # of which the file keeps no more when it starts over
-LOCKED_S: Final = 1.0  # if somebody looks into the file; nobody else writes
-FORMAT: Final = 1  # of the blocks; SQLite's user_version
+# SQLite truncates the write-ahead log to this size when it restarts it
+WAL_BYTES_MAX: Final = 16 * 1024 * 1024
+LOCKED_S: Final = 1.0  # how long to wait for a reader from outside; no other process writes
+FORMAT: Final = 1  # the format of the blocks, in SQLite's user_version
 
 RESCUE: Final = "millpond.pipeline.brokers.spool.rescue"
 _DAMAGED: Final = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
@@ -39,14 +58,14 @@ _TABLE: Final = """
 CREATE TABLE IF NOT EXISTS block (
     last INTEGER PRIMARY KEY,        -- the number of its last record
     records INTEGER NOT NULL,        -- how many it has
-    bytes INTEGER NOT NULL,          -- their sizes
-    bytes_through INTEGER NOT NULL,  -- the sizes of all records up to its last, gone ones too
+    bytes INTEGER NOT NULL,          -- the sum of their sizes
+    bytes_through INTEGER NOT NULL,  -- the sum of all sizes up to its last record, discarded ones included
     packed BLOB NOT NULL             -- MessagePack, an array of records
 )"""
 
 
 class SpoolRecord(NamedTuple):
-    """One record for Kafka, and the hook that it came from."""
+    """One record for Kafka, and the hook that caused it."""
 
     topic: str
     key: bytes
@@ -56,11 +75,11 @@ class SpoolRecord(NamedTuple):
 
 
 class SpoolDown(MillpondError):
-    """A spool file cannot be read or written now: nothing in it is lost, and the next call tries again."""
+    """A spool file cannot be read or written now. It loses no record, and the next call tries again."""
 
 
 class SpoolDamaged(MillpondError):
-    """A spool file held what is not ours to read. It was moved aside, and a new one is in its place."""
+    """A spool file could not be understood. It was moved aside, and the next call makes a new one."""
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -68,55 +87,57 @@ _decoder: msgspec.msgpack.Decoder[list[SpoolRecord]] = msgspec.msgpack.Decoder(l
 
 
 def unpacked(packed: bytes) -> list[SpoolRecord]:
-    """The records of a block.
+    """Decode a block.
 
     Raises:
-        msgspec.DecodeError: it is none.
+        msgspec.DecodeError: the bytes are not a block.
     """
     return _decoder.decode(packed)
 
 
 def size_of(record: SpoolRecord) -> int:
-    """What a record counts against the spool's bound, in bytes."""
+    """What a record counts against the spool's limit, in bytes."""
     return len(record.key) + len(record.value) + RECORD_OVERHEAD_BYTES
 
 
 class SpoolFile:
-    """Every method blocks, and all are called by one thread at a time. The figures may be read by any."""
+    """Every method blocks, and one thread at a time calls them. Any thread may read the figures."""
 
     def __init__(self, path: Path) -> None:
-        """Nothing is opened before the first call."""
+        """The first call of a method opens the file."""
         self.path = path
-        self.last = 0  # number of the last record kept
-        self.discarded = 0  # number of the last record gone; `last` if the file is empty
-        self.bytes = 0  # sizes of the records in between
-        self.damaged: list[Path] = []  # where files were moved that could not be read
-        self._known = False  # whether the figures have been read
-        self._database: sqlite3.Connection | None = None
+        self.last = 0  # number of the last stored record
+        self.discarded = 0  # number of the last discarded record; `last` if the file is empty
+        self.bytes = 0  # sum of the sizes of the records in between
+        self.damaged: list[Path] = []  # where this process moved damaged files
+        self._figures_known = False  # the figures were read from disk, or come from commits since
+        self._database: sqlite3.Connection | None = None  # None: closed, or failed
+        # Device and inode of the open file, to notice that it was replaced.
         self._identity: tuple[int, int] | None = None
 
     @property
     def is_open(self) -> bool:
-        """Whether the last call had a database."""
+        """True if the database is open."""
         return self._database is not None
 
     def open(self) -> None:
-        """Read the figures. What is damaged is moved aside, with an error in the log.
+        """Read the figures. A damaged file is moved aside, with an error in the log.
 
         Raises:
-            SpoolDown: it cannot be opened.
+            SpoolDown: the file cannot be opened.
         """
         with suppress(SpoolDamaged), self._opened():
             pass
 
-    def keep(self, records: Sequence[SpoolRecord], discard_through: int = 0) -> int:
-        """Append these, and let go of what is numbered up to `discard_through`, in one commit.
+    def commit(self, records: Sequence[SpoolRecord], discard_through: int = 0) -> int:
+        """Append records and discard records up to a number, in one transaction.
 
         Returns:
-            The number of the first of them. They are on the disk.
+            The number of the first appended record. All of them are on the disk.
 
         Raises:
-            SpoolDown, SpoolDamaged: none of them is kept.
+            SpoolDown: no record is stored, and none is discarded.
+            SpoolDamaged: no record is stored, and the earlier ones are in the file that was moved aside.
         """
         with self._opened() as database:
             if not records and self.discarded < self.last <= discard_through:
@@ -138,24 +159,24 @@ class SpoolFile:
             return first
 
     def read(self, after: int, through: int, bytes_max: int) -> list[tuple[int, SpoolRecord]]:
-        """Records with their numbers, from `after` on and up to `through`; at least one block of them.
+        """Read the records `after + 1 … through` with their numbers, about `bytes_max` of them, at least one block.
 
         Raises:
-            SpoolDown, SpoolDamaged: they cannot be read.
+            SpoolDown, SpoolDamaged: the records cannot be read.
         """
         found: list[tuple[int, SpoolRecord]] = []
         with self._opened() as database:
             query = "SELECT last, records, bytes, packed FROM block WHERE last > ? ORDER BY last"
-            # A cursor that stays open keeps the file locked, even after its connection is closed.
+            # An open cursor keeps the file locked, even after its connection is closed.
             with closing(database.execute(query, (after,))) as rows:
                 for last, count, size, packed in rows:
                     numbers = range(last - count + 1, last + 1)
                     try:
                         block = unpacked(packed)
                     except msgspec.DecodeError as error:
-                        raise _NotOurs(f"block {last}: {error}") from error
+                        raise _Foreign(f"block {last}: {error}") from error
                     if len(block) != count:
-                        raise _NotOurs(f"block {last} holds {len(block)} records, not {count}")
+                        raise _Foreign(f"block {last} holds {len(block)} records, not {count}")
                     both = zip(numbers, block, strict=True)
                     found += [
                         (number, record) for number, record in both if after < number <= through
@@ -166,17 +187,17 @@ class SpoolFile:
         return found
 
     def close(self) -> None:
-        """Whoever opens it again finds everything."""
+        """Close the database. The records stay on disk."""
         database, self._database = self._database, None
         if database is not None:
             with suppress(sqlite3.Error):
                 database.close()
 
     def remove(self) -> None:
-        """Nothing in it is needed any more.
+        """Delete the file.
 
         Raises:
-            SpoolDown: it cannot be removed.
+            SpoolDown: it cannot be deleted.
         """
         self.close()
         try:
@@ -194,7 +215,7 @@ class SpoolFile:
 
     @staticmethod
     def _discard(database: sqlite3.Connection, through: int, bytes_through: int) -> tuple[int, int]:
-        """The number of the last record gone, and the sizes of those left. Only whole blocks go."""
+        """Delete whole blocks. Returns the new `discarded` and `bytes`."""
         database.execute("DELETE FROM block WHERE last <= ?", (through,))
         rows = database.execute(
             "SELECT last - records, bytes_through - bytes FROM block ORDER BY last LIMIT 1"
@@ -203,8 +224,9 @@ class SpoolFile:
         return before, bytes_through - bytes_before
 
     def _empty(self, database: sqlite3.Connection) -> None:
-        """Everything in it is gone. A file that is large gives its space back; so does any if the disk is full."""
+        """Discard everything. A large file is deleted, so that it returns its space."""
         size = self.path.stat().st_size + _wal(self.path).stat().st_size
+        # On a full disk even DELETE can fail, because it writes to the write-ahead log. Then the file is deleted, too.
         try:
             if size <= EMPTY_FILE_BYTES_MAX:
                 database.execute("DELETE FROM block")
@@ -218,19 +240,23 @@ class SpoolFile:
 
     @contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:
-        """The database. What goes wrong with it is translated here."""
+        """Open the database if necessary, and translate its errors."""
         try:
             if self._database is not None and self._identity != _identity(self.path):
-                logger.error("%s was taken away, and what was in it", self.path)
+                logger.error(
+                    "%s was deleted or replaced: unsent records are lost, a new file follows",
+                    self.path,
+                )
                 self.close()
             if self._database is None:
                 self._database = self._connect()
             yield self._database
         except sqlite3.Error as error:
             full = error_code(error) == sqlite3.SQLITE_FULL
-            if not full:  # which a database gets over; after anything else it is opened anew
+            # SQLite recovers from a full disk by itself. After any other error the next call opens a new connection.
+            if not full:
                 self.close()
-            if error_code(error) in _DAMAGED or isinstance(error, _NotOurs):
+            if error_code(error) in _DAMAGED or isinstance(error, _Foreign):
                 raise self._set_aside(error) from error
             raise SpoolDown(f"{self.path}: {error}") from error
         except OSError as error:
@@ -264,13 +290,14 @@ class SpoolFile:
                 database.execute(f"PRAGMA user_version = {FORMAT}")
             _sync(self.path.parent)
         elif version != FORMAT:
-            raise _NotOurs(f"it has format {version}, and this version of Millpond reads {FORMAT}")
-        if self._known:  # a commit that failed may be there nevertheless: nobody was told so
+            raise _Foreign(f"it has format {version}, and this version of Millpond reads {FORMAT}")
+        # A commit that failed may be on disk nevertheless. Its caller saw an error: delete it.
+        if self._figures_known:
             late = database.execute("SELECT 1 FROM block WHERE last > ? LIMIT 1", (self.last,))
             if late.fetchone() is not None:
                 database.execute("DELETE FROM block WHERE last > ?", (self.last,))
         self._read_figures(database)
-        self._known = True
+        self._figures_known = True
 
     def _read_figures(self, database: sqlite3.Connection) -> None:
         first = database.execute(
@@ -284,7 +311,7 @@ class SpoolFile:
         self.bytes = self._bytes_through(database) - bytes_before
 
     def _set_aside(self, error: Exception) -> SpoolDamaged:
-        """Never in the way, and never thrown away: who can read it may give it back."""
+        """Move the file aside. It is never deleted, because `rescue` may read some of its records."""
         self.close()
         count = self.last - self.discarded
         aside = self.path.with_name(f"{self.path.stem}.damaged-{time.time_ns() // 1_000_000}.db")
@@ -298,20 +325,20 @@ class SpoolFile:
         self.discarded, self.bytes = self.last, 0
         self.damaged.append(aside)
         sentence = (
-            f"{self.path} cannot be read ({error}): it is now {aside}, with {count} or more records"
-            f" that Kafka may not have. To save what can be read: python -m {RESCUE} {aside},"
-            " and start the bridge again. Or delete it"
+            f"{self.path} cannot be read ({error}). It was moved to {aside}, with {count} or more records"
+            f" that Kafka may not have. To save the readable ones: python -m {RESCUE} {aside},"
+            " and start the bridge again. Or delete the file"
         )
         logger.error("%s", sentence)
         return SpoolDamaged(sentence)
 
 
-class _NotOurs(sqlite3.DatabaseError):
-    """A database that we cannot read."""
+class _Foreign(sqlite3.DatabaseError):
+    """A database with content that this version does not write."""
 
 
 def _blocks(records: Sequence[SpoolRecord]) -> Iterator[Sequence[SpoolRecord]]:
-    """Runs of records, none larger than it may be."""
+    """Divide records into blocks of at most `BLOCK_BYTES_MAX`."""
     begin = size = 0
     for end, record in enumerate(records):
         if end > begin and size + size_of(record) > BLOCK_BYTES_MAX:
@@ -332,7 +359,7 @@ def _wal(path: Path) -> Path:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Which file that is; None if there is none."""
+    """Device and inode of a file; None if it does not exist."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -341,7 +368,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _sync(directory: Path) -> None:
-    """What was made or renamed in it stays so."""
+    """Make creations and renames in a directory durable."""
     number = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(number)

@@ -1,5 +1,7 @@
-"""`python -m millpond.pipeline.brokers.spool.rescue FILE`: what can be read of a damaged spool file, into one that a bridge takes
-over when it starts next. Records keep their order; which are missing is said.
+"""`python -m millpond.pipeline.brokers.spool.rescue FILE` copies the readable records of a damaged spool file.
+
+The copy is a new spool file in the same directory, with a high number. The next bridge that starts takes it over as an
+orphan. Records keep their order. The command prints how many are missing in between.
 """
 
 from __future__ import annotations
@@ -23,25 +25,26 @@ from millpond.pipeline.brokers.spool.file import (
     unpacked,
 )
 
-# Where a page cannot be read, the records in it are passed over one by one so often, then in ever longer steps.
+# An unreadable page hides an unknown range of record numbers. The search skips this many numbers one by one, and then
+# doubles its step.
 SINGLE_STEPS_MAX: Final = 10_000
-NUMBER_MAX: Final = 1 << 62
+NUMBER_MAX: Final = 1 << 62  # ends the search
 _IN_USE: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 class Rescued(NamedTuple):
-    """Where the records are now, how many, and how many between the first and the last of them are missing."""
+    """The result of a rescue."""
 
-    path: Path
-    records: int
-    missing: int
+    path: Path  # the new file
+    records: int  # how many it holds
+    missing: int  # how many are missing between its first and its last record
 
 
 def rescue(damaged: Path) -> Rescued:
-    """Copy what can be read. `damaged` stays as it is.
+    """Copy the readable records to a new spool file. `damaged` stays as it is.
 
     Raises:
-        SpoolDown: it is in use, or the copy cannot be written.
+        SpoolDown: the damaged file is in use, or the copy cannot be written.
     """
     numbers = range(NUMBERS_MAX - 1, -1, -1)
     paths = (damaged.with_name(f"spool-{number}.db") for number in numbers)
@@ -50,14 +53,14 @@ def rescue(damaged: Path) -> Rescued:
     for number, block in _blocks(damaged):
         first = number - len(block) + 1
         missing += first - last - 1 if records else 0
-        file.keep(block)
+        file.commit(block)
         records, last = records + len(block), number
     file.close()
     return Rescued(file.path, records, missing)
 
 
 def _blocks(damaged: Path) -> Iterator[tuple[int, list[SpoolRecord]]]:
-    """Blocks, each with the number of its last record."""
+    """Read the blocks, each with the number of its last record."""
     after, failures = 0, 0
     with closing(sqlite3.connect(damaged, timeout=LOCKED_S)) as database:
         while after < NUMBER_MAX:
@@ -71,7 +74,7 @@ def _blocks(damaged: Path) -> Iterator[tuple[int, list[SpoolRecord]]]:
             except (sqlite3.DatabaseError, msgspec.DecodeError) as error:
                 if isinstance(error, sqlite3.Error) and error_code(error) in _IN_USE:
                     raise SpoolDown(
-                        f"{damaged} is in use: stop the process that uses it"
+                        f"{damaged} is in use: stop the process that uses it, and try again"
                     ) from error
                 failures += 1
                 after += 1 << max(0, failures - SINGLE_STEPS_MAX)
@@ -82,4 +85,4 @@ def _blocks(damaged: Path) -> Iterator[tuple[int, list[SpoolRecord]]]:
 
 if __name__ == "__main__":
     path, records, missing = rescue(Path(sys.argv[1]))
-    sys.stdout.write(f"{records} records are in {path} now, {missing} between them are missing\n")
+    sys.stdout.write(f"{records} records are now in {path}, {missing} between them are missing\n")

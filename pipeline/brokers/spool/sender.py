@@ -1,4 +1,19 @@
-"""What is in the spool, then what waits in memory, to Kafka: one order, one task, and nothing twice."""
+"""The sender of the durable producer: one task that hands events to Kafka's producer, in order and once.
+
+`durable_producer.py` describes the order, and the words *taken* and *in flight*. This file adds what happens to an
+event after it was taken:
+
+    take → in flight ─ acknowledged ──────────────────────────→ settled
+                └─ refused → (nothing else in flight) → alone ─┬ acknowledged → settled
+                                                               ├ permanent error → given up, settled
+                                                               └ other error → alone again after `RETRY_S`
+
+- Kafka refuses a whole batch because of one record. So the sender waits until the producer has answered for every
+  event, and then sends each refused one alone.
+- While a refused event waits, the sender takes nothing new. So the order holds behind it.
+- An error is permanent if the same record would get it again (`PERMANENT_ERRORS`). aiokafka reports some errors as
+  unknown; these count as permanent after `UNKNOWN_ERROR_TRIES_MAX` attempts.
+"""
 
 from __future__ import annotations
 
@@ -37,80 +52,81 @@ from millpond.schemas.errors import MillpondError
 
 logger = logging.getLogger(__name__)
 
-AGAIN_S: Final = 1.0  # before what failed is tried again
-# Of events that the producer has: more than a batch for each partition is only memory.
+RETRY_S: Final = 1.0  # before something that failed is tried again
+# Events in flight. More than one batch for each partition would only cost memory.
 IN_FLIGHT_BYTES_MAX: Final = 4 * 1024 * 1024
-WINDOW_BYTES_MAX: Final = 1024 * 1024  # read from the spool at once
-SENT_IN_A_ROW_MAX: Final = 32  # then others have their turn: about 1 ms
-# Counted as the hook of records in a file that was damaged or taken away.
+WINDOW_BYTES_MAX: Final = 1024 * 1024  # read from a spool file at once
+SENT_IN_A_ROW_MAX: Final = 32  # then the loop serves other tasks: this takes about 1 ms
+# The hook under which records of a damaged or deleted spool file are counted as lost.
 LOST_IN_THE_SPOOL: Final = "spool"
 
-# A record alone that Kafka refuses for these would be refused for ever.
-RECORDS_FAULT: Final = (
+# If Kafka refuses a record that was sent alone with one of these, it would refuse it for ever.
+PERMANENT_ERRORS: Final = (
     MessageSizeTooLargeError, RecordListTooLargeError, CorruptRecordException, InvalidTimestampError,
     InvalidTopicError, PolicyViolationError, UnsupportedForMessageFormatError,
 )  # fmt: skip
-# What aiokafka has no name for may be the record's fault, or pass.
+# An error that aiokafka does not know may be the record's fault, or may pass. 30 attempts take half a minute.
 UNKNOWN_ERROR_TRIES_MAX: Final = 30
 
 Reason: TypeAlias = Literal["full", "unwritable", "too_large", "refused"]
 
 
 class NotStored(MillpondError):
-    """An event is neither in Kafka nor on the disk: whoever told of it must hear so."""
+    """An event is neither in Kafka nor on the disk. The broker must learn that its publish failed."""
 
     def __init__(self, reason: Reason, what: str) -> None:
-        """`full`, `unwritable`: of the spool; `too_large`, `refused`: Kafka will never have it."""
+        """`full` and `unwritable` concern the spool. `too_large` and `refused`: Kafka would never store the event."""
         self.reason = reason
         super().__init__(what)
 
 
 class SpoolSource:
-    """A spool file, and how far it was read. Numbers are those of its records."""
+    """A spool file as the sender sees it. `taken` and `last` are numbers of records."""
 
     def __init__(self, file: SpoolFile) -> None:
-        """A file that is open."""
+        """`file` is open."""
         self.file = file
+        # The sender counts these itself: the file's own figures change in another thread, before the event loop knows.
         self.last, self.taken = file.last, file.discarded
 
     @property
     def untaken(self) -> bool:
-        """Whether something in it is left to take."""
+        """True if the file holds records that the sender has not taken."""
         return self.taken < self.last
 
 
 class PendingEvent:
-    """An event on its way."""
+    """An event that Kafka does not have yet."""
 
     __slots__ = (
-        "entered_at", "headers", "kept", "number", "record", "size", "source", "taken_at", "tries",
+        "entered_at", "headers", "number", "record", "size", "source", "stored", "taken_at", "tries",
     )  # fmt: skip
 
     def __init__(
-        self, record: SpoolRecord, entered_at: float, kept: asyncio.Future[None] | None
+        self, record: SpoolRecord, entered_at: float, stored: asyncio.Future[None] | None
     ) -> None:
-        """`kept` is told what becomes of it, if anybody waits."""
-        self.record, self.entered_at, self.kept = record, entered_at, kept
+        """`stored` is None for an event that was read from a spool file."""
+        self.record, self.entered_at, self.stored = record, entered_at, stored
         self.size = size_of(record)
-        self.source: SpoolSource | None = None  # if the spool has it: where, and as what
-        self.number = 0
-        self.taken_at = 0.0  # by the sender; 0: not yet
-        self.tries = 0  # alone
-        self.headers: Headers = ()  # of a trace; the spool does not keep them
+        self.source: SpoolSource | None = None  # the spool file that holds the event, if one does
+        self.number = 0  # of the record in that file
+        self.taken_at = 0.0  # loop time; 0: not taken
+        self.tries = 0  # attempts to send it alone
+        self.headers: Headers = ()  # of a trace; the spool does not store them
 
-    def answer(self, error: NotStored | None) -> None:
-        """Tell whoever waits for it."""
-        if self.kept is None or self.kept.done():
+    def resolve(self, error: NotStored | None) -> None:
+        """Complete the future. The first call counts."""
+        if self.stored is None or self.stored.done():
             return
         if error is None:
-            self.kept.set_result(None)
+            self.stored.set_result(None)
         else:
-            self.kept.set_exception(error)
-            self.kept.exception()  # or asyncio complains that nobody asked
+            self.stored.set_exception(error)
+            self.stored.exception()  # otherwise asyncio logs that the exception was never retrieved
 
 
 class SpoolSender:
-    """Takes events and hands them to the producer; it takes from memory only when no file has anything left to take."""
+    """Takes events and hands them to Kafka's producer; see the head of this file."""
 
     def __init__(
         self,
@@ -119,50 +135,49 @@ class SpoolSender:
         lost: Counter[str],
         settled: Callable[[PendingEvent], None],
     ) -> None:
-        """`settled` is called with what Kafka has, or never will; `lost` counts the latter by hook."""
+        """Call `settled` with each event that Kafka has or refuses for ever. `lost` counts the latter by hook."""
         self._producer, self._spool, self._lost, self._settled = producer, spool, lost, settled
         self.own = SpoolSource(spool.own)
-        self.sources = [*(SpoolSource(file) for file in spool.left), self.own]
-        self.queue: deque[PendingEvent] = deque()  # what waits in memory, not taken yet
-        self.connected = asyncio.Event()  # the producer is started
-        self._in_flight: OrderedDict[PendingEvent, None] = (
-            OrderedDict()
-        )  # in the order they were taken
+        self.sources = [*(SpoolSource(file) for file in spool.orphans), self.own]  # in order
+        self.queue: deque[PendingEvent] = deque()  # the memory queue: events that are not taken
+        self.connected = asyncio.Event()  # set when the producer has started
+        # Events in flight, in the order in which they were taken. Refused ones stay here until they are settled.
+        self._in_flight: OrderedDict[PendingEvent, None] = OrderedDict()
         self._in_flight_bytes = 0
-        self._unanswered = 0  # futures of the producer
-        self._refused: deque[PendingEvent] = deque()  # by Kafka, to be sent again
-        self._sending = asyncio.Lock()
+        self._unanswered = 0  # events that the producer has neither acknowledged nor refused
+        self._refused: deque[PendingEvent] = deque()  # to be sent alone
+        self._sending = asyncio.Lock()  # `close` starts `run` once more; only one may send
         self._woken = asyncio.Event()
 
     def wake(self) -> None:
-        """Something may have changed."""
+        """Let the sender look again for something to take."""
         self._woken.set()
 
     def acknowledges(self, now: float, patience_s: float) -> bool:
-        """Whether Kafka answers, and nothing in the spool is left to take."""
+        """True if Kafka acknowledges within the patience, and every spool file is taken."""
         if self._refused or not self.connected.is_set() or any(s.untaken for s in self.sources):
             return False
         first = next(iter(self._in_flight), None)
         return first is None or now - first.taken_at < patience_s
 
     def acknowledged(self, source: SpoolSource) -> int:
-        """The number up to which Kafka has all records of a file."""
+        """The number up to which all records of a file are settled, so that they can be discarded."""
         if source.taken <= source.file.discarded:
             return source.file.discarded
         first = next((each for each in self._in_flight if each.source is source), None)
         return source.taken if first is None else first.number - 1
 
     async def run(self) -> NoReturn:
-        """Until cancelled.
+        """Connect, and send until cancelled.
 
         Raises:
-            KafkaError: the producer cannot go on.
+            KafkaError: the producer cannot send any more.
         """
         async with self._sending:
             await self._connect()
             sent = 0
             while True:
-                await self._room()
+                await self._wait_for_room()
                 source = next((each for each in self.sources if each.untaken), None)
                 if source is not None:
                     await self._send_window(source)
@@ -180,39 +195,41 @@ class SpoolSender:
             try:
                 await self._producer.start()
             except (KafkaError, OSError) as error:
-                logger.warning("Kafka: %r; trying again", error)
+                logger.warning("Kafka: %r; connecting again in %g s", error, RETRY_S)
                 await self._producer.stop()
-                await asyncio.sleep(AGAIN_S)
+                await asyncio.sleep(RETRY_S)
             except asyncio.CancelledError:
                 await self._producer.stop()
                 raise
             else:
                 self.connected.set()
 
-    async def _room(self) -> None:
-        """Until the producer may have more."""
+    async def _wait_for_room(self) -> None:
+        """Settle the refused events, and wait until the producer may get one more."""
         while self._refused or self._in_flight_bytes >= IN_FLIGHT_BYTES_MAX:
             if self._refused:
-                await self._send_again()
+                await self._send_refused()
             else:
                 self._woken.clear()
                 await self._woken.wait()
 
     async def _send_window(self, source: SpoolSource) -> None:
+        """Read some records from a spool file, and send them."""
         try:
             found = await self._spool.submit(
                 source.file.read, source.taken, source.last, WINDOW_BYTES_MAX
             )
         except SpoolDown as error:
-            logger.warning("%s; trying again", error)
-            await asyncio.sleep(AGAIN_S)
+            logger.warning("%s; reading again in %g s", error, RETRY_S)
+            await asyncio.sleep(RETRY_S)
             return
-        except SpoolDamaged:  # the log says so
+        except SpoolDamaged:  # `SpoolFile` has logged it
             found = []
+        # Records that the file should hold, and does not: it was damaged, or deleted from outside.
         self._lose_through(source, found[0][0] - 1 if found else source.last)
         now = asyncio.get_running_loop().time()
         for sent, (number, record) in enumerate(found, 1):
-            await self._room()
+            await self._wait_for_room()
             entry = PendingEvent(record, now, None)
             entry.source, entry.number = source, number
             await self._send(entry)
@@ -220,16 +237,17 @@ class SpoolSender:
                 await asyncio.sleep(0)
 
     def give_up_file(self, source: SpoolSource) -> None:
-        """What it held is no longer there."""
+        """Count all untaken records of a file as lost."""
         self._lose_through(source, source.last)
 
     def _lose_through(self, source: SpoolSource, number: int) -> None:
+        """Count the untaken records up to a number as lost."""
         if number > source.taken:
             self._lost[LOST_IN_THE_SPOOL] += number - source.taken
             source.taken = number
 
     async def _send(self, entry: PendingEvent) -> None:
-        """Take one, and give it to the producer."""
+        """Take an event, and hand it to the producer."""
         entry.taken_at = asyncio.get_running_loop().time()
         if entry.source is not None:
             entry.source.taken = entry.number
@@ -242,11 +260,12 @@ class SpoolSender:
             raise
 
     def _put_back(self, entry: PendingEvent) -> None:
-        """The producer does not have it."""
+        """Undo a take: the task was cancelled before the producer had the event."""
         del self._in_flight[entry]
         self._in_flight_bytes -= entry.size
         entry.taken_at = 0.0
-        if entry.source is not None:  # by now, at least
+        # The event may come from memory and have been committed to the spool since it was taken.
+        if entry.source is not None:
             entry.source.taken = entry.number - 1
         else:
             self.queue.appendleft(entry)
@@ -259,7 +278,7 @@ class SpoolSender:
                     topic, key, value, partition, entry.headers
                 )
             except (KafkaError, AssertionError) as error:
-                if _hopeless(error, entry):
+                if _is_permanent(error, entry):
                     self._give_up(entry, error)
                     return
                 await _pause(topic, error)
@@ -276,8 +295,8 @@ class SpoolSender:
         else:
             self._settle(entry)
 
-    async def _send_again(self) -> None:
-        """Kafka refuses a whole batch for one record of it: each is tried alone, when nothing else is under way."""
+    async def _send_refused(self) -> None:
+        """Wait until the producer has answered for every event, then send each refused event alone."""
         while self._unanswered:
             self._woken.clear()
             await self._woken.wait()
@@ -292,7 +311,7 @@ class SpoolSender:
             try:
                 await (await self._producer.send(topic, key, value, partition, entry.headers))
             except (KafkaError, AssertionError) as error:
-                if _hopeless(error, entry):
+                if _is_permanent(error, entry):
                     self._give_up(entry, error)
                     return
                 await _pause(topic, error)
@@ -301,35 +320,35 @@ class SpoolSender:
                 return
 
     def _settle(self, entry: PendingEvent) -> None:
-        """The producer has done with it."""
+        """Remove an event that Kafka has, or that is given up."""
         del self._in_flight[entry]
         self._in_flight_bytes -= entry.size
         self._settled(entry)
 
     def _give_up(self, entry: PendingEvent, error: Exception) -> None:
         topic, key, value, _, hook = entry.record
-        sentence = f"Kafka will never take a record for {topic} of {len(value)} bytes, key {key!r}: {error!r}"
-        logger.error("lost: %s", sentence)
+        sentence = f"Kafka refuses a record for {topic} of {len(value)} bytes, key {key!r}, for ever: {error!r}"
+        logger.error("an event is lost: %s", sentence)
         self._lost[hook] += 1
         too_large = isinstance(error, MessageSizeTooLargeError | RecordListTooLargeError)
-        entry.answer(NotStored("too_large" if too_large else "refused", sentence))
+        entry.resolve(NotStored("too_large" if too_large else "refused", sentence))
         self._settle(entry)
 
 
-def _hopeless(error: Exception, entry: PendingEvent) -> bool:
-    """Whether Kafka would refuse the record for ever.
+def _is_permanent(error: Exception, entry: PendingEvent) -> bool:
+    """True if Kafka would refuse the record at every attempt.
 
     Raises:
-        KafkaError: the producer would never send anything again.
+        KafkaError: the producer would refuse every record from now on.
     """
     if type(error) is KafkaError or isinstance(error, ProducerClosed | ProducerFenced):
         raise error
     if isinstance(error, UnknownError):
         return entry.tries >= UNKNOWN_ERROR_TRIES_MAX
     # aiokafka asserts that the topic has the partition.
-    return isinstance(error, (*RECORDS_FAULT, AssertionError))
+    return isinstance(error, (*PERMANENT_ERRORS, AssertionError))
 
 
 async def _pause(topic: str, error: Exception) -> None:
-    logger.warning("Kafka: %r for %s; trying again", error, topic)
-    await asyncio.sleep(AGAIN_S)
+    logger.warning("Kafka: %r for %s; sending again in %g s", error, topic, RETRY_S)
+    await asyncio.sleep(RETRY_S)

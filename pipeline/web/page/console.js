@@ -1,4 +1,4 @@
-// A client of the broker, by MQTT.js: it connects, subscribes, publishes, and shows what comes.
+// The console: an MQTT client (MQTT.js) that connects, subscribes, publishes, and shows the messages it gets.
 
 import { button, fill, isolated, time } from "./tables.js";
 
@@ -16,11 +16,11 @@ function say(text) {
   element("console-state").textContent = text;
 }
 
-function enable(connected) {
+function setConnected(connected) {
   for (const id of ["subscribe-form", "publish-form"]) element(id).querySelector("fieldset").disabled = !connected;
 }
 
-function opened(open) {
+function setOpen(open) {
   for (const id of ["console-client", "console-user", "console-password", "console-clean", "console-connect"]) {
     element(id).disabled = open;
   }
@@ -29,7 +29,7 @@ function opened(open) {
 
 addEventListener("broker", (event) => {
   url = event.detail;
-  element("console-url").textContent = url ?? "nothing: set [web] mqtt_url";
+  element("console-url").textContent = url ?? "none: set [web] mqtt_url";
   element("console-connect").disabled = url === null;
 });
 
@@ -46,19 +46,19 @@ element("connect-form").addEventListener("submit", (event) => {
     clean: element("console-clean").checked,
     protocolVersion: 4,
     reconnectPeriod: RECONNECT_MS,
-    timerVariant: "native", // the other kind is a worker made of text, which this page forbids
+    timerVariant: "native", // the default is a worker made from text, which our Content-Security-Policy forbids
   });
   client = mine;
-  opened(true);
+  setOpen(true);
   say("connecting");
   mine.on("connect", (answer) => {
-    enable(true);
-    say(`connected as ${name}${answer.sessionPresent ? ", with the session that was there" : ""}`);
+    setConnected(true);
+    say(`connected as ${name}${answer.sessionPresent ? "; the broker has kept its session" : ""}`);
   });
-  mine.on("reconnect", () => say("connecting again"));
+  mine.on("reconnect", () => say("reconnecting"));
   mine.on("close", () => {
-    enable(false);
-    if (client === mine) say("the connection is closed; connecting again soon");
+    setConnected(false);
+    if (client === mine) say("the connection is closed; the console will reconnect");
   });
   mine.on("error", (error) => say(`error: ${error.message}`));
   mine.on("message", (topic, payload, packet) => received(topic, payload, packet));
@@ -68,8 +68,8 @@ element("console-disconnect").addEventListener("click", () => {
   const gone = client;
   client = null;
   gone.end();
-  enable(false);
-  opened(false);
+  setConnected(false);
+  setOpen(false);
   element("subscriptions").replaceChildren();
   say("not connected");
 });
@@ -79,17 +79,17 @@ element("subscribe-form").addEventListener("submit", (event) => {
   const filter = element("subscribe-filter").value;
   const qos = Number(element("subscribe-qos").value);
   client.subscribe(filter, { qos }, (error, granted) => {
-    const refused = error?.message ?? (granted?.some((each) => each.qos > 2) ? "the broker refuses it" : null);
+    const refused = error?.message ?? (granted?.some((each) => each.qos > 2) ? "the broker refused the subscription" : null);
     if (refused) {
       say(`${filter}: ${refused}`);
       return;
     }
     say(`subscribed to ${filter}, QoS ${qos}`);
-    listed(filter, qos);
+    list(filter, qos);
   });
 });
 
-function listed(filter, qos) {
+function list(filter, qos) {
   for (const old of element("subscriptions").children) if (old.filter === filter) old.remove();
   const item = document.createElement("li");
   item.filter = filter;
@@ -125,12 +125,12 @@ function received(topic, payload, packet) {
   show();
 }
 
-/** The payload as text, or as hexadecimal digits if it is none. */
+/** The payload as text, or as hexadecimal digits if it is no UTF-8. */
 function read(payload) {
   const part = payload.subarray(0, PAYLOAD_MAX);
-  const rest = payload.length > part.length ? ` … ${payload.length} bytes in all` : "";
+  const rest = payload.length > part.length ? ` … ${payload.length} bytes in total` : "";
   try {
-    // What is cut may end within a character.
+    // A cut payload may end within a character: `stream` accepts that.
     return new TextDecoder("utf-8", { fatal: true }).decode(part, { stream: rest !== "" }) + rest;
   } catch {
     return Array.from(part, (byte) => byte.toString(16).padStart(2, "0")).join(" ") + rest;

@@ -1,15 +1,18 @@
-// Asks the API again and again for what the view in the address bar shows.
+// Polls the API for the panels of the view in the address bar, while the tab is visible.
+//
+// A panel is a section with a URL and a function that shows the answer. An answer that comes after the panel's URL has
+// changed is dropped. After an error the last answer stays, marked as stale, below the error.
 
 import { age, buttons, count, fill, shownOf, time, topicLink } from "./tables.js";
 
-const EVERY_MS = 2000; // between the looks of a panel
-const ANSWER_MS = 60000; // longer than Redis and Kafka may be silent
+const POLL_MS = 2000; // pause between two requests of a panel
+const ANSWER_MS = 60000; // longer than the server's own limits for Redis and Kafka
 const VIEWS = ["overview", "topic", "clients", "dead-letters", "console"];
 const NUMBER = "number";
 
-let token = null; // the operator's: only in memory, gone with the page
-let part = ""; // of the client ids that are wanted
-let waking = []; // who waits for the next look
+let token = null; // the operator's: only in memory, so it ends with the page
+let part = ""; // the part that the listed client ids contain
+let sleepers = []; // functions that end a pause early
 
 const element = (id) => document.getElementById(id);
 const chosen = () => {
@@ -21,11 +24,11 @@ function decoded(text) {
   try {
     return decodeURIComponent(text);
   } catch {
-    return text; // somebody typed it
+    return text; // typed by hand, and not percent-encoded
   }
 }
 
-// -- panels: what is asked, and how the answer is shown
+// -- panels: the URL of each, and how its answer is shown
 
 const panels = [
   { section: element("agents"), url: () => "/api/agents", show: showAgents },
@@ -97,17 +100,17 @@ function showClients(section, found) {
 function showDeadLetters(section, found) {
   fill(section.querySelector("table"), found.dead_letters, (each) => `${each.agent} ${each.message_id}`, (each) => [
     each.message_id, topicLink(each.topic), time(each.at), each.deliveries, each.reason,
-    each.subscribers.join("\n"), acts(each),
+    each.subscribers.join("\n"), actions(each),
   ], ["text", "text", "text", NUMBER]);
   note(section, [shownOf(found.dead_letters.length, found.total, "dead letter")]);
 }
 
-function acts(letter) {
+function actions(deadLetter) {
   if (token === null) return "";
-  if (!letter.carried_out) return "its topic has no delivery rule";
-  const about = letter.message_id;
+  if (!deadLetter.carried_out) return "its topic has no delivery rule";
+  const about = deadLetter.message_id;
   return buttons(
-    "acts",
+    "actions",
     ["Requeue", about, (pressed) => order("requeue", about, pressed)],
     ["Drop", about, (pressed) => confirm(`Drop ${about}, with its message?`) && order("drop", about, pressed)],
   );
@@ -119,7 +122,7 @@ function note(section, lines) {
   if (place.textContent !== text) place.textContent = text;
 }
 
-// -- looking
+// -- requests
 
 async function ask(path, options = {}) {
   let answer;
@@ -127,39 +130,39 @@ async function ask(path, options = {}) {
     answer = await fetch(path, { cache: "no-store", signal: AbortSignal.timeout(ANSWER_MS), ...options });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Error("Millpond’s web page does not answer: it is asked again");
+    throw new Error("Millpond’s web server does not answer; the page keeps trying");
   }
   if (answer.status === 204) return null;
-  const said = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw Object.assign(new Error(said.error ?? `HTTP ${answer.status}`), { status: answer.status });
-  return said;
+  const body = await answer.json().catch(() => ({}));
+  if (!answer.ok) throw Object.assign(new Error(body.error ?? `HTTP ${answer.status}`), { status: answer.status });
+  return body;
 }
 
 async function follow(panel) {
   for (;;) {
-    if (panel.section.dataset.view === chosen()[0] && !document.hidden) await look(panel);
+    if (panel.section.dataset.view === chosen()[0] && !document.hidden) await update(panel);
     await pause();
   }
 }
 
-async function look(panel) {
+async function update(panel) {
   const url = panel.url();
   let found;
   try {
     found = await ask(url);
   } catch (error) {
     if (url !== panel.url()) return;
-    if (error.status === 404) forget(panel.section); // it is gone, which is no outage
-    trouble(panel.section, error.message);
+    if (error.status === 404) clear(panel.section); // the topic is gone: its last facts are wrong now
+    setError(panel.section, error.message);
     return;
   }
-  if (url !== panel.url()) return; // something else is wanted by now
+  if (url !== panel.url()) return; // the user has chosen something else meanwhile
   panel.show(panel.section, found);
-  trouble(panel.section, null);
+  setError(panel.section, null);
   element("updated").textContent = `Live. Last answer at ${time(found.at)}.`;
 }
 
-function forget(section) {
+function clear(section) {
   for (const table of section.querySelectorAll("table")) {
     fill(table, [], String, () => []);
     table.hidden = table.caption !== null;
@@ -167,35 +170,36 @@ function forget(section) {
   note(section, []);
 }
 
-/** Say what is wrong, once; or that nothing is. What was known before stays to be read. */
-function trouble(section, text) {
+/** Show an error, or none for null. The last answer stays readable. */
+function setError(section, text) {
+  // Setting the same text again would make screen readers repeat it.
   const place = section.querySelector(".error");
   if (place.textContent !== (text ?? "")) place.textContent = text ?? "";
   place.hidden = text === null;
   section.classList.toggle("stale", text !== null);
-  if (text !== null) element("updated").textContent = "Not all could be answered; it is asked again every few seconds.";
+  if (text !== null) element("updated").textContent = "A request failed. The page tries again every two seconds.";
 }
 
 function pause() {
   return new Promise((resolve) => {
-    const timer = setTimeout(resolve, EVERY_MS);
-    waking.push(() => {
+    const timer = setTimeout(resolve, POLL_MS);
+    sleepers.push(() => {
       clearTimeout(timer);
       resolve();
     });
-    if (waking.length > 10 * panels.length) waking = waking.slice(-panels.length);
+    if (sleepers.length > 10 * panels.length) sleepers = sleepers.slice(-panels.length);
   });
 }
 
 function wake() {
-  const all = waking;
-  waking = [];
+  const all = sleepers;
+  sleepers = [];
   all.forEach((each) => each());
 }
 
 // -- the view
 
-function turn() {
+function showView() {
   const [view, name] = chosen();
   for (const section of document.querySelectorAll("main > section")) {
     section.hidden = section.dataset.view !== view;
@@ -207,16 +211,16 @@ function turn() {
   const heading = element("topic-title").querySelector("bdi");
   if (view === "topic" && heading.textContent !== name) {
     heading.textContent = name;
-    forget(element("topic"));
-    trouble(element("topic"), null);
+    clear(element("topic"));
+    setError(element("topic"), null);
   }
   document.title = `${view === "topic" ? name : view} – Millpond`;
   wake();
 }
 
-// -- what an operator does
+// -- orders of an operator
 
-function say(text) {
+function setStatus(text) {
   element("operator-state").textContent = text;
 }
 
@@ -228,9 +232,9 @@ async function order(what, id, pressed) {
   pressed.disabled = true;
   try {
     await asOperator(`/api/dead-letters/${what}`, token, JSON.stringify({ message_ids: [id] }));
-    say(`${id} is to be ${what === "drop" ? "dropped" : "requeued"}: its agent carries it out when it reads the order`);
+    setStatus(`${id} will be ${what === "drop" ? "dropped" : "requeued"} when its agent reads the order`);
   } catch (error) {
-    say(`${what} of ${id}: ${error.message}`);
+    setStatus(`${what} of ${id}: ${error.message}`);
     pressed.disabled = false;
   }
   wake();
@@ -245,10 +249,10 @@ element("operator-form").addEventListener("submit", async (event) => {
     await asOperator("/api/operator", tried);
     token = tried;
     element("operator-form").hidden = true;
-    say("unlocked until this page is closed or loaded again");
+    setStatus("unlocked until this page is closed or reloaded");
     wake();
   } catch (error) {
-    say(error.message);
+    setStatus(error.message);
   }
 });
 
@@ -263,14 +267,14 @@ element("client-form").addEventListener("submit", (event) => {
   wake();
 });
 
-/** What does not change while the server runs. */
+/** Load what does not change while the server runs. */
 async function begin() {
   for (;;) {
     try {
       const about = await ask("/api/web");
       element("app").textContent = about.app;
       element("operator-form").hidden = !about.operator || token !== null;
-      if (!about.operator) say("read-only: set [web] token_file to requeue and drop");
+      if (!about.operator) setStatus("read-only: set [web] token_file to allow requeue and drop");
       dispatchEvent(new CustomEvent("broker", { detail: about.mqtt_url }));
       return;
     } catch {
@@ -280,15 +284,15 @@ async function begin() {
 }
 
 document.querySelector(".skip").addEventListener("click", (event) => {
-  event.preventDefault(); // the address bar names the view
+  event.preventDefault(); // #main in the address bar would change the view
   element("main").focus();
 });
 addEventListener("hashchange", () => {
-  turn();
+  showView();
   element("main").focus({ preventScroll: true });
   scrollTo(0, 0);
 });
 document.addEventListener("visibilitychange", wake);
-turn();
+showView();
 addEventListener("load", begin);
 panels.forEach(follow);

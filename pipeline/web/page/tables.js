@@ -1,11 +1,13 @@
-// Tables that are filled anew without losing the keyboard's focus. All that is shown is put in as text, never as markup.
+// Tables that are updated in place, so that the keyboard's focus stays. Values are set as text, never as markup.
 
-const kept = new WeakMap(); // of a table's body: its rows by their key
+const rowsOf = new WeakMap(); // table body → its rows by key
 
-/** Make the body's rows those of the items: `cells(item)` are texts, numbers or nodes, made anew only if they differ. */
+/** Show one row for each item. `cells(item)` are texts, numbers, or objects with `mark` and `nodes()`: see below.
+ * A cell is replaced only if its text or mark has changed.
+ */
 export function fill(table, items, key, cells, classes = []) {
   const body = table.tBodies[0];
-  const before = kept.get(body) ?? new Map();
+  const before = rowsOf.get(body) ?? new Map();
   const after = new Map();
   items.forEach((item, place) => {
     const row = before.get(key(item)) ?? document.createElement("tr");
@@ -14,7 +16,7 @@ export function fill(table, items, key, cells, classes = []) {
     if (body.rows[place] !== row) body.insertBefore(row, body.rows[place] ?? null);
   });
   while (body.rows.length > items.length) body.lastElementChild.remove();
-  kept.set(body, after);
+  rowsOf.set(body, after);
 }
 
 function show(row, at, value, kind) {
@@ -29,7 +31,7 @@ function show(row, at, value, kind) {
   else cell.replaceChildren(isolated(mark));
 }
 
-/** A text whose writing direction is its own affair. */
+/** A text whose writing direction does not affect its surroundings. */
 export function isolated(text) {
   const element = document.createElement("bdi");
   element.textContent = text;
@@ -49,7 +51,7 @@ export function topicLink(topic) {
   };
 }
 
-/** A cell with buttons: [label, what it is about, what it does]. */
+/** A cell with buttons: [label, the thing it is about, the function it calls]. */
 export function buttons(mark, ...each) {
   return {
     mark,
@@ -66,7 +68,7 @@ export function button(label, about, act) {
   return element;
 }
 
-/** How long, in the largest unit that tells enough. */
+/** A duration, in the largest unit of which there are at least two. */
 export function age(ms) {
   const seconds = Math.max(ms, 0) / 1000;
   for (const [unit, length] of [["d", 86400], ["h", 3600], ["min", 60]]) {
@@ -83,7 +85,7 @@ export function count(number, thing) {
   return `${number || "no"} ${thing}${number === 1 ? "" : "s"}`;
 }
 
-/** Say how much of a list is shown. */
+/** The length of a list: `3 topics`, or `3 of 9 topics` if it is cut. */
 export function shownOf(shown, total, thing) {
   return shown < total ? `${shown} of ${count(total, thing)}` : count(total, thing);
 }

@@ -1,8 +1,7 @@
-"""A double of an EMQX 5.5, as far as a bridge sees one: sessions, routing, hooks and what REST answers rest on.
+"""A double of EMQX 5.5, as far as a bridge can see: sessions, routing, hooks, and the state behind the REST API.
 
-EMQX itself cannot run here. What it does was seen on a real one; tests connect clients without MQTT in between. The
-hooks go to whoever is given as `hooks` (`tests.support.emqx.hooks` calls a bridge by gRPC), REST is served by
-`tests.support.emqx.rest`.
+EMQX itself cannot run in the tests. The double does what was seen on a real EMQX. Tests connect clients without MQTT.
+`tests.support.emqx.hooks` calls a bridge by gRPC, and `tests.support.emqx.rest` serves the REST API.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _sequence = itertools.count(1)
 
 @dataclass(frozen=True)
 class Message:
-    """As the broker holds it."""
+    """A message in the broker."""
 
     id: str
     topic: str
@@ -52,25 +51,25 @@ class Message:
 
 
 def message_id() -> str:
-    """In time order as text."""
+    """A new message id. Ids sort by time as text."""
     return f"{time.time_ns() // 1000:016X}F443{next(_sequence):012X}"
 
 
 class Hooks(Protocol):
-    """What a provider is told, or asked. Every call is waited for, as the broker's client does."""
+    """The calls to a provider. The broker waits for the answer of each before the client's next packet."""
 
     async def client(self, name: str, client: Client, **what: Any) -> None:
-        """`ClientConnected`, `SessionSubscribed`, and so on."""
+        """Call `ClientConnected`, `SessionSubscribed`, and so on."""
 
     async def publish(self, message: Message) -> Message | None:
-        """The message as it is to be routed; None if it is not."""
+        """Call `MessagePublish`. Returns the message to route, or None to drop it."""
 
     async def received(self, name: str, client: Client, message: Message) -> None:
-        """`MessageDelivered` or `MessageAcked`."""
+        """Call `MessageDelivered` or `MessageAcked`."""
 
 
 class NoHooks:
-    """Nobody is asked."""
+    """No provider."""
 
     async def client(self, name: str, client: Client, **what: Any) -> None:
         pass
@@ -84,7 +83,7 @@ class NoHooks:
 
 @dataclass
 class Session:
-    """What outlives a connection: subscriptions, with the mountpoint, and what is not acknowledged."""
+    """The state that outlives a connection: subscriptions with mountpoint, and unacknowledged messages."""
 
     client_id: str
     client: Client | None = None
@@ -95,7 +94,7 @@ class Session:
 
 
 class Client:
-    """One connection, and how a test uses it."""
+    """One connection."""
 
     def __init__(
         self, emqx: Emqx, client_id: str, listener: str, clean_start: bool, expiry_s: int,
@@ -113,7 +112,7 @@ class Client:
         self._working = asyncio.create_task(self._work())
 
     async def _work(self) -> None:
-        """As the client's process in the broker: one thing after the other, each with its hooks."""
+        """Do one thing after the other, each with its hooks, like the client's process in EMQX."""
         while True:
             await (await self._calls.get())()
             self._calls.task_done()
@@ -145,7 +144,7 @@ class Client:
         self, topic: str, payload: bytes | str = b"", qos: int = 1, *, retain: bool = False,
         expiry_s: int | None = None,
     ) -> int:  # fmt: skip
-        """The reason code of its PUBACK."""
+        """Publish. Returns the reason code of the PUBACK."""
         data = payload.encode() if isinstance(payload, str) else payload
         at = now_ms()
         message = Message(
@@ -163,11 +162,11 @@ class Client:
         await self._now(lambda: self.emqx.disconnect(self, reason))
 
     async def settle(self) -> None:
-        """Whatever was on its way to it has come."""
+        """Wait until everything on its way to the client has arrived."""
         await self._calls.join()
 
     async def until_received(self, count: int) -> list[Message]:
-        """The copies: this many, and no more."""
+        """Wait for exactly so many copies."""
 
         async def enough() -> bool:
             return len(self.received) >= count
@@ -185,7 +184,7 @@ class Client:
 
 
 class Emqx:
-    """One broker; `nodes` is what REST says of its cluster."""
+    """One broker. `nodes` is the cluster as REST lists it."""
 
     def __init__(self, hooks: Hooks | None = None, mountpoint: str | None = MOUNTPOINT) -> None:
         self.hooks: Hooks = hooks or NoHooks()
@@ -196,7 +195,9 @@ class Emqx:
         self.retained: dict[str, Message] = {}
         self.clients: list[Client] = []
         self._turn = itertools.count()  # of shared subscriptions
-        self._routes: dict[str, list[tuple[Session, str, int]]] = {}  # topic → who holds what
+        self._routes: dict[
+            str, list[tuple[Session, str, int]]
+        ] = {}  # topic → matching subscriptions
 
     def stop(self) -> None:
         for client in self.clients:
@@ -236,7 +237,7 @@ class Emqx:
         return client
 
     def last(self, client_id: str) -> Client:
-        """Its newest connection, which may be over."""
+        """A client's newest connection, which may be closed."""
         return [client for client in self.clients if client.client_id == client_id][-1]
 
     async def disconnect(self, client: Client, reason: str) -> None:
@@ -276,7 +277,7 @@ class Emqx:
     # -- messages
 
     async def publish(self, message: Message) -> bool:
-        """Whether anybody gets it. It is retained before the hook is asked, as it was published."""
+        """Publish. True if a subscription matches. EMQX retains the unchanged message before it calls the hook."""
         if message.retain:
             if message.payload:
                 self.retained[message.topic] = message
@@ -301,7 +302,7 @@ class Emqx:
         return routed
 
     def _matching(self, topic: str) -> list[tuple[Session, str, int]]:
-        """Remembered as long as no subscription changes."""
+        """The matching subscriptions, cached until one changes."""
         if topic not in self._routes:
             self._routes[topic] = [
                 (session, held, options["qos"])
@@ -312,7 +313,7 @@ class Emqx:
         return self._routes[topic]
 
     def changed(self) -> None:
-        """Sessions or subscriptions did: whoever changes them says so."""
+        """Clear the cache of routes. Call it after every change of sessions or subscriptions."""
         self._routes.clear()
 
     def _hand(self, session: Session, message: Message) -> None:
@@ -324,7 +325,7 @@ class Emqx:
             session.client.soon(lambda: self._pump(session))
 
     async def _pump(self, session: Session) -> None:
-        """What the window has room for goes to the client."""
+        """Send queued messages to the client, as far as its window has room."""
         while session.client is not None and session.queue and len(session.inflight) < INFLIGHT_MAX:
             client, message = session.client, session.queue.popleft()
             if message.expired:
@@ -347,7 +348,7 @@ class Emqx:
     # -- what tests look at
 
     def held(self, client_id: str) -> int:
-        """Copies that the broker holds for a client, un-acked or waiting."""
+        """The number of messages that the broker holds for a client, unacknowledged or queued."""
         session = self.sessions[client_id]
         return len(session.inflight) + len(session.queue)
 

@@ -1,4 +1,4 @@
-"""The hooks of the EMQX double, called by gRPC as a broker does: a pool of connections, a client's calls on one."""
+"""The hooks of the EMQX double through gRPC, like EMQX: a pool of connections, all calls of a client on one of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.workers import until
 
 POOL_SIZE = 8
 REQUEST_TIMEOUT_S = 5.0
-# The names of hooks, as a provider registers them, of the calls.
+# The hook of each call, as a provider registers it.
 HOOKS = {
     "OnClientConnected": "client.connected", "OnClientDisconnected": "client.disconnected",
     "OnSessionCreated": "session.created", "OnSessionResumed": "session.resumed",
@@ -34,7 +34,7 @@ HOOKS = {
 
 
 class GrpcHooks:
-    """Calls whoever listens at a port. A call without an answer is as if nobody had been asked."""
+    """Calls the provider at a port. A call without an answer counts as a success, as in EMQX."""
 
     def __init__(self, port: int, version: Version = "v2", started_at: int = 0) -> None:
         self._version: Version = version
@@ -55,7 +55,7 @@ class GrpcHooks:
         self.unanswered: Counter[str] = Counter()
 
     async def load(self) -> None:
-        """Ask which hooks to call; the provider may be starting."""
+        """Ask which hooks to call. Retries while the provider starts."""
 
         async def answered() -> bool:
             request = pb.ProviderLoadedRequest(meta=pb.RequestMeta(node=NODE, version="5.5.1"))
@@ -68,7 +68,7 @@ class GrpcHooks:
         await until(answered, "a provider of hooks")
 
     async def connected(self) -> None:
-        """Every connection is there, or there again."""
+        """Wait until every connection is open."""
         for channel in self._channels:
             await channel.channel_ready()
 
@@ -148,7 +148,7 @@ def _told(message: Message) -> pb.Message:
 
 @contextlib.asynccontextmanager
 async def calling(port: int, version: Version = "v2") -> AsyncIterator[GrpcHooks]:
-    """A broker's connections to a provider."""
+    """The connections of a broker to a provider."""
     hooks = GrpcHooks(port, version)
     try:
         yield hooks

@@ -1,4 +1,4 @@
-"""The REST API of the EMQX double (`/api/v5`), with every answer that EMQX's documents name, and faults on demand."""
+"""The REST API of the EMQX double (`/api/v5`): every documented answer, and faults on demand."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ NOT_FOUND = {"code": "CLIENTID_NOT_FOUND", "message": "Client ID not found"}
 
 @dataclass
 class Fault:
-    """What happens to the next requests whose path begins so, instead of an answer.
+    """A fault of the next requests whose path begins with `path`.
 
-    `lost`: it is done, and the connection is cut; `cut`: it is not; `hang`: no answer; a number: that status.
+    `lost`: EMQX does what is requested, and the connection is cut. `cut`: EMQX does nothing, and the connection is cut.
+    `hang`: no answer. A number: an answer with that status.
     """
 
     path: str
@@ -39,18 +40,17 @@ class Fault:
 
 
 class EmqxRest:
-    """Serves one broker on a free port; stopped and started at the same one."""
+    """Serves one broker on a free port. It can be stopped and started again at the same port."""
 
     def __init__(self, emqx: Emqx) -> None:
         self.emqx, self.port = emqx, free_port()
         self.url = f"http://{HOST}:{self.port}"
         self.key = f"{KEY}:{SECRET}"
         self.faults: list[Fault] = []
-        self.bulks: list[list[dict[str, Any]]] = []  # what was asked to be published
+        self.bulks: list[list[dict[str, Any]]] = []  # the bulk publishes
         self.asked: list[str] = []  # method and path of each request
-        self.undelivered: set[bytes] = (
-            set()
-        )  # payloads that a subscriber matches, and does not get (503)
+        # Payloads that match a subscriber, but cannot be handed over (503).
+        self.undelivered: set[bytes] = set()
         self._runner: web.AppRunner | None = None
 
     # -- stopped and started
@@ -72,7 +72,7 @@ class EmqxRest:
         await web.TCPSite(self._runner, HOST, self.port, reuse_address=True).start()
 
     async def stop(self) -> None:
-        """Connections are refused from now on."""
+        """Refuse connections from now on."""
         if self._runner is not None:
             for fault in self.faults:
                 fault.released.set()

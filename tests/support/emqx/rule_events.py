@@ -1,4 +1,4 @@
-"""The bridge that reads EMQX's rule events under test: a real process, and what EMQX would write to a real Kafka."""
+"""The bridge `emqx-kafka` under test as a real process, and the rule events that EMQX would write to a real Kafka."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FIRST_MS = 1_700_000_000_000
 
 
 def publish(number: int, topic: str = "t/a", **fields: Any) -> dict[str, Any]:
-    """A rule's `message.publish`, as the SQL of the README gives it."""
+    """A rule's `message.publish`, as the documented SQL writes it."""
     return {
         "event": "message.publish", "id": f"{number:032X}", "clientid": "c_pub",
         "username": "undefined", "payload": f"{number}", "payload_b64": base64_text(number),
@@ -99,7 +99,7 @@ async def make_sources(bootstrap: str, *names: str) -> None:
 
 
 class Emqx:
-    """The Kafka side of an EMQX: what its sinks write."""
+    """An EMQX, as far as its sinks write to Kafka."""
 
     def __init__(self, bootstrap: str) -> None:
         self.producer = AIOKafkaProducer(bootstrap_servers=bootstrap, max_request_size=4 << 20)
@@ -119,12 +119,12 @@ class Emqx:
 @contextlib.asynccontextmanager
 async def emqx(bootstrap: str) -> AsyncIterator[Emqx]:
     """An EMQX that writes."""
-    told = Emqx(bootstrap)
-    await told.producer.start()
+    broker = Emqx(bootstrap)
+    await broker.producer.start()
     try:
-        yield told
+        yield broker
     finally:
-        await told.producer.stop()
+        await broker.producer.stop()
 
 
 class KafkaBridge:
@@ -165,7 +165,7 @@ class KafkaBridge:
         return self
 
     async def until_committed(self, *sources: str) -> None:
-        """All that is in the sources is done."""
+        """Wait until the bridge has committed all source records."""
         consumer = AIOKafkaConsumer(
             bootstrap_servers=self.bootstrap, group_id=rule_events_group_id(self.app),
             enable_auto_commit=False,

@@ -1,4 +1,4 @@
-"""An EMQX double with REST, and the parts of a bridge that ask it, without Kafka and gRPC."""
+"""The EMQX double with its REST API, and the parts of a bridge that send requests to it, without Kafka and gRPC."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from typing import Any
 from millpond.pipeline.brokers.commands.deliveries import Deliveries
 from millpond.pipeline.brokers.commands.pending import PendingCommand
 from millpond.pipeline.brokers.commands.reports import Reports
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic
+from millpond.pipeline.brokers.emqx.copy_topic import CopyTopic
 from millpond.pipeline.brokers.emqx.delivery.sender import BulkSender
 from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint
 from millpond.pipeline.brokers.emqx.rest.client import RestClient
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.settings import BridgeSettings
-from millpond.pipeline.telemetry.tracing import Headers
 from millpond.schemas.commands import Command, Deliver, Subscribe, Unsubscribe
-from millpond.schemas.events import DeliveriesSent, DeliveryFailed, Event, MessageAcked
+from millpond.schemas.events import DeliveriesSent, DeliveryFailed, MessageAcked
 from millpond.schemas.leases import LeaseName
 from tests.support.emqx.broker import MOUNTPOINT, NODE, Client, Emqx, Message, NoHooks
 from tests.support.emqx.rest import SECRET, EmqxRest
@@ -29,57 +28,29 @@ from tests.support.workers import until
 RETURNING = CopyTopic(SECRET)
 
 
-class Recorder:
-    """Keeps events in memory, as an inlet or for reports."""
+class ReportsInMemory:
+    """An `EventSink` that stores the events of reports in memory."""
 
     node = NODE
 
     def __init__(self) -> None:
-        self.events: list[Event] = []
-        self.partitions: list[int | None] = []
-        self.refusal: Exception | None = None
+        self.events: list[DeliveriesSent | DeliveryFailed | MessageAcked] = []
 
     async def enter(
         self, event: DeliveriesSent | DeliveryFailed | MessageAcked, partition: int | None = None
     ) -> asyncio.Future[Any]:
-        return self._keep(event, partition)
-
-    def _keep(self, event: Event, partition: int | None) -> asyncio.Future[Any]:
-        kept: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        if self.refusal is not None:
-            kept.set_exception(self.refusal)
-        else:
-            self.events.append(event)
-            self.partitions.append(partition)
-            kept.set_result(None)
-        return kept
-
-
-class Inlet(Recorder):
-    """The same, entered as into an inlet."""
-
-    complaint = None
-
-    def enter(  # type: ignore[override]  # the two protocols differ
-        self,
-        topic: str,
-        event: Event,
-        partition: int | None = None,
-        *,
-        hook: str,
-        headers: Headers = (),
-    ) -> asyncio.Future[None]:
-        assert topic.startswith("mqtt.")
-        assert hook
-        return self._keep(event, partition)
+        stored: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.events.append(event)
+        stored.set_result(None)
+        return stored
 
 
 class Provider(NoHooks):
-    """Knows copies on their way back, and tells the sender who acknowledged."""
+    """Routes copies like the bridge's hooks, and passes acknowledgements on to the sender."""
 
     def __init__(self, copy_topic: CopyTopic) -> None:
         self.sender: BulkSender | None = None
-        self.returned: list[str] = []  # message ids of copies, in the order in which they came
+        self.returned: list[str] = []  # message ids of the copies, in the order of their publishes
         self._copy_topic = copy_topic
 
     async def publish(self, message: Message) -> Message | None:
@@ -101,11 +72,11 @@ class Provider(NoHooks):
 
 
 class Scene:
-    """All of it."""
+    """A broker, its REST API, a sender, and what the sender reports."""
 
     def __init__(self, emqx: Emqx, server: EmqxRest, rest: RestClient, mounted: bool) -> None:
         self.emqx, self.server, self.rest = emqx, server, rest
-        self.event_producer = Recorder()
+        self.event_producer = ReportsInMemory()
         self.reports = Reports(self.event_producer)
         mountpoint = Mountpoint(MOUNTPOINT) if mounted else None
         deliveries = Deliveries(NODE, self.reports)
@@ -128,7 +99,7 @@ class Scene:
     async def deliver(
         self, client: str, *numbers: int, valid_for_s: float = 60, **fields: Any
     ) -> None:
-        """Copies `numbers` for a client; each payload is its number."""
+        """Command the delivery of copies to a client. Each payload is the copy's number."""
         for number in numbers:
             values: dict[str, Any] = {
                 "lease": str(LeaseName("queue", 0, number)), "epoch": 1, "valid_for_s": 60,
@@ -146,10 +117,10 @@ class Scene:
     async def unsubscribe(self, client: str, *topic_filters: str, **how: Any) -> None:
         await self.take(Unsubscribe(client_id=client, topic_filters=topic_filters), **how)
 
-    # -- what came of them
+    # -- results
 
     async def until_done(self, *numbers: int) -> None:
-        """These commands are finished, and no others."""
+        """Wait until exactly these commands are finished."""
 
         async def finished() -> bool:
             return len(self.done) >= len(numbers)
@@ -158,7 +129,7 @@ class Scene:
         assert sorted(self.done) == sorted(numbers)
 
     def failed(self, reason: str) -> list[str]:
-        """The message ids of the copies that failed so."""
+        """The message ids of the copies that failed with this reason."""
         return [
             event.message_id
             for event in self.event_producer.events
@@ -186,7 +157,7 @@ def settings_for(
 
 @contextlib.asynccontextmanager
 async def asking(server: EmqxRest, directory: Path, **fields: Any) -> AsyncIterator[RestClient]:
-    """A client of a REST API."""
+    """A REST client."""
     rest = RestClient(settings_for(server, directory, **fields))
     await rest.start()
     try:
@@ -197,7 +168,7 @@ async def asking(server: EmqxRest, directory: Path, **fields: Any) -> AsyncItera
 
 @contextlib.asynccontextmanager
 async def playing(directory: Path, *, mounted: bool = True) -> AsyncIterator[Scene]:
-    """A broker, its REST API, and a sender at work."""
+    """A scene whose sender runs."""
     provider = Provider(RETURNING)
     emqx = Emqx(provider)
     server = EmqxRest(emqx)

@@ -1,4 +1,4 @@
-"""An EMQX's side of ExHook for tests: its requests, the trace of a real one, and what is kept of them."""
+"""EMQX's side of ExHook for tests: its requests, the trace of a real EMQX, and doubles of what is behind the hooks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from millpond.pipeline.brokers.emqx.exhook import exhook_pb2 as pb
+from millpond.pipeline.brokers.emqx.exhook.calls import CallListener
 from millpond.pipeline.brokers.emqx.exhook.hooks import Version
 from millpond.pipeline.brokers.emqx.exhook.server import service_name
-from millpond.schemas.errors import MillpondError
+from millpond.pipeline.brokers.spool.durable_producer import DurableProducer, NotStored
+from millpond.pipeline.telemetry.tracing import Headers
 from millpond.schemas.events import Event, MessagePublished
 
 TRACE: Final = Path(__file__).parents[2] / "fixtures" / "emqx-5.5.1-exhook.jsonl"
@@ -35,19 +37,19 @@ class Call(NamedTuple):
 def trace() -> Iterator[Call]:
     """Every call of one session of a real EMQX 5.5.1, in order."""
     for line in TRACE.read_text().splitlines():
-        told = json.loads(line)
-        yield Call(told["seq"], told["call"], parsed(told["call"], told["req"]))
+        call = json.loads(line)
+        yield Call(call["seq"], call["call"], parsed(call["call"], call["req"]))
 
 
 def parsed(name: str, request: dict[str, Any]) -> Message:
-    """A request that is written as JSON."""
+    """Parse a request that is written as JSON."""
     kind = getattr(pb, SERVICE.methods_by_name[name].input_type.name)
     message: Message = json_format.ParseDict(request, kind())
     return message
 
 
 def path(version: Version, name: str) -> str:
-    """Where gRPC has a call, as a version of EMQX names it."""
+    """The gRPC path of a call, as a version of EMQX names it."""
     if version == "v1":
         name = OF_EMQX_4.get(name, name)
     return f"/{service_name(version)}/{name}"
@@ -74,24 +76,22 @@ def a_publish(topic: str = "t", message_id: str = "m1", **fields: Any) -> bytes:
     return pb.MessagePublishRequest(message=message).SerializeToString()
 
 
-class Entered(NamedTuple):
+class EnteredEvent(NamedTuple):
     topic: str
     event: Event
     partition: int | None
     hook: str
 
 
-class NotKept(MillpondError):
-    """An event is nowhere."""
+class InMemoryProducer(DurableProducer):
+    """Stores events in memory: at once, unless it is `paused`. It refuses all events while it has a `complaint`."""
 
-
-class MemoryInlet:
-    """Keeps events in memory; answers at once, unless it is `held`, and refuses all while it has a `complaint`."""
+    complaint: str | None = None
 
     def __init__(self) -> None:
-        self.entered: list[Entered] = []
-        self.complaint: str | None = None
-        self.held = False
+        """The parts of a real one are missing: only `enter` and `complaint` work."""
+        self.records: list[EnteredEvent] = []
+        self.paused = False
         self.futures: list[asyncio.Future[None]] = []
 
     def enter(
@@ -101,28 +101,31 @@ class MemoryInlet:
         partition: int | None = None,
         *,
         hook: str,
-        headers: tuple[tuple[str, bytes], ...] = (),
+        headers: Headers = (),
     ) -> asyncio.Future[None]:
-        kept = asyncio.get_running_loop().create_future()
-        self.futures.append(kept)
+        stored = asyncio.get_running_loop().create_future()
+        self.futures.append(stored)
         if self.complaint is not None:
-            kept.set_exception(NotKept(self.complaint))
-            kept.exception()
-            return kept
-        self.entered.append(Entered(topic, event, partition, hook))
-        if not self.held:
-            kept.set_result(None)
-        return kept
+            stored.set_exception(NotStored("full", self.complaint))
+            stored.exception()
+            return stored
+        self.records.append(EnteredEvent(topic, event, partition, hook))
+        if not self.paused:
+            stored.set_result(None)
+        return stored
 
     @property
     def events(self) -> list[Event]:
-        return [each.event for each in self.entered]
+        return [each.event for each in self.records]
 
 
 class Heard:
-    """What the rest of a bridge would hear."""
+    """Records the calls of a `CallListener`."""
 
     def __init__(self) -> None:
+        self.listener = CallListener(
+            self.provider_loaded, self.acked, self.session_ended, self.retainable
+        )
         self.loaded: list[str] = []
         self.acks: list[tuple[str, str]] = []
         self.retained: list[tuple[str, MessagePublished]] = []

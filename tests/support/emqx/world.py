@@ -1,4 +1,4 @@
-"""Everything at work around the EMQX double: bridge processes, workers, Kafka and Redis."""
+"""The EMQX double with real bridge processes, workers, Kafka and Redis."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.workers import PARTITIONS, WAIT_S, Worker, until
 
 
 class BridgeProcess:
-    """One of the processes of the bridge."""
+    """One process of the bridge."""
 
     def __init__(self, config: Path, log: Path) -> None:
         self.log, self._ready = log, log.with_suffix(".ready")
@@ -52,7 +52,7 @@ class BridgeProcess:
 
 
 class EmqxWorld:
-    """One application; its processes end with it."""
+    """One application. `stop` ends its processes."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class EmqxWorld:
         await self.hooks.load()
 
     async def bridge(self) -> BridgeProcess:
-        """One more process."""
+        """Start one more bridge process."""
         started = BridgeProcess(self.config, self.directory / f"bridge-{time.monotonic_ns()}.log")
         self.bridges.append(started)
         await started.until_ready()
@@ -131,7 +131,7 @@ class EmqxWorld:
         await until(online, f"{client_id!r} to be online")
 
     def check_logs(self) -> None:
-        """Nothing of ours has complained with a traceback."""
+        """Check that no bridge process has logged a traceback."""
         for bridge in self.bridges:
             before, found, after = bridge.said().partition("Traceback")
             assert not found, before[-1_000:] + found + after[:3_000]
@@ -142,7 +142,7 @@ async def a_world(
     app: str, bootstrap: str, redis_url: str, directory: Path, *rules: str,
     agents: tuple[str, ...], bridges: int = 1, mounted: bool = True,
 ) -> AsyncIterator[EmqxWorld]:  # fmt: skip
-    """A world that has started. Its spool has a short name: sockets in it must have one."""
+    """A started world. Its spool directory has a short path, because the sockets in it need one."""
     with tempfile.TemporaryDirectory(prefix="mp") as spool:
         world = EmqxWorld(
             app, bootstrap, redis_url, directory, Path(spool), *rules, mounted=mounted

@@ -1,4 +1,4 @@
-"""`millpond config check`: what is configured, and what weakens a guarantee, asked of real servers."""
+"""`millpond config check` with real servers: the table of rules, and notes on what weakens a guarantee."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.servers import Server
 
 
 def checked(directory: Path, redis: str, *tables: str, kafka: str = "") -> Result:
-    """What the command says of these rules on this Redis."""
+    """The result of the command for these rules on this Redis."""
     config = directory / "millpond.toml"
     kafka = kafka or f"{HOST}:{free_port()}"
     config.write_text(
@@ -40,13 +40,13 @@ def test_each_rule_is_shown_with_the_agents_that_run_it(own_redis: Server, tmp_p
     assert row.split() == ["message.publish", "a/#", "on_message_publish", "60", "s", "messages"]
 
 
-def test_a_redis_that_forgets_is_named_for_each_way_in_which_it_does(
+def test_each_setting_with_which_redis_loses_data_is_a_note(
     own_redis: Server, tmp_path: Path
 ) -> None:
     address = own_redis.address.removeprefix("redis://")
     kafka = "Kafka cannot be reached"
-    (sound,) = notes(checked(tmp_path, address, given.store(expired_time=60)))
-    assert kafka in sound
+    (only,) = notes(checked(tmp_path, address, given.store(expired_time=60)))
+    assert kafka in only
     with Redis.from_url(own_redis.address) as redis:
         redis.config_set("maxmemory-policy", "allkeys-lru")
         redis.config_set("appendonly", "no")
@@ -61,16 +61,14 @@ def test_a_redis_that_forgets_is_named_for_each_way_in_which_it_does(
     ]
 
 
-def test_a_server_that_does_not_let_itself_be_asked_is_a_note(
-    own_redis: Server, tmp_path: Path
-) -> None:
+def test_a_server_that_refuses_config_get_is_a_note(own_redis: Server, tmp_path: Path) -> None:
     with Redis.from_url(own_redis.address) as redis:
         redis.execute_command("ACL", "SETUSER", "default", "-config")
     found = notes(checked(tmp_path, own_redis.address.removeprefix("redis://"), given.store()))
     assert any("CONFIG GET is not allowed" in note for note in found)
 
 
-def test_servers_that_are_away_are_notes(tmp_path: Path) -> None:
+def test_servers_that_do_not_answer_are_notes(tmp_path: Path) -> None:
     found = notes(checked(tmp_path, f"{HOST}:{free_port()}", given.store()))
     assert any("Kafka cannot be reached" in note for note in found)
     assert any("[pool.pool1] cannot connect" in note for note in found)

@@ -1,5 +1,6 @@
-"""`millpond dead-letters` with a real queue worker, a real Kafka and a real Redis: queues of one message make the rest
-dead letters.
+"""`millpond dead-letters` with a real queue worker, Kafka and Redis.
+
+The queues hold one message. Every further message makes a dead letter of the one before it.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ async def pipeline(
 async def run(
     pipeline: Pipeline, *arguments: str, stdin: int = subprocess.DEVNULL
 ) -> subprocess.CompletedProcess[str]:
-    """One `millpond dead-letters …`, without a terminal unless that is given."""
+    """Run `millpond dead-letters …`. Stdin is empty unless it is given."""
     command = [sys.executable, "-m", "millpond", "dead-letters", *arguments]
     option = ["--config", str(pipeline.directory / "millpond.toml")]
 
@@ -58,14 +59,14 @@ async def run(
     return await asyncio.to_thread(call)
 
 
-async def said(pipeline: Pipeline, *arguments: str) -> str:
+async def output(pipeline: Pipeline, *arguments: str) -> str:
     done = await run(pipeline, *arguments)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return done.stdout
 
 
 async def refused(pipeline: Pipeline, *arguments: str, exit_code: int = 1) -> str:
-    """What it says on stderr, in one line."""
+    """The one line that a command prints on stderr before it fails."""
     done = await run(pipeline, *arguments)
     assert (done.returncode, done.stdout) == (exit_code, ""), done.stdout
     (line,) = done.stderr.splitlines()
@@ -73,16 +74,16 @@ async def refused(pipeline: Pipeline, *arguments: str, exit_code: int = 1) -> st
 
 
 async def dead(pipeline: Pipeline, *arguments: str) -> list[str]:
-    """The ids of the dead letters, as scripts see them."""
-    found = json.loads(await said(pipeline, "list", "--json", "--limit", "10000", *arguments))
+    """The ids of the dead letters, from the JSON output."""
+    found = json.loads(await output(pipeline, "list", "--json", "--limit", "10000", *arguments))
     return [each["message_id"] for each in found]
 
 
 async def until_dead(pipeline: Pipeline, *message_ids: str) -> None:
-    async def so_it_is() -> bool:
+    async def all_dead() -> bool:
         return sorted(await dead(pipeline)) == sorted(message_ids)
 
-    await until(so_it_is, f"the dead letters {message_ids}")
+    await until(all_dead, f"the dead letters {message_ids}")
 
 
 async def queued(pipeline: Pipeline, topic: str) -> list[str]:
@@ -90,10 +91,10 @@ async def queued(pipeline: Pipeline, topic: str) -> list[str]:
     return [message_id.decode() for message_id in ids]
 
 
-async def test_dead_letters_are_listed_and_shown_for_people_and_for_scripts(
+async def test_dead_letters_are_listed_and_shown_as_text_and_as_json(
     pipeline: Pipeline,
 ) -> None:
-    assert await said(pipeline, "list") == "no dead letters\n"
+    assert await output(pipeline, "list") == "no dead letters\n"
     await pipeline.publish(given.published(f"m{at}", "queue/a", payload=f"p{at}") for at in "123")
     binary = b64encode(b"\xff\x00").decode()
     await pipeline.publish([
@@ -102,11 +103,11 @@ async def test_dead_letters_are_listed_and_shown_for_people_and_for_scripts(
     ])  # fmt: skip
     await until_dead(pipeline, "m1", "m2", "b1")
 
-    lines = (await said(pipeline, "list", "--topic", "queue/a")).splitlines()
+    lines = (await output(pipeline, "list", "--topic", "queue/a")).splitlines()
     assert [line.split()[:2] for line in lines[1:3]] == [["m1", "queue/a"], ["m2", "queue/a"]]
     assert all(line.split()[4] == "0" and line.rstrip().endswith(REASON) for line in lines[1:3])
     assert lines[3:] == ["2 dead letters of topics that match 'queue/a'"]
-    lines = (await said(pipeline, "list", "-t", "queue/+", "--limit", "1")).splitlines()
+    lines = (await output(pipeline, "list", "-t", "queue/+", "--limit", "1")).splitlines()
     assert lines[1].split()[0] == "m2"
     assert lines[2].startswith("the 1 newest of 2 dead letters")
     assert await dead(pipeline, "--topic", "queue/+/#") != []
@@ -114,20 +115,20 @@ async def test_dead_letters_are_listed_and_shown_for_people_and_for_scripts(
     limited = await run(pipeline, "list", "--json", "--limit", "2")
     assert len(json.loads(limited.stdout)) == 2
     assert limited.stderr.startswith("the 2 newest of 3 dead letters")
-    (listed,) = json.loads(await said(pipeline, "list", "--json", "-t", "queue/[b]/#"))
+    (listed,) = json.loads(await output(pipeline, "list", "--json", "-t", "queue/[b]/#"))
     expected = {
         "message_id": "b1", "topic": "queue/[b]/x", "agent": "queue", "deliveries": 0,
         "reason": REASON, "kept_until": listed["at"] + WEEK_MS,
     }  # fmt: skip
     assert listed.items() >= expected.items()
-    assert json.loads(await said(pipeline, "show", "b1", "--json")) == {
+    assert json.loads(await output(pipeline, "show", "b1", "--json")) == {
         **listed,
         "message": {
             "client_id": "pub", "qos": 2, "retain": False, "published_at": 1_000, "expires_at": None,
             "payload": binary, "payload_encoding": "base64",
         },
     }  # fmt: skip
-    shown = (await said(pipeline, "show", "m1")).splitlines()
+    shown = (await output(pipeline, "show", "m1")).splitlines()
     assert [line.split()[-1] for line in shown if line.split()[0] in ("topic", "publisher")] == [
         "queue/a",
         "pub",
@@ -135,27 +136,27 @@ async def test_dead_letters_are_listed_and_shown_for_people_and_for_scripts(
     assert shown[-1] == "p1"
 
 
-async def test_a_dead_letter_that_is_requeued_waits_in_its_queue_again_and_one_that_is_dropped_is_gone(
+async def test_requeue_puts_a_message_back_into_its_queue_and_drop_deletes_it(
     pipeline: Pipeline,
 ) -> None:
     await pipeline.publish(given.published(f"m{at}", "queue/a") for at in "123")
     await until_dead(pipeline, "m1", "m2")
 
-    ordered = await said(pipeline, "requeue", "m1")
+    ordered = await output(pipeline, "requeue", "m1")
     assert ordered == (
-        "1 dead letter is to be requeued: the agents carry it out when they read it\n"
+        "1 dead letter will be requeued when the agents read the orders from Kafka\n"
     )
     await until_dead(pipeline, "m2", "m3")  # the queue has room for one
     assert await queued(pipeline, "queue/a") == ["m1"]
 
-    answer = await said(pipeline, "drop", "m2", "m3", "m2", "--json")
+    answer = await output(pipeline, "drop", "m2", "m3", "m2", "--json")
     assert json.loads(answer) == {"written": 2, "left_out": 0}
     await until_dead(pipeline)
     assert await pipeline.redis.exists(*map(keys.message_body, ("m2", "m3"))) == 0
     assert await pipeline.redis.exists(keys.message_body("m1")) == 1
 
 
-async def test_all_of_them_or_those_of_a_filter_are_ordered_about_as_they_are_at_the_start(
+async def test_orders_for_all_or_for_a_filter_are_about_the_dead_letters_at_the_start(
     pipeline: Pipeline,
 ) -> None:
     many = [given.published(f"m{at:04}", f"queue/{at % 5}") for at in range(2_505)]
@@ -163,24 +164,24 @@ async def test_all_of_them_or_those_of_a_filter_are_ordered_about_as_they_are_at
     ids = [event.message_id for event in many[:-5]]
     await until_dead(pipeline, *ids)
 
-    asked = await said(pipeline, "requeue", "--topic", "queue/0", "--yes", "--json")
-    assert json.loads(asked) == {"written": 500, "left_out": 0}
+    answer = await output(pipeline, "requeue", "--topic", "queue/0", "--yes", "--json")
+    assert json.loads(answer) == {"written": 500, "left_out": 0}
 
-    async def in_order() -> bool:  # each pushes the one before it out; the last one stays
+    async def in_order() -> bool:  # each pushes out the one before it; the last one stays
         return await queued(pipeline, "queue/0") == ["m2495"]
 
-    await until(in_order, "the last that died to come last")
+    await until(in_order, "the last dead letter to be requeued last")
     await until_dead(pipeline, "m2500", *(name for name in ids if name != "m2495"))
 
-    assert json.loads(await said(pipeline, "drop", "--all", "--yes", "--json")) == {
+    assert json.loads(await output(pipeline, "drop", "--all", "--yes", "--json")) == {
         "written": 2_500,
         "left_out": 0,
     }
     await until_dead(pipeline)
-    assert await said(pipeline, "drop", "--all", "-y") == "no dead letters are to be dropped\n"
+    assert await output(pipeline, "drop", "--all", "-y") == "no dead letters to drop\n"
 
 
-async def test_somebody_at_a_terminal_is_asked_before_many_are_ordered_about(
+async def test_on_a_terminal_orders_for_many_need_a_confirmation(
     pipeline: Pipeline,
 ) -> None:
     await pipeline.publish(given.published(f"m{at}", "queue/a") for at in "123")
@@ -194,7 +195,7 @@ async def test_somebody_at_a_terminal_is_asked_before_many_are_ordered_about(
         done = await run(pipeline, "drop", "--all", stdin=terminal)
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr == (
-            "Drop 2 dead letters? [y/N] millpond: not confirmed, so nothing was written\n"
+            "Drop 2 dead letters? [y/N] millpond: not confirmed: nothing was changed\n"
         )
         assert sorted(await dead(pipeline)) == ["m1", "m2"]
         os.write(keyboard, b"y\n")
@@ -206,47 +207,47 @@ async def test_somebody_at_a_terminal_is_asked_before_many_are_ordered_about(
     await until_dead(pipeline)
 
 
-async def test_what_cannot_be_carried_out_is_said_before_anything_is_written(
+async def test_an_order_that_no_agent_would_apply_is_refused_before_anything_is_written(
     pipeline: Pipeline,
 ) -> None:
     await pipeline.publish(given.published(f"m{at}", "queue/a") for at in "123")
     await until_dead(pipeline, "m1", "m2")
     for command in ("requeue", "drop", "show"):
         line = await refused(pipeline, command, *(["m1"] if command != "show" else []), "m3")
-        assert line.startswith("millpond: not among the dead letters: 'm3' (")
+        assert line.startswith("millpond: these ids are no dead letters: 'm3' (")
         assert "`millpond dead-letters list`" in line
 
-    # A configuration in which the topic is nobody's queue any more.
+    # A configuration in which no rule owns the topic any more.
     config = pipeline.directory / "millpond.toml"
     configured = config.read_text()
     config.write_text(configured.replace('"queue/#"', '"other/#"'))
-    assert "'queue/a' the delivery rule again" in await refused(pipeline, "drop", "m1")
-    assert (await said(pipeline, "drop", "--all", "--yes")).splitlines() == [
+    assert "restore the delivery rule of 'queue/a'" in await refused(pipeline, "drop", "m1")
+    assert (await output(pipeline, "drop", "--all", "--yes")).splitlines() == [
         "left out 2 dead letters of topics without a delivery rule",
-        "no dead letters are to be dropped",
+        "no dead letters to drop",
     ]
 
-    # A Kafka that is away.
+    # A Kafka that cannot be reached.
     config.write_text(configured.replace(pipeline.bootstrap, f"{HOST}:{free_port()}"))
     assert "Kafka cannot be reached" in await refused(pipeline, "drop", "m1", exit_code=2)
 
     config.write_text(configured)
-    await said(pipeline, "drop", "m2")
-    await until_dead(pipeline, "m1")  # and nothing that came before m2's order
+    await output(pipeline, "drop", "m2")
+    await until_dead(pipeline, "m1")  # and the refused orders have changed nothing
 
 
-async def test_a_kafka_that_stops_answering_midway_is_given_up_on_and_what_it_took_is_said(
+async def test_if_kafka_stops_answering_midway_the_error_counts_the_acknowledged_orders(
     own_kafka: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(operator_events, "ACKNOWLEDGED_TIMEOUT_S", 3.0)
     monkeypatch.setattr(operator_events, "STOP_TIMEOUT_S", 60.0)
     stop = Producer.stop
 
-    async def kafka_is_back_and_stop(producer: Producer) -> None:
+    async def resume_and_stop(producer: Producer) -> None:
         own_kafka.resume()
         await stop(producer)
 
-    monkeypatch.setattr(Producer, "stop", kafka_is_back_and_stop)
+    monkeypatch.setattr(Producer, "stop", resume_and_stop)
     settings = KafkaSettings(bootstrap_servers=(own_kafka.address,), partitions=2)
     await topics.create(settings)
 
@@ -256,5 +257,7 @@ async def test_a_kafka_that_stops_answering_midway_is_given_up_on_and_what_it_to
                 own_kafka.pause()
             yield OperatorDrop(at=at, node="n", topic="queue/a", message_id=f"m{at}")
 
-    with pytest.raises(MillpondError, match="Kafka took 1000 orders and then no more: no ack"):
+    with pytest.raises(
+        MillpondError, match="Kafka acknowledged 1000 orders and then failed: no ack"
+    ):
         await operator_events.write(settings, drops())

@@ -1,4 +1,4 @@
-"""The example is run as its first lines say, against a real Kafka."""
+"""The example is run as its first lines describe, against a real Kafka."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def pipeline(
 
 
 async def test_a_plain_faust_agent_reads_what_bridges_write(pipeline: Pipeline) -> None:
-    # Given what there is in the topic, some of it none of the example's business or not even readable.
+    # Given a topic with records that the example ignores, and some that cannot be decoded.
     await pipeline.publish([
         given.published("m1", "sensor/attic", payload="101.5"),
         given.published("m2", "sensor/attic", payload="99"),
@@ -39,9 +39,9 @@ async def test_a_plain_faust_agent_reads_what_bridges_write(pipeline: Pipeline) 
     ])  # fmt: skip
     for value in (b"no JSON", b"\xff", b"[1]", None):
         await pipeline.producer.send_and_wait(keys.MESSAGES_TOPIC, value, b"sensor/attic")
-    # When the example runs, and more comes.
-    said = pipeline.directory / "said"
-    with said.open("wb") as stdout, (pipeline.directory / "log").open("wb") as log:
+    # When the example runs, and another record comes.
+    printed = pipeline.directory / "printed"
+    with printed.open("wb") as stdout, (pipeline.directory / "log").open("wb") as log:
         process = subprocess.Popen(
             [
                 FAUST, "--datadir", pipeline.directory / "faust",
@@ -52,20 +52,20 @@ async def test_a_plain_faust_agent_reads_what_bridges_write(pipeline: Pipeline) 
         )  # fmt: skip
 
     async def alarm(topic: str) -> None:
-        async def printed() -> bool:
+        async def has_alarm() -> bool:
             assert process.poll() is None, (pipeline.directory / "log").read_text()
-            return topic in said.read_text()
+            return topic in printed.read_text()
 
-        await until(printed, f"an alarm of {topic}")
+        await until(has_alarm, f"an alarm of {topic}")
 
     try:
         await alarm("sensor/attic")
         await pipeline.publish([given.published("m5", "sensor/cellar", payload="1e3")])
-        # Then it says what is above its threshold, and ends when it is told to.
+        # Then it prints the values above its threshold, and ends at SIGTERM.
         await alarm("sensor/cellar")
         process.send_signal(signal.SIGTERM)
         assert await asyncio.to_thread(process.wait, WAIT_S) == 0
     finally:
         process.kill()
-    lines = [line for line in said.read_text().splitlines() if " is at " in line]
+    lines = [line for line in printed.read_text().splitlines() if " is at " in line]
     assert lines == ["sensor/attic is at 101.5", "sensor/cellar is at 1000"]

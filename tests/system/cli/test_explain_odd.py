@@ -1,4 +1,4 @@
-"""Looking inside on a bad day, at odd names, at a Redis Cluster, and for longer than once."""
+"""`millpond explain`, `topics` and `lag` with odd names, failing servers, a Redis Cluster, and `--watch`."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from tests.support.inspection import (
     run,
     sent,
     start,
-    tell,
     topic_of,
     until_state,
+    write,
 )
 from tests.support.servers import Server
 from tests.support.workers import Pipeline, running, until
@@ -51,7 +51,7 @@ async def pipeline(
         yield started
 
 
-async def test_messages_and_topics_with_odd_names_are_found_and_shown_harmlessly(
+async def test_messages_and_topics_with_odd_names_are_found_and_printed_without_control_characters(
     pipeline: Pipeline,
 ) -> None:
     await start(pipeline, "messages", "queue")
@@ -61,7 +61,7 @@ async def test_messages_and_topics_with_odd_names_are_found_and_shown_harmlessly
         for at, topic in enumerate(topics)
         for name in ODD[at % len(ODD) :][:2]
     ]
-    await tell(pipeline, *events)
+    await write(pipeline, *events)
     for event in events:
         state = "ready" if event.topic.startswith("queue") else "stored"
         await until_state(pipeline, event.message_id, state)
@@ -87,23 +87,25 @@ async def test_messages_and_topics_with_odd_names_are_found_and_shown_harmlessly
         assert "is no UTF-8" in await refused(pipeline, "explain", "m", "--topic", name)
 
 
-async def test_an_acked_message_is_found_by_the_id_of_a_copy_and_as_far_as_one_looks(
+async def test_an_acked_message_is_found_by_the_id_of_a_copy_within_the_search_limit(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await start(pipeline, "queue")
     topic = "queue/a"
-    await tell(pipeline, given.joined("anna", topic), given.published("m1", topic))
+    await write(pipeline, given.joined("anna", topic), given.published("m1", topic))
     await sent(pipeline, topic, "m1", alias="copy")
-    await tell(pipeline, given.acked("copy", topic, client_id="anna"))
+    await write(pipeline, given.acked("copy", topic, client_id="anna"))
     await until_state(pipeline, "m1", "acked")
     found = await explain(pipeline, "copy")
     assert (found.message_id, kinds(found)) == ("m1", ["published", "sent", "acked"])
     assert found.notes[0] == "'copy' is the id that the broker gave to a copy of it"
-    # When much is published after it, Then it is found as far as one looks
-    await tell(pipeline, *(given.published(f"x{at}", topic + "/b") for at in range(50)))
-    await tell(pipeline, *(given.published(f"y{at}", topic) for at in range(50)))
+    # When many messages are published after it, Then it is found within the limit.
+    await write(pipeline, *(given.published(f"x{at}", topic + "/b") for at in range(50)))
+    await write(pipeline, *(given.published(f"y{at}", topic) for at in range(50)))
     number = partition_of(topic)
-    monkeypatch.setattr(log_search, "CHUNK_RECORDS", 7)  # so that it is many pieces back
+    monkeypatch.setattr(
+        log_search, "CHUNK_RECORDS", 7
+    )  # so that the search takes many steps backwards
     for options in ({}, {"topic": topic}):
         assert kinds(await explain(pipeline, "m1", **options)) == ["published", "sent", "acked"]
     everything = await explain(pipeline, "m1", topic=topic)
@@ -113,32 +115,32 @@ async def test_an_acked_message_is_found_by_the_id_of_a_copy_and_as_far_as_one_l
     ] == [True]
     line = await refused(pipeline, "explain", "m1", "-t", topic, "--search", "1")
     assert f"mqtt.messages[{number}], records " in line
-    assert line.endswith("; --search N looks at more")
+    assert line.endswith("; --search N searches more")
 
 
-async def test_kafka_or_redis_away_is_one_sentence(pipeline: Pipeline) -> None:
+async def test_a_server_that_does_not_answer_is_one_sentence(pipeline: Pipeline) -> None:
     config = pipeline.directory / "millpond.toml"
-    whole = config.read_text()
+    original = config.read_text()
     for server in (
         pipeline.bootstrap,
         pipeline.redis_url.removeprefix("redis://").partition("/")[0],
     ):
         away = f"127.0.0.1:{free_port()}"
-        config.write_text(whole.replace(server, away))
+        config.write_text(original.replace(server, away))
         commands = [("explain", "m"), ("lag",), ("lag", "--json")]
         if server != pipeline.bootstrap:
             commands += [("topics",), ("topics", "queue/a"), ("explain", "-t", "queue/a")]
         for arguments in commands:
             assert away in await refused(pipeline, *arguments), arguments
-    config.write_text(whole)
+    config.write_text(original)
     for wrong in ((), ("m", "-t", "a/#"), ("-t", "a/+")):
         done = await run(pipeline, "explain", *wrong)
         assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
 
 
-async def test_lag_is_told_again_and_again_until_it_is_enough(pipeline: Pipeline) -> None:
+async def test_lag_is_printed_repeatedly_until_ctrl_c(pipeline: Pipeline) -> None:
     worker = await pipeline.worker("queue")
-    await tell(pipeline, given.published("m1", "queue/a"))
+    await write(pipeline, given.published("m1", "queue/a"))
     await until_state(pipeline, "m1", "ready")
     worker.signal(signal.SIGSTOP)
     watching = await asyncio.create_subprocess_exec(
@@ -158,7 +160,7 @@ async def test_lag_is_told_again_and_again_until_it_is_enough(pipeline: Pipeline
         return await behind() == (0, None)
 
     await until(none, "nothing to be behind")
-    await tell(pipeline, *(given.published(f"x{at}", "queue/a") for at in range(3)))
+    await write(pipeline, *(given.published(f"x{at}", "queue/a") for at in range(3)))
 
     async def three() -> Any:
         number, oldest_at = await behind()
@@ -172,17 +174,17 @@ async def test_lag_is_told_again_and_again_until_it_is_enough(pipeline: Pipeline
     assert "--watch needs a terminal" in (await run(pipeline, "lag", "--watch")).stderr
 
 
-async def test_a_redis_cluster_is_looked_into_as_well(
+async def test_a_redis_cluster_is_read_as_well(
     pipeline: Pipeline, redis_cluster: list[tuple[str, int]]
 ) -> None:
-    pipeline.replays_as_live = False  # that of the tests compares with a single Redis
+    pipeline.replays_as_live = False  # the replay of the tests compares with a single Redis
     config = pipeline.directory / "millpond.toml"
     nodes = ", ".join(f'"{host}:{port}"' for host, port in redis_cluster)
     before, _, rules = config.read_text().partition("[pool.pool1]\n")
     rules = rules.partition("database = ")[2].partition("\n")[2]
     config.write_text(f'{before}[pool.pool1]\ntype = "cluster"\nserver = [{nodes}]\n{rules}')
     await start(pipeline, "queue", "pubsub", "messages")
-    await tell(
+    await write(
         pipeline,
         given.published("k1", "kept/a"),
         *(given.published(f"q{at}", "queue/a") for at in range(3)),
@@ -206,7 +208,7 @@ async def test_a_redis_cluster_is_looked_into_as_well(
 
 
 @pytest.mark.parametrize("lost", ["Kafka", "Redis"])
-async def test_watching_ends_with_one_sentence_when_a_server_goes_away(
+async def test_watching_ends_with_one_sentence_when_a_server_stops(
     app_name: str, own_kafka: Server, own_redis: Server, tmp_path: Path, lost: str
 ) -> None:
     async with running(app_name, own_kafka.address, own_redis.address, tmp_path) as started:
@@ -218,8 +220,8 @@ async def test_watching_ends_with_one_sentence_when_a_server_goes_away(
         assert watching.stdout is not None
         assert await watching.stdout.readline()
         (own_kafka if lost == "Kafka" else own_redis).kill()
-        _, said = await asyncio.wait_for(watching.communicate(), 60)
-        (line,) = said.decode().splitlines()
+        _, output = await asyncio.wait_for(watching.communicate(), 60)
+        (line,) = output.decode().splitlines()
         print(line)
         assert watching.returncode == 1
         assert line.startswith("millpond: ")

@@ -13,14 +13,14 @@ from tests.support.servers import Server
 
 
 def configured(directory: Path, kafka: Server, *settings: str) -> list[str]:
-    """The option of a command that names this Kafka."""
+    """The --config option of a configuration with this Kafka."""
     config = directory / "millpond.toml"
     lines = ["[kafka]", f'bootstrap_servers = ["{kafka.address}"]', *settings]
     config.write_text("\n".join(lines))
     return ["--config", str(config)]
 
 
-def test_topics_are_made_once_and_every_deviation_is_named(
+def test_topics_are_created_once_and_every_difference_is_named(
     own_kafka: Server, tmp_path: Path
 ) -> None:
     millpond = CliRunner()
@@ -32,8 +32,8 @@ def test_topics_are_made_once_and_every_deviation_is_named(
         f"{topic} does not exist: run `millpond kafka init`" for topic in keys.TOPICS
     ]
 
-    made = millpond.invoke(app, ["kafka", "init", *option])
-    assert (made.exit_code, made.stdout) == (0, f"created {', '.join(keys.TOPICS)}\n")
+    created = millpond.invoke(app, ["kafka", "init", *option])
+    assert (created.exit_code, created.stdout) == (0, f"created {', '.join(keys.TOPICS)}\n")
     assert millpond.invoke(app, ["kafka", "check", *option]).exit_code == 0
     again = millpond.invoke(app, ["kafka", "init", *option])
     assert (again.exit_code, again.stdout) == (0, "all topics exist\n")

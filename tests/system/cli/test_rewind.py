@@ -29,12 +29,12 @@ def world(
 
 
 async def run(world: World, *options: str) -> subprocess.CompletedProcess[str]:
-    """One `millpond rewind …`."""
+    """Run `millpond rewind …`."""
     config = str(world.directory / "millpond.toml")
     command = [
         sys.executable,
         "-m",
-        "millpond.pipeline.cli",
+        "millpond",
         "rewind",
         *options,
         "--config",
@@ -47,14 +47,14 @@ async def run(world: World, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 async def rewind(world: World, subscriber: str, topic: str, to: str, *more: str) -> str:
-    """What it says."""
+    """The output of a rewind that succeeds."""
     done = await run(world, "--subscriber", subscriber, "--topic", topic, "--to", to, *more)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return done.stdout
 
 
 async def refused(world: World, subscriber: str, topic: str, to: str) -> tuple[int, str]:
-    """The exit code, and the one line that it says on stderr."""
+    """The exit code and the one line on stderr of a rewind that fails."""
     done = await run(world, "--subscriber", subscriber, "--topic", topic, "--to", to)
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -66,20 +66,20 @@ def ids(world: World, topic: str) -> list[str]:
 
 
 def time_of(world: World, topic: str, number: int) -> datetime:
-    """When the log got the message with this number."""
+    """The time of the message with this number."""
     score = world.redis.zscore(keys.message_index(topic), ids(world, topic)[number])
     assert isinstance(score, float)
     return EPOCH + timedelta(microseconds=int(score))
 
 
 def shown(world: World, subscriber: str, topic: str) -> str | None:
-    """The read offset, as any Redis client sees it."""
+    """The read offset in its public Redis key."""
     offset = world.redis.get(keys.read_offset(subscriber, topic))
     return None if offset is None else str(offset)
 
 
 async def until_at(world: World, subscriber: str, topic: str, number: int) -> None:
-    """The read offset shows the message with this number."""
+    """Wait until the read offset is the message with this number."""
 
     async def there() -> bool:
         stored = ids(world, topic)
@@ -89,7 +89,7 @@ async def until_at(world: World, subscriber: str, topic: str, number: int) -> No
 
 
 async def with_messages(world: World, topic: str, number: int, *client_ids: str) -> list[Consumer]:
-    """Subscribers that have read so many messages of a topic, and are still there."""
+    """Online subscribers that have read this many messages of a topic."""
     consumers = [await Consumer(world, each, topic, clean=False).come() for each in client_ids]
     await publish(world, topic, *numbered(0, number))
     for each in consumers:
@@ -97,7 +97,7 @@ async def with_messages(world: World, topic: str, number: int, *client_ids: str)
     return consumers
 
 
-async def test_one_that_is_online_reads_all_again_and_nobody_else_does(world: World) -> None:
+async def test_an_online_subscriber_reads_everything_again_and_no_other_does(world: World) -> None:
     topic = "pubsub/online"
     again, other = await with_messages(world, topic, 50, "again", "other")
     assert await rewind(world, "again", topic, "earliest") == (
@@ -113,7 +113,7 @@ async def test_one_that_is_online_reads_all_again_and_nobody_else_does(world: Wo
         await consumer.leave()
 
 
-async def test_one_that_is_away_reads_on_from_a_message_with_its_next_connection(
+async def test_an_offline_subscriber_reads_on_from_a_message_when_it_connects(
     world: World,
 ) -> None:
     topic = "pubsub/away"
@@ -133,7 +133,7 @@ async def test_one_that_is_away_reads_on_from_a_message_with_its_next_connection
 
 
 @pytest.mark.parametrize("zone", ["UTC", "other", "none"])
-async def test_a_time_is_where_all_begins_that_came_then_or_later(world: World, zone: str) -> None:
+async def test_a_time_selects_the_messages_of_that_time_and_later(world: World, zone: str) -> None:
     topic = f"pubsub/time/{zone}"
     (consumer,) = await with_messages(world, topic, 10, f"timed-{zone}")
     await publish(world, topic, *numbered(10, 10))
@@ -155,8 +155,10 @@ async def test_a_time_is_where_all_begins_that_came_then_or_later(world: World, 
 
 
 @pytest.mark.parametrize("to", ["latest", "2999-01-01", "9999-12-31T23:59:59-14:00"])
-async def test_what_one_has_missed_or_in_hand_is_passed_by(world: World, to: str) -> None:
-    # A session that goes on would get its copies once more from the broker [MQTT-4.4.0-1]; this one begins anew.
+async def test_a_rewind_to_the_latest_skips_waiting_and_leased_messages(
+    world: World, to: str
+) -> None:
+    # A persistent session would get its copies again from the broker [MQTT-4.4.0-1], so this one is clean.
     topic, client_id = f"pubsub/passed/{to}", f"passed-{to}"
     consumer = await Consumer(world, client_id, topic, acks=False).come()
     await publish(world, topic, *numbered(0, 40))
@@ -170,11 +172,11 @@ async def test_what_one_has_missed_or_in_hand_is_passed_by(world: World, to: str
     await consumer.come()
     await publish(world, topic, "40")
     await until_at(world, client_id, topic, 40)
-    assert set(consumer.payloads()[32:]) == {"40"}  # twice, if the join was folded behind its lease
+    assert set(consumer.payloads()[32:]) == {"40"}  # twice, if the join was folded after the lease
     await consumer.leave()
 
 
-async def test_what_was_before_all_times_is_the_earliest(world: World) -> None:
+async def test_a_time_before_the_epoch_is_the_earliest(world: World) -> None:
     topic = "pubsub/long-ago"
     (consumer,) = await with_messages(world, topic, 3, "long-ago")
     for number, to in enumerate(("0001-01-01T00:00+14:00", "1969-12-31"), start=2):
@@ -184,7 +186,7 @@ async def test_what_was_before_all_times_is_the_earliest(world: World) -> None:
     await consumer.leave()
 
 
-async def test_a_group_reads_all_again_as_one(world: World) -> None:
+async def test_a_group_reads_everything_again_as_one_subscriber(world: World) -> None:
     topic, group = "pubsub/group", "$share/readers/pubsub/group"
     alone = await Consumer(world, "alone", topic).come()
     members = [await Consumer(world, f"member-{at}", group).come() for at in range(2)]
@@ -211,7 +213,7 @@ async def test_a_group_reads_all_again_as_one(world: World) -> None:
         await consumer.leave()
 
 
-async def test_a_dry_run_says_how_many_would_come_and_changes_nothing(world: World) -> None:
+async def test_a_dry_run_counts_messages_and_changes_nothing(world: World) -> None:
     topic = "pubsub/dry"
     (consumer,) = await with_messages(world, topic, 10, "dry")
     for to, number in (("earliest", 10), ("latest", 0), (ids(world, topic)[9], 1)):
@@ -227,41 +229,41 @@ async def test_a_dry_run_says_how_many_would_come_and_changes_nothing(world: Wor
     await consumer.leave()
 
 
-async def test_what_lay_in_the_index_before_us_is_not_counted(world: World) -> None:
+async def test_index_entries_of_another_program_are_not_counted(world: World) -> None:
     topic = "pubsub/before"
-    world.redis.zadd(keys.message_index(topic), {"somebody-elses": 1})
+    world.redis.zadd(keys.message_index(topic), {"of-another-program": 1})
     await publish(world, topic, *numbered(0, 4))
     consumer = await Consumer(world, "before", topic, clean=False).come()
     await until_at(world, "before", topic, 4)
     assert "4 messages as of now" in await rewind(world, "before", topic, "earliest")
-    assert shown(world, "before", topic) != "somebody-elses"
+    assert shown(world, "before", topic) != "of-another-program"
     await until_at(world, "before", topic, 4)
     assert consumer.payloads() == numbered(0, 4) * 2
     await consumer.leave()
-    world.redis.zrem(keys.message_index(topic), "somebody-elses")  # which no replay brings
+    world.redis.zrem(keys.message_index(topic), "of-another-program")  # a replay would not have it
 
 
-async def test_what_cannot_be_done_is_said_in_one_line(world: World) -> None:
+async def test_an_error_is_one_line(world: World) -> None:
     topic, elsewhere = "pubsub/errors", "pubsub/elsewhere"
     (consumer,) = await with_messages(world, topic, 2, "errors")
     await publish(world, elsewhere, "1")
     await world.until_stored(1, elsewhere)
-    never = "never read it, or has unsubscribed"
+    never = "it never read the topic, or has unsubscribed"
     for subscriber, of in (
         ("nobody", topic), ("errors", elsewhere), ("errors", "pubsub/nothing"),
         (f"$share/g/{topic}", topic), ("errors", "pubsub/#"),
     ):  # fmt: skip
         assert await refused(world, subscriber, of, "earliest") == (
-            1, f"millpond: {subscriber!r} has no read offset of {of!r}: it has {never}",
+            1, f"millpond: {subscriber!r} has no read offset of {of!r}: {never}",
         )  # fmt: skip
     for of in ("queue/a", "other/a"):
-        reason = f"millpond: {of!r} is no pubsub topic by the rules in force"
+        reason = f"millpond: {of!r} is no pubsub topic by the configured rules"
         assert await refused(world, "errors", of, "earliest") == (2, reason)
     (other,) = ids(world, elsewhere)
     for to in ("yesterday", "2026-13-01", "0001-01-01", "", other, "0" * 32):
-        reason = f"{to!r} is neither earliest, latest, an ISO time nor the id of a message that"
+        reason = f"{to!r} is not earliest, latest, an ISO time, or the id of a stored message of"
         assert await refused(world, "errors", topic, to) == (
-            2, f"millpond: --to: {reason} {topic!r} has",
+            2, f"millpond: --to: {reason} {topic!r}",
         )  # fmt: skip
     done = await run(world, "--subscriber", "errors", "--topic", topic)
     assert done.returncode == 2
@@ -269,10 +271,10 @@ async def test_what_cannot_be_done_is_said_in_one_line(world: World) -> None:
     assert consumer.payloads() == numbered(0, 2)
     await consumer.unsubscribe(topic)
 
-    async def forgotten() -> bool:
+    async def deleted() -> bool:
         return shown(world, "errors", topic) is None
 
-    await until(forgotten, "the read offset to be forgotten")
+    await until(deleted, "the read offset to be deleted")
     code, line = await refused(world, "errors", topic, "earliest")
     assert (code, line.endswith(never)) == (1, True)
     await consumer.leave()

@@ -1,4 +1,4 @@
-"""`millpond up` and what goes with it: started, used, hurt and stopped as a newcomer does it."""
+"""`millpond up`, `down` and `status`: a stack is started, used, damaged and stopped."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TOPIC = "sensors/kitchen"
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
-    """The condition's first true answer."""
+    """Wait for the condition's first true answer."""
     deadline = time.monotonic() + WAIT_S
     while not (answer := condition()):
         assert time.monotonic() < deadline, f"waited {WAIT_S:.0f} s for: {what}"
@@ -43,7 +43,7 @@ def until(condition: Callable[[], Any], what: str) -> Any:
 
 
 class Home:
-    """One `--data` directory, and the commands of somebody who works with it."""
+    """One `--data` directory, and the commands that use it."""
 
     def __init__(self, data: Path) -> None:
         self.data = data
@@ -58,7 +58,7 @@ class Home:
         )
 
     def says(self, command: str, *arguments: str) -> str:
-        """What a command prints that must succeed."""
+        """The output of a command, which must succeed."""
         done = self.run(command, *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -71,7 +71,7 @@ class Home:
         return {process["name"]: process["pid"] for process in self.status()["processes"]}
 
     def stored(self) -> list[str]:
-        """The payloads that Redis has of the topic, in order."""
+        """The payloads that Redis stores of the topic, in order."""
         ids = self.says("redis", "ZRANGE", f"mqtt:msg:{TOPIC}", "0", "-1").split()
         return [
             self.says("redis", "HGET", f"mqtt:msg:{identifier}", "payload").strip()
@@ -81,7 +81,7 @@ class Home:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
-    """A stack that runs, everything in it our own."""
+    """A running stack with its own Kafka and Redis."""
     home = Home(tmp_path_factory.mktemp("home") / "data")
     said = home.says("up", "--detach", *FREE_PORTS)
     assert said.splitlines()[-1] == "millpond is ready"
@@ -91,7 +91,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
         home.run("down")
 
 
-def test_up_ends_with_addresses_three_commands_to_try_and_its_ready_line(home: Home) -> None:
+def test_up_prints_addresses_three_commands_to_try_and_a_ready_line(home: Home) -> None:
     lines = (home.data / "log" / "up.log").read_text().splitlines()
     assert lines[-1] == "millpond is ready"
     commands = [line.split() for line in lines[-4:-1]]
@@ -113,7 +113,7 @@ def test_the_commands_to_try_work_as_printed(home: Home) -> None:
     subprocess.run([*MILLPOND, *status], capture_output=True, check=True)
 
 
-def test_status_tells_addresses_processes_readiness_and_lag(home: Home) -> None:
+def test_status_shows_addresses_processes_readiness_and_lag(home: Home) -> None:
     found = home.status()
     assert found["ready"]
     names = [process["name"] for process in found["processes"]]
@@ -129,19 +129,19 @@ def test_status_tells_addresses_processes_readiness_and_lag(home: Home) -> None:
     assert all(name in table for name in names)
 
 
-def test_each_process_of_ours_has_metrics_and_health_at_the_address_that_status_tells(
+def test_each_process_of_ours_has_metrics_and_health_at_the_address_in_status(
     home: Home,
 ) -> None:
-    told = {process["name"]: process["telemetry"] for process in home.status()["processes"]}
-    assert told["kafka"] is None
-    ours = [told[name] for name in ("bridge embedded", *WORKERS)]
+    addresses = {process["name"]: process["telemetry"] for process in home.status()["processes"]}
+    assert addresses["kafka"] is None
+    ours = [addresses[name] for name in ("bridge embedded", *WORKERS)]
     assert len(set(ours)) == len(ours)
     for address in ours:
         assert get(f"{address}/readyz")[0] == 200
         assert "\nmillpond_build_info{" in get(f"{address}/metrics")[1]
 
 
-def test_everything_listens_on_this_machine_only(home: Home) -> None:
+def test_everything_listens_on_loopback_only(home: Home) -> None:
     state = DataDirectory(home.data).read_state()
     assert state is not None
     listening = [
@@ -154,7 +154,7 @@ def test_everything_listens_on_this_machine_only(home: Home) -> None:
     assert set(listening) == {HOST}
 
 
-def test_a_command_line_says_which_part_it_is(home: Home) -> None:
+def test_the_command_line_of_a_process_names_its_part(home: Home) -> None:
     command = psutil.Process(home.pids()["worker messages"]).cmdline()
     assert " worker messages " in " ".join(command)
 
@@ -166,7 +166,7 @@ def test_published_lines_arrive_at_a_subscriber(home: Home) -> None:
         text=True,
     )
     try:
-        # Until the subscription stands: a publish that nobody has heard is published again.
+        # A publish before the subscription is not received, so it is repeated.
         while subscriber.poll() is None:
             subprocess.run(
                 [*MILLPOND, "pub", "--data", str(home.data), "-t", "lines/a", "--lines", "-q", "1"],
@@ -187,7 +187,7 @@ def test_a_second_up_in_the_same_directory_is_refused(home: Home) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_child_that_dies_is_reported_and_started_again(home: Home) -> None:
+def test_a_child_that_ends_is_reported_and_restarted(home: Home) -> None:
     for name in ("worker messages", "redis"):
         pid = home.pids()[name]
         os.kill(pid, signal.SIGKILL)
@@ -197,14 +197,12 @@ def test_a_child_that_dies_is_reported_and_started_again(home: Home) -> None:
 
         until(restarted, f"{name} to be back")
         said = (home.data / "log" / "up.log").read_text()
-        assert f"{name} ended with exit code -9; starting it again in 0.5 s" in said
+        assert f"{name} ended with exit code -9; restarting it in 0.5 s" in said
         assert f"{name} is ready again" in said
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_a_port_in_use_is_named_with_the_option_that_changes_it(
-    tmp_path: Path, option: str
-) -> None:
+def test_the_error_about_a_port_in_use_names_its_option(tmp_path: Path, option: str) -> None:
     with socket.socket() as taken:
         taken.bind((HOST, free_port()))
         taken.listen()
@@ -216,7 +214,7 @@ def test_a_port_in_use_is_named_with_the_option_that_changes_it(
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_what_was_stored_survives_ctrl_c_and_a_supervisor_that_is_killed(tmp_path: Path) -> None:
+def test_stored_messages_survive_ctrl_c_and_a_killed_supervisor(tmp_path: Path) -> None:
     home, output = Home(tmp_path / "data"), tmp_path / "output"
     ports = [argument if argument != "0" else str(free_port()) for argument in FREE_PORTS]
     with ExitStack() as stack:
@@ -252,7 +250,7 @@ def test_what_was_stored_survives_ctrl_c_and_a_supervisor_that_is_killed(tmp_pat
         assert not home.status()["running"]
 
 
-def test_a_kafka_and_a_redis_of_ones_own_take_the_place_of_ours(
+def test_a_kafka_and_a_redis_of_the_user_replace_ours(
     own_kafka: Server, own_redis: Server, tmp_path: Path
 ) -> None:
     home = Home(tmp_path / "data")
@@ -271,7 +269,7 @@ def test_a_kafka_and_a_redis_of_ones_own_take_the_place_of_ours(
     assert own_redis.answers()
 
 
-def test_a_configuration_that_is_wrong_is_one_line_before_anything_starts(tmp_path: Path) -> None:
+def test_a_wrong_configuration_is_one_line_before_anything_starts(tmp_path: Path) -> None:
     config = tmp_path / "millpond.toml"
     config.write_text("[kafka]\nparts = 24\n")
     done = Home(tmp_path / "data").run("up", *FREE_PORTS, "--config", str(config))
@@ -281,13 +279,13 @@ def test_a_configuration_that_is_wrong_is_one_line_before_anything_starts(tmp_pa
     assert not (tmp_path / "data" / "kafka").exists()
 
 
-def test_status_and_down_where_nothing_runs_say_so(tmp_path: Path) -> None:
+def test_status_and_down_report_that_nothing_runs(tmp_path: Path) -> None:
     home = Home(tmp_path / "data")
     assert home.run("status").returncode == 1
     assert "nothing runs" in home.says("down")
 
 
-def test_a_stale_pid_that_is_somebody_elses_now_is_left_alone(tmp_path: Path) -> None:
+def test_a_pid_that_another_process_has_now_is_left_alone(tmp_path: Path) -> None:
     directory = DataDirectory(tmp_path / "data")
     directory.create()
     reused = Process(os.getpid(), identify(os.getpid()).created_at - 1)

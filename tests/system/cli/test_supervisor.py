@@ -1,4 +1,4 @@
-"""The supervisor with children small enough to be told from a shell."""
+"""The supervisor, with small shell scripts as children."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WAIT_S = 60.0
 
 
 class World:
-    """A supervisor, what it has said, and children that are ready when they have touched a file."""
+    """A supervisor, its printed lines, and children that are ready when they have touched a file."""
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.said = directory, asyncio.Queue[str]()
@@ -36,7 +36,7 @@ class World:
             before=lambda: ready_file.unlink(missing_ok=True),
         )
 
-    async def hears(self) -> str:
+    async def next_line(self) -> str:
         return await asyncio.wait_for(self.said.get(), WAIT_S)
 
 
@@ -47,7 +47,9 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     await world.supervisor.stop()
 
 
-async def test_a_child_that_ends_before_it_is_ready_shows_the_end_of_its_log(world: World) -> None:
+async def test_the_error_about_a_child_that_ends_before_it_is_ready_has_the_end_of_its_log(
+    world: World,
+) -> None:
     child = world.child("broken", "seq 1 20; echo no such grain; exit 3")
     with pytest.raises(MillpondError) as caught:
         await world.supervisor.start(child)
@@ -58,17 +60,17 @@ async def test_a_child_that_ends_before_it_is_ready_shows_the_end_of_its_log(wor
     ]
 
 
-async def test_a_child_that_keeps_ending_is_started_again_each_time_a_little_later(
+async def test_a_child_that_keeps_ending_is_restarted_after_a_growing_back_off(
     world: World,
 ) -> None:
-    # Ready, and gone: with the words that it leaves behind.
+    # It is ready, then it writes to its log and ends.
     child = world.child("brief", "touch READY; sleep 0.3; echo farewell; exit 1")
     await world.supervisor.start(child)
-    said = [await world.hears() for _ in range(5)]
+    said = [await world.next_line() for _ in range(5)]
     assert [line.splitlines()[0].partition("; ")[2] for line in said[::2]] == [
-        "starting it again in 0.5 s. The end of " + f"{child.log}:",
-        "starting it again in 1 s. The end of " + f"{child.log}:",
-        "starting it again in 2 s. The end of " + f"{child.log}:",
+        "restarting it in 0.5 s. The end of " + f"{child.log}:",
+        "restarting it in 1 s. The end of " + f"{child.log}:",
+        "restarting it in 2 s. The end of " + f"{child.log}:",
     ]
     assert said[1::2] == ["brief is ready again"] * 2
     assert all("  farewell" in line for line in said[::2])
@@ -85,7 +87,7 @@ async def test_children_are_stopped_in_reverse_order(world: World) -> None:
     assert world.said.empty()
 
 
-async def test_more_children_than_asyncio_has_threads_are_stopped_as_quickly(world: World) -> None:
+async def test_more_children_than_asyncio_has_threads_are_stopped(world: World) -> None:
     for number in range((os.cpu_count() or 1) + 8):
         await world.supervisor.start(world.child(f"child{number}", "touch READY; exec sleep 600"))
     async with asyncio.timeout(WAIT_S):

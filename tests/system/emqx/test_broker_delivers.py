@@ -1,4 +1,4 @@
-"""An EMQX without a mountpoint: it delivers, and Millpond hands over what was stored before a subscription."""
+"""An EMQX without a mountpoint: it delivers itself, and Millpond delivers what was stored before a subscription."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.emqx.broker import ORDINARY
 from tests.support.emqx.world import a_world, numbered, publish
 
 
-async def test_where_the_broker_delivers_a_new_subscription_gets_what_was_stored(
+async def test_without_a_mountpoint_a_new_subscription_gets_the_stored_messages(
     app_name: str, kafka: str, redis_server: str, tmp_path: Path
 ) -> None:
     async with a_world(

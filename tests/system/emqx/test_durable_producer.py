@@ -1,6 +1,4 @@
-"""What a bridge was told comes into Kafka, whatever Kafka and the bridge's process do: nothing answered is lost, and
-nothing overtakes what was before it.
-"""
+"""The durable producer through outages of Kafka and kills of its process: stored events reach Kafka, and in order."""
 
 from __future__ import annotations
 
@@ -54,7 +52,7 @@ def hurt_kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def paused(hurt_kafka: Server) -> Iterator[Server]:
-    """The Kafka, which a test pauses: it goes on in any case."""
+    """A Kafka that a test may pause. It is resumed in any case."""
     yield hurt_kafka
     hurt_kafka.resume()
 
@@ -80,7 +78,7 @@ async def until_drained(durable_producer: DurableProducer) -> None:
     await until(drained, "the spool to be empty")
 
 
-async def test_while_kafka_answers_nothing_touches_the_disk(
+async def test_while_kafka_answers_the_disk_is_not_used(
     hurt_kafka: Server, log: Log, tmp_path: Path
 ) -> None:
     async with running(hurt_kafka.address, tmp_path, patience_s=WAIT_S) as one:
@@ -95,7 +93,7 @@ async def test_while_kafka_answers_nothing_touches_the_disk(
     assert numbers(log, "direct") == list(range(500))
 
 
-async def test_what_is_for_one_partition_comes_there(
+async def test_an_event_for_a_partition_reaches_it(
     hurt_kafka: Server, log: Log, tmp_path: Path
 ) -> None:
     async with running(hurt_kafka.address, tmp_path) as one:
@@ -110,7 +108,7 @@ async def test_what_is_for_one_partition_comes_there(
     assert sorted(started()) == list(range(PARTITIONS))
 
 
-async def test_an_outage_in_the_middle_of_a_flood_is_answered_in_time_and_seen_by_nobody(
+async def test_an_outage_in_the_middle_of_a_flood_delays_and_loses_nothing(
     paused: Server, log: Log, tmp_path: Path
 ) -> None:
     async with running(paused.address, tmp_path) as one:
@@ -132,7 +130,7 @@ async def test_an_outage_in_the_middle_of_a_flood_is_answered_in_time_and_seen_b
                 await asyncio.sleep(0.02)
             return number
 
-        # When Kafka stops in the middle, and goes on
+        # When Kafka stops in the middle, and continues
         number = await publish_for(0.3, 1)
         paused.pause()
         number = await publish_for(2 * PATIENCE_S + 1, number)
@@ -140,21 +138,21 @@ async def test_an_outage_in_the_middle_of_a_flood_is_answered_in_time_and_seen_b
         assert one.durable_producer.depth[0] > 500
         paused.resume()
         number = await publish_for(1, number)
-        # Then everything is answered in time
+        # Then every event is stored in time
         await asyncio.gather(*rest)
         assert max(waits) < ANSWER_S
         await until_drained(one.durable_producer)
         number = await publish_for(0.3, number)
         await asyncio.gather(*rest)
         assert one.durable_producer.lost.total() == 0
-    # And is there once, in order
+    # And Kafka has each event once, in order
     for each in range(3):
         expected = list(range(each, number, 3))
         await log.until_published(f"flood/{each}", len(expected))
         assert numbers(log, f"flood/{each}") == expected
 
 
-async def test_what_the_producer_cannot_take_waits_behind_nothing(
+async def test_too_many_unstored_bytes_begin_spooling_before_the_patience_ends(
     paused: Server, log: Log, tmp_path: Path
 ) -> None:
     # Given a Kafka that stops, and more for one partition than the producer takes
@@ -165,7 +163,7 @@ async def test_what_the_producer_cannot_take_waits_behind_nothing(
         await asyncio.gather(
             *(enter(one.durable_producer, "large", n, 200_000) for n in range(1, 60))
         )
-        # Then too many bytes are not waited for as long as few would be
+        # Then spooling begins before the patience is over
         assert time.monotonic() - begun < ANSWER_S
         await enter(one.durable_producer, "large", 60)
         paused.resume()
@@ -174,7 +172,7 @@ async def test_what_the_producer_cannot_take_waits_behind_nothing(
     assert numbers(log, "large") == list(range(61))
 
 
-async def test_a_bridge_that_ends_leaves_what_kafka_has_not_taken_to_the_next(
+async def test_a_bridge_that_stops_in_an_outage_leaves_its_events_to_the_next_one(
     paused: Server, log: Log, tmp_path: Path
 ) -> None:
     one = running(paused.address, tmp_path, patience_s=30)
@@ -182,9 +180,9 @@ async def test_a_bridge_that_ends_leaves_what_kafka_has_not_taken_to_the_next(
     await enter(durable_producer.durable_producer, "ends", 0)
     paused.pause()
     futures = [enter(durable_producer.durable_producer, "ends", number) for number in range(1, 100)]
-    # When it is asked to end while Kafka does not answer
+    # When it is stopped while Kafka does not answer
     await durable_producer.end(grace_s=0.1)
-    # Then what it was told is kept, and the next one sends it first
+    # Then its events are stored, and the next process sends them first
     assert all(future.done() and future.exception() is None for future in futures)
     with pytest.raises(NotStored, match="ended"):
         await enter(durable_producer.durable_producer, "ends", 1_000)
@@ -197,7 +195,7 @@ async def test_a_bridge_that_ends_leaves_what_kafka_has_not_taken_to_the_next(
     assert first_times(numbers(log, "ends")) == list(range(101))
 
 
-async def test_a_bridge_that_ends_with_more_than_the_spool_has_room_for_ends_nevertheless(
+async def test_a_bridge_stops_although_its_events_do_not_fit_into_the_spool(
     paused: Server, log: Log, tmp_path: Path
 ) -> None:
     one = running(paused.address, tmp_path, bytes_max=100_000, patience_s=30)
@@ -208,7 +206,7 @@ async def test_a_bridge_that_ends_with_more_than_the_spool_has_room_for_ends_nev
         enter(durable_producer.durable_producer, "more", number, 10_000) for number in range(1, 100)
     ]
     await durable_producer.end(grace_s=0.1)
-    # Then the first ones are kept, and of the others everyone hears that they are not
+    # Then the first events are stored, and the others raise an error
     kept = [number for number, future in enumerate(futures, 1) if future.exception() is None]
     assert kept == list(range(1, 10))
     paused.resume()
@@ -219,7 +217,7 @@ async def test_a_bridge_that_ends_with_more_than_the_spool_has_room_for_ends_nev
     assert set(kept) <= set(numbers(log, "more"))
 
 
-async def test_a_bridge_that_is_killed_in_an_outage_has_told_the_truth(
+async def test_a_bridge_that_is_killed_in_an_outage_loses_no_stored_event(
     hurt_kafka: Server, log: Log, tmp_path: Path
 ) -> None:
     # Given processes that share a directory, and are killed while Kafka is down
@@ -235,27 +233,27 @@ async def test_a_bridge_that_is_killed_in_an_outage_has_told_the_truth(
     await answered(500)
     await asyncio.to_thread(hurt_kafka.kill)
     await answered(max(len(process.answered) for process in processes) + 2_000)
-    told = [await process.kill() for process in processes]
-    # When one starts while Kafka is down still, and another when it is back
-    first = [max(numbers) + 1 for numbers in told]
+    stored = [await process.kill() for process in processes]
+    # When one process starts while Kafka is still down, and another when it is back
+    first = [max(numbers) + 1 for numbers in stored]
     later = Process(hurt_kafka.address, spool, "k0", first[0] + 10_000)
     processes = [later]
     await answered(500)
-    told[0] += await later.kill()
+    stored[0] += await later.kill()
     await asyncio.to_thread(hurt_kafka.start)
     async with running(hurt_kafka.address, spool) as one:
         await until_drained(one.durable_producer)
-        assert one.spool.left == []
-    # Then everything they answered is there, and nothing overtook what was before it
-    for client, numbers_told in enumerate(told):
+        assert one.spool.orphans == []
+    # Then Kafka has every event that they stored, and no event overtook an earlier one
+    for client, stored_numbers in enumerate(stored):
         topics = [topic_of(f"k{client}", number) for number in range(TOPICS)]
-        await log.until(partial(has, log, topics, max(numbers_told)), "the last")
+        await log.until(partial(has, log, topics, max(stored_numbers)), "the last")
         found = [first_times(numbers(log, topic)) for topic in topics]
         assert all(each == sorted(each) for each in found)
-        assert set(numbers_told) <= {number for each in found for number in each}
+        assert set(stored_numbers) <= {number for each in found for number in each}
 
 
-async def test_a_bridge_that_starts_without_kafka_serves_and_ends_as_others_do(
+async def test_a_bridge_without_kafka_starts_stores_events_and_stops(
     hurt_kafka: Server, log: Log, tmp_path: Path
 ) -> None:
     async with running("127.0.0.1:1", tmp_path) as one:
@@ -273,7 +271,7 @@ async def test_a_bridge_that_starts_without_kafka_serves_and_ends_as_others_do(
     assert numbers(log, "early") == list(range(12))
 
 
-async def test_a_spool_that_is_damaged_in_an_outage_is_moved_aside_and_counted(
+async def test_a_spool_file_damaged_in_an_outage_is_moved_aside_and_its_records_counted(
     paused: Server, log: Log, tmp_path: Path
 ) -> None:
     async with running(paused.address, tmp_path) as one:
@@ -286,11 +284,11 @@ async def test_a_spool_that_is_damaged_in_an_outage_is_moved_aside_and_counted(
         untaken, database = own.last - own.taken, own.file._database
         assert database is not None
         assert 100 < untaken < 299
-        # When what is in the file cannot be read
+        # When the file becomes unreadable
         await one.spool.submit(database.execute, "UPDATE block SET packed = x'c1'")
         paused.resume()
         await until_drained(one.durable_producer)
-        # Then it is kept for who can, and counted, and the bridge goes on
+        # Then it is moved aside, its records are counted as lost, and the bridge continues
         assert one.durable_producer.lost == {LOST_IN_THE_SPOOL: untaken}
         (aside,) = own.file.damaged
         assert aside.exists()
@@ -299,24 +297,24 @@ async def test_a_spool_that_is_damaged_in_an_outage_is_moved_aside_and_counted(
     assert numbers(log, "unreadable") == [*range(300 - untaken), 300]
 
 
-async def test_a_spool_that_is_deleted_in_an_outage_is_counted_and_goes_on(
+async def test_after_a_spool_file_is_deleted_lost_records_are_counted_and_later_ones_stored(
     paused: Server, log: Log, tmp_path: Path
 ) -> None:
     async with running(paused.address, tmp_path) as one:
         await enter(one.durable_producer, "damaged", 0)
         paused.pause()
-        # Given more than the producer takes, or it would have what the file loses
+        # Given more than the producer takes: otherwise it would still have what the file loses
         await asyncio.gather(
             *(enter(one.durable_producer, "damaged", n, 50_000) for n in range(1, 300))
         )
         untaken = one.durable_producer._sender.own.last - one.durable_producer._sender.own.taken
         assert 100 < untaken < 299
-        # When the file is deleted, and more comes
+        # When the file is deleted, and more events follow
         one.spool.own.path.unlink()
         await asyncio.gather(*(enter(one.durable_producer, "damaged", n) for n in range(300, 320)))
         paused.resume()
         await until_drained(one.durable_producer)
-        # Then what is lost is counted, and the rest is there
+        # Then lost events are counted, and Kafka has the rest
         assert one.durable_producer.lost == {LOST_IN_THE_SPOOL: untaken}
         await enter(one.durable_producer, "damaged", 320)
     await log.until_published("damaged", 321 - untaken)
@@ -324,7 +322,7 @@ async def test_a_spool_that_is_deleted_in_an_outage_is_counted_and_goes_on(
     assert numbers(log, "damaged") == [*range(first), *range(300, 321)]
 
 
-async def test_a_record_that_kafka_refuses_is_lost_alone_and_is_counted(
+async def test_only_the_record_that_kafka_refuses_is_lost_and_it_is_counted(
     paused: Server, log: Log, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def limit(size: int) -> None:
@@ -336,14 +334,14 @@ async def test_a_record_that_kafka_refuses_is_lost_alone_and_is_counted(
         await admin.alter_configs([topic])
         await admin.close()
 
-    # The first one has the patience to wait for Kafka's word
+    # The first one has the patience to wait for Kafka's refusal
     async with running(paused.address, tmp_path, patience_s=WAIT_S) as one:
-        # Given a record that is larger than Kafka would ever take
+        # Given a record that is larger than the bridge's limit
         with pytest.raises(NotStored) as refused:
             await enter(one.durable_producer, "sizes", -1, MESSAGE_BYTES_MAX)
         assert refused.value.reason == "too_large"
         assert one.durable_producer.lost == {HOOK: 1}
-        # And a Kafka whose limit is lower than the bridge believes
+        # And a Kafka whose limit is lower than the bridge's
         await limit(300_000)
         await enter(one.durable_producer, "sizes", 0)
         futures = [
@@ -363,7 +361,7 @@ async def test_a_record_that_kafka_refuses_is_lost_alone_and_is_counted(
         )
         paused.resume()
         await until_drained(one.durable_producer)
-        # Then they are lost, with a word in the log that has no payload, and the others are not
+        # Then only these are lost, with log lines that hold no payload
         assert one.durable_producer.lost == {HOOK: 2}
         lost = [record.getMessage() for record in caplog.records if "lost" in record.getMessage()]
         assert len(lost) == 4
@@ -373,7 +371,7 @@ async def test_a_record_that_kafka_refuses_is_lost_alone_and_is_counted(
     assert numbers(log, "sizes") == [n for n in range(40) if n % 10 != 5]
 
 
-async def test_a_full_spool_refuses_and_takes_again_when_kafka_is_back(
+async def test_a_full_spool_refuses_events_until_kafka_is_back(
     paused: Server, log: Log, tmp_path: Path
 ) -> None:
     async with running(paused.address, tmp_path, bytes_max=500_000) as one:
@@ -402,7 +400,7 @@ async def test_a_full_spool_refuses_and_takes_again_when_kafka_is_back(
     assert numbers(log, "full") == kept
 
 
-async def test_a_spool_that_cannot_be_written_refuses_and_recovers_by_itself(
+async def test_events_are_refused_while_the_spool_cannot_be_written(
     paused: Server, log: Log, tmp_path: Path
 ) -> None:
     directory, away = tmp_path / "spool", tmp_path / "away"
@@ -410,7 +408,7 @@ async def test_a_spool_that_cannot_be_written_refuses_and_recovers_by_itself(
         await enter(one.durable_producer, "broken", 0)
         paused.pause()
         directory.rename(away)
-        # Then one is refused when the patience is over, and the next at once
+        # Then an event is refused when the patience is over, and the next one at once
         with pytest.raises(NotStored) as refused:
             await enter(one.durable_producer, "broken", 1)
         assert refused.value.reason == "unwritable"
@@ -428,13 +426,13 @@ async def test_a_spool_that_cannot_be_written_refuses_and_recovers_by_itself(
         await until_drained(one.durable_producer)
         await enter(one.durable_producer, "broken", 4)
     await log.until(lambda: 4 in numbers(log, "broken"), "the last")
-    # What the producer had may be there though it was refused
+    # An event that was in flight may be in Kafka although it was refused
     assert [n for n in numbers(log, "broken") if n not in {1, 2}] == [0, 3, 4]
     assert numbers(log, "broken") == sorted(numbers(log, "broken"))
 
 
 @pytest.mark.parametrize("seed", [SEED])
-async def test_whenever_kafka_stops_goes_on_or_is_killed_nothing_overtakes_at_the_switches(
+async def test_order_holds_through_pauses_and_kills_of_kafka(
     paused: Server, log: Log, tmp_path: Path, seed: int
 ) -> None:
     chance = random.Random(seed)
@@ -477,13 +475,13 @@ async def test_whenever_kafka_stops_goes_on_or_is_killed_nothing_overtakes_at_th
 
 
 @pytest.mark.parametrize("seed", [SEED])
-async def test_whenever_the_bridge_is_killed_what_it_answered_is_there_in_order(
+async def test_order_holds_through_kills_of_the_bridge(
     paused: Server, log: Log, tmp_path: Path, seed: int
 ) -> None:
     chance = random.Random(seed)
-    client, told = f"r{seed}", list[int]()
+    client, stored = f"r{seed}", list[int]()
     for number in range(ROUNDS):
-        # Given a bridge that is killed at some moment: before, in or after an outage, or while the spool is emptied
+        # Given a bridge that is killed before, in or after an outage, or while the spool is sent
         process = Process(paused.address, tmp_path / "spool", client, number * 1_000_000)
         await until(partial(has_answered, process, 200), "answers")
         for _ in range(chance.randrange(4)):
@@ -491,15 +489,15 @@ async def test_whenever_the_bridge_is_killed_what_it_answered_is_there_in_order(
             await asyncio.sleep(chance.uniform(0, 2))
             paused.resume()
             await asyncio.sleep(chance.uniform(0, 0.3))
-        told += await process.kill()
+        stored += await process.kill()
     async with running(paused.address, tmp_path / "spool") as one:
         await until_drained(one.durable_producer)
-    # Then what was answered is there, and in order; a batch of the dead that is on its way still may come late
+    # Then Kafka has every stored event, in order. A batch of a killed process may still be on its way.
     topics = [topic_of(client, number) for number in range(TOPICS)]
     await log.until(
-        lambda: set(told) <= {number for topic in topics for number in numbers(log, topic)}, "all"
+        lambda: set(stored) <= {number for topic in topics for number in numbers(log, topic)}, "all"
     )
-    answered = set(told)
+    answered = set(stored)
     for topic in topics:
         found = first_times(number for number in numbers(log, topic) if number in answered)
         assert found == sorted(found)

@@ -1,4 +1,4 @@
-"""The ExHook server over real gRPC: versions, order, health, TLS, shared ports, its end, and bytes of any kind."""
+"""The ExHook server over real gRPC: versions, order, health, TLS, shared ports, its stop, and malformed requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic
+from millpond.pipeline.brokers.emqx.copy_topic import CopyTopic
 from millpond.pipeline.brokers.emqx.exhook import exhook_pb2 as pb
 from millpond.pipeline.brokers.emqx.exhook.hooks import Version
 from millpond.pipeline.brokers.emqx.exhook.server import service_name
@@ -31,7 +31,7 @@ from tests.support import given
 from tests.support.embedded_bridge import Log, make_topics, reading
 from tests.support.emqx.trace import (
     SERVICE,
-    MemoryInlet,
+    InMemoryProducer,
     a_client,
     a_message,
     a_publish,
@@ -68,7 +68,7 @@ async def log(bootstrap: str) -> AsyncIterator[Log]:
 
 
 async def live(channel: grpc.aio.Channel, client_id: str, publishes: int) -> None:
-    """A client's life as EMQX tells it: each call waits for the answer of the one before, all over one connection."""
+    """The calls of a client's life. Each waits for the answer of the one before, all over one connection."""
     client = a_client(client_id)
 
     async def call(name: str, request: bytes) -> None:
@@ -88,8 +88,10 @@ async def live(channel: grpc.aio.Channel, client_id: str, publishes: int) -> Non
         await call("OnMessageAcked", acked.SerializeToString())
 
 
-async def test_the_calls_of_a_client_are_in_kafka_in_their_order(bootstrap: str, log: Log) -> None:
-    """64 clients at once over 8 connections."""
+async def test_kafka_has_the_events_of_a_client_in_the_order_of_its_calls(
+    bootstrap: str, log: Log
+) -> None:
+    """64 clients at the same time over 8 connections."""
     clients, publishes = [f"c{number}" for number in range(64)], 20
     async with serving(bootstrap, RULES) as provider:
         # Channels of one process share a connection if their options are alike.
@@ -113,19 +115,19 @@ async def test_the_calls_of_a_client_are_in_kafka_in_their_order(bootstrap: str,
         found = [each.topic_filter for each in events if isinstance(each, SessionSubscribed)]
         assert found == filters
         for half in (0, 1):
-            told = [
+            types = [
                 (type(record.event), getattr(record.event, "message_id", None))
                 for record in log.records
                 if record.key == f"{client_id}/{half}"
             ]
-            assert told == [
+            assert types == [
                 (kind, f"{client_id}-{number}")
                 for number in range(half, publishes, 2)
                 for kind in (MessagePublished, MessageAcked)
             ]
 
 
-async def test_a_copys_report_is_in_its_partition_before_its_acknowledgement(
+async def test_the_report_of_a_copy_precedes_its_acknowledgement_in_the_partition(
     bootstrap: str, log: Log
 ) -> None:
     way = CopyTopic(SECRET).topic_for("queue/2/7", "c2", "m0", "mp/c2/queue/t")
@@ -148,31 +150,31 @@ async def test_a_copys_report_is_in_its_partition_before_its_acknowledgement(
 
 
 @pytest.mark.parametrize("version", ["v1", "v2", "v3"])
-async def test_every_call_is_served_under_the_name_of_each_version(version: Version) -> None:
-    async with answering(MemoryInlet(), RULES) as provider:
+async def test_every_call_is_served_under_its_name_in_each_version(version: Version) -> None:
+    async with answering(InMemoryProducer(), RULES) as provider:
         for method in SERVICE.methods:
             await provider.call(method.name, b"", version)
         assert provider.hooks.answered.total() == len(SERVICE.methods)
 
 
 async def test_another_version_is_not_served() -> None:
-    async with answering(MemoryInlet(), RULES) as provider:
+    async with answering(InMemoryProducer(), RULES) as provider:
         method = unary(provider.channel, "/emqx.exhook.v4.HookProvider/OnMessagePublish")
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await method(b"")
         assert raised.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
-async def test_it_serves_without_ever_having_been_loaded() -> None:
-    durable_producer = MemoryInlet()
+async def test_calls_are_served_without_a_loaded_provider() -> None:
+    durable_producer = InMemoryProducer()
     async with answering(durable_producer, RULES) as provider:
         answer = await provider.publish(a_publish("t"))
         assert answer.type == pb.ValuedResponse.IGNORE
         assert len(durable_producer.events) == 1
 
 
-async def test_properties_come_with_v3() -> None:
-    durable_producer = MemoryInlet()
+async def test_v3_has_publish_properties() -> None:
+    durable_producer = InMemoryProducer()
     request = pb.MessagePublishRequest(
         message=a_message("t"),
         props=[pb.Property(name="Message-Expiry-Interval", value="60")],
@@ -195,8 +197,8 @@ async def health(provider: Provider, service: str = "") -> int:
     return int(Status.FromString(answer).status)
 
 
-async def test_it_is_healthy_as_long_as_events_are_kept() -> None:
-    durable_producer = MemoryInlet()
+async def test_health_follows_whether_events_are_stored() -> None:
+    durable_producer = InMemoryProducer()
     async with answering(durable_producer, RULES) as provider:
         services = ["", *(service_name(version) for version in ("v1", "v2", "v3"))]
         for expected, complaint in (
@@ -205,14 +207,14 @@ async def test_it_is_healthy_as_long_as_events_are_kept() -> None:
             durable_producer.complaint = complaint
             for service in services:
 
-                async def told(service: str = service, expected: int = expected) -> bool:
+                async def reported(service: str = service, expected: int = expected) -> bool:
                     return await health(provider, service) == expected
 
-                await until(told, f"{service!r} to be {expected}")
+                await until(reported, f"{service!r} to be {expected}")
 
 
-async def test_publishes_are_refused_while_events_are_not_kept() -> None:
-    durable_producer = MemoryInlet()
+async def test_publishes_are_refused_while_events_cannot_be_stored() -> None:
+    durable_producer = InMemoryProducer()
     async with answering(durable_producer, RULES) as provider:
         durable_producer.complaint = "the spool is full"
         answer = await provider.publish(a_publish("queue/t"))
@@ -236,7 +238,7 @@ def channel_credentials(
 
 
 async def loaded(address: str, credentials: grpc.ChannelCredentials | None) -> bool:
-    """Whether a client with these credentials is answered."""
+    """True if a client with these credentials gets an answer."""
     if credentials is None:
         channel = grpc.aio.insecure_channel(address)
     else:
@@ -251,15 +253,15 @@ async def loaded(address: str, credentials: grpc.ChannelCredentials | None) -> b
         return True
 
 
-async def test_over_tls_only_if_it_has_a_certificate(tmp_path: Path) -> None:
+async def test_with_a_certificate_the_server_accepts_tls_only(tmp_path: Path) -> None:
     files = certificate(tmp_path)
     settings = {"certificate_file": str(files.certificate), "key_file": str(files.key)}
-    async with answering(MemoryInlet(), RULES, settings=settings) as provider:
+    async with answering(InMemoryProducer(), RULES, settings=settings) as provider:
         assert await loaded(provider.address, channel_credentials(files.certificate))
         assert not await loaded(provider.address, None)
 
 
-async def test_with_a_clients_authority_only_who_has_its_certificate(tmp_path: Path) -> None:
+async def test_with_a_client_ca_the_server_accepts_only_its_certificates(tmp_path: Path) -> None:
     for name in ("server", "client", "stranger"):
         (tmp_path / name).mkdir()
     server, client, stranger = (
@@ -269,7 +271,7 @@ async def test_with_a_clients_authority_only_who_has_its_certificate(tmp_path: P
         "certificate_file": str(server.certificate), "key_file": str(server.key),
         "client_ca_file": str(client.certificate),
     }  # fmt: skip
-    async with answering(MemoryInlet(), RULES, settings=settings) as provider:
+    async with answering(InMemoryProducer(), RULES, settings=settings) as provider:
         root = server.certificate
         assert await loaded(provider.address, channel_credentials(root, client))
         assert not await loaded(provider.address, channel_credentials(root))
@@ -288,20 +290,20 @@ async def test_with_a_clients_authority_only_who_has_its_certificate(tmp_path: P
         ({"exhook_listen": "127.0.0.1:65536"}, "no port 65536"),
     ],
 )
-async def test_settings_that_cannot_be_used(settings: dict[str, str], says: str) -> None:
+async def test_wrong_settings_are_config_errors(settings: dict[str, str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        async with answering(MemoryInlet(), RULES, settings=settings):
+        async with answering(InMemoryProducer(), RULES, settings=settings):
             pass
 
 
-# -- sharing a port, and the end
+# -- shared ports, and the stop
 
 
 async def test_two_servers_share_a_port_and_a_connection_stays_with_one() -> None:
-    listen, inlets = f"{HOST}:{free_port()}", (MemoryInlet(), MemoryInlet())
+    listen, producers = f"{HOST}:{free_port()}", (InMemoryProducer(), InMemoryProducer())
     async with (
-        answering(inlets[0], RULES, settings={"exhook_listen": listen}),
-        answering(inlets[1], RULES, settings={"exhook_listen": listen}),
+        answering(producers[0], RULES, settings={"exhook_listen": listen}),
+        answering(producers[1], RULES, settings={"exhook_listen": listen}),
     ):
         for connection in range(32):
             options = [("grpc.use_local_subchannel_pool", 1)]  # a connection of its own
@@ -309,19 +311,19 @@ async def test_two_servers_share_a_port_and_a_connection_stays_with_one() -> Non
                 for number in range(3):
                     request = a_publish("t", f"{connection}-{number}")
                     await unary(channel, path("v2", "OnMessagePublish"))(request)
-    told = [
+    served = [
         {event.message_id.split("-")[0] for event in durable_producer.events if isinstance(event, MessagePublished)}
-        for durable_producer in inlets
+        for durable_producer in producers
     ]  # fmt: skip
-    assert told[0]
-    assert told[1]
-    assert not told[0] & told[1]
-    assert len(inlets[0].events) + len(inlets[1].events) == 96
+    assert served[0]
+    assert served[1]
+    assert not served[0] & served[1]
+    assert len(producers[0].events) + len(producers[1].events) == 96
 
 
-async def test_what_is_in_hand_is_finished_before_it_ends() -> None:
-    durable_producer = MemoryInlet()
-    durable_producer.held = True
+async def test_running_calls_are_answered_before_the_server_stops() -> None:
+    durable_producer = InMemoryProducer()
+    durable_producer.paused = True
     async with answering(durable_producer, RULES) as provider:
         publishing = asyncio.create_task(provider.publish(a_publish("t")))
 
@@ -341,9 +343,9 @@ async def test_what_is_in_hand_is_finished_before_it_ends() -> None:
         await stopping
 
 
-async def test_an_event_stays_when_emqx_does_not_wait_for_it() -> None:
-    durable_producer = MemoryInlet()
-    durable_producer.held = True
+async def test_an_event_survives_the_cancellation_of_its_call() -> None:
+    durable_producer = InMemoryProducer()
+    durable_producer.paused = True
     async with answering(durable_producer, RULES) as provider:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await provider.method("OnMessagePublish")(a_publish("t"), timeout=0.2)
@@ -356,9 +358,9 @@ async def test_an_event_stays_when_emqx_does_not_wait_for_it() -> None:
         assert [future.cancelled() for future in durable_producer.futures] == [False]
 
 
-async def test_a_crowd_of_calls_waits_while_the_bridge_is_busy() -> None:
-    """gRPC would throw away what waits beyond 1,000, and EMQX would take that for an answer."""
-    durable_producer = MemoryInlet()
+async def test_thousands_of_calls_wait_while_the_bridge_is_busy() -> None:
+    """By default gRPC cancels waiting calls beyond 1,000, and EMQX takes that for a success."""
+    durable_producer = InMemoryProducer()
     async with answering(durable_producer, RULES) as provider:
         await provider.publish(a_publish("t", "first"))
         calls = [provider.publish(a_publish("t", f"m{number}")) for number in range(CROWD)]
@@ -369,11 +371,11 @@ async def test_a_crowd_of_calls_waits_while_the_bridge_is_busy() -> None:
     assert len(durable_producer.events) == CROWD + 1
 
 
-# -- bytes of any kind
+# -- malformed requests
 
 
 def damaged(request: bytes, chance: random.Random) -> bytes:
-    """Flipped, cut, doubled, or none of ours at all."""
+    """A request with flipped, cut or doubled bytes, or with random bytes instead."""
     match chance.randrange(4):
         case 0:
             return chance.randbytes(chance.randrange(200))
@@ -389,7 +391,7 @@ def damaged(request: bytes, chance: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("mountpoint", [None, MOUNTPOINT], ids=["plain", "mounted"])
-async def test_bytes_of_any_kind_end_in_an_answer_or_a_counted_error(
+async def test_any_bytes_get_an_answer_or_a_counted_error(
     bootstrap: str, log: Log, mountpoint: Mountpoint | None
 ) -> None:
     seed = random.randrange(1_000_000)
@@ -424,8 +426,8 @@ async def test_bytes_of_any_kind_end_in_an_answer_or_a_counted_error(
     await log.until(lambda: log.published("the/end"), "the server to serve on")
 
 
-async def test_a_request_that_is_too_large_is_an_error_and_the_next_one_is_served() -> None:
-    async with answering(MemoryInlet(), RULES) as provider:
+async def test_a_request_beyond_the_limit_fails_and_the_next_one_succeeds() -> None:
+    async with answering(InMemoryProducer(), RULES) as provider:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await provider.publish(a_publish("t", payload=bytes(33 * 1024 * 1024)))
         assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED

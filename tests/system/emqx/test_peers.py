@@ -1,4 +1,4 @@
-"""Processes of one bridge tell each other what was acknowledged, over real sockets."""
+"""The notes between the processes of one bridge, over real sockets."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from millpond.pipeline.brokers.emqx.delivery import peers as siblings_module
+from millpond.pipeline.brokers.emqx.delivery import peers as peers_module
 from millpond.pipeline.brokers.emqx.delivery.peers import NAME, PENDING_MAX, PeerProcesses
+from millpond.pipeline.brokers.emqx.delivery.sender import BulkSender
 from tests.support.workers import until
 
 
-class Own:
-    """The sender of one process."""
+class Sender(BulkSender):
+    """The sender of one process: it has the commands of these clients, and records what it hears."""
 
     def __init__(self, *clients: str) -> None:
         self.clients, self.acks = clients, list[tuple[str, str]]()
@@ -45,9 +46,9 @@ def directory() -> Iterator[Path]:
 
 @contextlib.asynccontextmanager
 async def process(
-    directory: Path, number: int, own: Own, *, first: bool = False
+    directory: Path, number: int, sender: Sender, *, first: bool = False
 ) -> AsyncIterator[PeerProcesses]:
-    peers = PeerProcesses(directory, number, own, own.gap if first else None)
+    peers = PeerProcesses(directory, number, sender, sender.gap if first else None)
     running = asyncio.create_task(peers.run())
     await asyncio.sleep(0)
     try:
@@ -58,102 +59,107 @@ async def process(
         await asyncio.wait((running,))
 
 
-async def test_an_acknowledgement_finds_the_process_that_it_concerns(directory: Path) -> None:
-    one, two = Own("a"), Own("b")
+async def test_an_acknowledgement_reaches_the_process_with_the_clients_commands(
+    directory: Path,
+) -> None:
+    one, two = Sender("a"), Sender("b")
     async with process(directory, 1, two), process(directory, 0, one, first=True) as peers:
         peers.acked("a", "A1")
         peers.acked("b", "B1")
 
-        async def told() -> bool:
+        async def arrived() -> bool:
             return bool(two.acks)
 
-        await until(told, "the other process to hear")
+        await until(arrived, "the note at the other process")
         assert (one.acks, two.acks) == ([("a", "A1")], [("b", "B1")])
 
 
-async def test_all_hear_of_a_session_that_ended(directory: Path) -> None:
-    one, two = Own(), Own()
+async def test_the_end_of_a_session_reaches_all_processes(directory: Path) -> None:
+    one, two = Sender(), Sender()
     async with process(directory, 1, two), process(directory, 0, one, first=True) as peers:
         peers.session_ended("c")
 
-        async def told() -> bool:
+        async def arrived() -> bool:
             return bool(two.ended)
 
-        await until(told, "the other process to hear")
+        await until(arrived, "the note at the other process")
         assert one.ended == two.ended == ["c"]
 
 
-async def test_a_gap_is_told_to_the_one_that_takes_snapshots(directory: Path) -> None:
-    one, two = Own(), Own()
+async def test_a_gap_reaches_the_process_that_takes_snapshots(directory: Path) -> None:
+    one, two = Sender(), Sender()
     async with process(directory, 0, one, first=True):
         assert one.gaps == 1
         async with process(directory, 1, two) as peers:
             peers.gap("node")
 
-            async def told() -> bool:
+            async def arrived() -> bool:
                 return one.gaps == 3  # one for its start
 
-            await until(told, "the first process to hear")
+            await until(arrived, "the note at the first process")
         assert two.gaps == 0
 
 
-async def test_a_process_that_comes_later_is_found(
+async def test_a_process_that_starts_later_is_found(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(siblings_module, "LOOK_INTERVAL_S", 0.01)
-    one, two = Own(), Own("b")
+    monkeypatch.setattr(peers_module, "SEARCH_INTERVAL_S", 0.01)
+    one, two = Sender(), Sender("b")
     async with process(directory, 0, one, first=True) as peers, process(directory, 1, two):
 
-        async def told() -> bool:
+        async def arrived() -> bool:
             peers.acked("b", "B")
             return bool(two.acks)
 
-        await until(told, "the later process to hear")
+        await until(arrived, "the note at the later process")
 
 
-async def test_one_that_was_killed_leaves_nothing_in_the_way(directory: Path) -> None:
+async def test_the_socket_of_a_killed_process_is_replaced(directory: Path) -> None:
     path = directory / NAME.format(0)
     left = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     left.bind(str(path))
     left.close()
-    async with process(directory, 0, Own(), first=True):
+    async with process(directory, 0, Sender(), first=True):
         assert path.stat().st_mode & 0o777 == 0o600
     assert not path.exists()
 
 
-async def test_many_notes_are_several_datagrams_and_garbage_is_none(
+async def test_many_notes_take_several_datagrams_and_garbage_is_ignored(
     directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    two = Own("x" * 300)
-    async with process(directory, 1, two), process(directory, 0, Own(), first=True) as peers:
+    two = Sender("x" * 300)
+    async with process(directory, 1, two), process(directory, 0, Sender(), first=True) as peers:
         for number in range(1_000):
             peers.acked("x" * 300, str(number))
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:
             stranger.sendto(b"\xff[", str(directory / NAME.format(1)))
 
-        async def told() -> bool:
+        async def arrived() -> bool:
             return len(two.acks) >= 1_000
 
-        await until(told, "all of them")
+        await until(arrived, "all notes")
         assert [alias for _, alias in two.acks] == [str(number) for number in range(1_000)]
-        assert "is not a sibling's" in caplog.text
+        assert "it is not a note of a bridge process" in caplog.text
 
 
-async def test_what_nobody_takes_is_bounded(directory: Path) -> None:
-    async with process(directory, 1, Own()), process(directory, 0, Own(), first=True) as peers:
+async def test_pending_notes_are_bounded(directory: Path) -> None:
+    async with (
+        process(directory, 1, Sender()),
+        process(directory, 0, Sender(), first=True) as peers,
+    ):
         for number in range(PENDING_MAX + 10):
             peers.acked("b", str(number))
         assert len(peers._pending) <= PENDING_MAX
 
 
-async def test_a_path_that_is_too_long_is_said_and_done_without(
+async def test_with_a_path_that_is_too_long_a_process_works_alone_and_logs_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     deep = tmp_path / ("x" * 120)
     deep.mkdir()
-    own = Own("a")
-    async with process(deep, 0, own, first=True) as peers:
+    sender = Sender("a")
+    async with process(deep, 0, sender, first=True) as peers:
         peers.acked("a", "A")
         peers.acked("b", "B")
-    assert own.acks == [("a", "A")]
-    assert "processes cannot tell each other" in caplog.text
+    assert sender.acks == [("a", "A")]
+    assert "processes cannot exchange notes" in caplog.text

@@ -1,4 +1,4 @@
-"""The client of EMQX's REST API against every documented answer, and against those that nobody documents."""
+"""The client of EMQX's REST API against every documented answer, and against undocumented ones."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def a_message(topic: str = "t", payload: str = "aGk=", qos: int = 1) -> PublishR
     return PublishRequest(topic, payload, qos, {"message_expiry_interval": 60})
 
 
-async def test_a_bulk_says_what_came_of_each(server: EmqxRest, rest: RestClient) -> None:
+async def test_a_bulk_has_a_result_for_each_message(server: EmqxRest, rest: RestClient) -> None:
     client = await server.emqx.connect("c", listener=ORDINARY)
     await client.subscribe("t")
     server.undelivered.add(b"lost")
@@ -45,7 +45,7 @@ async def test_a_bulk_says_what_came_of_each(server: EmqxRest, rest: RestClient)
     ]
 
 
-async def test_one_that_is_refused_spoils_the_bulk(server: EmqxRest, rest: RestClient) -> None:
+async def test_one_refused_message_fails_the_whole_bulk(server: EmqxRest, rest: RestClient) -> None:
     client = await server.emqx.connect("c", listener=ORDINARY)
     await client.subscribe("t")
     with pytest.raises(Refused, match="400: 144 topic_name_invalid") as caught:
@@ -54,7 +54,7 @@ async def test_one_that_is_refused_spoils_the_bulk(server: EmqxRest, rest: RestC
     assert client.received == []
 
 
-async def test_subscriptions_are_changed_in_the_clients_own_words(
+async def test_subscriptions_are_changed_with_the_filters_of_the_client(
     server: EmqxRest, rest: RestClient
 ) -> None:
     client = await server.emqx.connect("c", listener=MOUNTED)
@@ -68,28 +68,28 @@ async def test_subscriptions_are_changed_in_the_clients_own_words(
     await client.settle()
 
 
-async def test_a_client_that_is_gone_has_no_subscriptions(rest: RestClient) -> None:
+async def test_a_client_without_a_session_cannot_be_subscribed(rest: RestClient) -> None:
     assert await rest.subscribe("nobody", [("a", 1)]) is None
     assert not await rest.unsubscribe("nobody", ["a"])
 
 
-async def test_client_ids_are_one_level_of_a_path_whatever_they_hold(
-    server: EmqxRest, rest: RestClient
-) -> None:
+async def test_any_client_id_is_one_level_of_a_path(server: EmqxRest, rest: RestClient) -> None:
     name = "a/b+c%2F d?é#"
     await server.emqx.connect(name, listener=ORDINARY)
     assert await rest.subscribe(name, [("a", 1)]) is not None
     assert list(server.emqx.sessions[name].subscriptions) == ["a"]
 
 
-async def test_what_is_not_granted_of_a_bulk_is_told(server: EmqxRest, rest: RestClient) -> None:
+async def test_subscriptions_that_emqx_does_not_grant_are_returned(
+    server: EmqxRest, rest: RestClient
+) -> None:
     server.fault("/clients", 200, body=b'{"succeed":[],"failed":[{"data":["c"],"reason":"x"}]}')
     granted = await rest.subscribe("c", [("a", 1)])
     assert granted is not None
     assert len(granted.failed) == 1
 
 
-async def test_lists_come_page_by_page(
+async def test_lists_are_read_page_by_page(
     server: EmqxRest, rest: RestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rest_module, "PAGE_ROWS", 2)
@@ -110,9 +110,7 @@ async def test_lists_come_page_by_page(
     ]
 
 
-async def test_a_row_that_nobody_can_read_is_passed_over(
-    server: EmqxRest, rest: RestClient
-) -> None:
+async def test_an_unreadable_row_is_skipped(server: EmqxRest, rest: RestClient) -> None:
     good = b'{"clientid":"c","connected":false,"username":null}'
     body = (
         b'{"data":[{"clientid":"a\\u0000b","connected":true},%s],"meta":{"hasnext":false}}' % good
@@ -121,11 +119,11 @@ async def test_a_row_that_nobody_can_read_is_passed_over(
     assert [[row.clientid for row in page] async for page in rest.clients()] == [["c"]]
 
 
-async def test_a_page_of_which_nothing_can_be_read_is_no_answer(
+async def test_a_page_without_a_readable_row_counts_as_unanswered(
     server: EmqxRest, rest: RestClient
 ) -> None:
     server.fault("/clients", 200, body=b'{"data":[{"id":"c"}],"meta":{"hasnext":false}}')
-    with pytest.raises(Unanswered, match="none of EMQX's /clients can be read"):
+    with pytest.raises(Unanswered, match="no row of EMQX's /clients can be read"):
         [page async for page in rest.clients()]
 
 
@@ -136,7 +134,7 @@ async def test_nodes_and_whether_they_run(server: EmqxRest, rest: RestClient) ->
     ]  # fmt: skip
 
 
-async def test_what_is_retained(server: EmqxRest, rest: RestClient) -> None:
+async def test_retained_messages_are_read(server: EmqxRest, rest: RestClient) -> None:
     client = await server.emqx.connect("c", listener=ORDINARY, username="u")
     await client.publish("a/b c+é".replace("+", "-"), b"\xff\x00", retain=True)
     found = await rest.retained("a/b c-é")
@@ -175,7 +173,7 @@ ODD: list[tuple[Any, bytes, type[RestError]]] = [
 
 
 @pytest.mark.parametrize("kind,body,error", ODD)
-async def test_whatever_else_is_answered_is_an_error_of_its_kind(
+async def test_every_other_answer_is_an_error_of_its_type(
     server: EmqxRest, rest: RestClient, kind: Any, body: bytes, error: type[RestError],
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -193,7 +191,7 @@ async def test_whatever_else_is_answered_is_an_error_of_its_kind(
     assert "Basic " not in caplog.text
 
 
-async def test_an_answer_that_does_not_come_is_waited_for_no_longer_than_that(
+async def test_a_missing_answer_times_out(
     server: EmqxRest, rest: RestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rest_module, "PUBLISH_TIMEOUT_S", 0.2)
@@ -202,13 +200,15 @@ async def test_an_answer_that_does_not_come_is_waited_for_no_longer_than_that(
         await rest.publish([a_message()])
 
 
-async def test_nobody_there_is_said_with_the_setting(server: EmqxRest, rest: RestClient) -> None:
+async def test_without_a_connection_the_error_names_the_setting(
+    server: EmqxRest, rest: RestClient
+) -> None:
     await server.stop()
     with pytest.raises(Unreachable, match=rf"\[bridge\] rest_url {server.url}: .*"):
         await rest.publish([a_message()])
 
 
-async def test_an_answer_has_an_end(
+async def test_the_size_of_an_answer_is_limited(
     server: EmqxRest, rest: RestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rest_module, "ANSWER_BYTES_MAX", 1_000)
@@ -217,13 +217,15 @@ async def test_an_answer_has_an_end(
         await rest.nodes()
 
 
-async def test_results_of_another_number_are_no_answer(server: EmqxRest, rest: RestClient) -> None:
+async def test_a_wrong_number_of_results_counts_as_unanswered(
+    server: EmqxRest, rest: RestClient
+) -> None:
     server.fault("/publish", 200, body=b'[{"id":"A"}]')
     with pytest.raises(Unanswered, match="1 results of 2"):
         await rest.publish([a_message(), a_message()])
 
 
-async def test_a_key_that_changed_is_read_again(
+async def test_a_changed_key_file_is_read_again(
     server: EmqxRest, rest: RestClient, tmp_path: Path
 ) -> None:
     server.key = "other:secret"
@@ -233,7 +235,7 @@ async def test_a_key_that_changed_is_read_again(
     assert await rest.nodes()
 
 
-async def test_a_key_file_that_vanished_is_named(
+async def test_a_missing_key_file_is_named(
     server: EmqxRest, rest: RestClient, tmp_path: Path
 ) -> None:
     server.key = "other:secret"
@@ -243,13 +245,13 @@ async def test_a_key_file_that_vanished_is_named(
             await rest.nodes()
 
 
-async def test_a_read_that_fails_once_is_tried_again(server: EmqxRest, rest: RestClient) -> None:
+async def test_a_failed_read_is_retried(server: EmqxRest, rest: RestClient) -> None:
     fault = server.fault("/nodes", 500, times=2)
     assert await rest.nodes()
     assert fault.seen == 2
 
 
-async def test_settings_that_are_wrong_are_said_at_the_start(tmp_path: Path) -> None:
+async def test_wrong_settings_fail_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="api_key_file is missing"):
         RestClient(BridgeSettings())
     with pytest.raises(ConfigError, match="api_key_file: cannot read"):
@@ -266,13 +268,13 @@ async def test_settings_that_are_wrong_are_said_at_the_start(tmp_path: Path) -> 
         await RestClient(wrong).start()
 
 
-async def test_nothing_that_is_shown_holds_the_key(server: EmqxRest, tmp_path: Path) -> None:
+async def test_no_message_holds_the_key(server: EmqxRest, tmp_path: Path) -> None:
     async with asking(server, tmp_path) as rest:
         assert repr(rest) == f"Rest('{server.url}')"
     assert settings_for(server, tmp_path).api_key_file == str(tmp_path / "api-key")
 
 
-async def test_over_tls_the_authority_is_checked(server: EmqxRest, tmp_path: Path) -> None:
+async def test_over_tls_the_certificate_is_verified(server: EmqxRest, tmp_path: Path) -> None:
     files = certificate(tmp_path)
     async with tls_front(files, server.port) as port:
         url = f"https://127.0.0.1:{port}"

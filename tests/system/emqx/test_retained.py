@@ -1,4 +1,4 @@
-"""What EMQX retains, found by asking after a publish."""
+"""Look-ups of the messages that EMQX retains, after publishes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from millpond.pipeline.brokers.emqx.rest import retained as retained_module
 from millpond.pipeline.brokers.emqx.rest.client import RestClient
 from millpond.pipeline.brokers.emqx.rest.retained import RetainedLookup
 from millpond.schemas import codec
-from millpond.schemas.errors import MillpondError
 from millpond.schemas.events import MessagePublished, MessageRetained
 from tests.support.emqx.broker import MOUNTED, Client, Emqx, Message, NoHooks
 from tests.support.emqx.rest import EmqxRest, serving
-from tests.support.emqx.scene import Inlet, asking
+from tests.support.emqx.scene import asking
+from tests.support.emqx.trace import InMemoryProducer
 from tests.support.workers import until
 
 
 class Telling(NoHooks):
-    """After each publish its topic is asked for, as by the bridge."""
+    """Requests a look-up after each publish, like the bridge."""
 
     lookups: RetainedLookup
 
@@ -40,7 +40,7 @@ class Telling(NoHooks):
 class Scene:
     def __init__(self, server: EmqxRest, rest: RestClient, client: Client) -> None:
         self.server, self.client = server, client
-        self.durable_producer = Inlet()
+        self.durable_producer = InMemoryProducer()
         self.lookups = RetainedLookup(rest, self.durable_producer)
 
     def asked(self) -> int:
@@ -50,7 +50,7 @@ class Scene:
         async def enough() -> bool:
             return self.asked() >= count
 
-        await until(enough, f"{count} looks")
+        await until(enough, f"{count} look-ups")
 
     async def until_told(self, count: int) -> list[MessageRetained]:
         async def enough() -> bool:
@@ -80,7 +80,9 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
     emqx.stop()
 
 
-async def test_a_retained_publish_is_told_under_its_own_topic(scene: Scene) -> None:
+async def test_a_retained_publish_is_reported_under_its_topic_without_mountpoint(
+    scene: Scene,
+) -> None:
     await scene.client.publish("t", b"\xff", retain=True)
     (event,) = await scene.until_told(1)
     kept = scene.server.emqx.retained["mp/c/t"]
@@ -91,7 +93,7 @@ async def test_a_retained_publish_is_told_under_its_own_topic(scene: Scene) -> N
     )  # fmt: skip
 
 
-async def test_a_publish_that_is_not_retained_is_not_told(scene: Scene) -> None:
+async def test_a_publish_that_is_not_retained_is_not_reported(scene: Scene) -> None:
     await scene.client.publish("t", "x")
     await scene.until_asked(1)
     await scene.client.publish("u", "x", retain=True)
@@ -99,7 +101,7 @@ async def test_a_publish_that_is_not_retained_is_not_told(scene: Scene) -> None:
     assert event.topic == "u"
 
 
-async def test_clearing_is_told_with_an_empty_payload(scene: Scene) -> None:
+async def test_a_cleared_message_is_reported_with_an_empty_payload(scene: Scene) -> None:
     await scene.client.publish("t", "x", retain=True)
     await scene.until_told(1)
     await scene.client.publish("t", "", retain=True)
@@ -107,7 +109,7 @@ async def test_clearing_is_told_with_an_empty_payload(scene: Scene) -> None:
     assert (cleared.topic, cleared.payload, cleared.client_id) == ("t", "", "c")
 
 
-async def test_what_is_known_already_is_not_told_again(scene: Scene) -> None:
+async def test_a_known_retained_message_is_not_reported_again(scene: Scene) -> None:
     await scene.client.publish("t", "x", retain=True)
     await scene.until_told(1)
     await scene.client.publish("t", "live")
@@ -117,7 +119,9 @@ async def test_what_is_known_already_is_not_told_again(scene: Scene) -> None:
     assert second.payload == "y"
 
 
-async def test_what_an_earlier_publish_left_is_told_as_that_one(scene: Scene) -> None:
+async def test_the_message_of_an_earlier_publish_is_reported_with_its_own_fields(
+    scene: Scene,
+) -> None:
     scene.server.fault("/mqtt", 500)
     await scene.client.publish("t", "first", retain=True)
     await scene.client.publish("t", "live", qos=0)
@@ -128,7 +132,7 @@ async def test_what_an_earlier_publish_left_is_told_as_that_one(scene: Scene) ->
     assert (event.published_at, event.user_properties) == (kept.timestamp, {})
 
 
-async def test_many_publishes_of_a_topic_cost_one_look(scene: Scene) -> None:
+async def test_many_publishes_of_a_topic_cost_one_look_up(scene: Scene) -> None:
     for number in range(50):
         await scene.client.publish("t", str(number), retain=True)
     (event,) = await scene.until_told(1)
@@ -136,7 +140,7 @@ async def test_many_publishes_of_a_topic_cost_one_look(scene: Scene) -> None:
     assert scene.asked() <= 2
 
 
-async def test_a_clearing_is_not_lost_among_other_publishes(scene: Scene) -> None:
+async def test_a_clearing_publish_among_others_is_not_lost(scene: Scene) -> None:
     await scene.client.publish("t", "x", retain=True)
     await scene.until_told(1)
     fault = scene.server.fault("/mqtt", 503)
@@ -153,36 +157,36 @@ async def test_a_clearing_is_not_lost_among_other_publishes(scene: Scene) -> Non
 
 
 @pytest.mark.parametrize("kind", [400, 401, 404, 429, 500, 503, "cut", 200])
-async def test_what_is_not_answered_is_asked_again(
+async def test_a_failed_look_up_is_retried(
     scene: Scene, kind: int | str, caplog: pytest.LogCaptureFixture
 ) -> None:
     scene.server.fault("/mqtt", kind, times=2, body=b"<no>")
     await scene.client.publish("t", "x", retain=True)
     (event,) = await scene.until_told(1)
     assert event.payload == "x"
-    assert "retained messages are not known" in caplog.text
-    assert "EMQX tells again" in caplog.text
+    assert "a look-up of a retained message failed" in caplog.text
+    assert "answers look-ups of retained messages again" in caplog.text
 
 
-async def test_what_cannot_be_kept_is_asked_for_again(scene: Scene) -> None:
-    scene.durable_producer.refusal = MillpondError("the spool is full")
+async def test_a_look_up_whose_event_cannot_be_stored_is_retried(scene: Scene) -> None:
+    scene.durable_producer.complaint = "the spool is full"
     await scene.client.publish("t", "x", retain=True)
     await scene.until_asked(2)
-    scene.durable_producer.refusal = None
+    scene.durable_producer.complaint = None
     await scene.until_told(1)
 
 
-async def test_a_payload_that_emqx_does_not_tell_is_an_error_in_the_log(
+async def test_a_payload_that_emqx_does_not_return_is_an_error_in_the_log(
     scene: Scene, caplog: pytest.LogCaptureFixture
 ) -> None:
     await scene.client.publish("t", b"x" * (2 << 20), retain=True)
     await scene.until_asked(1)
     await scene.client.publish("u", "x", retain=True)
     await scene.until_told(1)
-    assert "more than 1 MiB" in caplog.text
+    assert "exceeds 1 MiB" in caplog.text
 
 
-async def test_what_waits_is_bounded_and_counted(
+async def test_waiting_look_ups_are_bounded_and_missed_ones_counted(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(retained_module, "TOPICS_MAX", 2)
@@ -190,4 +194,4 @@ async def test_what_waits_is_bounded_and_counted(
     for number in range(5):
         await scene.client.publish(f"t{number}", "x", retain=True)
     assert scene.lookups.missed == 3
-    assert caplog.text.count("some are missed") == 1
+    assert caplog.text.count("later ones are missed") == 1

@@ -1,4 +1,4 @@
-"""EMQX's rule events, written to a real Kafka as its data bridge does, through the real bridge and real agents."""
+"""EMQX's rule events in a real Kafka, as its sink writes them, through the real bridge and real agents."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ A_LIE = b'{"event":"message.publish","id":7}'
 
 
 class World:
-    """Topics of one test, an EMQX that writes, the bridge that reads, and what comes of it."""
+    """The topics of one test, an EMQX that writes, the bridges that read, and the log of their events."""
 
-    def __init__(self, bootstrap: str, directory: Path, app: str, told: Emqx, log: Log) -> None:
-        self.bootstrap, self.app, self.emqx, self.log = bootstrap, app, told, log
+    def __init__(self, bootstrap: str, directory: Path, app: str, broker: Emqx, log: Log) -> None:
+        self.bootstrap, self.app, self.emqx, self.log = bootstrap, app, broker, log
         self.source = f"{app}-rules"
         self._directory = directory
         self._bridges: list[KafkaBridge] = []
@@ -74,10 +74,10 @@ class World:
 
 @contextlib.asynccontextmanager
 async def over(bootstrap: str, directory: Path, app: str) -> AsyncIterator[World]:
-    """A world whose Millpond has its topics."""
+    """A world whose Kafka already has Millpond's topics."""
     await make_sources(bootstrap, f"{app}-rules")
-    async with emqx(bootstrap) as told, reading(bootstrap, from_start=True) as log:
-        world = World(bootstrap, directory, app, told, log)
+    async with emqx(bootstrap) as broker, reading(bootstrap, from_start=True) as log:
+        world = World(bootstrap, directory, app, broker, log)
         try:
             yield world
         finally:
@@ -86,7 +86,7 @@ async def over(bootstrap: str, directory: Path, app: str) -> AsyncIterator[World
 
 @contextlib.asynccontextmanager
 async def a_world(bootstrap: str, directory: Path, app: str) -> AsyncIterator[World]:
-    """A world of its own, with empty topics."""
+    """A world with new, empty topics."""
     await make_topics(bootstrap)
     async with over(bootstrap, directory, app) as world:
         yield world
@@ -114,7 +114,7 @@ def id_of(number: int) -> str:
 # -- events
 
 
-async def test_whatever_the_partition_each_event_comes_to_the_partition_of_its_key(
+async def test_each_event_reaches_the_partition_of_its_key(
     world: World,
 ) -> None:
     chance = random.Random(7)
@@ -145,22 +145,22 @@ async def test_whatever_the_partition_each_event_comes_to_the_partition_of_its_k
         assert record.partition == receipt.partition
 
 
-async def test_clients_begin_sessions_and_are_served_by_their_broker(world: World) -> None:
+async def test_connects_begin_sessions_and_the_broker_delivers(world: World) -> None:
     await world.bridge()
     await world.tell(
         connected("c", 1, 5001), subscribed("c", "queue/#", 2), disconnected("c", 3, 5001),
         connected("c", 4, 5002, clean=False),
     )  # fmt: skip
-    told = await world.log.until_kinds(
+    events = await world.log.until_kinds(
         "c", SessionCreated, ClientConnected, SessionSubscribed, ClientDisconnected, ClientConnected
     )
-    assert isinstance(told[1], ClientConnected)
-    assert told[1].connection_id == f"{NODE}/192.168.0.11:5001"
-    assert isinstance(told[2], SessionSubscribed)
-    assert told[2].broker_delivers
+    assert isinstance(events[1], ClientConnected)
+    assert events[1].connection_id == f"{NODE}/192.168.0.11:5001"
+    assert isinstance(events[2], SessionSubscribed)
+    assert events[2].broker_delivers
 
 
-async def test_what_no_rule_asks_for_is_not_told(world: World) -> None:
+async def test_events_that_no_rule_needs_are_skipped(world: World) -> None:
     bridge = await world.bridge(given.store(), given.queue(), given.receipt(topic="wanted/#"))
     for number, topic in enumerate(("queue/a", "wanted/a", "t/a")):
         await world.tell(publish(number, topic), delivered(number, topic), acked(number, topic))
@@ -174,7 +174,7 @@ async def test_what_no_rule_asks_for_is_not_told(world: World) -> None:
     ]  # fmt: skip
 
 
-async def test_a_bridge_that_is_asked_to_stop_leaves_nothing_to_be_read_again(world: World) -> None:
+async def test_a_bridge_that_stops_commits_everything_it_has_read(world: World) -> None:
     first = await world.bridge()
     for partition in range(SOURCE_PARTITIONS):
         numbers = range(partition, 3_000, SOURCE_PARTITIONS)
@@ -202,7 +202,7 @@ async def test_two_bridges_share_the_partitions(world: World) -> None:
 # -- faults
 
 
-async def test_kill_9_again_and_again_loses_nothing(world: World) -> None:
+async def test_repeated_kill_9_loses_nothing(world: World) -> None:
     number = 40_000
     for partition in range(SOURCE_PARTITIONS):
         numbers = range(partition, number, SOURCE_PARTITIONS)
@@ -220,7 +220,7 @@ async def test_kill_9_again_and_again_loses_nothing(world: World) -> None:
     assert set(ids(world.log)) == set(map(id_of, range(number)))
 
 
-async def test_what_cannot_be_read_is_a_dead_letter_and_stops_nothing(
+async def test_an_unreadable_record_becomes_a_dead_letter_and_stops_nothing(
     kafka: str, redis_server: str, tmp_path: Path, app_name: str
 ) -> None:
     async with (
@@ -248,7 +248,7 @@ async def test_what_cannot_be_read_is_a_dead_letter_and_stops_nothing(
             assert headers["reason"]
 
 
-async def test_what_is_too_large_for_kafka_is_told_of(
+async def test_a_record_too_large_for_kafka_becomes_a_dead_letter(
     kafka: str, redis_server: str, tmp_path: Path, app_name: str
 ) -> None:
     async with (
@@ -271,7 +271,9 @@ async def test_what_is_too_large_for_kafka_is_told_of(
 
 
 @pytest.mark.parametrize("restart", [False, True])
-async def test_kafka_may_go_away(own_kafka: Server, tmp_path: Path, *, restart: bool) -> None:
+async def test_nothing_is_lost_while_kafka_is_away(
+    own_kafka: Server, tmp_path: Path, *, restart: bool
+) -> None:
     async with a_world(own_kafka.address, tmp_path, "away") as world:
         bridge = await world.bridge()
         await world.tell(*map(publish, range(5_000)), partition=0)
@@ -290,9 +292,7 @@ async def test_kafka_may_go_away(own_kafka: Server, tmp_path: Path, *, restart: 
         assert set(ids(world.log)) == set(map(id_of, range(6_000)))
 
 
-async def test_a_bridge_without_kafka_ends_when_it_is_asked_to(
-    own_kafka: Server, tmp_path: Path
-) -> None:
+async def test_a_bridge_without_kafka_stops_on_sigterm(own_kafka: Server, tmp_path: Path) -> None:
     async with a_world(own_kafka.address, tmp_path, "gone") as world:
         bridge = await world.bridge()
         await world.tell(*map(publish, range(1_000)))
@@ -305,10 +305,10 @@ async def test_a_bridge_without_kafka_ends_when_it_is_asked_to(
             await asyncio.to_thread(own_kafka.resume)
 
 
-# -- the whole way
+# -- end to end
 
 
-async def test_an_ack_before_its_publish_and_a_disconnect_before_its_connect_end_as_one_expects(
+async def test_events_in_the_wrong_order_have_the_same_result(
     kafka: str, redis_server: str, tmp_path: Path, app_name: str
 ) -> None:
     rules = (
@@ -371,12 +371,12 @@ def receipts(log: Log) -> list[MessageAcked]:
 @pytest.mark.parametrize(
     ("sources", "said"),
     [
-        ([], "--topics: there is none"),
-        ([keys.MESSAGES_TOPIC], "mqtt.messages is Millpond's own"),
+        ([], "--topics: the list is empty"),
+        ([keys.MESSAGES_TOPIC], "mqtt.messages is a topic of Millpond"),
         (["no-such-topic", "nor-this"], "Kafka has no topic no-such-topic, nor-this"),
     ],
 )
-async def test_sources_that_cannot_be(
+async def test_wrong_sources_are_config_errors(
     kafka: str, tmp_path: Path, sources: list[str], said: str
 ) -> None:
     bridge = KafkaBridge(kafka, tmp_path, "emqx-cli", sources)
@@ -393,7 +393,7 @@ async def test_a_pubsub_rule_needs_a_mountpoint(kafka: str, tmp_path: Path) -> N
     assert "a pubsub rule (pubsub/#) needs an EMQX listener with a mountpoint" in said
 
 
-async def test_no_kafka_at_the_start(tmp_path: Path) -> None:
+async def test_without_kafka_the_start_fails(tmp_path: Path) -> None:
     bridge = KafkaBridge("127.0.0.1:1", tmp_path, "emqx-cli", ["rules"])
     assert await bridge.ended() == 2  # as for every mistake in settings
     assert "Kafka cannot be reached" in bridge.said()

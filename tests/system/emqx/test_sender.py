@@ -1,4 +1,4 @@
-"""Commands carried out on an EMQX through REST: order, windows, and whatever can come of a publish."""
+"""The sender carries out commands through REST: order, windows, and every outcome of a publish."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def many(count: int) -> list[bytes]:
     return [str(number).encode() for number in range(count)]
 
 
-async def test_a_copy_reaches_its_client_alone_under_its_own_topic(scene: Scene) -> None:
+async def test_a_copy_reaches_one_client_alone_under_the_message_topic(scene: Scene) -> None:
     client = await a_subscriber(scene)
     other = await a_subscriber(scene, "other")
     await scene.deliver("c", 1)
@@ -53,7 +53,7 @@ async def test_a_copy_reaches_its_client_alone_under_its_own_topic(scene: Scene)
     assert 58 <= asked["properties"]["message_expiry_interval"] <= 60
 
 
-async def test_a_payload_is_bytes_whatever_they_are(scene: Scene) -> None:
+async def test_a_payload_may_be_any_bytes(scene: Scene) -> None:
     client = await a_subscriber(scene)
     await scene.deliver("c", 1, payload="/wA=", payload_encoding="base64")
     await scene.deliver("c", 2, payload="é")
@@ -61,7 +61,7 @@ async def test_a_payload_is_bytes_whatever_they_are(scene: Scene) -> None:
     assert client.payloads == [b"\xff\x00", "é".encode()]
 
 
-async def test_a_qos_0_copy_is_sent_when_rest_has_answered(scene: Scene) -> None:
+async def test_a_qos_0_copy_is_reported_as_sent_after_the_answer_of_rest(scene: Scene) -> None:
     client = await a_subscriber(scene)
     await scene.deliver("c", 1, qos=0)
     await scene.until_done(1)
@@ -69,7 +69,7 @@ async def test_a_qos_0_copy_is_sent_when_rest_has_answered(scene: Scene) -> None
     assert numbers(client) == [1]
 
 
-async def test_nobody_asks_for_a_report_of_a_copy_without_a_lease(scene: Scene) -> None:
+async def test_a_copy_without_a_lease_is_not_reported(scene: Scene) -> None:
     client = await a_subscriber(scene)
     await scene.deliver("c", 1, lease="", retain=True)
     await scene.until_done(1)
@@ -89,7 +89,7 @@ async def test_each_client_gets_its_copies_in_order(scene: Scene) -> None:
         assert numbers(client) == list(range(60))
 
 
-async def test_requests_do_not_wait_for_one_another(scene: Scene) -> None:
+async def test_requests_run_concurrently(scene: Scene) -> None:
     one, other = await a_subscriber(scene, "one"), await a_subscriber(scene, "other")
     fault = scene.server.fault("/publish", "hang", times=1)
     await scene.deliver("one", 1)
@@ -106,7 +106,7 @@ async def test_requests_do_not_wait_for_one_another(scene: Scene) -> None:
     assert numbers(other) == [2]
 
 
-async def test_no_more_than_the_window_waits_for_a_client_that_acknowledges_nothing(
+async def test_emqx_holds_at_most_a_window_for_a_client_that_acknowledges_nothing(
     scene: Scene,
 ) -> None:
     slow = await a_subscriber(scene, "slow", answers=False)
@@ -126,7 +126,9 @@ async def test_no_more_than_the_window_waits_for_a_client_that_acknowledges_noth
     assert scene.emqx.sessions["slow"].dropped == 0
 
 
-async def test_a_copy_that_waits_in_vain_is_stale_and_room_comes_back(scene: Scene) -> None:
+async def test_a_copy_that_waits_too_long_is_stale_and_expired_copies_free_room(
+    scene: Scene,
+) -> None:
     await a_subscriber(scene, answers=False)
     await scene.deliver("c", *range(WINDOW), valid_for_s=1.5)
     await scene.emqx.until_held("c", WINDOW)
@@ -136,7 +138,7 @@ async def test_a_copy_that_waits_in_vain_is_stale_and_room_comes_back(scene: Sce
     assert scene.failed("stale") == ["m900"]
 
 
-async def test_no_subscriber_is_no_client_and_later_ones_of_the_epoch_are_stale(
+async def test_without_a_subscriber_a_copy_fails_and_later_ones_of_its_epoch_are_stale(
     scene: Scene,
 ) -> None:
     await scene.deliver("gone", 1)
@@ -148,7 +150,7 @@ async def test_no_subscriber_is_no_client_and_later_ones_of_the_epoch_are_stale(
     assert scene.failed("stale") == ["m2"]
 
 
-async def test_in_one_bulk_each_has_its_own_result(scene: Scene) -> None:
+async def test_each_copy_of_a_bulk_has_its_own_outcome(scene: Scene) -> None:
     client = await a_subscriber(scene)
     fault = scene.server.fault("/publish", 429, times=1)
     for number in range(5):
@@ -159,7 +161,7 @@ async def test_in_one_bulk_each_has_its_own_result(scene: Scene) -> None:
     assert sorted(scene.failed("no_client")) == ["m0", "m2", "m4"]
 
 
-async def test_what_could_not_be_handed_over_is_tried_again(scene: Scene) -> None:
+async def test_a_copy_that_was_not_handed_over_is_repeated(scene: Scene) -> None:
     client = await a_subscriber(scene)
     scene.server.undelivered.add(b"2")
     await scene.deliver("c", 1, 2)
@@ -174,7 +176,7 @@ async def test_what_could_not_be_handed_over_is_tried_again(scene: Scene) -> Non
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 405, 429])
-async def test_an_emqx_that_does_not_take_it_is_asked_again_and_order_holds(
+async def test_a_rejected_publish_is_repeated_in_order(
     scene: Scene, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = await a_subscriber(scene)
@@ -194,11 +196,11 @@ async def test_an_emqx_that_does_not_take_it_is_asked_again_and_order_holds(
     assert SECRET not in caplog.text
     if status in (401, 403):
         assert "api_key_file" in caplog.text
-    assert "does what it is asked again" in caplog.text
+    assert "EMQX accepts requests again" in caplog.text
 
 
 @pytest.mark.parametrize("kind", [500, 502, 503, "cut"])
-async def test_without_an_answer_it_is_asked_again(scene: Scene, kind: Any) -> None:
+async def test_an_unanswered_publish_is_repeated(scene: Scene, kind: Any) -> None:
     client = await a_subscriber(scene)
     fault = scene.server.fault("/publish", kind, times=3)
     await scene.deliver("c", *range(30))
@@ -207,7 +209,7 @@ async def test_without_an_answer_it_is_asked_again(scene: Scene, kind: Any) -> N
     assert numbers(client) == list(range(30))
 
 
-async def test_garbage_is_no_answer(scene: Scene) -> None:
+async def test_a_garbage_answer_counts_as_unanswered(scene: Scene) -> None:
     client = await a_subscriber(scene)
     scene.server.fault("/publish", 200, times=2, body=b'[{"id":7}]')
     await scene.deliver("c", 1)
@@ -215,7 +217,7 @@ async def test_garbage_is_no_answer(scene: Scene) -> None:
     assert numbers(client) == [1]
 
 
-async def test_copies_whose_answer_is_lost_come_again_before_later_ones(scene: Scene) -> None:
+async def test_copies_with_a_lost_answer_are_repeated_before_later_ones(scene: Scene) -> None:
     client = await a_subscriber(scene)
     fault = scene.server.fault("/publish", "lost", times=1)
     await scene.deliver("c", 1, 2)
@@ -242,7 +244,7 @@ async def test_lost_answers_never_fill_a_client_beyond_its_window(scene: Scene) 
     assert scene.emqx.held("c") <= WINDOW
 
 
-async def test_a_qos_0_publish_that_is_passed_on_is_not_tried_twice(scene: Scene) -> None:
+async def test_a_qos_0_copy_without_a_lease_is_not_repeated(scene: Scene) -> None:
     client = await a_subscriber(scene)
     scene.server.fault("/publish", "lost", times=1)
     await scene.deliver("c", 1, lease="", qos=0)
@@ -250,7 +252,7 @@ async def test_a_qos_0_publish_that_is_passed_on_is_not_tried_twice(scene: Scene
     assert numbers(client) == [1]
 
 
-async def test_a_publish_that_is_not_answered_in_time_is_tried_again(
+async def test_a_publish_that_times_out_is_repeated(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rest_module, "PUBLISH_TIMEOUT_S", 0.3)
@@ -261,7 +263,7 @@ async def test_a_publish_that_is_not_answered_in_time_is_tried_again(
     assert numbers(client) == [1, 2]
 
 
-async def test_an_emqx_that_vanishes_gets_its_copies_when_it_is_back(scene: Scene) -> None:
+async def test_copies_wait_until_emqx_is_back(scene: Scene) -> None:
     client = await a_subscriber(scene)
     await scene.deliver("c", 1)
     await scene.until_done(1)
@@ -274,7 +276,7 @@ async def test_an_emqx_that_vanishes_gets_its_copies_when_it_is_back(scene: Scen
     assert numbers(client) == list(range(1, 40))
 
 
-async def test_while_emqx_is_away_commands_become_stale(scene: Scene) -> None:
+async def test_commands_become_stale_while_emqx_is_away(scene: Scene) -> None:
     await scene.server.stop()
     began = time.monotonic()
     await scene.deliver("c", 1, 2, valid_for_s=1)
@@ -283,7 +285,7 @@ async def test_while_emqx_is_away_commands_become_stale(scene: Scene) -> None:
     assert 1 <= time.monotonic() - began < 10
 
 
-async def test_one_that_emqx_refuses_takes_none_along(
+async def test_only_the_refused_copy_of_a_bulk_fails(
     scene: Scene, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = await a_subscriber(scene)
@@ -295,17 +297,17 @@ async def test_one_that_emqx_refuses_takes_none_along(
     assert fault.seen == 1
     assert numbers(client) == [0, 1, 2, 4]
     assert scene.failed("bridge") == ["m3"]
-    assert "a copy for bad is refused" in caplog.text
+    assert "bad: EMQX refuses a copy, it fails" in caplog.text
 
 
-async def test_a_client_that_cannot_be_reached_alone_is_not_tried(scene: Scene) -> None:
+async def test_a_client_with_an_ambiguous_id_gets_nothing(scene: Scene) -> None:
     await scene.deliver("a/b", 1)
     await scene.until_done(1)
     assert scene.failed("bridge") == ["m1"]
     assert scene.server.bulks == []
 
 
-async def test_without_a_mountpoint_stored_messages_go_to_all_of_the_topic(tmp_path: Path) -> None:
+async def test_without_a_mountpoint_stored_messages_reach_all_subscribers(tmp_path: Path) -> None:
     async with playing(tmp_path, mounted=False) as scene:
         client = await scene.emqx.connect("c", listener=ORDINARY)
         await client.subscribe("queue/a")
@@ -315,7 +317,7 @@ async def test_without_a_mountpoint_stored_messages_go_to_all_of_the_topic(tmp_p
         assert numbers(client) == [1]
 
 
-async def test_a_session_that_ends_fails_what_waits(scene: Scene) -> None:
+async def test_the_end_of_a_session_fails_its_waiting_commands(scene: Scene) -> None:
     client = await a_subscriber(scene, answers=False)
     await scene.deliver("c", *range(WINDOW + 3))
     await scene.emqx.until_held("c", WINDOW)
@@ -325,7 +327,7 @@ async def test_a_session_that_ends_fails_what_waits(scene: Scene) -> None:
     assert scene.failed("no_client") == [f"m{WINDOW + number}" for number in range(3)]
 
 
-async def test_subscriptions_change_in_their_turn(scene: Scene) -> None:
+async def test_subscription_changes_keep_their_place_among_copies(scene: Scene) -> None:
     client = await scene.emqx.connect("c")
     await scene.subscribe("c", "queue/#", "$share/g/s", number=1)
     await scene.deliver("c", 2)
@@ -337,14 +339,14 @@ async def test_subscriptions_change_in_their_turn(scene: Scene) -> None:
     assert list(scene.emqx.sessions["c"].subscriptions) == ["$share/g/mp/c/s"]
 
 
-async def test_a_client_without_a_session_has_nothing_to_change(scene: Scene) -> None:
+async def test_a_change_for_a_client_without_a_session_is_done(scene: Scene) -> None:
     await scene.subscribe("nobody", "a", number=1)
     await scene.unsubscribe("nobody", "a", number=2)
     await scene.until_done(1, 2)
 
 
 @pytest.mark.parametrize("kind", [401, 404, 429, 500, 503, "cut", "lost"])
-async def test_a_change_is_tried_again(scene: Scene, kind: Any) -> None:
+async def test_a_failed_change_is_repeated(scene: Scene, kind: Any) -> None:
     await scene.emqx.connect("c")
     fault = scene.server.fault("/clients", kind, times=2)
     await scene.subscribe("c", "a", number=1)
@@ -353,16 +355,17 @@ async def test_a_change_is_tried_again(scene: Scene, kind: Any) -> None:
     assert list(scene.emqx.sessions["c"].subscriptions) == ["mp/c/a"]
 
 
-async def test_a_change_that_is_refused_is_said_and_over(
+async def test_a_refused_change_is_logged_and_dropped(
     scene: Scene, caplog: pytest.LogCaptureFixture
 ) -> None:
     scene.server.fault("/clients", 400, times=1, body=b'{"code":"INVALID_PARAMETER"}')
     await scene.subscribe("c", "a", number=1)
     await scene.until_done(1)
-    assert "c: not carried out: EMQX answers 400: INVALID_PARAMETER" in caplog.text
+    assert "c: EMQX refuses a change of subscriptions" in caplog.text
+    assert "EMQX answers 400: INVALID_PARAMETER" in caplog.text
 
 
-async def test_a_change_that_comes_too_late_is_not_carried_out(scene: Scene) -> None:
+async def test_a_stale_change_is_not_carried_out(scene: Scene) -> None:
     await scene.emqx.connect("c")
     await scene.server.stop()
     await scene.subscribe("c", "a", number=1, valid_for_s=0.3)
@@ -370,14 +373,16 @@ async def test_a_change_that_comes_too_late_is_not_carried_out(scene: Scene) -> 
     assert scene.emqx.sessions["c"].subscriptions == {}
 
 
-async def test_what_is_not_granted_is_said(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+async def test_subscriptions_that_are_not_granted_are_logged(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
     scene.server.fault("/clients", 200, times=1, body=b'{"succeed":[],"failed":[{"data":[]}]}')
     await scene.subscribe("c", "a", "b", number=1)
     await scene.until_done(1)
     assert "EMQX does not grant 1 of 2 subscriptions" in caplog.text
 
 
-async def test_what_is_under_way_is_finished_and_nothing_more_begun(scene: Scene) -> None:
+async def test_finish_waits_for_running_requests_and_starts_no_more(scene: Scene) -> None:
     client = await a_subscriber(scene)
     fault = scene.server.fault("/publish", "hang", times=1)
     await scene.deliver("c", 1)
@@ -390,7 +395,8 @@ async def test_what_is_under_way_is_finished_and_nothing_more_begun(scene: Scene
     await scene.deliver("c", 2)
     scene.server.heal()
     await finishing
-    assert client.received == []  # the request was cut off: it would be tried again
+    # The request was cut off. The next process would repeat it.
+    assert client.received == []
     assert len(scene.server.bulks) == 0
 
 

@@ -45,7 +45,7 @@ async def shared(
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def world(shared: EmqxWorld) -> AsyncIterator[EmqxWorld]:
-    """Whoever is still connected after a test goes."""
+    """The shared world. Clients that are still connected after a test are disconnected."""
     yield shared
     shared.rest.heal()
     for session in list(shared.emqx.sessions.values()):
@@ -53,7 +53,7 @@ async def world(shared: EmqxWorld) -> AsyncIterator[EmqxWorld]:
             await session.client.disconnect()
 
 
-async def test_a_queue_and_a_pubsub_and_what_is_retained(world: EmqxWorld) -> None:
+async def test_queue_pubsub_and_retained_messages(world: EmqxWorld) -> None:
     publisher = await world.emqx.connect("publisher")
     await publish(publisher, "queue/a", *numbered(0, 50))
     await world.until_stored("queue/a", 50)
@@ -98,7 +98,7 @@ async def test_a_queue_and_a_pubsub_and_what_is_retained(world: EmqxWorld) -> No
     await until(cleared, "no retained message")
 
 
-async def test_presence_and_subscriptions_that_applications_write(world: EmqxWorld) -> None:
+async def test_presence_and_subscriptions_written_by_applications(world: EmqxWorld) -> None:
     await world.redis.hset(keys.subscriptions("c"), mapping={"queue/b": "1"})
     client = await world.emqx.connect("c")
     await world.until_online("c")
@@ -117,7 +117,7 @@ async def test_presence_and_subscriptions_that_applications_write(world: EmqxWor
     await until(offline, "a client that is gone")
 
 
-async def test_who_was_there_before_the_bridge_is_served(world: EmqxWorld) -> None:
+async def test_clients_that_connected_before_the_bridge_are_served(world: EmqxWorld) -> None:
     world.hooks.registered, registered = {}, world.hooks.registered
     client = await world.emqx.connect("early")
     await client.subscribe("queue/#")
@@ -132,7 +132,7 @@ async def test_who_was_there_before_the_bridge_is_served(world: EmqxWorld) -> No
     await client.until_received(1)
 
 
-async def test_one_that_is_no_longer_subscribed_gets_its_messages_when_it_is_again(
+async def test_a_client_that_subscribes_again_gets_its_messages(
     world: EmqxWorld,
 ) -> None:
     client = await world.emqx.connect("c")
@@ -147,14 +147,14 @@ async def test_one_that_is_no_longer_subscribed_gets_its_messages_when_it_is_aga
     async def tried() -> bool:
         return len(world.rest.bulks) > asked
 
-    await until(tried, "a copy that nobody gets")
+    await until(tried, "a failed copy")
     await client.subscribe("queue/c")
     await client.until_received(2)
     await world.until_stored("queue/c", 0)
 
 
 @pytest.mark.parametrize("fault", ["away", 401, 429, 503, "lost"])
-async def test_an_emqx_that_fails_for_a_while_loses_nothing_and_keeps_the_order(
+async def test_nothing_is_lost_or_reordered_while_emqx_fails(
     world: EmqxWorld, fault: int | str
 ) -> None:
     client = await world.emqx.connect(f"faulty-{fault}")
@@ -177,7 +177,7 @@ async def test_an_emqx_that_fails_for_a_while_loses_nothing_and_keeps_the_order(
         assert len(client.payloads) == 60
 
 
-async def test_two_processes_serve_one_port_and_give_room_back_to_each_other(
+async def test_two_processes_share_a_port_and_exchange_acknowledgements(
     world: EmqxWorld,
 ) -> None:
     clients = [await world.emqx.connect(f"two{number}") for number in range(8)]

@@ -1,6 +1,6 @@
-"""The trace of a real EMQX, sent as each of its versions sends it, ends in what a person reading it would expect.
+"""The trace of a real EMQX, sent with the call names of each version, has the events and keys that a reader expects.
 
-What is expected here was written down from the trace, call by call; the numbers are those of its calls.
+The expected events were written down from the trace, call by call. The numbers in comments are those of its calls.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SETTLE_S = 60.0
 BOOTED_AT = 1_795_403_182_463  # 2026-11-23T03:06:36.021 (call 1), less 13.558 s
 
 
-# -- what a person reads: clients
+# -- expected events: clients
 
 
 def connected(client_id: str, port: int) -> ClientConnected:
@@ -156,7 +156,7 @@ CLIENTS: dict[str, list[Event]] = {
     ],
 }
 
-# -- what a person reads: messages
+# -- expected events: messages
 
 Q0, Q1, Q2 = (f"000660E8E1F8{rest}" for rest in ("04B9F443000004050002", "B016F443000004050003", "C1C8F443000004050004"))  # fmt: skip
 EXACT, DROPPED, KEPT = (f"000660E8E1F8{rest}" for rest in ("D2D1F443000004050005", "EDA7F443000004050006", "FCDEF443000004050007"))  # fmt: skip
@@ -229,10 +229,10 @@ MESSAGES: dict[str, list[Event]] = {
     "api/1": [published(FOR_B, "api/1", 1, "for-b", 1_795_403_206_263, "http_api")],  # 140
 }
 
-# -- and what that comes to in Redis
+# -- expected keys in Redis
 
 OFFLINE = set(CLIENTS)  # all went in the end
-INDEXES = {  # of QoS 1 and 2; what was acknowledged has left its queue, what nobody wanted waits in it
+INDEXES = {  # of QoS 1 and 2; acknowledged messages have left their queue, the others wait in it
     "t/x": [Q1, Q2], "t/ret": [KEPT], "sh/1": [SHARED], "t/will": [WILL], "api/1": [FOR_B],
     "nobody/here": [DROPPED],
 }  # fmt: skip
@@ -253,12 +253,12 @@ COMMANDS = {
 
 
 def bodies() -> dict[str, dict[str, str]]:
-    """What is left, by id."""
+    """The stored message bodies, by id."""
     left = [message_id for ids in INDEXES.values() for message_id in ids]
     events = {
         event.message_id: event
-        for told in MESSAGES.values()
-        for event in told
+        for events in MESSAGES.values()
+        for event in events
         if isinstance(event, Message)
     }
     return {
@@ -272,7 +272,7 @@ def bodies() -> dict[str, dict[str, str]]:
 
 
 async def found_in_redis(pipeline: Pipeline) -> dict[str, Any]:
-    """All public keys, and what a command wrote."""
+    """All public keys, and the keys of user commands."""
     redis: Any = pipeline.redis
     found: dict[str, Any] = {
         "offline": set(), "indexes": {}, "receipts": {}, "commands": {}, "bodies": {}, "other": set(),
@@ -318,7 +318,7 @@ async def pipeline(
 
 
 def timeless(event: Event, since: int) -> Event:
-    """An event without the times of this test, which are right."""
+    """The event with the times of this test run set to 0, after a check of them."""
     if isinstance(event, MessagePublished | NodeStarted):
         return event
     assert since <= event.at <= time.time() * 1_000
@@ -329,16 +329,16 @@ def timeless(event: Event, since: int) -> Event:
 
 
 def told_by_bridge(log: Log, topic: str) -> dict[str, list[Event]]:
-    """By key, in order; without what agents wrote."""
-    told: dict[str, list[Event]] = {}
+    """The bridge's events by key, in order, without those of agents."""
+    found: dict[str, list[Event]] = {}
     for record in log.records:
         if record.topic == topic and record.event.node == NODE:
-            told.setdefault(record.key, []).append(record.event)
-    return told
+            found.setdefault(record.key, []).append(record.event)
+    return found
 
 
 @pytest.mark.parametrize("version", ["v1", "v2", "v3"])
-async def test_the_trace_comes_to_what_a_person_expects(
+async def test_the_trace_has_the_expected_events_and_keys(
     pipeline: Pipeline, version: Version
 ) -> None:
     since = int(time.time() * 1_000)

@@ -1,4 +1,4 @@
-"""`millpond web` in a real browser: what it shows, what an operator does, and the console, beside a stack that runs."""
+"""`millpond web` in a real browser, beside a running stack: the views, the orders of an operator, and the console."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ RULES = (
     given.queue("poison/#", ack_timeout_s=1, max_deliveries=1),
     given.pubsub("pubsub/#"),
 )
-# What Chromium itself says of an answer that is an error.
-NO_SUCCESS = "Failed to load resource"
+# The message that Chromium logs itself for an answer with an error status.
+FAILED_REQUEST = "Failed to load resource"
 expect.set_options(timeout=WAIT_S * 1_000)
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
-    """A stack that runs, whose page has an operator."""
+    """A running stack whose page has a token."""
     directory = tmp_path_factory.mktemp("home")
     token, config = directory / "token", directory / "millpond.toml"
     token.write_text(f"{TOKEN}\n")
@@ -53,13 +53,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
 
 @pytest.fixture(scope="module")
 def url(home: Home) -> str:
-    """Where the page is."""
+    """The URL of the page."""
     return str(home.status()["addresses"]["Web page"])
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Debian's Chromium; root may only run it without its sandbox."""
+    """Debian's Chromium. As root it runs only without its sandbox."""
     chromium = shutil.which("chromium")
     assert chromium is not None, "these tests need chromium: `make chromium` installs it"
     options = ["--no-sandbox"] if os.geteuid() == 0 else []
@@ -71,18 +71,20 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser, url: str) -> Iterator[Page]:
-    """A page of a new browser. Whatever a test does with it: nothing goes elsewhere, no script fails."""
+    """A page in a new browser context. Afterwards: it asked no other server, stored no token, and no script failed."""
     context = browser.new_context()
     page = context.new_page()
     page.set_default_timeout(WAIT_S * 1_000)
-    asked, backoff = [], []
+    asked, script_errors = [], []
     page.on("request", lambda request: asked.append(request.url))
-    page.on("pageerror", lambda error: backoff.append(str(error)))
-    page.on("console", lambda said: backoff.append(said.text) if said.type == "error" else None)
+    page.on("pageerror", lambda error: script_errors.append(str(error)))
+    page.on(
+        "console", lambda said: script_errors.append(said.text) if said.type == "error" else None
+    )
     yield page
     if page.url == "about:blank":
         context.close()
-        return  # the test has failed before
+        return  # the test failed before it opened the page
     hurt = page.evaluate("window.hurt")
     kept = page.evaluate(
         "JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])"
@@ -92,11 +94,11 @@ def page(browser: Browser, url: str) -> Iterator[Page]:
     assert TOKEN not in kept + "".join(asked)
     assert {urlsplit(each).hostname for each in asked} == {HOST}
     assert len({urlsplit(each).port for each in asked}) == 1
-    assert [text for text in backoff if not text.startswith(NO_SUCCESS)] == []
+    assert [text for text in script_errors if not text.startswith(FAILED_REQUEST)] == []
 
 
 def row(page: Page, section: str, name: str) -> Locator:
-    """The row whose first cell says just this."""
+    """The row whose first cell is exactly this text."""
     cell = page.locator("th").filter(has_text=re.compile(f"^{re.escape(name)}$"))
     return page.locator(f"#{section} tbody tr").filter(has=cell)
 
@@ -111,7 +113,7 @@ def publish(home: Home, topic: str, *payloads: str) -> None:
 
 
 def dead_letter(home: Home, topic: str) -> str:
-    """The id of a message that nobody has acknowledged."""
+    """Make a dead letter, and return its id."""
     publish(home, topic, "bad")
     home.says("sub", "-i", "careless", "-q", "1", "-t", topic, "--no-ack", "-C", "1")
 
@@ -123,7 +125,7 @@ def dead_letter(home: Home, topic: str) -> str:
     return str(until(found, "a dead letter"))
 
 
-def test_it_shows_what_redis_holds_without_reload(home: Home, page: Page, url: str) -> None:
+def test_the_page_follows_redis_without_a_reload(home: Home, page: Page, url: str) -> None:
     page.goto(url)
     expect(page.locator("#agents tbody tr")).to_have_count(4)
     publish(home, "pubsub/news", "one", "two")
@@ -157,12 +159,12 @@ def test_an_operator_requeues_and_drops_dead_letters(home: Home, page: Page, url
     expect(page.locator("#dead-letters").get_by_role("button")).to_have_text(["Unlock"])
     page.get_by_label("Operator’s token").fill("somebody-who-only-guesses")
     page.keyboard.press("Enter")
-    expect(page.locator("#operator-state")).to_have_text("this is not the token")
+    expect(page.locator("#operator-state")).to_have_text("the token is wrong")
     page.get_by_label("Operator’s token").fill(TOKEN)
     page.keyboard.press("Enter")
 
     row(page, "dead-letters", again).get_by_role("button", name="Requeue").click()
-    expect(page.locator("#operator-state")).to_contain_text(f"{again} is to be requeued")
+    expect(page.locator("#operator-state")).to_contain_text(f"{again} will be requeued")
     expect(row(page, "dead-letters", again)).to_have_count(0)
     received = home.says("sub", "-i", "careful", "-q", "1", "-t", "poison/again", "-C", "1")
     assert received == "bad\n"
@@ -185,7 +187,7 @@ def test_an_operator_requeues_and_drops_dead_letters(home: Home, page: Page, url
     assert TOKEN not in (home.data / "log" / "web.log").read_text()
 
 
-def test_the_console_connects_subscribes_publishes_and_shows_what_comes(
+def test_the_console_connects_subscribes_publishes_and_shows_messages(
     home: Home, page: Page, url: str
 ) -> None:
     page.goto(f"{url}#console")
@@ -220,7 +222,7 @@ def test_the_console_connects_subscribes_publishes_and_shows_what_comes(
     )
 
 
-def test_odd_names_are_shown_as_the_text_they_are(home: Home, page: Page, url: str) -> None:
+def test_odd_names_are_shown_as_plain_text(home: Home, page: Page, url: str) -> None:
     topic = f"poison/{ODD}"
     message_id = dead_letter(home, topic)
     home.says("sub", "-i", ODD, "-q", "1", "-t", f"queue/{ODD}", "-E")
@@ -244,7 +246,7 @@ def test_odd_names_are_shown_as_the_text_they_are(home: Home, page: Page, url: s
     expect(newest).to_have_text([f"pubsub/{ODD}", "1", "no", ODD])
 
 
-def test_without_a_token_it_is_read_only(home: Home, page: Page, tmp_path: Path) -> None:
+def test_without_a_token_the_page_is_read_only(home: Home, page: Page, tmp_path: Path) -> None:
     config = tmp_path / "millpond.toml"
     lines = (home.data / "millpond.toml").read_text().splitlines()
     config.write_text("\n".join(line for line in lines if not line.startswith("token_file")))
@@ -268,7 +270,7 @@ def test_without_a_token_it_is_read_only(home: Home, page: Page, tmp_path: Path)
         running.wait()
 
 
-def test_an_outage_is_said_and_ends_by_itself(home: Home, page: Page, url: str) -> None:
+def test_an_outage_is_shown_until_it_ends(home: Home, page: Page, url: str) -> None:
     agents, topics = (page.locator(f"#{name} .error") for name in ("agents", "topics"))
     publish(home, "before", "1")
     page.goto(url)
@@ -295,13 +297,13 @@ def test_an_outage_is_said_and_ends_by_itself(home: Home, page: Page, url: str) 
     expect(row(page, "topics", "after")).to_have_count(1)
 
     page.context.set_offline(True)
-    expect(topics).to_have_text("Millpond’s web page does not answer: it is asked again")
+    expect(topics).to_have_text("Millpond’s web server does not answer; the page keeps trying")
     page.context.set_offline(False)
     expect(topics).to_be_hidden()
     expect(agents).to_be_hidden()
 
 
-def test_its_requests_are_checked(home: Home, url: str) -> None:
+def test_invalid_requests_are_refused(home: Home, url: str) -> None:
     assert ask(f"{url}api/topic?name=nothing")[0] == 404
     assert ask(f"{url}api/topic?name=%23")[0] == 400
     assert ask(f"{url}api/topic?name=%ff%00")[0] == 400
@@ -313,8 +315,8 @@ def test_its_requests_are_checked(home: Home, url: str) -> None:
     for wrong in ([], ["m"] * 101, "m", [1]):
         assert ask(f"{url}api/dead-letters/drop", {"message_ids": wrong}, TOKEN)[0] == 400
     status, said = ask(f"{url}api/dead-letters/drop", {"message_ids": ["none"]}, TOKEN)
-    assert (status, "not among the dead letters: 'none'" in str(said)) == (409, True)
-    # A name of somebody else's that leads here.
+    assert (status, "these ids are no dead letters: 'none'" in str(said)) == (409, True)
+    # Another site's host name that leads to this address.
     rebound = urllib.request.Request(f"{url}api/web", headers={"Host": "elsewhere.example"})
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(rebound, timeout=WAIT_S)
@@ -324,7 +326,7 @@ def test_its_requests_are_checked(home: Home, url: str) -> None:
     assert policy.startswith(f"default-src 'self'; connect-src 'self' {broker};")
 
 
-def test_what_it_cannot_start_with_is_one_line(home: Home, tmp_path: Path) -> None:
+def test_an_error_at_the_start_is_one_line(home: Home, tmp_path: Path) -> None:
     short, config = tmp_path / "token", tmp_path / "millpond.toml"
     short.write_text("short\n")
     config.write_text(f'[web]\nport = 0\ntoken_file = "{short}"\n')
@@ -345,7 +347,7 @@ def answers(url: str) -> bool:
 
 
 def ask(url: str, body: object = None, token: str | None = None) -> tuple[int, object]:
-    """The status and the answer; with a body it is a POST."""
+    """The status and the answer of a GET, or of a POST if there is a body."""
     data = None if body is None else json.dumps(body).encode()
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     request = urllib.request.Request(url, data, headers)

@@ -190,7 +190,7 @@ async def test_a_rebuilt_agent_continues_exactly_where_it_was(world: World, agen
     world.redis.set("mqtt:acked:foreign:pubsub/a", "foreign")
     ended = await asyncio.to_thread(rebuild, world.directory / "millpond.toml", agent, "--yes")
     assert ended.returncode == 0, ended.stderr
-    assert "commands of yours are not run again" in ended.stdout
+    assert "user commands are not run again" in ended.stdout
     assert f"{agent} is rebuilt: its workers may start" in ended.stdout
     for key in ("mqtt:msg:foreign", "mqtt:msg:ranking", "mqtt:acked:foreign:pubsub/a"):
         assert world.redis.delete(key) == 1
@@ -317,7 +317,7 @@ async def test_a_log_that_begins_later_than_the_oldest_message_is_refused_unless
     refused = await rebuilt(pipeline, "--yes")
     assert refused.returncode == 1
     assert (
-        "stored messages are older than the log; --accept-loss goes on all the same"
+        "stored messages are older than the log; --accept-loss rebuilds all the same"
         in refused.stderr
     )
     assert "mqtt.messages has lost its first 30 records, in 1 of 4 partitions: complete from" in (

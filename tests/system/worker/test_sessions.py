@@ -334,7 +334,7 @@ async def test_the_clients_that_there_are_are_listed_and_one_that_is_unknown_is_
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "no client 'nobody' was ever heard of" in done.stderr
+    assert "the sessions agent knows no client 'nobody'" in done.stderr
 
 
 async def test_a_worker_that_is_told_another_partition_count_than_kafka_has_refuses(

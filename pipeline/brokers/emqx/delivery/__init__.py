@@ -1,1 +1,1 @@
-"""Deliveries to the clients of an EMQX: windows, copies, and what processes of one bridge tell each other."""
+"""Deliveries to the clients of an EMQX: delivery windows, copies, and notes between the processes of one bridge."""

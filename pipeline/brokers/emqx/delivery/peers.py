@@ -1,8 +1,11 @@
-"""What one bridge process tells the others of its machine: acknowledged copies, ended sessions, gaps in what it heard.
+"""Notes between the bridge processes of one host: acknowledged copies, ended sessions, gaps in the hooks' events.
 
-A client's commands are read by one process, and its calls come to another. They talk by datagrams in the spool
-directory, which nobody else may write to. One that is lost costs a copy's room until its validity ends, or a snapshot
-until the next.
+Kafka assigns a client's commands to one process. EMQX's calls for that client may come to another process. So a process
+that learns of an acknowledgement sends a note to the others. Notes are datagrams through Unix sockets in the spool
+directory, `process-{number}.socket`; only this user may write there.
+
+A note may get lost. A lost acknowledgement takes room in the client's window until the copy expires. A lost gap delays
+the correction until the next snapshot.
 """
 
 from __future__ import annotations
@@ -13,99 +16,101 @@ import logging
 import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Final, Literal, NoReturn, Protocol, TypeAlias
+from typing import Final, Literal, NoReturn, TypeAlias
 
 import msgspec
 
+from millpond.pipeline.brokers.emqx.delivery.sender import BulkSender
+
 logger = logging.getLogger(__name__)
 
-COLLECT_S: Final = 0.005  # what is told waits for company
-ATTEMPTS_MAX: Final = 20  # to tell one sibling, each after that time
+COLLECT_S: Final = 0.005  # how long notes are collected for one datagram
+ATTEMPTS_MAX: Final = 20  # to send a datagram to a peer whose buffer is full, `COLLECT_S` apart
 DATAGRAM_BYTES_MAX: Final = 64 * 1024
 RECEIVE_BYTES_MAX: Final = 1024 * 1024
-PENDING_MAX: Final = 10_000  # not told yet; what is more is lost
-LOOK_INTERVAL_S: Final = 2.0  # how late a new sibling is noticed
+PENDING_MAX: Final = 10_000  # notes that wait to be sent; later ones are lost
+SEARCH_INTERVAL_S: Final = 2.0  # the delay with which a new peer is noticed, at most
 NAME: Final = "process-{}.socket"
 
-# A client, and the alias of what it acknowledged; or a client whose session ended; or a node.
+# ("acked", client id, alias of the copy), ("ended", client id, "") or ("gap", node, "").
 Note: TypeAlias = tuple[Literal["acked", "ended", "gap"], str, str]
 
 _decoder: msgspec.json.Decoder[list[Note]] = msgspec.json.Decoder(list[Note])
 
 
-class Copies(Protocol):
-    """Whose room is given back: a `Sender`."""
-
-    def acked(self, client_id: str, alias: str) -> bool:
-        """Whether its commands are carried out here."""
-
-    def session_ended(self, client_id: str) -> None:
-        """Nothing is held for it any more."""
-
-
 class PeerProcesses:
-    """One per process, between what its hooks hear and the senders of all."""
+    """One per process. It passes on what the hooks report: to the own sender, and to the peers."""
 
     def __init__(
-        self, directory: Path, number: int, own: Copies, on_gap: Callable[[], None] | None = None
+        self,
+        directory: Path,
+        number: int,
+        sender: BulkSender,
+        on_gap: Callable[[], None] | None = None,
     ) -> None:
-        """`number` tells the process from its siblings; `on_gap` is that of the one which takes snapshots."""
+        """`number` is the process's own among its peers. Only the process that takes snapshots has `on_gap`."""
         self._path = directory / NAME.format(number)
-        self._own, self._on_gap = own, on_gap
-        self._others: list[str] = []
+        self._sender, self._on_gap = sender, on_gap
+        self._peers: list[str] = []  # paths of their sockets
         self._pending: list[Note] = []
         self._added = asyncio.Event()
-        self._socket: socket.socket | None = None
+        self._socket: socket.socket | None = None  # None: the process cannot exchange notes
 
-    # -- what the hooks hear
+    # -- reports of the hooks
 
     def acked(self, client_id: str, alias: str) -> None:
-        """A client acknowledged a copy."""
-        if not self._own.acked(client_id, alias):
-            self._tell(("acked", client_id, alias))
+        """Pass on that a client acknowledged a copy."""
+        if not self._sender.acked(client_id, alias):
+            self._add(("acked", client_id, alias))
 
     def session_ended(self, client_id: str) -> None:
-        """A session was terminated or discarded."""
-        self._own.session_ended(client_id)
-        self._tell(("ended", client_id, ""))
+        """Pass on that a session was terminated or discarded."""
+        self._sender.session_ended(client_id)
+        self._add(("ended", client_id, ""))
 
     def gap(self, node: str = "") -> None:
-        """What happened at a node before now is not known."""
+        """Ask for a snapshot, because events of a node before now may be missing."""
         if self._on_gap is not None:
             self._on_gap()
         else:
-            self._tell(("gap", node, ""))
+            self._add(("gap", node, ""))
 
-    def _tell(self, note: Note) -> None:
-        if self._others and len(self._pending) < PENDING_MAX:
+    def _add(self, note: Note) -> None:
+        if self._peers and len(self._pending) < PENDING_MAX:
             self._pending.append(note)
             self._added.set()
 
-    # -- what is told
+    # -- notes
 
     async def run(self) -> NoReturn:
-        """Until cancelled."""
+        """Exchange notes with the peers, until cancelled."""
         self._open()
-        self._find()
-        self.gap()  # nobody has heard what came to this process before it was there
+        self._find_peers()
+        # Calls before this start may have had no answer, so their events may be missing.
+        self.gap()
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._look())
-                tasks.create_task(self._tell_others())
-            raise AssertionError("none of them ever returns")
+                tasks.create_task(self._search())
+                tasks.create_task(self._send_notes())
+            raise AssertionError("the tasks run until they are cancelled")
         finally:
             self._close()
 
     def _open(self) -> None:
-        self._path.unlink(missing_ok=True)  # of a process that was killed
+        # A process that was killed leaves its socket behind.
+        self._path.unlink(missing_ok=True)
         opened = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         opened.setblocking(False)
         try:
             opened.bind(str(self._path))
             self._path.chmod(0o600)
         except OSError as error:
-            # As when the path is longer than the system allows (108 bytes).
-            logger.warning("%s: processes cannot tell each other: %s", self._path, error)
+            # For example: the path is longer than the system allows (108 bytes).
+            logger.warning(
+                "%s: the bridge processes cannot exchange notes, so deliveries may wait for expired copies:"
+                " use a shorter [bridge] spool_directory, or one process: %s",
+                self._path, error,
+            )  # fmt: skip
             opened.close()
             return
         self._socket = opened
@@ -117,32 +122,32 @@ class PeerProcesses:
             self._socket.close()
             self._path.unlink(missing_ok=True)
 
-    async def _look(self) -> NoReturn:
+    async def _search(self) -> NoReturn:
         while True:
-            await asyncio.sleep(LOOK_INTERVAL_S)
-            self._find()
+            await asyncio.sleep(SEARCH_INTERVAL_S)
+            self._find_peers()
 
-    def _find(self) -> None:
+    def _find_peers(self) -> None:
         found = self._path.parent.glob(NAME.format("*"))
-        self._others = [str(path) for path in found if path != self._path]
+        self._peers = [str(path) for path in found if path != self._path]
 
-    async def _tell_others(self) -> NoReturn:
+    async def _send_notes(self) -> NoReturn:
         while True:
             await self._added.wait()
             await asyncio.sleep(COLLECT_S)
             self._added.clear()
             pending, self._pending = self._pending, []
             for datagram in _datagrams(pending):
-                for other in self._others:
-                    await self._send(datagram, other)
+                for peer in self._peers:
+                    await self._send(datagram, peer)
 
-    async def _send(self, datagram: bytes, other: str) -> None:
-        """One that does not listen for so long, or is gone, does without: see above."""
+    async def _send(self, datagram: bytes, peer: str) -> None:
+        """Send a datagram to one peer. It is lost if the peer has ended, or does not read for about 0.1 s."""
         if self._socket is None:
             return
         for _ in range(ATTEMPTS_MAX):
             try:
-                self._socket.sendto(datagram, other)
+                self._socket.sendto(datagram, peer)
             except BlockingIOError:
                 await asyncio.sleep(COLLECT_S)
             except OSError:
@@ -151,18 +156,18 @@ class PeerProcesses:
                 return
 
     def _receive(self) -> None:
-        assert self._socket is not None, "it is being read"
+        assert self._socket is not None, "the loop reads an open socket"
         with contextlib.suppress(BlockingIOError):
             while True:
                 datagram = self._socket.recv(RECEIVE_BYTES_MAX)
                 for note in _notes(datagram):
-                    self._hear(*note)
+                    self._received(*note)
 
-    def _hear(self, kind: str, of: str, alias: str) -> None:
+    def _received(self, kind: str, of: str, alias: str) -> None:
         if kind == "acked":
-            self._own.acked(of, alias)
+            self._sender.acked(of, alias)
         elif kind == "ended":
-            self._own.session_ended(of)
+            self._sender.session_ended(of)
         elif self._on_gap is not None:
             self._on_gap()
 
@@ -171,12 +176,14 @@ def _notes(datagram: bytes) -> list[Note]:
     try:
         return _decoder.decode(datagram)
     except (msgspec.DecodeError, RecursionError):
-        logger.warning("a datagram of %d bytes is not a sibling's", len(datagram))
+        logger.warning(
+            "ignored a datagram of %d bytes: it is not a note of a bridge process", len(datagram)
+        )
         return []
 
 
 def _datagrams(notes: Iterable[Note]) -> Iterable[bytes]:
-    """Several notes to one."""
+    """Pack notes into datagrams of at most `DATAGRAM_BYTES_MAX`. A longer note gets a datagram of its own."""
     encoded: list[bytes] = []
     size = 0
     for note in notes:

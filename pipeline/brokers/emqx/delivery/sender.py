@@ -1,7 +1,18 @@
-"""Carries commands out on an EMQX: copies as bulks of REST publishes, each client's in their order.
+"""The sender of an EMQX bridge: it carries out commands through EMQX's REST API.
 
-At least once: a publish whose answer is lost may have been routed, and is tried again, before anything later of its
-client. A command that EMQX cannot be asked for fails as stale when its validity ends.
+Copies go out as bulk publishes. `DeliveryWindows` decides which copies of which clients go next, in each client's
+order. Delivery is at least once: if the answer to a publish is lost, EMQX may have routed it. The sender repeats it,
+before anything later of its client.
+
+| EMQX's answer | outcome of a copy | what follows |
+|---|---|---|
+| routed, with an id | `Accepted` | QoS 0: report `sent`. QoS 1 and 2: the hook reported `sent` before EMQX answered |
+| no matching subscriber | `no_subscriber` | report `failed(no_client)` |
+| 400 or 413, or another reason code | `refused`; a bulk is halved down to one copy before | report `failed(bridge)` |
+| another 4xx, a failed hand-over (0x83), no connection | `unsent` | back off, then repeat |
+| no answer, 5xx, an unreadable answer | `unknown` | back off, then repeat copy by copy |
+
+A command that waits too long fails as stale.
 """
 
 from __future__ import annotations
@@ -15,9 +26,9 @@ from typing import Final, NoReturn
 
 from millpond.pipeline.brokers.commands.deliveries import Deliveries
 from millpond.pipeline.brokers.commands.pending import PendingCommand
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic
+from millpond.pipeline.brokers.emqx.copy_topic import CopyTopic
 from millpond.pipeline.brokers.emqx.delivery.windows import (
-    AGAIN,
+    REPEATED,
     Accepted,
     Bulk,
     CopyOutcome,
@@ -46,15 +57,16 @@ from millpond.schemas.commands import Command, Deliver, Subscribe
 
 logger = logging.getLogger(__name__)
 
-REQUESTS_MAX: Final = 8  # under way at once, of one process
-# How late it may be noticed that a command waits in vain: with 10,000 that wait, half a second. It takes 4 ms.
+REQUESTS_MAX: Final = 8  # of one process at the same time
+# A call checks so many items, which takes 4 ms. So with 10,000 waiting commands a stale one is noticed within 0.5 s.
 STALE_CHECK_INTERVAL_S: Final = 0.05
 STALE_CHECK_ITEMS_MAX: Final = 1_000
-ITS_OWN_FAULT: Final = (400, 413)  # statuses of a message that is refused, rather than of an EMQX
+# With these statuses EMQX refuses the request for ever. All others depend on the state of EMQX.
+REQUEST_FAULTS: Final = (400, 413)
 
 
 class BulkSender:
-    """One per process."""
+    """One per process. A `CommandHandler`."""
 
     def __init__(
         self,
@@ -63,61 +75,64 @@ class BulkSender:
         copy_topic: CopyTopic,
         mountpoint: Mountpoint | None,
     ) -> None:
-        """Without a `mountpoint` a copy reaches everyone who is subscribed to its topic."""
+        """Without a `mountpoint` a copy reaches every subscriber of its topic."""
         self._rest, self._deliveries = rest, deliveries
         self._copy_topic, self._mountpoint = copy_topic, mountpoint
         self._windows, self._backoff = DeliveryWindows(), Backoff()
         self._wake = asyncio.Event()
-        self._requests = 0
-        self._idle = asyncio.Event()  # no request is under way
+        self._requests = 0  # under way
+        self._idle = asyncio.Event()  # set while no request is under way
         self._idle.set()
-        self._finishing = False
+        self._finishing = False  # start no more requests
 
     # -- commands
 
     async def take(self, pending: PendingCommand, command: Command) -> None:
-        """A command takes its place among those of its client."""
         if not isinstance(command, Deliver):
             self._windows.put(SubscriptionChange(pending, command))
-        elif not self._reaches_alone(pending):
+        elif not self._may_deliver(pending):
             self._deliveries.fail(pending, "bridge")
             return
         else:
             self._windows.put(DeliveryCopy(pending, command))
         self._wake.set()
 
-    def _reaches_alone(self, pending: PendingCommand) -> bool:
-        """Where the broker delivers, a stored message goes to everyone of its topic; a retained one for one subscriber
-        must not: the broker hands out its own.
+    def _may_deliver(self, pending: PendingCommand) -> bool:
+        """True if the copy reaches its client, and does not disturb other clients.
+
+        Without a mountpoint every subscriber of the topic gets the copy. That is accepted for a stored message (it has
+        a lease). It is not for a retained message, which is meant for one new subscriber: EMQX sends its own.
         """
         if self._mountpoint is None:
             return pending.lease is not None
         return self._mountpoint.can_serve(pending.client_id)
 
     def acked(self, client_id: str, alias: str) -> bool:
-        """A client acknowledged a copy: there is room for one more. Whether its commands are carried out here."""
+        """Free the room of an acknowledged copy. True if this process carries out the client's commands."""
         known = self._windows.acked(client_id, alias)
         self._wake.set()
         return known
 
     def session_ended(self, client_id: str) -> None:
-        """EMQX holds nothing for this client any more."""
+        """Fail the waiting copies of a client whose session ended, because EMQX holds nothing for it any more."""
         for item in self._windows.session_ended(client_id):
+            # The subscriptions ended with the session, so a change of them is done.
             if isinstance(item, SubscriptionChange):
-                item.pending.done()  # its subscriptions are gone with it
+                item.pending.done()
             else:
                 self._deliveries.fail(item.pending, "no_client")
 
     async def run(self) -> NoReturn:
-        """Until cancelled."""
+        """Send requests until cancelled."""
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._drop_stale())
             while True:
                 await self._wake.wait()
                 self._wake.clear()
+                # `_drop_stale` sets the event again in `STALE_CHECK_INTERVAL_S`.
                 if self._backoff.wait_s(loop.time()) > 0:
-                    continue  # dropping stale commands wakes it again
+                    continue
                 while (slots := self._slots()) > 0:
                     step = self._windows.next(slots, now_ms())
                     if step is None:
@@ -128,7 +143,7 @@ class BulkSender:
         raise AssertionError("the loop never ends")
 
     async def finish(self) -> None:
-        """Begin nothing more, and wait for what is under way: what EMQX has taken is then known."""
+        """Start no more requests, and wait for the running ones: their results must be reported."""
         self._finishing = True
         await self._idle.wait()
 
@@ -138,7 +153,7 @@ class BulkSender:
         return (1 if self._backoff else REQUESTS_MAX) - self._requests
 
     async def _drop_stale(self) -> NoReturn:
-        """Commands that wait for a slow client, or for EMQX, do not wait for ever."""
+        """Fail commands that have waited too long for a slow client, or for EMQX."""
         while True:
             await asyncio.sleep(STALE_CHECK_INTERVAL_S)
             self._windows.drop_stale(
@@ -161,7 +176,7 @@ class BulkSender:
     # -- copies
 
     async def _send(self, bulk: Bulk) -> None:
-        """What is no longer good by now fails in its turn, with what comes after it in its epoch."""
+        """Publish the copies of a bulk that are still valid, and report their outcomes."""
         valid = [
             part._replace(
                 copies=[
@@ -172,37 +187,40 @@ class BulkSender:
         ]
         outcomes = iter(await self._publish([copy for part in valid for copy in part.copies]))
         for part in valid:
-            came = [self._once(copy, next(outcomes)) for copy in part.copies]
-            self._windows.settle(part, came)
-            for copy, outcome in zip(part.copies, came, strict=True):
-                self._tell(copy, outcome)
+            settled = [self._final(copy, next(outcomes)) for copy in part.copies]
+            self._windows.settle(part, settled)
+            for copy, outcome in zip(part.copies, settled, strict=True):
+                self._report(copy, outcome)
 
-    def _once(self, copy: DeliveryCopy, outcome: CopyOutcome) -> CopyOutcome:
-        """A QoS 0 publish that is only passed on is not worth a second try: it might come twice."""
-        passed_on = copy.pending.lease is None and not copy.command.qos
-        return "refused" if outcome == "unknown" and passed_on else outcome
+    def _final(self, copy: DeliveryCopy, outcome: CopyOutcome) -> CopyOutcome:
+        """Give up a QoS 0 copy without a lease if it may have been routed: a repeat could reach the client twice."""
+        at_most_once = copy.pending.lease is None and not copy.command.qos
+        return "refused" if outcome == "unknown" and at_most_once else outcome
 
-    def _tell(self, copy: DeliveryCopy, outcome: CopyOutcome) -> None:
+    def _report(self, copy: DeliveryCopy, outcome: CopyOutcome) -> None:
         pending, command = copy
-        if outcome == "nobody":
+        if outcome == "no_subscriber":
             self._deliveries.fail(pending, "no_client")
         elif outcome == "refused":
             self._deliveries.fail(pending, "bridge")
-        elif outcome not in AGAIN:
-            # With an acknowledgement to come, the hook has reported it sent, before EMQX answered.
+        elif outcome not in REPEATED:
+            # The client will acknowledge QoS 1 and 2. So the hook has reported `sent`, before EMQX answered.
             if command.qos:
                 pending.done()
             else:
                 self._deliveries.sent(pending, 0)
 
     async def _publish(self, copies: Sequence[DeliveryCopy]) -> list[CopyOutcome]:
-        """What came of each. Of a bulk with one that EMQX refuses it takes none: the halves are tried by themselves."""
+        """Publish copies; the outcome of each.
+
+        EMQX publishes all messages of a bulk or none. If it refuses a bulk, the bad copy is searched by halving.
+        """
         if not copies:
             return []
         try:
             results = await self._rest.publish([self._message(copy) for copy in copies])
         except Refused as error:
-            if error.status not in ITS_OWN_FAULT:
+            if error.status not in REQUEST_FAULTS:
                 self._failed(error)
                 return ["unsent"] * len(copies)
             if len(copies) > 1:
@@ -211,7 +229,8 @@ class BulkSender:
                 if self._backoff:
                     return [*first, *["unsent"] * (len(copies) - middle)]  # type: ignore[list-item]
                 return [*first, *await self._publish(copies[middle:])]
-            logger.error("a copy for %s is refused: %s", copies[0].pending.client_id, error)  # noqa: TRY400  no traceback
+            client_id = copies[0].pending.client_id
+            logger.error("%s: EMQX refuses a copy, it fails: %s", client_id, error)  # noqa: TRY400  no traceback
             return ["refused"]
         except Unanswered as error:
             self._failed(error)
@@ -221,13 +240,13 @@ class BulkSender:
             return ["unsent"] * len(copies)
         outcomes = [_outcome(result) for result in results]
         if "unsent" in outcomes:
-            self._failed(Unanswered("EMQX could not hand over some copies; is it starting?"))
+            self._failed(Unanswered("EMQX could not hand over some copies, perhaps a node starts"))
         else:
             self._succeeded()
         return outcomes
 
     def _message(self, copy: DeliveryCopy) -> PublishRequest:
-        """Never with the retain flag: EMQX would retain it, where nobody but this client looks."""
+        """The publish of a copy. It never has the retain flag: EMQX would retain it at the client's own topic."""
         pending, command = copy
         client_id, topic = pending.client_id, command.topic
         if self._mountpoint is not None:
@@ -248,23 +267,24 @@ class BulkSender:
     async def _change(self, change: SubscriptionChange) -> None:
         pending = change.pending
         if self._deliveries.fail_if_stale(pending):
-            self._windows.changed(change, again=False)
+            self._windows.settle_change(change, again=False)
             return
         try:
             await self._carry_out_change(change)
         except Refused as error:
-            again = error.status not in ITS_OWN_FAULT
+            again = error.status not in REQUEST_FAULTS
             if again:
                 self._failed(error)
             else:
-                logger.error("%s: not carried out: %s", pending.client_id, error)  # noqa: TRY400  no traceback
+                what = "EMQX refuses a change of subscriptions, it is dropped"
+                logger.error("%s: %s: %s", pending.client_id, what, error)  # noqa: TRY400  no traceback
         except RestError as error:
             self._failed(error)
             again = True
         else:
             self._succeeded()
             again = False
-        self._windows.changed(change, again=again)
+        self._windows.settle_change(change, again=again)
         if not again:
             pending.done()
 
@@ -276,26 +296,26 @@ class BulkSender:
         granted = await self._rest.subscribe(client_id, command.topic_filters)
         if granted is not None and granted.failed:
             logger.warning(
-                "%s: EMQX does not grant %d of %d subscriptions",
+                "%s: EMQX does not grant %d of %d subscriptions; see its ACL",
                 client_id, len(granted.failed), len(command.topic_filters),
             )  # fmt: skip
 
-    # -- an EMQX that does not
+    # -- failures of EMQX
 
     def _failed(self, error: RestError) -> None:
         now_s = asyncio.get_running_loop().time()
         if self._backoff.failed(str(error), now_s, random.random()):  # noqa: S311  spreads attempts
             level = logging.ERROR if isinstance(error, Unauthorized) else logging.WARNING
-            logger.log(level, "commands wait: %s", error)
+            logger.log(level, "commands wait, the bridge retries until they expire: %s", error)
 
     def _succeeded(self) -> None:
-        if self._backoff.over():
-            logger.warning("EMQX does what it is asked again: commands go on")
+        if self._backoff.succeeded():
+            logger.warning("EMQX accepts requests again: the bridge carries out commands")
 
 
 def _outcome(result: PublishResult) -> CopyOutcome:
     if result.id is not None:
         return Accepted(result.id)
     if result.reason_code == NO_MATCHING_SUBSCRIBERS:
-        return "nobody"
+        return "no_subscriber"
     return "unsent" if result.reason_code == NOT_HANDED_OVER else "refused"

@@ -1,9 +1,76 @@
-"""What each client of an EMQX has yet to get, and how much of it may be under way. No IO, no clock.
+"""Delivery windows: the commands that wait for each client of an EMQX, and the copies that EMQX may hold of them.
 
-A copy's way: `put` → `next`, in a bulk, when there is room → `settle`, when REST has answered → un-acked in EMQX's
-session → `acked`. Rule 1: of one client there is at most one bulk, or one change, under way, and what is to be tried
-again goes back in front: so its order holds. Rule 2: never more than `WINDOW` copies of a client are in EMQX without an
-acknowledgement; whether a copy is there that REST gave no answer about nobody knows, so it counts, too.
+No IO, no clock. The sender (`sender.py`) asks for the next step, sends it, and returns the outcomes.
+
+Concepts
+--------
+
+A *step* is what one REST request does: a bulk of copies for several clients, or a change of one client's subscriptions.
+A *bulk share* is the part of one client in a bulk. A copy's way:
+
+    put → waiting ── next ──→ in a step ── settle ──→ in flight ── acked ──→ gone
+             ↑                    │
+             └── unsent, unknown ─┘
+
+*In flight* means: EMQX has routed the copy under an id of its own, the *alias*, and the client has not acknowledged it.
+*Unclear* means: REST gave no answer, so EMQX may hold the copy or not. The copy waits again, and yet it takes room.
+*Early* means: the acknowledgement came before REST's answer. Only the answer tells the alias of a copy.
+
+Rules
+-----
+
+1. A client has at most one step under way, and an unsent or unclear copy goes back to the front. So its order holds.
+2. A client's copies in flight and unclear copies are together at most `WINDOW`. Reason: EMQX's session queue holds
+   1,000 messages, and drops more without a word.
+3. A QoS 0 copy needs no room, because it is not acknowledged. It keeps its place in the order, though.
+4. After an unclear copy the client gets one copy at a time (`careful`), so that few copies come twice.
+5. A copy leaves EMQX when its validity ends (its message expiry). So it leaves the window then, acknowledged or not.
+
+State
+-----
+
+`_queues`, for each client that has anything:
+
+| field | meaning |
+|---|---|
+| `waiting` | copies and changes in their order; the first is the next |
+| `busy` | a step of the client is under way |
+| `careful` | the outcome of the last bulk was unclear |
+| `in_flight` | alias → end of validity in ms |
+| `unclear` | ends of validity in ms, the oldest copy first |
+| `early` | aliases acknowledged during the current step |
+
+`_ready`: the clients that may have a next step, in the order of their turns. A client that cannot proceed is removed,
+and comes back when something changes for it. `_unchecked`: the clients that `drop_stale` has yet to check in this round.
+
+Transitions
+-----------
+
+ON put: append the command to the client's queue.
+
+ON next: take the first client that is ready.
+  1. Its first item is a change: that is the step.
+  2. Otherwise make a bulk: a fair share of all ready copies for each free slot, within `BULK_MIN` and `BULK_MAX`.
+
+ON settle, for each copy:
+  1. unsent, unknown: put it back to the front.
+  2. unknown, QoS 1 or 2: it is unclear now.
+  3. Accepted: it is in flight, unless its acknowledgement was early.
+  Then each early acknowledgement that belongs to no accepted copy frees the oldest unclear copy: it may be an earlier
+  attempt that REST never answered.
+
+ON acked:
+  1. The alias is in flight: the copy is gone.
+  2. A step is under way: note the acknowledgement as early.
+  3. Otherwise free the oldest unclear copy.
+
+ON session_ended: EMQX has discarded what it held. Return what waits, so that the sender fails it. When can a step be
+  under way? If the call of the hook overtakes REST's answer. Then its copies take room until their validity ends.
+
+ON drop_stale: remove stale commands and expired copies, a limited number of items in each call.
+
+A doubt: an acknowledgement of a message that EMQX itself delivered looks like one of an unclear copy. It frees room too
+early, by one copy. This needs an unclear copy, and a client that also gets messages from EMQX.
 """
 
 from __future__ import annotations
@@ -16,53 +83,52 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 from millpond.pipeline.brokers.commands.pending import PendingCommand
 from millpond.schemas.commands import Deliver, Subscribe, Unsubscribe
 
-# Un-acked copies of one client. EMQX's session queue holds 1,000 and drops without a word what is more.
-WINDOW: Final = 100
-BULK_MIN: Final = 16  # copies: fewer would cost more in requests than they save in waiting
-BULK_MAX: Final = 100
-BULK_BYTES_MAX: Final = 1024 * 1024  # of payloads; one copy of any size always goes
-EARLY_MAX: Final = 2 * WINDOW  # acknowledgements of one client that came before REST's answer
+WINDOW: Final = 100  # unacknowledged copies of one client; see rule 2
+BULK_MIN: Final = 16  # copies; smaller bulks would cost more requests than they save waiting
+BULK_MAX: Final = 100  # copies
+BULK_BYTES_MAX: Final = 1024 * 1024  # of payloads; a single copy of any size always goes
+EARLY_MAX: Final = 2 * WINDOW  # of one client; more than a step has copies
 
 
 class DeliveryCopy(NamedTuple):
-    """One message for one client."""
+    """A message for one client."""
 
     pending: PendingCommand
     command: Deliver
 
     @property
     def size(self) -> int:
-        """Bytes of its payload, about."""
+        """The size of the payload in characters, which is about its bytes."""
         return len(self.command.payload)
 
 
 class SubscriptionChange(NamedTuple):
-    """A command that changes a client's subscriptions, in its turn."""
+    """A command that changes a client's subscriptions. It keeps its place among the copies."""
 
     pending: PendingCommand
     command: Subscribe | Unsubscribe
 
 
 class Accepted(NamedTuple):
-    """EMQX routed it under this id."""
+    """EMQX has routed the copy under this id."""
 
     alias: str
 
 
-# `nobody`: no subscriber matches. `refused`: it would be so again. `unsent`: EMQX has not taken it, this time.
-# `unknown`: it may have.
-CopyOutcome: TypeAlias = Accepted | Literal["nobody", "refused", "unsent", "unknown"]
+# `no_subscriber`: no subscription matches. `refused`: EMQX would refuse it at every attempt.
+# `unsent`: EMQX has not taken it this time. `unknown`: EMQX may have taken it.
+CopyOutcome: TypeAlias = Accepted | Literal["no_subscriber", "refused", "unsent", "unknown"]
 QueuedItem: TypeAlias = DeliveryCopy | SubscriptionChange
-AGAIN: Final = ("unsent", "unknown")
+REPEATED: Final = ("unsent", "unknown")
 
 
 @dataclass(slots=True, eq=False)
 class _Queue:
-    """One client's. `in_flight` are un-acked copies by alias, `unclear` those that may be in EMQX; with their end in ms."""
+    """The state of one client; see the head of this file."""
 
     waiting: deque[QueuedItem] = field(default_factory=deque)
     busy: bool = False
-    careful: bool = False  # one copy at a time: the last bulk has no answer
+    careful: bool = False
     in_flight: dict[str, int] = field(default_factory=dict)
     unclear: deque[int] = field(default_factory=deque)
     early: dict[str, None] = field(default_factory=dict)
@@ -72,7 +138,7 @@ class _Queue:
         return not (self.waiting or self.busy or self.in_flight or self.unclear)
 
     def room(self, now_ms: int) -> int:
-        """How many more copies may go. One that was valid until now has expired in EMQX, too."""
+        """How many more copies with an acknowledgement may go. Expire copies only if there is no room."""
         free = WINDOW - len(self.in_flight) - len(self.unclear)
         if free > 0:
             return free
@@ -80,12 +146,12 @@ class _Queue:
         return WINDOW - len(self.in_flight) - len(self.unclear)
 
     def expire(self, now_ms: int) -> None:
-        """What was valid until now is no longer in EMQX."""
+        """Remove copies whose validity has ended: EMQX has discarded them."""
         self.in_flight = {alias: end for alias, end in self.in_flight.items() if end >= now_ms}
         self.unclear = deque(end for end in self.unclear if end >= now_ms)
 
-    def let_go_unclear(self) -> None:
-        """Forget the oldest copy that may be in EMQX."""
+    def free_unclear(self) -> None:
+        """Remove the oldest unclear copy, if there is one."""
         if self.unclear:
             self.unclear.popleft()
 
@@ -96,7 +162,7 @@ class _Queue:
         return isinstance(head, SubscriptionChange) or not head.command.qos or self.room(now_ms) > 0
 
     def take(self, count_max: int, bytes_max: int, now_ms: int) -> list[DeliveryCopy]:
-        """Copies from the front, at least one if the client is ready."""
+        """Remove copies from the front, at least one if the client is ready."""
         copies: list[DeliveryCopy] = []
         room, size = self.room(now_ms), 0
         count_max = 1 if self.careful else count_max
@@ -108,7 +174,7 @@ class _Queue:
                 break
             copies.append(head)
             size += head.size
-            room -= bool(head.command.qos)
+            room -= bool(head.command.qos)  # rule 3
             self.waiting.popleft()
         return copies
 
@@ -124,19 +190,18 @@ Bulk: TypeAlias = list[BulkShare]
 
 
 class DeliveryWindows:
-    """One per process: the clients whose commands it reads."""
+    """One per process, for the clients whose commands it reads."""
 
     def __init__(self) -> None:
-        """Nothing waits."""
         self._queues: dict[str, _Queue] = {}
         self._unchecked: list[str] = []
-        self._ready: dict[str, None] = {}  # clients that may be ready, in the order of their turns
+        self._ready: dict[str, None] = {}
 
     def __len__(self) -> int:
         return len(self._queues)
 
     def put(self, item: QueuedItem) -> None:
-        """Let a command wait for its turn."""
+        """Append a command to its client's queue."""
         client_id = item.pending.client_id
         self._queues.setdefault(client_id, _Queue()).waiting.append(item)
         self._ready[client_id] = None
@@ -144,19 +209,19 @@ class DeliveryWindows:
     # -- out
 
     def next(self, slots: int, now_ms: int) -> Bulk | SubscriptionChange | None:
-        """What to do next, if there is anything that can be done now, while `slots` more could be done beside it."""
+        """The next step, or None if no client is ready. `slots` is the number of requests that may start now."""
         ready = self._first_ready(now_ms)
         if not ready:
             return None
         head = self._queues[ready[0]].waiting[0]
         if isinstance(head, SubscriptionChange):
-            self._begin(ready[0])
+            self._start_step(ready[0])
             self._queues[ready[0]].waiting.popleft()
             return head
         return self._bulk(ready, slots, now_ms)
 
     def _first_ready(self, now_ms: int) -> list[str]:
-        """As many as a bulk can hold. Whoever is not ready is asked again when something has come of it."""
+        """The first ready clients, as many as a bulk can hold. Clients that are not ready lose their turn."""
         ready: list[str] = []
         waiting: list[str] = []
         for client_id in self._ready:
@@ -171,8 +236,9 @@ class DeliveryWindows:
         return ready
 
     def _bulk(self, ready: Sequence[str], slots: int, now_ms: int) -> Bulk:
-        """A fair share of all that is ready; every client in it goes to the end of the turns."""
+        """A bulk with a fair share of the ready copies. Its clients get their next turn at the end."""
         waiting = sum(len(self._queues[client_id].waiting) for client_id in ready)
+        # Rounded up, so that the slots together take everything.
         room = min(BULK_MAX, max(BULK_MIN, -(-waiting // max(slots, 1))))
         bytes_left = BULK_BYTES_MAX
         bulk: Bulk = []
@@ -180,30 +246,31 @@ class DeliveryWindows:
             if room <= 0 or bytes_left <= 0:
                 break
             queue = self._queues[client_id]
+            # A change cannot share a request with copies. The client keeps its turn.
             if isinstance(queue.waiting[0], SubscriptionChange):
-                continue  # its turn is the next step's
+                continue
             if bulk and queue.waiting[0].size > bytes_left:
                 break
             copies = queue.take(room, bytes_left, now_ms)
-            self._begin(client_id)
+            self._start_step(client_id)
             bulk.append(BulkShare(client_id, copies))
             room -= len(copies)
             bytes_left -= sum(copy.size for copy in copies)
         return bulk
 
-    def _begin(self, client_id: str) -> None:
+    def _start_step(self, client_id: str) -> None:
         self._queues[client_id].busy = True
         del self._ready[client_id]
 
-    # -- what came of it
+    # -- outcomes
 
     def settle(self, part: BulkShare, outcomes: Sequence[CopyOutcome]) -> None:
-        """REST has answered, or will not. What is to be tried again is the next in turn."""
+        """End a client's step with the outcomes of its copies. Copies to be repeated are its next ones."""
         queue = self._queues[part.client_id]
         again: list[QueuedItem] = []
         for copy, outcome in zip(part.copies, outcomes, strict=True):
             end = copy.pending.valid_until_ms
-            if outcome in AGAIN:
+            if outcome in REPEATED:
                 again.append(copy)
             if not copy.command.qos:
                 continue
@@ -213,39 +280,37 @@ class DeliveryWindows:
                 del queue.early[outcome.alias]
             elif isinstance(outcome, Accepted):
                 queue.in_flight[outcome.alias] = end
+        # Acknowledgements that belong to no copy of this step.
         for _ in queue.early:
-            queue.let_go_unclear()
+            queue.free_unclear()
         if "unknown" in outcomes:
             queue.careful = True
         elif "unsent" not in outcomes:
             queue.careful = False
         queue.waiting.extendleft(reversed(again))
-        self._end(part.client_id, queue)
+        self._end_step(part.client_id, queue)
 
-    def changed(self, change: SubscriptionChange, *, again: bool) -> None:
-        """A change was carried out, or given up, or is to be tried `again`."""
+    def settle_change(self, change: SubscriptionChange, *, again: bool) -> None:
+        """End a client's step that was a change. `again`: it is to be repeated."""
         client_id = change.pending.client_id
         queue = self._queues[client_id]
         if again:
             queue.waiting.appendleft(change)
-        self._end(client_id, queue)
+        self._end_step(client_id, queue)
 
-    def _end(self, client_id: str, queue: _Queue) -> None:
+    def _end_step(self, client_id: str, queue: _Queue) -> None:
         queue.busy = False
         queue.early.clear()
         self._ready[client_id] = None
-        self._forget(client_id, queue)
+        self._remove_if_idle(client_id, queue)
 
-    def _forget(self, client_id: str, queue: _Queue) -> None:
+    def _remove_if_idle(self, client_id: str, queue: _Queue) -> None:
         if queue.idle:
             del self._queues[client_id]
             self._ready.pop(client_id, None)
 
     def acked(self, client_id: str, alias: str) -> bool:
-        """A client acknowledged a copy; whether that is one of the copies here, or may be.
-
-        One that nothing is known of may have gone without an answer, or its answer is still to come.
-        """
+        """Free the room of an acknowledged copy. True if the client has a queue here, so the copy may be ours."""
         queue = self._queues.get(client_id)
         if queue is None:
             return False
@@ -253,15 +318,15 @@ class DeliveryWindows:
             if queue.busy and len(queue.early) < EARLY_MAX:
                 queue.early[alias] = None
             else:
-                queue.let_go_unclear()
+                queue.free_unclear()
         self._ready[client_id] = None
-        self._forget(client_id, queue)
+        self._remove_if_idle(client_id, queue)
         return True
 
-    # -- ends
+    # -- ended sessions and stale commands
 
     def session_ended(self, client_id: str) -> list[QueuedItem]:
-        """What EMQX held for a client is gone; so are the commands that wait: they are returned, to fail."""
+        """Remove everything of a client. Returns the commands that were waiting; the caller fails them."""
         queue = self._queues.get(client_id)
         if queue is None:
             return []
@@ -269,14 +334,16 @@ class DeliveryWindows:
         queue.waiting.clear()
         queue.in_flight.clear()
         queue.unclear.clear()
-        self._forget(client_id, queue)
+        self._remove_if_idle(client_id, queue)
         return ended
 
     def drop_stale(
         self, items_max: int, now_ms: int, stale: Callable[[PendingCommand], bool]
     ) -> None:
-        """Ask of each command that waits, in order, whether it still is to; those that are not are gone. What was valid
-        until now is no longer in flight. Not of all at once: the next call goes on where this one ended.
+        """Remove the waiting commands for which `stale` is true, and copies in flight whose validity has ended.
+
+        A call checks about `items_max` items. The next call continues where this one ended, and starts a new round
+        when all clients were checked.
         """
         left = items_max
         while left > 0:
@@ -292,4 +359,4 @@ class DeliveryWindows:
             queue.waiting = deque(item for item in queue.waiting if not stale(item.pending))
             queue.expire(now_ms)
             self._ready[client_id] = None
-            self._forget(client_id, queue)
+            self._remove_if_idle(client_id, queue)

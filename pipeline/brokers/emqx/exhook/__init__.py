@@ -1,1 +1,1 @@
-"""EMQX's ExHook: the gRPC server, the hooks to register, and the events made of its calls."""
+"""EMQX's ExHook: the gRPC server, the hooks that it registers, and the events that it makes from calls."""

@@ -1,4 +1,26 @@
-"""What becomes of each call of EMQX's: an event for Kafka, and an answer."""
+"""The handling of EMQX's calls: each becomes an event for Kafka, and gets an answer.
+
+Two kinds of calls:
+
+- *Notifications* (clients, sessions, deliveries, acknowledgements): EMQX ignores the answer. The bridge enters the
+  event and answers at once, without waiting until it is stored.
+- `message.publish`: EMQX does what the answer says. The bridge answers when the event is stored.
+
+ON message.publish, by the topic of the PUBLISH packet:
+
+| topic | stored event | answer |
+|---|---|---|
+| `$millpond/d/…` with a valid MAC: a copy | `deliveries.sent`, for QoS 1 and 2 with a lease | route to the client's topic |
+| below `$millpond/` otherwise | none | refuse (`reserved`) |
+| below another client's mountpoint, or reserved below the own one | none | refuse (`mailbox`) |
+| of a delivery rule, with a mountpoint | `message.publish` | do not route: Millpond delivers |
+| of another rule, or without a mountpoint | `message.publish` | route, without the publisher's mountpoint |
+| of no rule | none | route, without the publisher's mountpoint |
+
+An event that is invalid or cannot be stored: refuse (`invalid`, `unkept`).
+
+Order: until its first `await` a call is one step of the event loop. So events are entered in the order of the calls.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +28,18 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 from google.protobuf.message import Message as ProtobufMessage
 
 from millpond.pipeline.brokers.bridge_rules import BridgeRules
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic, ReturnedCopy
+from millpond.pipeline.brokers.emqx.copy_topic import CopyTopic, ReturnedCopy
 from millpond.pipeline.brokers.emqx.exhook import exhook_pb2 as pb
 from millpond.pipeline.brokers.emqx.exhook import translation
 from millpond.pipeline.brokers.emqx.exhook.hooks import Version, needed_hooks
 from millpond.pipeline.brokers.emqx.exhook.translation import Translator
 from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint
-from millpond.pipeline.brokers.emqx.ports import Keeping
+from millpond.pipeline.brokers.spool.durable_producer import DurableProducer
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.telemetry.tracing import BridgeTracing
 from millpond.schemas import keys
@@ -35,54 +57,47 @@ from millpond.schemas.rules import Rules
 
 logger = logging.getLogger(__name__)
 
-TOLD_AGAIN_S: Final = 1.0  # the log has one line for each kind of refusal in this time
+LOG_INTERVAL_S: Final = 1.0  # the log has one line for each kind of refusal in this time
 SHOWN_MAX: Final = 200  # characters of foreign text in such a line
 EMPTY: Final = b""  # an EmptySuccess
 IGNORE: Final = pb.ValuedResponse(type="IGNORE").SerializeToString()
 
 
-class CallListener(Protocol):
-    """What the rest of the bridge wants to know. None of these may wait or raise."""
+class CallListener(NamedTuple):
+    """The functions of the bridge that follow from calls. None of them may wait or raise."""
 
-    def provider_loaded(self, node: str) -> None:
-        """The broker's node began to call: what happened before is not known, a snapshot is."""
-        ...
-
-    def acked(self, client_id: str, message_id: str) -> None:
-        """A client acknowledged a message or a copy, by the id that the broker gave it; its event was entered."""
-        ...
-
-    def session_ended(self, client_id: str) -> None:
-        """A client's session was terminated or discarded: the broker holds nothing for it any more."""
-        ...
-
-    def retainable(self, topic: str, event: MessagePublished) -> None:
-        """A publish is kept that a retain rule covers. `topic` is where the broker retains it, if it does: it has done
-        so before it called, at the topic as it was published, which has the mountpoint.
-        """
-        ...
+    provider_loaded: Callable[[str], None]
+    """`(node)`: the node begins to call. Its earlier events may be missing, so a snapshot is needed."""
+    acked: Callable[[str, str], object]
+    """`(client id, message id)`: a client acknowledged a message or copy, under EMQX's id. The event was entered."""
+    session_ended: Callable[[str], None]
+    """`(client id)`: the session was terminated or discarded. EMQX holds nothing for the client any more."""
+    retainable: Callable[[str, MessagePublished], None]
+    """`(topic, event)`: a publish that a retain rule covers is stored. If EMQX retains it, it does so before the call,
+    at `topic`: the topic of the PUBLISH packet, with the mountpoint."""
 
 
 class Refusals:
-    """Counts what was refused, and says so in the log without filling it. Payloads are never shown."""
+    """Counts refused calls, and logs one in a while. Payloads are never logged."""
 
     def __init__(self) -> None:
-        """Nothing was refused so far."""
-        self.counts: Counter[str] = Counter()
-        self._told: dict[str, tuple[float, int]] = {}  # when last, and how many there were then
+        self.counts: Counter[str] = Counter()  # by kind
+        self._logged: dict[
+            str, tuple[float, int]
+        ] = {}  # kind → loop time and count of the last log line
 
     def add(self, kind: str, sentence: str) -> None:
-        """One more of a kind."""
+        """Count a refusal."""
         self.counts[kind] += 1
         now, count = asyncio.get_running_loop().time(), self.counts[kind]
-        at, before = self._told.get(kind, (now - TOLD_AGAIN_S, 0))
-        if now - at >= TOLD_AGAIN_S:
-            self._told[kind] = now, count
-            logger.warning("%s (%s, %d since)", sentence, kind, count - before)
+        at, before = self._logged.get(kind, (now - LOG_INTERVAL_S, 0))
+        if now - at >= LOG_INTERVAL_S:
+            self._logged[kind] = now, count
+            logger.warning("%s (%s: %d since the last such line)", sentence, kind, count - before)
 
 
 class Notification(NamedTuple):
-    """A call that only tells something: its request, the topic of Kafka that hears of it, and how."""
+    """How a notification becomes an event: its hook, its request type, the Kafka topic and the translation."""
 
     hook: str
     request: type[ProtobufMessage]
@@ -98,12 +113,12 @@ class Calls:
         rules: Rules,
         mountpoint: Mountpoint | None,
         copy_topic: CopyTopic,
-        durable_producer: Keeping,
+        durable_producer: DurableProducer,
         listener: CallListener,
         partitions: int,
         tracing: BridgeTracing | None = None,
     ) -> None:
-        """`partitions` is how many each Kafka topic has: node events go to every one."""
+        """`partitions` is the number of partitions of each Kafka topic: node events go to each of them."""
         self._tracing = tracing
         self._rules, self._mountpoint, self._copy_topic = rules, mountpoint, copy_topic
         self._durable_producer, self._listener, self._partitions = (
@@ -118,7 +133,10 @@ class Calls:
     # -- the provider
 
     def provider_loaded(self, data: bytes, version: Version) -> bytes:
-        """The broker asks which hooks to call. Everything else works without this, too: it does not ask again."""
+        """Answer with the hooks to call.
+
+        EMQX asks only once. A bridge process that starts later gets calls without this one, and works, too.
+        """
         request = pb.ProviderLoadedRequest.FromString(data)
         node = request.meta.node
         try:
@@ -129,22 +147,24 @@ class Calls:
         if event is not None:
             for number in range(self._partitions):
                 self._durable_producer.enter(keys.CLIENTS_TOPIC, event, number, hook="node.started")
-        logger.info("%s (EMQX %s) calls", node, request.broker.version)
+        logger.info("%s (EMQX %s) registers its hooks at this bridge", node, request.broker.version)
         self._listener.provider_loaded(node)
         hooks = needed_hooks(self._rules, self._mountpoint, version)
         specs = [pb.HookSpec(name=each.name, topics=each.topics) for each in hooks]
         return pb.LoadedResponse(hooks=specs).SerializeToString()
 
     def provider_unloaded(self, data: bytes) -> bytes:
-        """The broker stops, or an operator has turned the hook off: clients may stay."""
+        """Log that the node's calls end. EMQX stops, or an operator disabled the hook while clients stay connected."""
         request = pb.ProviderUnloadedRequest.FromString(data)
-        logger.warning("%s calls no longer", request.meta.node[:SHOWN_MAX])
+        logger.warning(
+            "%s stops calling this bridge: its events are missing until it calls again", request.meta.node[:SHOWN_MAX]
+        )  # fmt: skip
         return EMPTY
 
-    # -- calls that are answered at once
+    # -- notifications
 
-    def told(self) -> dict[str, Notification]:
-        """By name, those that become one event."""
+    def notifications(self) -> dict[str, Notification]:
+        """The notifications that become one event, by the name of the call."""
         clients, messages, to = keys.CLIENTS_TOPIC, keys.MESSAGES_TOPIC, self._translator
         # fmt: off
         return {
@@ -161,17 +181,18 @@ class Calls:
         }
         # fmt: on
 
-    def tell(self, rpc: str, told: Notification, data: bytes) -> bytes:
-        """Enter an event. What cannot be one is counted, and no concern of the broker's."""
-        request = told.request.FromString(data)
+    def notify(self, rpc: str, notification: Notification, data: bytes) -> bytes:
+        """Enter the event of a notification. An invalid one is only counted: EMQX ignores the answer."""
+        request = notification.request.FromString(data)
         try:
-            event = told.translate(request, now_ms())
+            event = notification.translate(request, now_ms())
         except DecodeError as error:
             self.refusals.add("invalid", f"{rpc}: {error}")
             return EMPTY
+        # No rule needs the event.
         if event is None:
-            return EMPTY  # no rule wants it
-        self._durable_producer.enter(told.topic, event, hook=told.hook)
+            return EMPTY
+        self._durable_producer.enter(notification.topic, event, hook=notification.hook)
         if isinstance(event, SessionTerminated | SessionDiscarded):
             self._listener.session_ended(event.client_id)
         return EMPTY
@@ -183,7 +204,7 @@ class Calls:
         return event
 
     def acked(self, data: bytes) -> bytes:
-        """Before anything follows from it, it has its place in Kafka."""
+        """Enter an acknowledgement, and then free its room. So its event precedes those of the next copy."""
         request = pb.MessageAckedRequest.FromString(data)
         try:
             event = self._translator.acked(request, now_ms())
@@ -198,16 +219,13 @@ class Calls:
     # -- publishes
 
     async def publish(self, data: bytes) -> bytes:
-        """Keep it, then let it be routed; or not, if Millpond delivers it, or nobody has it.
-
-        Up to the first `await` this is one step: what is called earlier is entered earlier.
-        """
+        """Store a publish, and answer how EMQX routes it; see the table at the head of this file."""
         request = pb.MessagePublishRequest.FromString(data)
         message = request.message
         if message.topic.startswith(keys.RESERVED_TOPIC_PREFIX):
             returned = self._copy_topic.parse(message.topic)
             if returned is None:
-                return self._refuse(message, "reserved", "nobody may publish there")
+                return self._refuse(message, "reserved", "clients may not publish below $millpond/")
             return await self._route_copy(message, returned)
         topic = self._unmounted(message)
         if topic is None:
@@ -219,9 +237,9 @@ class Calls:
             event = self._translator.published(request, topic, now_ms())
         except DecodeError as error:
             return self._refuse(message, "invalid", str(error))
-        unkept = await self._unless_kept(message, self._enter(event))
-        if unkept is not None:
-            return unkept
+        refusal = await self._refusal_unless_stored(message, self._enter(event))
+        if refusal is not None:
+            return refusal
         if self._answers.may_retain(topic):
             self._listener.retainable(message.topic, event)
         if delivered and self._mountpoint is not None:
@@ -229,25 +247,30 @@ class Calls:
         return IGNORE if topic == message.topic else _answer(message, topic)
 
     def _enter(self, event: MessagePublished) -> asyncio.Future[None]:
-        """Into Kafka or the spool; and a trace begins, if this is to be one."""
+        """Enter the event of a publish. A trace begins here, if this publish is sampled."""
         hook = "message.publish"
         span = None if self._tracing is None else self._tracing.publish(event)
         headers = () if span is None else span.headers
-        kept = self._durable_producer.enter(keys.MESSAGES_TOPIC, event, hook=hook, headers=headers)
+        stored = self._durable_producer.enter(
+            keys.MESSAGES_TOPIC, event, hook=hook, headers=headers
+        )
         if span is not None:
-            kept.add_done_callback(span.answered)
-        return kept
+            stored.add_done_callback(span.answered)
+        return stored
 
-    async def _unless_kept(self, message: pb.Message, kept: asyncio.Future[None]) -> bytes | None:
-        """The refusal of a publish that cannot be kept."""
+    async def _refusal_unless_stored(
+        self, message: pb.Message, stored: asyncio.Future[None]
+    ) -> bytes | None:
+        """Wait until an event is stored. Returns the refusal of the publish if it cannot be."""
         try:
-            await asyncio.shield(kept)  # the caller may give up; the event stays
+            # EMQX may cancel the call. The event must not be cancelled with it.
+            await asyncio.shield(stored)
         except MillpondError as error:
             return self._refuse(message, "unkept", str(error))
         return None
 
     def _unmounted(self, message: pb.Message) -> str | None:
-        """The topic that the publisher meant; None if it is below the mountpoint of another, or nobody's to publish to."""
+        """The topic as the publisher wrote it. None if it is below another client's mountpoint, or reserved."""
         mountpoint, topic = self._mountpoint, message.topic
         if mountpoint is None or not mountpoint.holds(topic):
             return topic
@@ -257,17 +280,17 @@ class Calls:
         return None if meant.startswith(keys.RESERVED_TOPIC_PREFIX) else meant
 
     async def _route_copy(self, message: pb.Message, returned: ReturnedCopy) -> bytes:
-        """A copy of ours: its report is in Kafka before any client can acknowledge it."""
+        """Store the report of a copy, then let EMQX route the copy. So no acknowledgement can precede its report."""
         if message.qos > 0 and returned.lease:
             try:
                 report, partition = self._report(message, returned)
             except DecodeError as error:
                 return self._refuse(message, "invalid", str(error))
             hook = "message.publish"
-            kept = self._durable_producer.enter(keys.MESSAGES_TOPIC, report, partition, hook=hook)
-            unkept = await self._unless_kept(message, kept)
-            if unkept is not None:
-                return unkept
+            stored = self._durable_producer.enter(keys.MESSAGES_TOPIC, report, partition, hook=hook)
+            refusal = await self._refusal_unless_stored(message, stored)
+            if refusal is not None:
+                return refusal
         return _answer(message, returned.topic)
 
     def _report(self, message: pb.Message, returned: ReturnedCopy) -> tuple[DeliveriesSent, int]:
@@ -281,23 +304,23 @@ class Calls:
         return event, lease.partition
 
     def _refuse(self, message: pb.Message, kind: str, why: str) -> bytes:
-        """The broker does not route it, and nothing else hears of it."""
-        who, where = message.from_client_id[:SHOWN_MAX], message.topic[:SHOWN_MAX]
-        self.refusals.add(kind, f"{who!r}: a publish to {where!r} is refused: {why}")
+        """Let EMQX drop a publish, and hide it from other hooks. The publisher gets a PUBACK nevertheless."""
+        client_id, topic = message.from_client_id[:SHOWN_MAX], message.topic[:SHOWN_MAX]
+        self.refusals.add(kind, f"{client_id!r}: a publish to {topic!r} is refused: {why}")
         message.headers["allow_publish"] = "false"
         return pb.ValuedResponse(type="STOP_AND_RETURN", message=message).SerializeToString()
 
-    # -- what is not asked for
+    # -- calls that are not registered
 
     @staticmethod
-    def judged(request_type: type[ProtobufMessage], data: bytes) -> bytes:
-        """Another's judgement of a client stands. These hooks are not registered: anything but this would be one."""
+    def access_checked(request_type: type[ProtobufMessage], data: bytes) -> bytes:
+        """Confirm the result that EMQX already has. The hooks are not registered; if EMQX asks, the answer decides."""
         request: Any = request_type.FromString(data)
         return pb.ValuedResponse(type="CONTINUE", bool_result=request.result).SerializeToString()
 
 
 def _answer(message: pb.Message, topic: str, *, allow: bool = True) -> bytes:
-    """The broker goes on with this topic; the rest of the message is as it was."""
+    """Let EMQX continue with this topic and the rest of the message unchanged. `allow=False`: do not route it."""
     message.topic = topic
     if not allow:
         message.headers["allow_publish"] = "false"

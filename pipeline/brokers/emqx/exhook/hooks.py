@@ -1,4 +1,4 @@
-"""Which hooks EMQX is to call, and for which topics: each call costs the broker's client a wait."""
+"""The hooks that the bridge registers at EMQX, with topic filters. Few, because EMQX's client waits for each call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from millpond.schemas.topics import covers
 
 Version: TypeAlias = Literal["v1", "v2", "v3"]
 
-# Presence and registry. EMQX takes no topic filters for these. A name that it does not know makes it refuse them all.
+# The hooks of clients and sessions have no topic filters. If EMQX does not know one name, it refuses all hooks.
 TAKEN_OVER: Final[dict[Version, str]] = {
     "v1": "session.takeovered", "v2": "session.takenover", "v3": "session.takenover",
 }  # fmt: skip
@@ -24,27 +24,30 @@ OF_CLIENTS: Final = (
 
 
 class Needed(NamedTuple):
-    """One hook. `topics` are filters; empty for a hook that has no topic."""
+    """One hook. `topics` are topic filters; none for a hook of clients or sessions."""
 
     name: str
     topics: tuple[str, ...] = ()
 
 
 def needed_hooks(rules: Rules, mountpoint: Mountpoint | None, version: Version) -> list[Needed]:
-    """All hooks to register. Never `client.authenticate` or `client.authorize`: EMQX refuses clients then."""
+    """All hooks to register.
+
+    `client.authenticate` and `client.authorize` are never registered: EMQX would refuse a client when a call fails.
+    """
     hooks = [Needed(name) for name in (*OF_CLIENTS, TAKEN_OVER[version])]
     of_messages = (
         ("message.publish", _published(rules, mountpoint)),
         ("message.delivered", _mounted_too(_of_hook(rules, "message.delivered"), mountpoint)),
         ("message.acked", _acked(rules, mountpoint)),
     )
-    # Without filters the broker would call for every topic.
+    # A hook without filters is left out: EMQX would call it for every topic.
     hooks += [Needed(name, topics) for name, topics in of_messages if topics]
     return hooks
 
 
 def _published(rules: Rules, mountpoint: Mountpoint | None) -> tuple[str, ...]:
-    """What is stored or delivered; copies on their way back; and what a mounted client publishes, to be un-mounted."""
+    """Topics of rules, copies (`$millpond/`), and everything below the mountpoint, because its topics are changed."""
     topics = [*_of_hook(rules, "message.publish"), *_of_delivery(rules)]
     if mountpoint is not None:
         topics.append(f"{mountpoint.prefix}#")
@@ -52,7 +55,10 @@ def _published(rules: Rules, mountpoint: Mountpoint | None) -> tuple[str, ...]:
 
 
 def _acked(rules: Rules, mountpoint: Mountpoint | None) -> tuple[str, ...]:
-    """Copies of stored retained messages, too, take room in a client's window until they are acknowledged."""
+    """Topics of rules; with a mountpoint also those of retained look-ups.
+
+    Copies of stored retained messages take room in a client's window, too, until they are acknowledged.
+    """
     wanted = _mounted_too([*_of_hook(rules, "message.acked"), *_of_delivery(rules)], mountpoint)
     if mountpoint is None:
         return wanted
@@ -79,7 +85,7 @@ def _of_delivery(rules: Rules) -> list[str]:
 
 
 def _fewest(topics: Iterable[str]) -> tuple[str, ...]:
-    """Those that no other one covers, each once, in order."""
+    """The filters that no other filter covers, each once, in order."""
     distinct = list(dict.fromkeys(topics))
     return tuple(
         topic

@@ -1,4 +1,4 @@
-"""The gRPC server that EMQX's ExHook calls: ports, TLS, health, and the way of bytes to `calls.py` and back."""
+"""The gRPC server that EMQX's ExHook calls: port, TLS, health, and the dispatch of calls to `calls.py`."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from millpond.pipeline.brokers.emqx.exhook import exhook_pb2 as pb
 from millpond.pipeline.brokers.emqx.exhook.calls import EMPTY, Calls
 from millpond.pipeline.brokers.emqx.exhook.hooks import Version
-from millpond.pipeline.brokers.emqx.ports import Keeping
+from millpond.pipeline.brokers.spool.durable_producer import DurableProducer
 from millpond.pipeline.settings import PORT_MAX, BridgeSettings
 from millpond.schemas.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-REQUEST_BYTES_MAX: Final = (
-    32 * 1024 * 1024
-)  # a larger payload than Kafka takes is still refused properly
-# Calls that wait for this process to take them. Beyond 1,000 gRPC would cancel some, and EMQX count that as answered; it
-# waits itself, with one call for each client.
+# Far above Kafka's limit: a payload that is too large for Kafka still gets a refusal, with its reason.
+REQUEST_BYTES_MAX: Final = 32 * 1024 * 1024
+# Calls that wait for this process. By default gRPC would cancel some beyond 1,000, and EMQX takes that for a success.
+# EMQX limits them itself: it has one call under way for each client.
 PENDING_MAX: Final = 1_000_000
-HEALTH_INTERVAL_S: Final = 0.25  # how late it may be noticed that events are refused
-STOP_GRACE_S: Final = 5.0  # EMQX does not wait longer for an answer, by default
+HEALTH_INTERVAL_S: Final = 0.25  # the delay with which the health service notices refusals, at most
+STOP_GRACE_S: Final = 5.0  # by default EMQX does not wait longer for an answer
 
 HandleCall: TypeAlias = Callable[[bytes], bytes]
-# The name of a call, how long its answer took, and which it was.
+# Name of the call, seconds until its answer, outcome: "answered" or "malformed".
 Observe: TypeAlias = Callable[[str, float, str], None]
 GrpcHandler: TypeAlias = Callable[[bytes, Any], Awaitable[bytes]]
 
-# Of EMQX 4, whose names for these differ.
+# Calls that have another name in EMQX 4.
 RENAMED: Final = {
     "OnSessionTakeovered": "OnSessionTakenover",
     "OnClientCheckAcl": "OnClientAuthorize",
@@ -45,28 +44,33 @@ RENAMED: Final = {
 
 
 def service_name(version: Version) -> str:
-    """The service under which a version of EMQX calls."""
+    """The gRPC service that a version of EMQX calls."""
     return f"emqx.exhook.{version}.HookProvider"
 
 
 class HookServer:
-    """One per bridge process; several may share a port, and a client's calls stay with one of them."""
+    """One per bridge process. Several share a port (SO_REUSEPORT); each connection of EMQX stays with one of them."""
 
     def __init__(
-        self, settings: BridgeSettings, calls: Calls, durable_producer: Keeping, observe: Observe
+        self,
+        settings: BridgeSettings,
+        calls: Calls,
+        durable_producer: DurableProducer,
+        observe: Observe,
     ) -> None:
-        """Nothing is opened before `start`. `observe` hears of every call that was answered."""
+        """Call `observe` after every call."""
         self._observe = observe
         self._settings, self._calls, self._durable_producer = settings, calls, durable_producer
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
+        # What the health service reports; None before the first report.
         self._serving: bool | None = None
 
     async def start(self) -> int:
-        """Listen; the port.
+        """Listen. Returns the port.
 
         Raises:
-            ConfigError: a file cannot be read, or the address is in use or not ours.
+            ConfigError: a file cannot be read, or the address is in use or not of this host.
         """
         options = [
             ("grpc.so_reuseport", 1),
@@ -84,13 +88,14 @@ class HookServer:
         port = self._listen(server)
         await server.start()
         self._server = server
-        await self._tell_health()
+        await self._report_health()
         return port
 
     def _listen(self, server: grpc.aio.Server) -> int:
         address, credentials = self._settings.exhook_listen, _credentials(self._settings)
         port = int(address.rpartition(":")[2])
-        if port > PORT_MAX:  # gRPC would take what is left of it in 16 bits
+        # gRPC would use the lower 16 bits of a larger number.
+        if port > PORT_MAX:
             raise ConfigError(f"[bridge] exhook_listen: there is no port {port}")
         try:
             if credentials is None:
@@ -100,27 +105,27 @@ class HookServer:
             raise ConfigError(f"[bridge] exhook_listen: cannot listen at {address}") from error
 
     async def run(self) -> NoReturn:
-        """Keep the health service right, until cancelled."""
+        """Report health until cancelled."""
         while True:
             await asyncio.sleep(HEALTH_INTERVAL_S)
-            await self._tell_health()
+            await self._report_health()
 
     async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
-        """Take no more calls, and finish those in hand, if that takes no longer than `grace_s`."""
+        """Accept no more calls, and wait up to `grace_s` for the running ones."""
         if self._server is not None:
             await self._health.enter_graceful_shutdown()
             await self._server.stop(grace_s)
 
-    async def _tell_health(self) -> None:
+    async def _report_health(self) -> None:
         complaint = self._durable_producer.complaint
         serving = complaint is None
         if serving == self._serving:
             return
         self._serving = serving
         if serving:
-            logger.info("ready for hook calls")
+            logger.info("the bridge stores publishes: health is SERVING")
         else:
-            logger.error("publishes are refused: %s", complaint)
+            logger.error("the bridge refuses publishes, health is NOT_SERVING: %s", complaint)
         status = health_pb2.HealthCheckResponse
         for name in ("", *(service_name(version) for version in get_args(Version))):
             await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
@@ -133,18 +138,18 @@ class HookServer:
             "OnProviderLoaded": partial(calls.provider_loaded, version=version),
             "OnProviderUnloaded": calls.provider_unloaded,
             "OnMessageAcked": calls.acked,
-            "OnClientAuthenticate": partial(calls.judged, pb.ClientAuthenticateRequest),
-            "OnClientAuthorize": partial(calls.judged, pb.ClientAuthorizeRequest),
+            "OnClientAuthenticate": partial(calls.access_checked, pb.ClientAuthenticateRequest),
+            "OnClientAuthorize": partial(calls.access_checked, pb.ClientAuthorizeRequest),
         }
-        for name, told in calls.told().items():
-            handles[name] = partial(calls.tell, name, told)
+        for name, notification in calls.notifications().items():
+            handles[name] = partial(calls.notify, name, notification)
         for method in pb.DESCRIPTOR.services_by_name["HookProvider"].methods:
-            handles.setdefault(method.name, _unasked)
+            handles.setdefault(method.name, _not_registered)
         if version == "v1":
             handles.update({old: handles[new] for old, new in RENAMED.items()})
         named = {name: self._handler(name, handle) for name, handle in handles.items()}
         named["OnMessagePublish"] = self._publish
-        # Without (de)serializers: requests are parsed where what is wrong with them is counted.
+        # No (de)serializers: requests are parsed in `calls.py`, so that malformed ones are counted.
         return {name: grpc.unary_unary_rpc_method_handler(each) for name, each in named.items()}
 
     def _handler(self, name: str, handle: HandleCall) -> GrpcHandler:
@@ -172,17 +177,18 @@ class HookServer:
         self, name: str, context: grpc.aio.ServicerContext[bytes, bytes]
     ) -> NoReturn:
         self._observe(name, 0.0, "malformed")
-        self._calls.refusals.add("malformed", f"{name}: not the message that it should be")
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not the message that it should be")
+        self._calls.refusals.add("malformed", f"{name}: the request is not a protobuf of its type")
+        await context.abort(
+            grpc.StatusCode.INVALID_ARGUMENT, "the request is not a protobuf of its type"
+        )
 
 
-def _unasked(data: bytes) -> bytes:
-    """A hook that is not registered."""
+def _not_registered(data: bytes) -> bytes:
     return EMPTY
 
 
 def _credentials(settings: BridgeSettings) -> grpc.ServerCredentials | None:
-    """TLS, and of clients a certificate, as the settings say; None without."""
+    """The TLS credentials of the settings; None without TLS. With `client_ca_file` clients need a certificate."""
     files = (settings.certificate_file, settings.key_file)
     if files == (None, None) and settings.client_ca_file is None:
         return None

@@ -1,4 +1,8 @@
-"""What EMQX tells, as canonical events; pure, and all that is foreign is checked here."""
+"""The translation of EMQX's requests into canonical events. Pure; everything foreign is validated here.
+
+EMQX leaves out some facts, and the events' defaults stand for them: `clean_start` and session expiry of a connect, and
+the retain flag of a publish (`rest/retained.py` asks for retained messages).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Final, TypeAlias
 
 from millpond.pipeline.brokers.emqx.exhook import exhook_pb2 as pb
 from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint, standard_filter
-from millpond.pipeline.brokers.emqx.rest.responses import milliseconds
+from millpond.pipeline.brokers.emqx.times import milliseconds
 from millpond.schemas import codec
 from millpond.schemas.errors import DecodeError
 from millpond.schemas.events import (
@@ -33,28 +37,25 @@ from millpond.schemas.topics import filter_error, topic_name_error
 
 EXPIRY_PROPERTY: Final = "Message-Expiry-Interval"  # [MQTT5-3.3.2.3.3], in seconds
 SECONDS_DIGITS_MAX: Final = 10  # a four byte integer
-# EMQX 4 spells the reason differently.
-REASONS: Final = {"takeovered": "takenover"}
-SHUTDOWN: Final = re.compile(r"\{shutdown,([a-z_]+)\}\Z")  # how Erlang writes why a process ended
+REASONS: Final = {"takeovered": "takenover"}  # the spelling of EMQX 4
+SHUTDOWN: Final = re.compile(r"\{shutdown,([a-z_]+)\}\Z")  # Erlang's wrapping of a reason
 
 
 Received: TypeAlias = pb.MessageDeliveredRequest | pb.MessageAckedRequest
 
 
 class Translator:
-    """One per bridge; `mountpoint` is set where Millpond delivers. Every method raises DecodeError for what no event
-    can say.
-    """
+    """One per bridge. Every method raises DecodeError for a request that cannot become a valid event."""
 
     def __init__(self, mountpoint: Mountpoint | None) -> None:
-        """Without a mountpoint the broker delivers."""
+        """With a mountpoint Millpond delivers, without one EMQX does."""
         self._mountpoint = mountpoint
         self.broker_delivers = mountpoint is None
 
     # -- clients
 
     def connected(self, request: pb.ClientConnectedRequest, at: int) -> ClientConnected:
-        """`clean_start` and the expiry are not told: the event's defaults stand for that."""
+        """Translate a connect."""
         client = request.clientinfo
         return ClientConnected(
             at=at, node=node_of(client.node), client_id=client_id_of(client),
@@ -63,7 +64,7 @@ class Translator:
         )  # fmt: skip
 
     def disconnected(self, request: pb.ClientDisconnectedRequest, at: int) -> ClientDisconnected:
-        """The reason is EMQX's own; `takenover` and `discarded` hand over to a newer connection."""
+        """Translate a disconnect. The reason is EMQX's: `takenover` and `discarded` announce a newer connection."""
         client = request.clientinfo
         return ClientDisconnected(
             at=at, node=node_of(client.node), client_id=client_id_of(client),
@@ -73,27 +74,27 @@ class Translator:
     # -- sessions
 
     def created(self, request: pb.SessionCreatedRequest, at: int) -> SessionCreated:
-        """A new session."""
+        """Translate the start of a session."""
         client = request.clientinfo
         return SessionCreated(at=at, node=node_of(client.node), client_id=client_id_of(client))
 
     def resumed(self, request: pb.SessionResumedRequest, at: int) -> SessionResumed:
-        """A session that was there; its subscriptions are not told again."""
+        """Translate the resumption of a session. EMQX does not report its subscriptions again."""
         client = request.clientinfo
         return SessionResumed(at=at, node=node_of(client.node), client_id=client_id_of(client))
 
     def discarded(self, request: pb.SessionDiscardedRequest, at: int) -> SessionDiscarded:
-        """Told of the connection that goes."""
+        """Translate the end of a session that a clean start replaces. `clientinfo` is that of the old connection."""
         client = request.clientinfo
         return SessionDiscarded(at=at, node=node_of(client.node), client_id=client_id_of(client))
 
     def taken_over(self, request: pb.SessionTakenoverRequest, at: int) -> SessionTakenOver:
-        """Told of the connection that goes."""
+        """Translate the move of a session to a new connection. `clientinfo` is that of the old connection."""
         client = request.clientinfo
         return SessionTakenOver(at=at, node=node_of(client.node), client_id=client_id_of(client))
 
     def terminated(self, request: pb.SessionTerminatedRequest, at: int) -> SessionTerminated:
-        """The end of a session that nothing replaced."""
+        """Translate the end of a session that no other one replaces."""
         client = request.clientinfo
         return SessionTerminated(
             at=at, node=node_of(client.node), client_id=client_id_of(client),
@@ -101,10 +102,10 @@ class Translator:
         )  # fmt: skip
 
     def subscribed(self, request: pb.SessionSubscribedRequest, at: int) -> SessionSubscribed:
-        """A filter was granted."""
+        """Translate a granted subscription."""
         client, options = request.clientinfo, request.subopts
-        told = standard_filter(request.topic, options.share)
-        topic_filter, reachable = self.own_filter(client_id_of(client), client.mountpoint, told)
+        mounted = standard_filter(request.topic, options.share)
+        topic_filter, reachable = self.own_filter(client_id_of(client), client.mountpoint, mounted)
         if options.rh > 2:
             raise DecodeError(f"a retain handling of {options.rh}")
         return SessionSubscribed(
@@ -114,36 +115,36 @@ class Translator:
         )  # fmt: skip
 
     def unsubscribed(self, request: pb.SessionUnsubscribedRequest, at: int) -> SessionUnsubscribed:
-        """A filter was given up. Before EMQX 5.4 nobody tells of which group it was."""
+        """Translate an unsubscription. Before 5.4 EMQX does not report the group of a shared subscription."""
         client = request.clientinfo
-        told = standard_filter(request.topic)
-        topic_filter, _ = self.own_filter(client_id_of(client), client.mountpoint, told)
+        mounted = standard_filter(request.topic)
+        topic_filter, _ = self.own_filter(client_id_of(client), client.mountpoint, mounted)
         return SessionUnsubscribed(
             at=at, node=node_of(client.node), client_id=client.clientid, topic_filter=topic_filter
         )
 
-    def own_filter(self, client_id: str, mounted_at: str, told: str) -> tuple[str, bool]:
-        """A filter as the client subscribed to it, and whether what is delivered there reaches this client alone.
+    def own_filter(self, client_id: str, mounted_at: str, mounted: str) -> tuple[str, bool]:
+        """The filter as the client wrote it, and whether Millpond can reach the client through it.
 
-        `mounted_at` is what stands in front of its topics, if anything does; `told` the filter as the broker holds it,
-        in standard form. Where the broker delivers, and below mountpoints that are not Millpond's, that is the filter.
+        `mounted_at` is the mountpoint of the client's listener, or empty. `mounted` is the filter as EMQX holds it, in
+        standard form. Only Millpond's own mountpoint is removed from it.
         """
-        error = filter_error(told)
+        error = filter_error(mounted)
         if error is not None:
             raise DecodeError(error)
         if self._mountpoint is None:
-            return told, True
+            return mounted, True
         if mounted_at != self._mountpoint.of(client_id):
-            return told, False
-        own = self._mountpoint.unmount_filter(client_id, told)
+            return mounted, False
+        own = self._mountpoint.unmount_filter(client_id, mounted)
         if own is None or filter_error(own) is not None:
-            return told, False
+            return mounted, False
         return own, self._mountpoint.can_serve(client_id)
 
     # -- messages
 
     def published(self, request: pb.MessagePublishRequest, topic: str, at: int) -> MessagePublished:
-        """A publish to `topic`, which is un-mounted. The retain flag is not told."""
+        """Translate a publish to `topic`, which has no mountpoint any more."""
         message = request.message
         _check_topic(topic)
         published_at = time_of(message.timestamp) or at
@@ -158,7 +159,7 @@ class Translator:
         )  # fmt: skip
 
     def delivered(self, request: pb.MessageDeliveredRequest, at: int) -> MessageDelivered:
-        """The QoS is the effective one."""
+        """Translate a delivery. Its QoS is the effective one."""
         client, message = request.clientinfo, request.message
         return MessageDelivered(
             at=at, node=node_of(client.node), message_id=message_id_of(message.id),
@@ -167,7 +168,7 @@ class Translator:
         )  # fmt: skip
 
     def acked(self, request: pb.MessageAckedRequest, at: int) -> MessageAcked:
-        """A PUBACK, or a PUBREC."""
+        """Translate an acknowledgement: a PUBACK, or a PUBREC."""
         client, message = request.clientinfo, request.message
         return MessageAcked(
             at=at, node=node_of(client.node), message_id=message_id_of(message.id),
@@ -177,7 +178,7 @@ class Translator:
         )  # fmt: skip
 
     def own_topic(self, request: Received) -> str:
-        """The topic of a message as its receiver sees it."""
+        """The topic of a message as the receiving client sees it."""
         client, topic = request.clientinfo, request.message.topic
         mountpoint = self._mountpoint
         if mountpoint is not None and client.mountpoint == mountpoint.of(client.clientid):
@@ -187,13 +188,15 @@ class Translator:
 
 
 def node_started(request: pb.ProviderLoadedRequest) -> NodeStarted | None:
-    """The node's start, at its boot time: it also tells so when an operator turns the hook on again, and whoever has
-    connected since that start is still there. None if it does not say when that was (EMQX 4).
+    """The start of a node, at its boot time. None if the request has no boot time (EMQX 4).
+
+    EMQX also sends the request when an operator enables the hook again. Clients that connected since the boot are still
+    there then, so the event must not have the time of the request.
     """
-    told_at, uptime = milliseconds(request.broker.datetime), request.broker.uptime
-    if told_at is None or not 0 < uptime <= told_at:
+    sent_at, uptime = milliseconds(request.broker.datetime), request.broker.uptime
+    if sent_at is None or not 0 < uptime <= sent_at:
         return None
-    return NodeStarted(at=told_at - uptime, node=node_of(request.meta.node))
+    return NodeStarted(at=sent_at - uptime, node=node_of(request.meta.node))
 
 
 # -- parts
@@ -202,48 +205,48 @@ def node_started(request: pb.ProviderLoadedRequest) -> NodeStarted | None:
 def node_of(name: str) -> str:
     """The name of a broker node."""
     if not name:
-        raise DecodeError("no node is named")
+        raise DecodeError("the request names no node")
     return _text(name)
 
 
 def client_id_of(client: pb.ClientInfo) -> str:
-    """Whose event it is."""
+    """The client id, which must not be empty."""
     if not client.clientid:
-        raise DecodeError("no client is named")
+        raise DecodeError("the request names no client")
     return _client_id(client.clientid)
 
 
 def connection_of(client: pb.ClientInfo) -> str:
-    """The identity of a connection: of two of one client, at least the port differs."""
+    """The identity of a connection. Two connections of one client differ at least in the port."""
     return _text(f"{client.node}/{client.peerhost}:{client.peerport}")
 
 
-def reason_of(told: str) -> str:
+def reason_of(text: str) -> str:
     """Why a connection or a session ended, without Erlang's wrapping."""
-    wrapped = SHUTDOWN.match(told)
-    reason = told if wrapped is None else wrapped[1]
+    wrapped = SHUTDOWN.match(text)
+    reason = text if wrapped is None else wrapped[1]
     return _text(REASONS.get(reason, reason))
 
 
-def message_id_of(told: str) -> str:
+def message_id_of(text: str) -> str:
     """The broker's id of a message."""
-    if not 0 < len(told) <= MESSAGE_ID_LENGTH_MAX:
-        raise DecodeError(f"a message id of {len(told)} characters")
-    return told
+    if not 0 < len(text) <= MESSAGE_ID_LENGTH_MAX:
+        raise DecodeError(f"a message id of {len(text)} characters")
+    return text
 
 
-def qos_of(told: int) -> int:
+def qos_of(number: int) -> int:
     """0, 1 or 2."""
-    if told > 2:
-        raise DecodeError(f"a QoS of {told}")
-    return told
+    if number > 2:
+        raise DecodeError(f"a QoS of {number}")
+    return number
 
 
-def time_of(told_ms: int) -> int:
-    """Milliseconds since the epoch."""
-    if told_ms > TIME_MS_MAX:
-        raise DecodeError(f"a time of {told_ms} ms")
-    return told_ms
+def time_of(time_ms: int) -> int:
+    """A time in milliseconds since the epoch, within the range of events."""
+    if time_ms > TIME_MS_MAX:
+        raise DecodeError(f"a time of {time_ms} ms")
+    return time_ms
 
 
 def _expires_at(properties: Iterable[pb.Property], published_at: int) -> int | None:
@@ -262,13 +265,13 @@ def _check_topic(topic: str) -> None:
         raise DecodeError(error)
 
 
-def _client_id(told: str) -> str:
-    if "\0" in told:
-        raise DecodeError("a client id holds a null character")
-    return _text(told)
+def _client_id(text: str) -> str:
+    if "\0" in text:
+        raise DecodeError("a client id contains a null character")
+    return _text(text)
 
 
-def _text(told: str) -> str:
-    if len(told) > TEXT_BYTES_MAX:
-        raise DecodeError(f"a text of {len(told)} characters")
-    return told
+def _text(text: str) -> str:
+    if len(text) > TEXT_BYTES_MAX:
+        raise DecodeError(f"a text of {len(text)} characters")
+    return text

@@ -1,4 +1,14 @@
-"""EMQX's REST API: one session with few connections, every answer checked, no credential in anything that is said."""
+"""The client of EMQX's REST API: one HTTP session, every answer validated, no credential in any message or log line.
+
+Errors say what EMQX may have done, because the sender repeats a publish only at a price:
+
+| error | EMQX has done it |
+|---|---|
+| `Unreachable` | no: there was no connection |
+| `Unauthorized` | no: it rejects the API key |
+| `Refused` | no: it rejects the request |
+| `Unanswered` | perhaps: the answer is missing, unreadable or 5xx |
+"""
 
 from __future__ import annotations
 
@@ -35,16 +45,16 @@ from millpond.schemas.errors import ConfigError, MillpondError
 
 logger = logging.getLogger(__name__)
 
-CONNECTIONS_MAX: Final = 16  # of one process
+CONNECTIONS_MAX: Final = 16  # of one process; the sender uses 8, retained look-ups 4
 CONNECT_TIMEOUT_S: Final = 3.0
-# A bulk is answered when the hook of each of its messages has been, and each may wait for Kafka.
+# EMQX answers a bulk after the hook of each of its messages was answered, and each hook may wait for Kafka.
 PUBLISH_TIMEOUT_S: Final = 30.0
-ASK_TIMEOUT_S: Final = 10.0
-PAGE_ROWS: Final = 1_000  # EMQX allows 10,000; this is a few hundred kilobytes
-READS_MAX: Final = 3  # attempts to read one thing
+REQUEST_TIMEOUT_S: Final = 10.0  # of all other requests
+PAGE_ROWS: Final = 1_000  # a few hundred kilobytes; EMQX allows 10,000
+ATTEMPTS_MAX: Final = 3  # to read one page or node list
 PAGES_MAX: Final = 10_000  # ten million rows: beyond any cluster
-ANSWER_BYTES_MAX: Final = 32 * 1024 * 1024  # of one answer: far more than a page or a message takes
-SHOWN_CHARACTERS_MAX: Final = 200  # of what EMQX says is wrong
+ANSWER_BYTES_MAX: Final = 32 * 1024 * 1024  # far more than a page or a message takes
+SHOWN_CHARACTERS_MAX: Final = 200  # of EMQX's error text in messages and log lines
 
 Answer = TypeVar("Answer")
 Row = TypeVar("Row")
@@ -52,27 +62,27 @@ Body: TypeAlias = Sequence[Struct] | Sequence[dict[str, Any]] | None
 
 
 class RestError(MillpondError):
-    """Root of what goes wrong with EMQX's REST API."""
+    """Base of the errors of EMQX's REST API."""
 
 
 class Unreachable(RestError):
-    """No connection: nothing was asked."""
+    """No connection to EMQX. It got no request."""
 
 
 class Unanswered(RestError):
-    """It was asked, and there is no answer, or none that can be read: it may have been done."""
+    """The answer is missing, unreadable or 5xx. EMQX may have done what was requested."""
 
 
 class Unauthorized(RestError):
-    """EMQX does not accept the key: nothing was done."""
+    """EMQX does not accept the API key. It did nothing."""
 
 
 class Refused(RestError):
-    """EMQX will not do it; `status` is HTTP's, `code` EMQX's word. Too many requests (429) may be asked again."""
+    """EMQX rejects the request. It did nothing. After 429 (too many requests) the caller may repeat it."""
 
-    def __init__(self, reason: str, status: int, code: str) -> None:
-        """`reason` is the whole sentence."""
-        super().__init__(reason)
+    def __init__(self, sentence: str, status: int, code: str) -> None:
+        """`status` is HTTP's, `code` is EMQX's own word."""
+        super().__init__(sentence)
         self.status, self.code = status, code
 
 
@@ -88,13 +98,13 @@ class PublishRequest(Struct, frozen=True):
 
 
 class RestClient:
-    """One per process."""
+    """One per process. Every method may raise a RestError, as the head of this file lists them."""
 
     def __init__(self, settings: BridgeSettings) -> None:
         """`start` reads the files that the settings name.
 
         Raises:
-            ConfigError: they name no key.
+            ConfigError: the settings name no file with an API key.
         """
         if settings.api_key_file is None:
             raise ConfigError("[bridge] api_key_file is missing: EMQX's REST API needs a key")
@@ -107,7 +117,7 @@ class RestClient:
         return f"Rest({self._url!r})"
 
     def secret(self) -> str:
-        """The key's second half, which only this bridge and EMQX know.
+        """The secret half of the API key.
 
         Raises:
             ConfigError: the file cannot be read, or holds no key.
@@ -115,7 +125,7 @@ class RestClient:
         return _key(self._key_file).partition(":")[2]
 
     async def start(self) -> None:
-        """Get ready; the first request connects.
+        """Read the files. The first request connects.
 
         Raises:
             ConfigError: a file cannot be read.
@@ -137,35 +147,39 @@ class RestClient:
         if self._session is not None:
             await self._session.close()
 
-    # -- what is asked
+    # -- requests
 
     async def publish(self, messages: Sequence[PublishRequest]) -> list[PublishResult]:
-        """Publish in this order; what came of each. EMQX publishes all of them or, refusing one, none.
+        """Publish messages in this order; the result of each. If EMQX refuses one, it publishes none.
 
         Raises:
-            RestError: see its kinds.
+            RestError: see the head of this file.
         """
-        status, body = await self._ask("POST", "/publish/bulk", messages, PUBLISH_TIMEOUT_S)
-        # 200: all were routed; 202: some had no subscriber; 503: some could not be handed over.
+        status, body = await self._request("POST", "/publish/bulk", messages, PUBLISH_TIMEOUT_S)
+        # 200: all were routed. 202: some had no subscriber. 503: some could not be handed over.
         if status not in (200, 202, 503):
             raise _refusal(status, body)
         try:
             results = msgspec.json.decode(body, type=list[PublishResult])
         except (msgspec.DecodeError, RecursionError):
             raise Unanswered(
-                f"EMQX answers {status} to a publish, in words unknown: {_shown(body)}"
+                f"EMQX answers {status} to a publish with an unknown body: {_shown(body)}"
             ) from None
         if len(results) != len(messages):
-            raise Unanswered(f"EMQX has {len(results)} results of {len(messages)} publishes")
+            raise Unanswered(
+                f"EMQX answers with {len(results)} results of {len(messages)} publishes"
+            )
         return results
 
     async def subscribe(
         self, client_id: str, topic_filters: Sequence[tuple[str, int]]
     ) -> SubscribeResult | None:
-        """Subscribe a client's session, in its own words: EMQX puts its mountpoint in front. None: there is none.
+        """Subscribe a client's session. None if it has no session.
+
+        The filters are as the client would write them: EMQX adds its mountpoint.
 
         Raises:
-            RestError: see its kinds.
+            RestError: see the head of this file.
         """
         wanted = [{"topic": topic, "qos": qos} for topic, qos in topic_filters]
         body = await self._of_client(client_id, "subscribe/bulk", wanted)
@@ -175,103 +189,109 @@ class RestClient:
         return granted if isinstance(granted, SubscribeResult) else SubscribeResult()
 
     async def unsubscribe(self, client_id: str, topic_filters: Sequence[str]) -> bool:
-        """End subscriptions of a client's session, in its own words; whether there is one.
+        """Unsubscribe a client's session. False if it has no session. The filters are as the client would write them.
 
         Raises:
-            RestError: see its kinds.
+            RestError: see the head of this file.
         """
         wanted = [{"topic": topic} for topic in topic_filters]
         return await self._of_client(client_id, "unsubscribe/bulk", wanted) is not None
 
     async def _of_client(
-        self, client_id: str, what: str, wanted: Sequence[dict[str, Any]]
+        self, client_id: str, action: str, wanted: Sequence[dict[str, Any]]
     ) -> bytes | None:
-        path = f"/clients/{_quoted(client_id)}/{what}"
+        path = f"/clients/{_quoted(client_id)}/{action}"
         return await self._found("POST", path, "CLIENTID_NOT_FOUND", wanted)
 
     async def nodes(self) -> list[NodeRow]:
-        """The cluster's.
+        """The nodes of the cluster.
 
         Raises:
-            RestError: see its kinds.
+            RestError: see the head of this file.
         """
         body = await self._get("/nodes")
         nodes: list[NodeRow] = _decoded(body, list[NodeRow])
         return nodes
 
     def clients(self, node: str | None = None) -> AsyncIterator[list[ClientRow]]:
-        """Everyone with a session, page by page; see `_pages`."""
+        """The clients with a session, page by page; see `_pages`."""
         return self._pages("/clients", ClientRow, node)
 
     def subscriptions(self, node: str | None = None) -> AsyncIterator[list[SubscriptionRow]]:
-        """Everyone's subscriptions, page by page; see `_pages`."""
+        """The subscriptions of all clients, page by page; see `_pages`."""
         return self._pages("/subscriptions", SubscriptionRow, node)
 
     async def _pages(
         self, path: str, kind: type[Row], node: str | None
     ) -> AsyncIterator[list[Row]]:
-        """A list that changes between two pages may show a row twice, or not at all.
+        """Read a list. If it changes between two pages, a row may appear twice, or not at all.
 
         Raises:
-            RestError: see its kinds.
+            RestError: see the head of this file.
         """
         for number in range(1, PAGES_MAX + 1):
-            asked: dict[str, Any] = {"page": number, "limit": PAGE_ROWS}
+            parameters: dict[str, Any] = {"page": number, "limit": PAGE_ROWS}
             if node is not None:
-                asked["node"] = node
-            query = urlencode(asked, quote_via=quote)
+                parameters["node"] = node
+            query = urlencode(parameters, quote_via=quote)
             page: Page = _decoded(await self._get(f"{path}?{query}"), Page)
             yield _rows(page, path, kind)
             if not page.meta.hasnext:
                 return
-        raise Unanswered(f"EMQX's {path} has no end")
+        raise Unanswered(f"EMQX's {path} has more than {PAGES_MAX} pages")
 
     async def retained(self, topic: str) -> RetainedRow | None:
-        """What the broker retains of a topic.
+        """The retained message of a topic; None if there is none.
 
         Raises:
-            RestError: see its kinds.
+            RestError: see the head of this file.
         """
         path = f"/mqtt/retainer/message/{_quoted(topic)}"
         body = await self._found("GET", path, "NOT_FOUND", None)
         return None if body is None else _decoded(body, RetainedRow)
 
-    async def _found(self, method: str, path: str, not_found: str, asked: Body) -> bytes | None:
-        """The answer's body; None if EMQX says that there is no such thing (another 404 is a wrong `rest_url`)."""
-        status, body = await self._ask(method, path, asked, ASK_TIMEOUT_S)
+    async def _found(self, method: str, path: str, not_found: str, sent: Body) -> bytes | None:
+        """The answer's body. None for a 404 with the code `not_found`; any other 404 means a wrong `rest_url`."""
+        status, body = await self._request(method, path, sent, REQUEST_TIMEOUT_S)
         if status == 404 and _fault(body).code == not_found:
             return None
         if status not in (200, 204):
             raise _refusal(status, body)
         return body
 
-    # -- how it is asked
+    # -- HTTP
 
     async def _get(self, path: str) -> bytes:
-        """What is only read may be asked for again: one lost answer does not spoil a long list."""
+        """Read something, with retries: one lost answer must not spoil a long list."""
         async for attempt in AsyncRetrying(
-            stop=stop_after_attempt(READS_MAX),
+            stop=stop_after_attempt(ATTEMPTS_MAX),
             wait=wait_random_exponential(multiplier=0.1, max=2.0),
             retry=retry_if_exception_type((Unreachable, Unanswered)),
             reraise=True,
         ):
             with attempt:
-                status, body = await self._ask("GET", path, None, ASK_TIMEOUT_S)
+                status, body = await self._request("GET", path, None, REQUEST_TIMEOUT_S)
                 if status != 200:
                     raise _refusal(status, body)
         return body
 
-    async def _ask(
-        self, method: str, path: str, asked: Body, timeout_s: float
+    async def _request(
+        self, method: str, path: str, sent: Body, timeout_s: float
     ) -> tuple[int, bytes]:
-        """Status and body of an answer that is none of 401, 403 and 429."""
+        """Send a request; status and body of the answer.
+
+        Raises:
+            Unreachable, Unanswered: there is no answer.
+            Unauthorized: the status is 401 or 403.
+            Refused: the status is 429.
+        """
         assert self._session is not None, "start() comes first"
         headers = {"Authorization": self._credentials(), "Accept": "application/json"}
         data = None
-        if asked is not None:
+        if sent is not None:
             headers["Content-Type"] = "application/json"
-            data = msgspec.json.encode(asked)
-        # Already quoted: a quoted slash or plus in a name has to stay one.
+            data = msgspec.json.encode(sent)
+        # The path is already quoted, and a quoted slash or plus in a name must stay quoted.
         url = URL(f"{self._url}/api/v5{path}", encoded=True)
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         try:
@@ -282,10 +302,11 @@ class RestClient:
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise Unreachable(f"[bridge] rest_url {self._url}: {_why(error)}") from None
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            # Not its text and not its chain: they may hold the request with its headers.
+            # The error's text and chain are dropped: they may hold the request with its headers.
             raise Unanswered(f"{self._url}: no answer: {_why(error)}") from None
         if status in (401, 403):
-            self._authorization = None  # the file may hold another key by now
+            # The operator may have replaced the key: the next request reads the file again.
+            self._authorization = None
             raise Unauthorized(
                 f"EMQX at {self._url} answers {status}: it does not accept the key in [bridge] "
                 f"api_key_file {self._key_file}"
@@ -304,7 +325,7 @@ class RestClient:
 
 
 def _key(path: str) -> str:
-    """`key:secret` of a file."""
+    """Read `key:secret` from a file."""
     line = read_secret(path, "[bridge] api_key_file").strip()
     key, _, secret = line.partition(":")
     if not key or not secret:
@@ -313,12 +334,12 @@ def _key(path: str) -> str:
 
 
 def _authorization(path: str) -> str:
-    """The header for the key in a file."""
+    """The value of the Authorization header, for the key in a file."""
     return "Basic " + b64encode(_key(path).encode()).decode()
 
 
 async def _body(response: aiohttp.ClientResponse) -> bytes:
-    """All of it, up to a bound."""
+    """Read the body, up to `ANSWER_BYTES_MAX`."""
     chunks: list[bytes] = []
     size = 0
     async for chunk in response.content.iter_any():
@@ -330,7 +351,7 @@ async def _body(response: aiohttp.ClientResponse) -> bytes:
 
 
 def _why(error: Exception) -> str:
-    """What is known not to hold a credential."""
+    """A description of an error that cannot hold a credential."""
     if isinstance(error, aiohttp.ClientConnectorError):
         return str(error.os_error)
     if isinstance(error, TimeoutError):
@@ -342,19 +363,25 @@ def _decoded(body: bytes, kind: Any) -> Any:
     try:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise Unanswered(f"EMQX answers in words unknown ({error}): {_shown(body)}") from None
+        raise Unanswered(f"EMQX answers with an unknown body ({error}): {_shown(body)}") from None
 
 
 def _rows(page: Page, path: str, kind: type[Row]) -> list[Row]:
-    """The rows that can be read. A client may have called itself anything; that none can is EMQX's doing."""
+    """Decode the rows of a page, and skip unreadable ones.
+
+    A client may have an id or username that Millpond does not accept. If no row is readable, EMQX has another format.
+
+    Raises:
+        Unanswered: no row of the page can be read.
+    """
     rows: list[Row] = []
     for raw in page.data:
         try:
             rows.append(msgspec.json.decode(raw, type=kind))
         except (msgspec.DecodeError, RecursionError) as error:
-            logger.warning("a row of EMQX's %s cannot be read: %s", path, error)
+            logger.warning("skipped a row of EMQX's %s that cannot be read: %s", path, error)
     if page.data and not rows:
-        raise Unanswered(f"none of EMQX's {path} can be read: {_shown(bytes(page.data[0]))}")
+        raise Unanswered(f"no row of EMQX's {path} can be read: {_shown(bytes(page.data[0]))}")
     return rows
 
 
@@ -382,5 +409,5 @@ def _shown(body: bytes) -> str:
 
 
 def _quoted(name: str) -> str:
-    """A name as one level of a path."""
+    """Quote a name as one level of a path."""
     return quote(name, safe="")

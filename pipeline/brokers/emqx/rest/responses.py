@@ -1,26 +1,22 @@
-"""What EMQX's REST API (`/api/v5`) answers, as far as it is read: everything else in an answer is ignored."""
+"""The answers of EMQX's REST API (`/api/v5`). Only fields that the bridge uses are listed; others are ignored."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
-from typing import Annotated, Final, TypeAlias
+from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta, Struct
 
-from millpond.schemas.events import TIME_MS_MAX, ClientId, MessageId, QoS, Text, Topic
+from millpond.pipeline.brokers.emqx.times import Time
+from millpond.schemas.events import ClientId, MessageId, QoS, Text, Topic
 
 NO_MATCHING_SUBSCRIBERS: Final = 16  # MQTT's reason code 0x10
-NOT_HANDED_OVER: Final = (
-    131  # 0x83, beside 503: a subscriber matches, and did not get it, as while a node restarts
-)
-EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-
-Time: TypeAlias = str | int | None  # RFC 3339; whatever cannot be read as that is as good as none
+# 0x83, together with 503: a subscriber matches, but did not get the message. Seen while a node restarts.
+NOT_HANDED_OVER: Final = 131
 
 
 class ErrorBody(Struct, frozen=True):
-    """An error's body: `code` is EMQX's word for it, `reason_code` MQTT's number."""
+    """The body of an error: `code` is EMQX's word, `reason_code` is MQTT's number."""
 
     code: str | int | None = None
     reason_code: int | None = None
@@ -28,7 +24,7 @@ class ErrorBody(Struct, frozen=True):
 
 
 class PublishResult(Struct, frozen=True):
-    """What came of one message: the broker's `id` of it, or why it was not routed."""
+    """The result of one publish: the `id` that EMQX gave to the message, or the reason why it was not routed."""
 
     id: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     reason_code: int | None = None
@@ -36,20 +32,20 @@ class PublishResult(Struct, frozen=True):
 
 
 class PageMeta(Struct, frozen=True):
-    """What is said of a page; `count` is left out where counting would be slow."""
+    """The position of a page. EMQX also sends a `count`, except where counting would be slow."""
 
     hasnext: bool = False
 
 
 class Page(Struct, frozen=True):
-    """One page of a list; each row is read by itself."""
+    """One page of a list. Each row is decoded by itself, so that an unreadable one does not spoil the others."""
 
     data: list[msgspec.Raw]
     meta: PageMeta
 
 
 class ClientRow(Struct, frozen=True):
-    """A client with a session; not `connected` while that waits for it. Intervals are seconds."""
+    """A client with a session; `connected` is False while the session waits for its client. Intervals in seconds."""
 
     clientid: ClientId
     connected: bool
@@ -67,7 +63,7 @@ class ClientRow(Struct, frozen=True):
 
 
 class SubscriptionRow(Struct, frozen=True):
-    """A filter that a session holds, with its mountpoint, and with `$share/{group}/` in front if it has one."""
+    """A subscription: `topic` is the filter with its mountpoint, and `$share/{group}/` in front of a shared one."""
 
     clientid: ClientId | None
     topic: Topic
@@ -77,7 +73,7 @@ class SubscriptionRow(Struct, frozen=True):
 
 
 class NodeRow(Struct, frozen=True):
-    """A node of the cluster; `uptime` is milliseconds, in words before 5.0."""
+    """A node of the cluster; `uptime` is in milliseconds. EMQX before 5.0 writes it in words."""
 
     node: Text
     node_status: str = "running"
@@ -85,12 +81,12 @@ class NodeRow(Struct, frozen=True):
 
     @property
     def running(self) -> bool:
-        """Whether it has clients to tell of."""
+        """True if the node runs, so that it may have clients."""
         return self.node_status.lower() == "running"
 
 
 class RetainedRow(Struct, frozen=True):
-    """A retained message; `payload` is base64, and left out above 1 MiB."""
+    """A retained message; `payload` is base64. EMQX leaves it out above 1 MiB."""
 
     msgid: MessageId
     topic: Topic
@@ -102,16 +98,6 @@ class RetainedRow(Struct, frozen=True):
 
 
 class SubscribeResult(Struct, frozen=True):
-    """What of a bulk of subscriptions was not granted; EMQX answers with a list if all were."""
+    """The subscriptions of a bulk that EMQX did not grant. If it granted all, it answers with a list instead."""
 
     failed: list[msgspec.Raw] = []
-
-
-def milliseconds(time: Time) -> int | None:
-    """A time in milliseconds since the epoch, if it is one."""
-    try:
-        at = datetime.fromisoformat(time if isinstance(time, str) else "")
-        at_ms = (at - EPOCH) // timedelta(milliseconds=1)
-    except (ValueError, OverflowError, TypeError):  # no time, beyond all time, or without a zone
-        return None
-    return at_ms if 0 <= at_ms <= TIME_MS_MAX else None

@@ -1,4 +1,9 @@
-"""Tells everything that is connected and subscribed, as EMQX's REST API lists it: what the hooks missed is right then."""
+"""Snapshots: everything connected and subscribed at EMQX, as its REST API lists it. They correct missed events.
+
+The events of a snapshot stand between `node.sync.started` and `node.sync.completed` of each running node, in every
+partition of `mqtt.clients`. When the sessions agent reads `completed`, it closes what the snapshot did not contain.
+A snapshot that fails in the middle is never completed, so the agent closes nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +15,11 @@ from typing import Final, NoReturn, TypeVar
 from uuid import uuid4
 
 from millpond.pipeline.brokers.emqx.exhook.translation import Translator
-from millpond.pipeline.brokers.emqx.ports import Keeping
 from millpond.pipeline.brokers.emqx.rest.backoff import Backoff
 from millpond.pipeline.brokers.emqx.rest.client import RestClient, Unanswered
-from millpond.pipeline.brokers.emqx.rest.responses import ClientRow, SubscriptionRow, milliseconds
+from millpond.pipeline.brokers.emqx.rest.responses import ClientRow, SubscriptionRow
+from millpond.pipeline.brokers.emqx.times import milliseconds
+from millpond.pipeline.brokers.spool.durable_producer import DurableProducer
 from millpond.pipeline.clock import now_ms
 from millpond.schemas import keys
 from millpond.schemas.errors import DecodeError, MillpondError
@@ -27,11 +33,12 @@ from millpond.schemas.events import (
 
 logger = logging.getLogger(__name__)
 
-HOOK: Final = "snapshot"  # what its events are counted as
-# A list of several pages may miss a row, where others went meanwhile. It is read until it shows nothing new.
+HOOK: Final = "snapshot"  # the hook under which its events are counted
+# If rows before a page disappear while it is read, the list misses a row. So a longer list is read until it shows
+# nothing new, but at most this often.
 READS_MAX: Final = 3
-EXPIRY_S_MAX: Final = 0xFFFF_FFFF
-REST_S: Final = 1.0  # between two snapshots, whoever asks for them
+EXPIRY_S_MAX: Final = 0xFFFF_FFFF  # [MQTT5-3.1.2-11.2]: never
+PAUSE_S: Final = 1.0  # between two snapshots, at least
 
 Row = TypeVar("Row", ClientRow, SubscriptionRow)
 
@@ -42,23 +49,23 @@ class Snapshots:
     def __init__(
         self,
         rest: RestClient,
-        durable_producer: Keeping,
+        durable_producer: DurableProducer,
         translator: Translator,
         partitions: int,
         interval_s: float,
     ) -> None:
-        """`partitions` is how many each topic has: node events go to every one."""
+        """`partitions` is the number of partitions of each Kafka topic: node events go to each of them."""
         self._rest, self._durable_producer, self._translator = rest, durable_producer, translator
         self._partitions, self._interval_s = partitions, interval_s
         self._wanted = asyncio.Event()
         self._backoff = Backoff()
 
     def want(self) -> None:
-        """There was a gap in what the hooks told: take one soon."""
+        """Request a snapshot, because events of the hooks may be missing."""
         self._wanted.set()
 
     async def run(self) -> NoReturn:
-        """Until cancelled: one at once, one whenever it is wanted, and one every interval."""
+        """Take a snapshot at once, on request, and after each interval, until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
             self._wanted.clear()
@@ -66,12 +73,15 @@ class Snapshots:
                 await self.take()
             except MillpondError as error:
                 if self._backoff.failed(str(error), loop.time(), random.random()):  # noqa: S311  spreads attempts
-                    logger.warning("a snapshot is not complete: %s", error)
-                await asyncio.sleep(max(REST_S, self._backoff.wait_s(loop.time())))
+                    logger.warning(
+                        "a snapshot failed, presence is not corrected; the bridge retries: %s",
+                        error,
+                    )
+                await asyncio.sleep(max(PAUSE_S, self._backoff.wait_s(loop.time())))
                 continue
-            if self._backoff.over():
-                logger.warning("EMQX tells again who is there")
-            await asyncio.sleep(REST_S)
+            if self._backoff.succeeded():
+                logger.warning("a snapshot succeeded again: presence is corrected")
+            await asyncio.sleep(PAUSE_S)
             try:
                 async with asyncio.timeout(self._interval_s):
                     await self._wanted.wait()
@@ -79,27 +89,26 @@ class Snapshots:
                 pass
 
     async def take(self) -> None:
-        """Everything that is there, between `node.sync.started` and `.completed` of each running node. One that fails
-        is never completed: nothing is closed by it.
+        """Take one snapshot.
 
         Raises:
-            RestError: EMQX does not tell.
-            NotKept: an event cannot be kept.
+            RestError: EMQX does not answer, or refuses.
+            NotStored: an event cannot be stored.
         """
         nodes = [node.node for node in await self._rest.nodes() if node.running]
         if not nodes:
-            raise Unanswered("EMQX tells of no node that runs")
+            raise Unanswered("EMQX lists no running node")
         sync_id = uuid4().hex
         await self._to_all(
             NodeSyncStarted(at=now_ms(), node=node, sync_id=sync_id) for node in nodes
         )
         mountpoints: dict[str, tuple[str, str]] = {}  # client → node, mountpoint
-        async for clients in _whole(self._rest.clients, lambda row: row.clientid):
-            await self._keep(self._of_clients(clients, nodes[0], mountpoints))
-        async for subscriptions in _whole(
+        async for clients in _all_rows(self._rest.clients, lambda row: row.clientid):
+            await self._store(self._of_clients(clients, nodes[0], mountpoints))
+        async for subscriptions in _all_rows(
             self._rest.subscriptions, lambda row: (row.clientid, row.topic)
         ):
-            await self._keep(self._of_subscriptions(subscriptions, mountpoints))
+            await self._store(self._of_subscriptions(subscriptions, mountpoints))
         await self._to_all(
             NodeSyncCompleted(at=now_ms(), node=node, sync_id=sync_id) for node in nodes
         )
@@ -107,8 +116,10 @@ class Snapshots:
     def _of_clients(
         self, rows: Sequence[ClientRow], anywhere: str, mountpoints: dict[str, tuple[str, str]]
     ) -> list[Event]:
-        """Those connected. A session that waits for its client shows by its subscriptions; one that is kept on no
-        node, being durable, is told of as if it were on `anywhere`.
+        """The events of connected clients. Note node and mountpoint of every client with a session.
+
+        A session without a connection appears through its subscriptions. A durable session belongs to no node; its
+        events name the node `anywhere`.
         """
         events: list[Event] = []
         for row in rows:
@@ -134,7 +145,7 @@ class Snapshots:
     def _of_subscriptions(
         self, rows: Sequence[SubscriptionRow], mountpoints: dict[str, tuple[str, str]]
     ) -> list[Event]:
-        """Of a client that was not there a moment ago its own events tell."""
+        """The events of subscriptions. Skip clients that are not in the list of clients: they have events of their own."""
         events: list[Event] = []
         for row in rows:
             if row.clientid is None or row.clientid not in mountpoints:
@@ -145,7 +156,7 @@ class Snapshots:
                     row.clientid, mounted_at, row.topic
                 )
             except DecodeError as error:
-                logger.warning("a subscription of %r is passed over: %s", row.clientid, error)
+                logger.warning("the snapshot skips a subscription of %r: %s", row.clientid, error)
                 continue
             events.append(
                 SessionSubscribed(
@@ -157,33 +168,31 @@ class Snapshots:
             )  # fmt: skip
         return events
 
-    async def _keep(self, events: Sequence[Event]) -> None:
-        kept = [
+    async def _store(self, events: Sequence[Event]) -> None:
+        await _until_stored([
             self._durable_producer.enter(keys.CLIENTS_TOPIC, event, hook=HOOK) for event in events
-        ]
-        await _all(kept)
+        ])  # fmt: skip
 
     async def _to_all(self, events: Iterable[Event]) -> None:
-        kept = [
+        await _until_stored([
             self._durable_producer.enter(keys.CLIENTS_TOPIC, event, number, hook=HOOK)
             for event in events
             for number in range(self._partitions)
-        ]
-        await _all(kept)
+        ])  # fmt: skip
 
 
-async def _all(kept: Sequence[asyncio.Future[None]]) -> None:
-    """Raises the first failure when all are done: none is left behind unheard."""
-    if kept:
-        await asyncio.wait(kept)
-    for each in kept:
+async def _until_stored(stored: Sequence[asyncio.Future[None]]) -> None:
+    """Wait for all futures, then raise the first failure. Without the wait, later failures would go unseen."""
+    if stored:
+        await asyncio.wait(stored)
+    for each in stored:
         each.result()
 
 
-async def _whole(
+async def _all_rows(
     pages: Callable[[], AsyncIterator[list[Row]]], name: Callable[[Row], object]
 ) -> AsyncIterator[list[Row]]:
-    """Pages with every row once. A list of one page was read at one moment; a longer one is read again."""
+    """Pages with each row once. A list of one page was read at one moment; a longer one is read again."""
     seen: set[object] = set()
     for _ in range(READS_MAX):
         count, read = 0, 0

@@ -1,1 +1,1 @@
-"""The bridge that reads the rule events which EMQX writes to Kafka."""
+"""The bridge `emqx-kafka`: it reads the rule events that EMQX writes to Kafka."""

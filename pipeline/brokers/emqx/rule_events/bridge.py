@@ -1,4 +1,9 @@
-"""The bridge that reads what EMQX's own Kafka data bridge wrote: rule events in, canonical events out."""
+"""The bridge `emqx-kafka`: it reads rule events that EMQX's sink wrote to Kafka, and produces canonical events.
+
+A source record is committed when Kafka has acknowledged every event made from it. A record that cannot be read becomes
+a dead letter. Records are produced in the order of the source, but a refused one is sent later than its successors: the
+agents accept any order here (`docs/how-to/run-with-emqx.md` lists what depends on it).
+"""
 
 from __future__ import annotations
 
@@ -30,132 +35,141 @@ from millpond.schemas.rules import Rules
 logger = logging.getLogger(__name__)
 
 NAME: Final = "emqx-kafka"
-AGAIN_S: Final = 1.0  # before what Kafka refused is sent again
-REPORT_INTERVAL_S: Final = 10.0  # how often the log says how much went to the dead letters
-STOP_TIMEOUT_S: Final = 10.0  # for Kafka to take what is left; what it does not take is read again
+RETRY_S: Final = 1.0  # before a record that Kafka refused is sent again
+LOG_INTERVAL_S: Final = 10.0  # between two log lines about dead letters
+# For Kafka to acknowledge the rest; the next start reads what it has not
+STOP_TIMEOUT_S: Final = 10.0
 
 
 class TranslatedRecord(NamedTuple):
-    """One record to be, what it comes from, and what to call when Kafka has it."""
+    """A record to produce, its source record, and what to call when Kafka has acknowledged it."""
 
     topic: str
     key: bytes | None
     value: bytes | None
     headers: tuple[tuple[str, bytes], ...]
     source: Any
-    on_kept: Callable[[], None]
+    on_acknowledged: Callable[[], None]
 
 
 class KafkaBridge:
-    """One per process. Nothing is reordered and nothing waits for anything: the agents need no order."""
+    """One per process."""
 
     def __init__(
-        self, producer: Producer, answers: BridgeRules, mountpoint: Mountpoint | None = None
+        self, producer: Producer, rules: BridgeRules, mountpoint: Mountpoint | None = None
     ) -> None:
-        """The producer is started by who owns it."""
-        self._producer, self._answers, self._mountpoint = producer, answers, mountpoint
-        self._refused: asyncio.Queue[TranslatedRecord] = (
-            asyncio.Queue()
-        )  # bounded by what may be unfinished
-        self._buried = 0
+        """The caller starts and stops the producer."""
+        self._producer, self._rules, self._mountpoint = producer, rules, mountpoint
+        # Its size is bounded by the group consumer's limit of unfinished records.
+        self._refused: asyncio.Queue[TranslatedRecord] = asyncio.Queue()
+        self._dead_letters = 0
 
     async def handle(self, record: Any, done: Callable[[], None]) -> None:
-        """Translate one record of EMQX, and produce what it says."""
+        """Translate one record of EMQX, and produce its events. Call `done` when Kafka has acknowledged all of them."""
         try:
-            told = [each for each in read(record.value, self._mountpoint) if self._wants(each)]
+            events = [each for each in read(record.value, self._mountpoint) if self._wants(each)]
         except DecodeError as error:
-            await self._bury(record, str(error), done)
+            await self._send_dead_letter(record, str(error), done)
             return
-        if not told:
+        if not events:
             done()
             return
-        on_kept = _after(len(told), done)
-        for event in told:
-            key = keys.record_key(event).encode()
+        on_acknowledged = _after(len(events), done)
+        for event in events:
+            key, value = keys.record_key(event).encode(), codec.encode(event)
             await self._send(
-                TranslatedRecord(topic_of(event), key, codec.encode(event), (), record, on_kept)
+                TranslatedRecord(topic_of(event), key, value, (), record, on_acknowledged)
             )
 
     def _wants(self, event: Event) -> bool:
-        """Whether an agent has a use for it: deliveries and acks are many, and few rules ask for them."""
+        """True if an agent needs the event. Deliveries and acknowledgements are many, and few rules need them."""
         if isinstance(event, MessageAcked):
-            return self._answers.wants("message.acked", event.topic)
+            return self._rules.wants("message.acked", event.topic)
         if isinstance(event, MessageDelivered):
-            return self._answers.wants("message.delivered", event.topic)
+            return self._rules.wants("message.delivered", event.topic)
         return True
 
-    async def _bury(self, record: Any, reason: str, on_kept: Callable[[], None]) -> None:
-        """Nobody can read it: its own bytes, and why."""
-        self._buried += 1
+    async def _send_dead_letter(
+        self, record: Any, reason: str, on_acknowledged: Callable[[], None]
+    ) -> None:
+        """Copy a source record that cannot be read or stored to the dead letters, with the reason."""
+        self._dead_letters += 1
         headers = headers_of(
             record.topic, record.partition, record.offset, NAME, reason[:REASON_LENGTH_MAX]
         )
         await self._send(
             TranslatedRecord(
-                keys.DEAD_LETTERS_TOPIC, record.key, record.value, headers, record, on_kept
+                keys.DEAD_LETTERS_TOPIC, record.key, record.value, headers, record, on_acknowledged
             )
         )
 
-    # -- into Kafka
+    # -- producing
 
-    async def _send(self, letter: TranslatedRecord) -> None:
+    async def _send(self, record: TranslatedRecord) -> None:
         try:
             acknowledged = await self._producer.send(
-                letter.topic, letter.key, letter.value, None, letter.headers
+                record.topic, record.key, record.value, None, record.headers
             )
         except MessageSizeTooLargeError as error:
-            await self._give_up(letter, error)
+            await self._give_up(record, error)
         else:
-            acknowledged.add_done_callback(partial(self._answered, letter))
+            acknowledged.add_done_callback(partial(self._answered, record))
 
-    def _answered(self, letter: TranslatedRecord, acknowledged: asyncio.Future[Any]) -> None:
+    def _answered(self, record: TranslatedRecord, acknowledged: asyncio.Future[Any]) -> None:
         if acknowledged.cancelled():
             return
         if acknowledged.exception() is None:
-            letter.on_kept()
+            record.on_acknowledged()
         else:
-            self._refused.put_nowait(letter)
+            self._refused.put_nowait(record)
 
-    async def _give_up(self, letter: TranslatedRecord, error: Exception) -> None:
-        """It is too large, and would be so at every attempt. As a dead letter it may be small enough; else that is
-        only told, and the source still has its bytes.
+    async def _give_up(self, record: TranslatedRecord, error: Exception) -> None:
+        """Replace a record that is too large at every attempt.
+
+        The source record may be small enough for a dead letter. If not, the dead letter has no value; the source topic
+        still holds the bytes.
         """
-        if letter.topic != keys.DEAD_LETTERS_TOPIC:
-            await self._bury(letter.source, f"for {letter.topic}, but too large", letter.on_kept)
+        reason = f"for {record.topic}, but too large"
+        if record.topic != keys.DEAD_LETTERS_TOPIC:
+            await self._send_dead_letter(record.source, reason, record.on_acknowledged)
             return
-        reason = f"for {letter.topic}, but too large: {error}".encode()
-        marks = (*letter.headers, ("not-produced", reason))
-        await self._send(letter._replace(key=None, value=b"", headers=marks))
+        marks = (*record.headers, ("not-produced", f"{reason}: {error}".encode()))
+        await self._send(record._replace(key=None, value=b"", headers=marks))
 
-    async def send_again(self) -> NoReturn:
-        """What Kafka refused, one by one: it refuses a whole batch for one record of it. Until cancelled."""
+    async def retry_refused(self) -> NoReturn:
+        """Send the records that Kafka refused, one at a time, until cancelled.
+
+        Kafka refuses a whole batch because of one of its records, so most of them succeed alone.
+        """
         while True:
-            letter = await self._refused.get()
+            record = await self._refused.get()
             try:
                 acknowledged = await self._producer.send(
-                    letter.topic, letter.key, letter.value, None, letter.headers
+                    record.topic, record.key, record.value, None, record.headers
                 )
                 await acknowledged
             except MessageSizeTooLargeError as error:
-                await self._give_up(letter, error)
+                await self._give_up(record, error)
             except KafkaError as error:
-                logger.warning("Kafka refused a record for %s: %r", letter.topic, error)
-                self._refused.put_nowait(letter)
-                await asyncio.sleep(AGAIN_S)
-            else:
-                letter.on_kept()
-
-    async def report(self) -> NoReturn:
-        """Tell the log of dead letters, many in one line. Until cancelled."""
-        told = 0
-        while True:
-            await asyncio.sleep(REPORT_INTERVAL_S)
-            if self._buried > told:
                 logger.warning(
-                    "%d records could not be read, %d since the start: see %s",
-                    self._buried - told, self._buried, keys.DEAD_LETTERS_TOPIC,
+                    "Kafka refused a record for %s, sending again in %g s: %r", record.topic, RETRY_S, error
                 )  # fmt: skip
-                told = self._buried
+                self._refused.put_nowait(record)
+                await asyncio.sleep(RETRY_S)
+            else:
+                record.on_acknowledged()
+
+    async def log_dead_letters(self) -> NoReturn:
+        """Log the number of dead letters, in one line for each interval, until cancelled."""
+        logged = 0
+        while True:
+            await asyncio.sleep(LOG_INTERVAL_S)
+            if self._dead_letters > logged:
+                logger.warning(
+                    "%d records became dead letters, %d since the start: see %s",
+                    self._dead_letters - logged, self._dead_letters, keys.DEAD_LETTERS_TOPIC,
+                )  # fmt: skip
+                logged = self._dead_letters
 
 
 def topic_of(event: Event) -> str:
@@ -166,7 +180,7 @@ def topic_of(event: Event) -> str:
 
 
 def _after(count: int, call: Callable[[], None]) -> Callable[[], None]:
-    """What makes a call when it has been called so often."""
+    """A function that calls `call` when it was called `count` times."""
     left = count
 
     def one() -> None:
@@ -185,7 +199,7 @@ def run_emqx_kafka(settings: Settings, rules: Rules, topics: Sequence[str]) -> N
     """Run the bridge until SIGTERM or SIGINT.
 
     Raises:
-        MillpondError: Kafka cannot be reached at the start, or has no such topic; or a rule needs what no bridge can do.
+        MillpondError: Kafka cannot be reached at the start or lacks a topic, or a pubsub rule needs a mountpoint.
     """
     if settings.bridge.mountpoint is None:
         _refuse_pubsub(rules)
@@ -194,7 +208,11 @@ def run_emqx_kafka(settings: Settings, rules: Rules, topics: Sequence[str]) -> N
 
 
 def _refuse_pubsub(rules: Rules) -> None:
-    """Without a mountpoint no client can be reached alone, and each subscriber of a log reads on by itself."""
+    """Refuse pubsub rules. Each subscriber has its own read offset, but without a mountpoint all get each copy.
+
+    Raises:
+        ConfigError: there is a pubsub rule.
+    """
     for rule in rules.run_by_delivery("pubsub"):
         reason = f"a pubsub rule ({rule.topic}) needs an EMQX listener with a mountpoint: [bridge] mountpoint"
         raise ConfigError(reason, file=rule.file, line=rule.line)
@@ -217,7 +235,10 @@ async def _end(serving: asyncio.Task[NoReturn], producer: Producer) -> None:
             await asyncio.wait((serving,))
             await producer.stop()
     except TimeoutError:
-        logger.warning("Kafka has not taken everything in time: what is left is read again")
+        logger.warning(
+            "Kafka has not acknowledged everything in %g s: the next start reads the rest again",
+            STOP_TIMEOUT_S,
+        )
 
 
 async def _serve(
@@ -235,13 +256,17 @@ async def _serve(
     say_ready(f"bridge {NAME}")
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(source.run())
-        tasks.create_task(bridge.send_again())
-        tasks.create_task(bridge.report())
-    raise AssertionError("none of them ever returns")
+        tasks.create_task(bridge.retry_refused())
+        tasks.create_task(bridge.log_dead_letters())
+    raise AssertionError("the tasks run until they are cancelled")
 
 
 async def _look_up(settings: KafkaSettings, topics: Sequence[str]) -> None:
-    """See that the topics are there: a consumer would wait for one that is misspelled, and say nothing."""
+    """Check that the topics exist: a consumer would silently wait for a misspelled one.
+
+    Raises:
+        ConfigError: a topic is missing.
+    """
     admin = AIOKafkaAdminClient(**settings.client_options())
     try:
         await admin.start()
@@ -252,5 +277,5 @@ async def _look_up(settings: KafkaSettings, topics: Sequence[str]) -> None:
         await admin.close()
     if missing:
         raise ConfigError(
-            f"Kafka has no topic {', '.join(missing)}: EMQX's sink names where it writes"
+            f"Kafka has no topic {', '.join(missing)}: give --topics the topics of EMQX's Kafka sinks"
         )

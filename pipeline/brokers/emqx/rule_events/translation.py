@@ -1,17 +1,21 @@
-"""What EMQX's rule engine says of an event, as its Kafka data bridge wrote it: one JSON object, made canonical.
+"""The translation of EMQX's rule events, as its Kafka sink writes them, into canonical events.
 
-Messages are read whole. Clients are read as far as rule events go: they have no `session.created`, `.resumed` or
-`.terminated`, so these follow from the connects.
+A rule event is one JSON object. Messages, deliveries and acknowledgements have all that a canonical event needs.
 
-- A connect with `clean_start` begins a session: `session.created` is told, with the time of the connect, then
-  `client.connected`. What was subscribed before is over. One that comes late takes nothing away: the agent keeps what
-  was subscribed since, and ignores a session older than the one it knows; a subscription that comes after its session's
-  successor is ignored, too. An UNSUBSCRIBE that comes before its SUBSCRIBE ends nothing: then the filter stays.
-- A connect without `clean_start` changes nothing of the session: whether EMQX had kept one is not told.
-- A disconnect ends the connection, never the session. A rule's `client.disconnected` does not say when the session
-  expires (no version's does), and looking back at the connect is no way out: that may be in another partition, or not yet
-  here. So the subscriptions of a clean session stay known until the client comes back with `clean_start`. They do nothing
-  until then: who is offline is not served.
+Rule events of clients have no `session.created`, `.resumed` or `.terminated`. So the sessions follow from connects:
+
+- A connect with `clean_start` begins a session. It becomes `session.created` with the time of the connect, and then
+  `client.connected`. The sessions agent ends the older subscriptions.
+- A connect without `clean_start` changes nothing of the session. The event does not say whether EMQX had kept one.
+- A disconnect ends the connection, never the session. No version of EMQX puts the session expiry into
+  `client.disconnected`. The connect has it, but may be in another partition, or arrive later. So the subscriptions of a
+  clean session stay known until the client connects with `clean_start`. Offline clients are not served meanwhile.
+
+Events may arrive late or twice. The sessions agent uses the time of `session.created`:
+
+- A late `session.created` keeps the subscriptions that are newer than it.
+- An older session than the known one is ignored. So are subscriptions of an older session.
+- An UNSUBSCRIBE that arrives before its SUBSCRIBE has no effect, and the filter stays subscribed.
 """
 
 from __future__ import annotations
@@ -49,41 +53,41 @@ from millpond.schemas.keys import RESERVED_TOPIC_PREFIX
 from millpond.schemas.topics import filter_error, split_share, topic_name_error
 
 NEVER_EXPIRES_S: Final = 0xFFFF_FFFF  # [MQTT5-3.1.2-11.2]
-UNDEFINED: Final = "undefined"  # how an Erlang term for "none" becomes JSON
+UNDEFINED: Final = "undefined"  # EMQX's JSON for Erlang's `undefined`: no value
 
 Undefined: TypeAlias = Literal["undefined"] | None
 Count: TypeAlias = Annotated[int, Meta(ge=0)]
 
 
 def own_topic(mountpoint: Mountpoint | None, client_id: str, topic: str) -> str:
-    """A topic, or plain filter, as its client gave it; one that is not below the client's mountpoint stays as it is."""
+    """A topic, or a filter without a group, as its client wrote it. Outside the mountpoint it stays unchanged."""
     return topic if mountpoint is None else topic.removeprefix(mountpoint.of(client_id))
 
 
-# -- what the rule engine writes
+# -- the objects that EMQX writes
 
 
 class EventHead(Struct, gc=False):
-    """What any rule event says."""
+    """The field that names the event."""
 
     event: str
 
 
 class RuleEvent(Struct, kw_only=True, gc=False):
-    """What each that is read says besides."""
+    """The fields that all events below share."""
 
     timestamp: TimeMs
     node: Text
 
 
 class Flags(Struct, gc=False):
-    """Of a PUBLISH packet."""
+    """The flags of a PUBLISH packet."""
 
     retain: bool = False
 
 
 class Properties(Struct, gc=False):
-    """Of a PUBLISH packet (MQTT 5.0, 3.3.2.3)."""
+    """The properties of a PUBLISH packet (MQTT 5.0, 3.3.2.3)."""
 
     expiry_interval_s: Count | Undefined = field(name="Message-Expiry-Interval", default=None)
     user: dict[str, str] | Undefined = field(name="User-Property", default=None)
@@ -144,15 +148,15 @@ class SubscriptionEvent(RuleEvent, kw_only=True, gc=False):
     qos: QoS | Undefined = None
 
 
-# -- made canonical
+# -- translation
 
 
 def read(value: bytes | None, mountpoint: Mountpoint | None = None) -> tuple[Event, ...]:
-    """The canonical events in a record that EMQX wrote; none, if it tells what nobody needs.
+    """The canonical events of a record that EMQX wrote. Empty for a rule event that no agent needs.
 
     Raises:
-        DecodeError: not JSON, no rule event, a missing or mistyped field, a payload that is not base64, a topic or
-            filter that cannot be. Nothing else is ever raised.
+        DecodeError: not JSON, no rule event, a missing or mistyped field, a payload that is not base64, or an invalid
+            topic or filter. Nothing else is ever raised.
     """
     if value is None:
         raise DecodeError("the record has no value")
@@ -162,7 +166,7 @@ def read(value: bytes | None, mountpoint: Mountpoint | None = None) -> tuple[Eve
         if reader is None:
             if name in UNNEEDED:
                 return ()
-            raise DecodeError(f"no rule event is called {name[:100]!r}")
+            raise DecodeError(f"unknown rule event {name[:100]!r}")
         return reader(value, mountpoint)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise DecodeError(str(error)) from error
@@ -189,7 +193,7 @@ def _published(value: bytes, mountpoint: Mountpoint | None) -> tuple[Event, ...]
 
 
 def _payload(rule: PublishEvent) -> tuple[str, PayloadEncoding]:
-    """From base64 if the rule's SQL gives that: bytes that are no UTF-8 do not survive as JSON text."""
+    """The payload, from `payload_b64` if the rule's SQL has it: non-UTF-8 bytes do not survive as JSON text."""
     if rule.payload_b64 is not None:
         return codec.payload_text(b64decode(rule.payload_b64, validate=True))
     if rule.payload is None:
@@ -215,17 +219,17 @@ def _receipt(
     topic = _topic(rule, mountpoint)
     if topic is None:
         return ()
-    told = kind(
+    receipt = kind(
         at=rule.timestamp, node=rule.node, message_id=rule.id, topic=topic,
         client_id=rule.clientid, from_client_id=_present(rule.from_clientid), qos=rule.qos, **marks,
     )  # fmt: skip
-    return (told,)
+    return (receipt,)
 
 
 def _topic(rule: PublishEvent | ReceiptEvent, mountpoint: Mountpoint | None) -> str | None:
-    """The topic without its mountpoint; None if it is a way of Millpond's own.
+    """The topic without its mountpoint. None for Millpond's own topics.
 
-    EMQX runs rules before it calls ExHook: a copy that Millpond sends is seen on its way, below `$millpond/`.
+    EMQX runs rules before it calls ExHook. So rules see the copies of `millpond bridge emqx`, still below `$millpond/`.
     """
     topic = own_topic(mountpoint, rule.clientid, rule.topic)
     error = topic_name_error(topic)
@@ -263,7 +267,7 @@ def _disconnected(value: bytes, mountpoint: Mountpoint | None) -> tuple[Event, .
 
 
 def _connection_id(rule: ConnectedEvent | DisconnectedEvent) -> str:
-    """What tells a connection from every other one of its client: node and peer address, else when it began."""
+    """The identity of a connection among those of its client: node and peer address, or else its start time."""
     peer = _present(rule.peername)
     if peer is not None:
         return f"{rule.node}/{peer}"
@@ -299,7 +303,7 @@ def _unsubscribed(value: bytes, mountpoint: Mountpoint | None) -> tuple[Event, .
 
 
 def _filter(rule: SubscriptionEvent, mountpoint: Mountpoint | None) -> str:
-    """The filter as its client gave it: the mountpoint stands behind `$share/{group}/`."""
+    """The filter as its client wrote it. In a shared one the mountpoint stands behind `$share/{group}/`."""
     group, plain = split_share(rule.topic)
     topic_filter = shared(group, own_topic(mountpoint, rule.clientid, plain))
     error = filter_error(topic_filter)
@@ -309,7 +313,7 @@ def _filter(rule: SubscriptionEvent, mountpoint: Mountpoint | None) -> str:
 
 
 def _present(value: Any) -> Any:
-    """A value that is one."""
+    """The value, or None for EMQX's `undefined`."""
     return None if value == UNDEFINED else value
 
 
@@ -324,7 +328,7 @@ EventReader: TypeAlias = Callable[[bytes, Mountpoint | None], tuple[Event, ...]]
 
 
 def _spellings(name: str) -> tuple[str, ...]:
-    """How `client.connected` is called: in `event`, in `event_type`, as a rule's topic up to 5.9, and since 5.10."""
+    """The names of `client.connected` in `event`, in `event_type`, as a rule's topic up to 5.9, and since 5.10."""
     old, new = name.replace(".", "_"), name.replace(".", "/")
     return name, old, f"$events/{old}", f"$events/{new}"
 
@@ -343,7 +347,7 @@ _READERS: Final[dict[str, EventReader]] = {
     for spelling in _spellings(name)
 }
 
-# The other events that a rule can select, `$events/#` among them: no agent needs them.
+# The other events that a rule can select, for example with `$events/#`. No agent needs them.
 UNNEEDED: Final = frozenset(
     spelling
     for name in (

@@ -1,6 +1,4 @@
-"""`millpond dead-letters`: what is asked for wrongly is said before anything is read, and what publishers wrote is shown
-harmlessly.
-"""
+"""`millpond dead-letters` without servers: wrong arguments, confirmation, snapshots, and how messages are shown."""
 
 from __future__ import annotations
 
@@ -11,14 +9,14 @@ import pytest
 from typer.testing import CliRunner
 
 from millpond.agents.delivery.dead_messages import DeadMessage
-from millpond.pipeline.cli import dead_letter_commands as commands
+from millpond.pipeline.cli import common
 from millpond.pipeline.cli.main import app
 from millpond.pipeline.operate import dead_letters, operator_events
 from millpond.pipeline.operate.dead_letter_snapshot import WRITTEN_AT_ONCE, DeadLetterSnapshot
 from millpond.pipeline.operate.dead_letters import (
     AGENTS,
     FoundDeadLetter,
-    carried_out,
+    has_owner,
     no_such,
     stored_message,
 )
@@ -38,7 +36,7 @@ def refusal(*arguments: str) -> Exception:
 @pytest.mark.parametrize(
     "choice", [(), ("m", "--all"), ("m", "-t", "a"), ("--all", "--topic", "a", "--yes")]
 )
-def test_an_order_is_about_ids_or_a_filter_or_all(verb: str, choice: tuple[str, ...]) -> None:
+def test_an_order_takes_ids_or_a_filter_or_all(verb: str, choice: tuple[str, ...]) -> None:
     error = refusal(verb, *choice)
     assert isinstance(error, ConfigError)
     assert str(error) == f"{verb} takes one of: message ids, --topic FILTER, --all"
@@ -46,16 +44,16 @@ def test_an_order_is_about_ids_or_a_filter_or_all(verb: str, choice: tuple[str, 
 
 @pytest.mark.parametrize("verb", ["requeue", "drop"])
 @pytest.mark.parametrize("choice", [("--all",), ("--topic", "a/#")])
-def test_an_order_about_many_without_a_terminal_names_the_option_that_does_without_asking(
+def test_without_a_terminal_an_order_about_many_needs_the_option_yes(
     verb: str, choice: tuple[str, ...]
 ) -> None:
     error = refusal(verb, *choice)
     assert isinstance(error, ConfigError)
-    assert str(error).endswith(f"to confirm what {verb} shall do: add --yes")
+    assert str(error) == f"{verb} needs a confirmation, and stdin is no terminal: add --yes"
     assert "nowhere.toml" in str(refusal(verb, *choice, "--yes"))
 
 
-def test_an_order_about_ids_is_not_asked_about() -> None:
+def test_an_order_about_ids_needs_no_confirmation() -> None:
     assert "nowhere.toml" in str(refusal("drop", "m1", "m2"))
 
 
@@ -64,7 +62,7 @@ def test_an_order_about_ids_is_not_asked_about() -> None:
     ("topic_filter", "reason"),
     [("a/#/b", "only at the end"), ("", "is empty"), ("$share/g/a", "without $share")],
 )
-def test_a_filter_that_matches_nothing_is_an_error_that_says_why(
+def test_an_invalid_filter_is_an_error_with_the_reason(
     command: str, topic_filter: str, reason: str
 ) -> None:
     error = refusal(command, "--topic", topic_filter)
@@ -96,7 +94,7 @@ def test_only_yes_means_yes(
     ordered: list[OperatorDrop] = []
     monkeypatch.setattr(dead_letters, "take", two)
     monkeypatch.setattr(operator_events, "write", write)
-    monkeypatch.setattr(commands, "someone_is_there", lambda: True)
+    monkeypatch.setattr(common, "can_ask", lambda: True)
     (tmp_path / "millpond.toml").write_text("")
     done = CliRunner().invoke(
         app, ["dead-letters", "drop", "--all", "--data", str(tmp_path)], input=answer
@@ -104,14 +102,14 @@ def test_only_yes_means_yes(
     assert "Drop 2 dead letters? [y/N]" in done.stderr
     assert [each.message_id for each in ordered] == (["m0", "m1"] if written else [])
     if not written:
-        assert str(done.exception) == "not confirmed, so nothing was written"
+        assert str(done.exception) == "not confirmed: nothing was changed"
 
 
 def dead(message_id: str, at: int = 0, topic: str = "queue/a") -> DeadMessage:
     return DeadMessage(topic=topic, message_id=message_id, reason="r", deliveries=1, at=at)
 
 
-def test_a_snapshot_has_each_once_in_the_order_in_which_they_died() -> None:
+def test_a_snapshot_has_each_dead_letter_once_the_oldest_first() -> None:
     many = 2 * WRITTEN_AT_ONCE + 1
     with DeadLetterSnapshot() as snapshot:
         assert (len(snapshot), list(snapshot), snapshot.newest(1)) == (0, [], [])
@@ -131,7 +129,7 @@ BODY = {
 }  # fmt: skip
 
 
-def test_a_stored_message_is_shown_as_its_publisher_sent_it() -> None:
+def test_a_stored_message_has_the_payload_of_its_publisher() -> None:
     found = stored_message("m", BODY)
     assert found is not None
     assert (found.client_id, found.qos, found.retain) == ("pub", 1, True)
@@ -147,19 +145,19 @@ def test_a_stored_message_is_shown_as_its_publisher_sent_it() -> None:
     [{"id": b"other"}, {"qos": b"3"}, {"qos": b"x"}, {"ts": b"-1"}, {"from": b"\xff"}],
     ids=str,
 )
-def test_what_is_somebody_elses_key_is_no_stored_message(other: dict[str, bytes]) -> None:
+def test_the_key_of_another_program_is_no_stored_message(other: dict[str, bytes]) -> None:
     assert stored_message("m", {**BODY, **other}) is None
     assert stored_message("m", {}) is None
 
 
-def test_an_order_reaches_an_agent_only_for_topics_of_its_rules() -> None:
+def test_a_dead_letter_has_an_owner_only_while_its_agent_owns_the_topic() -> None:
     rules = given.rules(given.queue("queue/#"))
-    assert carried_out(rules, FoundDeadLetter("queue", dead("m", topic="queue/a")))
-    assert not carried_out(rules, FoundDeadLetter("queue", dead("m", topic="once/a/queue")))
-    assert not carried_out(rules, FoundDeadLetter("pubsub", dead("m", topic="queue/a")))
+    assert has_owner(rules, FoundDeadLetter("queue", dead("m", topic="queue/a")))
+    assert not has_owner(rules, FoundDeadLetter("queue", dead("m", topic="once/a/queue")))
+    assert not has_owner(rules, FoundDeadLetter("pubsub", dead("m", topic="queue/a")))
 
 
-def test_the_agents_that_deliver_keep_dead_letters() -> None:
+def test_the_delivery_agents_keep_dead_letters() -> None:
     assert AGENTS == ("queue", "pubsub")
 
 
@@ -169,6 +167,6 @@ def test_an_error_names_the_first_ids_and_counts_the_rest() -> None:
     assert "'m0', 'm1', 'm2', 'm3', 'm4' and 3 more" in str(error)
 
 
-def test_what_publishers_wrote_does_not_move_the_cursor() -> None:
-    assert commands.printable("a\x1b[2J\u202eß\n", "\n") == "a\\x1b[2J\\u202eß\n"
-    assert commands.printable("a\nb") == "a\\nb"
+def test_text_of_publishers_cannot_move_the_cursor() -> None:
+    assert common.printable("a\x1b[2J\u202eß\n", "\n") == "a\\x1b[2J\\u202eß\n"
+    assert common.printable("a\nb") == "a\\nb"

@@ -1,4 +1,4 @@
-"""What a message is, worked out of states that the machines themselves have made, and said in words."""
+"""The states of messages and their sentences. The agents' own machines make the states that are read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from millpond.agents.queue.state import unpack as unpack_queue
 from millpond.agents.topics.plans import make_plan
 from millpond.pipeline.explain import message_states, sentences
 from millpond.pipeline.explain.log_search import WantedMessage
-from millpond.pipeline.explain.message_states import Known, Reading
+from millpond.pipeline.explain.message_states import Known, SubscriberView
 from millpond.pipeline.explain.results import LogEvent, MessageState, Searched
 from millpond.pipeline.explain.topics import Top, TopicRow
 from millpond.pipeline.stores.memory.server import Zset
@@ -49,14 +49,14 @@ PUBSUB = (
 
 
 def known(world: Delivering, message_id: str, topic: str, **fields: Any) -> Known:
-    """What the world's log and store say of a message."""
+    """What the world's log and store have about a message."""
     wanted, events = WantedMessage(message_id, topic), []
     for (kafka_topic, partition), records in world.log.records.items():
         for record in records:
-            whole = SimpleNamespace(
+            full = SimpleNamespace(
                 topic=kafka_topic, partition=partition, headers=(), **record._asdict()
             )
-            events += wanted.events(whole)
+            events += wanted.events(full)
     index = world.server.of(keys.message_index(topic), Zset)
     retained = world.server.of(keys.retained(topic), Zset)
     applied = world.applied
@@ -79,12 +79,12 @@ def of_queue(
 ) -> str:  # fmt: skip
     window = unpack_queue(world.table("windows").get(topic))
     state = message_states.of_queue(known(world, message_id, topic, **fields), window, online)
-    return said(state, world.now_ms)
+    return words(state, world.now_ms)
 
 
-def reading(world: Delivering, client: str, topic: str) -> Reading:
+def view(world: Delivering, client: str, topic: str) -> SubscriberView:
     subscriber = subscriber_named(client)
-    return Reading(
+    return SubscriberView(
         subscriber=subscriber,
         known=unpack_subscriber(world.table("subscribers").get(subscriber)),
         reader=unpack_reader(world.table("windows").get(reader_key(subscriber, topic))),
@@ -96,15 +96,15 @@ def of_pubsub(
 ) -> str | None:
     log = unpack_log(world.table("logs").get(topic))
     about = known(world, message_id, topic, **fields)
-    state = message_states.of_pubsub(about, topic, log, reading(world, client, topic))
+    state = message_states.of_pubsub(about, topic, log, view(world, client, topic))
     if state is None:
         return None
     assert state.subscriber == client
-    return said(state, world.now_ms)
+    return words(state, world.now_ms)
 
 
-def said(state: MessageState, now_ms: int) -> str:
-    """In words, with times as seconds since the start."""
+def words(state: MessageState, now_ms: int) -> str:
+    """The state as a sentence, with times as seconds since the start."""
     text = sentences.in_words(state, now_ms)
     return re.sub(r"1970-01-01 (\d\d):(\d\d):(\d\d)\.\d{3}Z", _since_start, text)
 
@@ -118,7 +118,7 @@ def _since_start(match: re.Match[str]) -> str:
 
 
 def nothing(world: Delivering) -> None:
-    """As it was published."""
+    """The message was only published."""
 
 
 def leased(world: Delivering) -> None:
@@ -178,7 +178,7 @@ def requeued(world: Delivering) -> None:
 @pytest.mark.parametrize(
     ("happens", "expected"),
     [
-        (nothing, "ready: nobody is online to take it"),
+        (nothing, "ready: no clients online"),
         (
             leased,
             "leased by 'anna' since 0s (0.0 s ago), delivery 1, not confirmed by the bridge, returns at 3600s",
@@ -191,7 +191,7 @@ def requeued(world: Delivering) -> None:
         (overdue, "leased by 'anna' since 0s (40 s ago), delivery 1, sent, its ack is overdue since 30s"),
         (
             returned,
-            "ready: delivered 1 time without an acknowledgement, nobody is online to take it",
+            "ready: delivered 1 time without an acknowledgement, no clients online",
         ),
         (
             again,
@@ -200,14 +200,14 @@ def requeued(world: Delivering) -> None:
         (acked, "acked by 'anna' at 0s"),
         (
             acked_at_qos_0,
-            "acked by 'anna' at 0s (a copy of QoS 0: that it was sent is its ack)",
+            "acked by 'anna' at 0s (a copy of QoS 0 is done when it is sent)",
         ),
         (dead, "dead since 0s: delivered 2 times without an acknowledgement"),
         (dropped, "dropped by an operator at 0s"),
-        (requeued, "ready: nobody is online to take it"),
+        (requeued, "ready: no clients online"),
     ],
 )  # fmt: skip
-def test_a_queued_message_is_told_as_it_is(
+def test_a_queued_message_is_in_the_state_that_events_led_to(
     happens: Callable[[Delivering], None], expected: str
 ) -> None:
     world = Delivering("queue", *QUEUE)
@@ -216,7 +216,7 @@ def test_a_queued_message_is_told_as_it_is(
     assert of_queue(world) == expected
 
 
-def test_what_is_before_a_ready_message_and_who_could_take_it_is_told() -> None:
+def test_a_ready_message_shows_how_many_are_before_it_and_how_many_clients_are_online() -> None:
     world = Delivering("queue", *QUEUE)
     world.publish("m1", "m2")
     assert of_queue(world, "m2", before=1, online=2) == (
@@ -227,22 +227,22 @@ def test_what_is_before_a_ready_message_and_who_could_take_it_is_told() -> None:
     )
 
 
-def test_a_queued_message_expires_before_a_tick_has_taken_it_away_and_after() -> None:
+def test_a_queued_message_is_expired_before_and_after_the_tick_that_deletes_it() -> None:
     world = Delivering("queue", *QUEUE)
     world.publish("m1", topic="short/a")
     world.now_ms += 60_000
-    assert of_queue(world, topic="short/a") == "expired at 60s: the next tick takes it away"
+    assert of_queue(world, topic="short/a") == "expired at 60s: the next tick deletes it"
     world.at(world.now_ms)
     assert of_queue(world, topic="short/a") == "expired at 60s"
 
 
-def test_one_that_expires_in_somebodys_hands_is_the_holders_alone() -> None:
+def test_a_leased_message_that_expires_is_shown_as_no_longer_stored() -> None:
     world = Delivering("queue", *QUEUE)
     world.publish("m1", topic="short/a")
     world.join("anna", "short/a")
     world.at(START_MS + 60_000)
     assert of_queue(world, topic="short/a").endswith(
-        "; it has expired or was superseded, and is the holder's alone"
+        "; it has expired or was superseded, and only this client has it"
     )
 
 
@@ -251,20 +251,20 @@ def test_a_superseded_message_is_gone_and_one_of_qos_0_is_passed_on() -> None:
     world.publish("m1", "m2", topic="latest/a")
     world.publish("zero", topic="queue/a", qos=0)
     assert of_queue(world, topic="latest/a") == (
-        "gone without an acknowledgement: the topic was longer than max_length, or its rules changed"
+        "gone without an acknowledgement: the topic exceeded max_length, or its rules changed"
     )
     assert of_queue(world, "m2", "latest/a").startswith("ready")
     assert of_queue(world, "zero").startswith("passed on: ")
 
 
-def test_what_the_agent_has_not_come_to_waits_in_kafka() -> None:
+def test_a_message_after_the_applied_offset_waits_in_kafka() -> None:
     world = Delivering("queue", *QUEUE)
     world.publish("m0")
     world.append(given.published("m1", "queue/a"))
-    assert of_queue(world) == "in Kafka, published at 0s: the agent has not come to it yet"
+    assert of_queue(world) == "in Kafka, published at 0s: its agent has not read it yet"
 
 
-def test_what_the_agent_has_not_come_to_changes_nothing_yet() -> None:
+def test_events_after_the_applied_offset_are_ignored() -> None:
     world = Delivering("queue", *QUEUE)
     world.join("anna", "latest/a")
     world.publish("m1", topic="latest/a")
@@ -275,24 +275,24 @@ def test_what_the_agent_has_not_come_to_changes_nothing_yet() -> None:
     assert of_queue(world, topic="latest/a").startswith("gone without an acknowledgement")
 
 
-def test_what_is_stored_ahead_of_its_fence_waits() -> None:
+def test_a_message_stored_ahead_of_the_fence_waits() -> None:
     world = Delivering("queue", *QUEUE)
     world.publish("m0")
     assert of_queue(world, score=99_000_000) == (
-        "in Kafka, published at 89s: the agent has not come to it yet"
+        "in Kafka, published at 89s: its agent has not read it yet"
     )
 
 
-def test_a_dead_letter_that_was_requeued_is_dead_no_more() -> None:
+def test_a_requeued_message_is_not_dead() -> None:
     world = Delivering("queue", *QUEUE)
     world.publish("m0")
-    letter = DeadMessage(topic="queue/a", message_id="m1", reason="r", deliveries=1, at=0)
-    assert of_queue(world, dead=letter).startswith("dead")
-    requeued_since = structs.replace(letter, requeued=True)
+    dead_letter = DeadMessage(topic="queue/a", message_id="m1", reason="r", deliveries=1, at=0)
+    assert of_queue(world, dead=dead_letter).startswith("dead")
+    requeued_since = structs.replace(dead_letter, requeued=True)
     assert of_queue(world, dead=requeued_since).startswith("gone")
 
 
-def test_what_was_stored_before_its_topic_was_a_queue_is_told_as_that() -> None:
+def test_a_message_stored_before_its_topic_was_a_queue_is_stored() -> None:
     world = Delivering("queue", *QUEUE)
     world.publish("m0")
     assert of_queue(world, score=1_000) == (
@@ -303,7 +303,7 @@ def test_what_was_stored_before_its_topic_was_a_queue_is_told_as_that() -> None:
 # -- pubsub ------------------------------------------------------------------------------------------------------------
 
 
-def test_each_subscriber_of_a_pubsub_message_is_told_of_by_itself() -> None:
+def test_each_subscriber_of_a_pubsub_topic_has_its_own_state_of_a_message() -> None:
     world = Delivering("pubsub", *PUBSUB)
     for name in ("done", "ahead", "slow", "away"):
         world.join(name, "pubsub/a")
@@ -316,41 +316,41 @@ def test_each_subscriber_of_a_pubsub_message_is_told_of_by_itself() -> None:
     world.ack("slow", "m2", topic="pubsub/a")
     assert of_pubsub(world, "done") == "acked by 'done' at 0s"
     assert of_pubsub(world, "ahead", "m2") == (
-        "acked by 'ahead' at 0s (ahead of the read offset: something before it is not done with)"
+        "acked by 'ahead' at 0s (ahead of the read offset: an earlier message is not done)"
     )
-    assert of_pubsub(world, "away") == "ready: nobody is online to take it"
+    assert of_pubsub(world, "away") == "ready: no clients online"
     assert of_pubsub(world, "nobody") is None
     world.at(START_MS + 30_000)
     reason = "slow: delivered 1 times without an acknowledgement"
     assert of_pubsub(world, "slow") == f"dead since 30s: {reason}"
     log = unpack_log(world.table("logs").get("pubsub/a"))
-    assert said(message_states.of_log(known(world, "m1", "pubsub/a"), log), 0) == "stored since 0s"
+    assert words(message_states.of_log(known(world, "m1", "pubsub/a"), log), 0) == "stored since 0s"
     world.requeue("m1", topic="pubsub/a")
     again = of_pubsub(world, "slow")
     assert again is not None
     assert again.startswith("leased by 'slow' since 30s")
 
 
-def test_a_subscriber_that_began_later_is_told_that_it_is_past_a_message() -> None:
+def test_a_message_is_behind_a_subscriber_that_began_later() -> None:
     world = Delivering("pubsub", *PUBSUB)
     world.publish("m1", topic="late/a")
     world.now_ms += 1_000
     world.join("new", "late/a")
     assert of_pubsub(world, "new", topic="late/a") == (
-        "behind its read offset: done with, or from before it began to read"
+        "behind its read offset: acknowledged, or older than its first read"
     )
 
 
-def test_one_that_has_never_read_a_topic_is_told_what_it_would_get() -> None:
+def test_a_message_is_ready_for_a_subscriber_that_has_never_read_its_topic() -> None:
     world = Delivering("pubsub", *PUBSUB)
     world.join("new", "pubsub/#")
     world.leave("new", "pubsub/#", "disconnected")
     world.publish("m1", topic="pubsub/a")
-    assert reading(world, "new", "pubsub/a").reader.made_at is None
-    assert of_pubsub(world, "new") == "ready: nobody is online to take it"
+    assert view(world, "new", "pubsub/a").reader.made_at is None
+    assert of_pubsub(world, "new") == "ready: no clients online"
 
 
-def test_what_is_trimmed_is_expired_for_who_has_not_read_it_and_acked_by_who_has() -> None:
+def test_a_trimmed_message_is_acked_or_expired_for_each_subscriber() -> None:
     world = Delivering("pubsub", *PUBSUB)
     for name in ("quick", "away"):
         world.join(name, "short/a")
@@ -362,43 +362,45 @@ def test_what_is_trimmed_is_expired_for_who_has_not_read_it_and_acked_by_who_has
     assert of_pubsub(world, "quick", topic="short/a") == "acked by 'quick' at 0s"
     assert of_pubsub(world, "away", topic="short/a") == "expired at 60s"
     log = unpack_log(world.table("logs").get("short/a"))
-    whole = message_states.of_log(known(world, "m1", "short/a"), log)
-    assert said(whole, world.now_ms) == "expired at 60s"
+    of_log = message_states.of_log(known(world, "m1", "short/a"), log)
+    assert words(of_log, world.now_ms) == "expired at 60s"
 
 
-def test_a_group_is_told_of_as_one() -> None:
+def test_a_shared_subscription_is_one_subscriber() -> None:
     world = Delivering("pubsub", *PUBSUB)
     world.join("one", "$share/g/pubsub/a")
     world.publish("m1", topic="pubsub/a")
-    told = of_pubsub(world, "$share/g/pubsub/a")
-    assert told is not None
-    assert told.startswith("leased by 'one' of $share/g since 0s")
+    sentence = of_pubsub(world, "$share/g/pubsub/a")
+    assert sentence is not None
+    assert sentence.startswith("leased by 'one' of $share/g since 0s")
 
 
-def test_one_that_is_trimmed_in_somebodys_hands_is_the_holders_alone() -> None:
+def test_a_leased_message_that_is_trimmed_is_shown_as_no_longer_stored() -> None:
     world = Delivering("pubsub", *PUBSUB)
     world.join("slow", "short/a")
     world.publish("m1", topic="short/a")
     world.at(START_MS + 60_000)
-    told = of_pubsub(world, "slow", topic="short/a")
-    assert told is not None
-    assert told.startswith("leased by 'slow'")
-    assert told.endswith("; it has expired or was superseded, and is the holder's alone")
+    sentence = of_pubsub(world, "slow", topic="short/a")
+    assert sentence is not None
+    assert sentence.startswith("leased by 'slow'")
+    assert sentence.endswith("; it has expired or was superseded, and only this client has it")
 
 
-def test_what_a_reader_has_yet_to_move_past_is_told_as_if_it_had() -> None:
+def test_a_trimmed_message_is_shown_as_not_stored_before_its_reader_is_updated() -> None:
     world = Delivering("pubsub", *PUBSUB)
     world.join("away", "few/a")
     world.publish("m1", topic="few/a")
     world.leave("away", "few/a", "disconnected")
     world.publish("m2", topic="few/a")
-    assert reading(world, "away", "few/a").reader.leases["m1"].stored  # it was not looked at since
-    told = of_pubsub(world, "away", topic="few/a")
-    assert told is not None
-    assert told.endswith("; it has expired or was superseded, and is the holder's alone")
+    assert (
+        view(world, "away", "few/a").reader.leases["m1"].stored
+    )  # the agent has not updated the reader since
+    sentence = of_pubsub(world, "away", topic="few/a")
+    assert sentence is not None
+    assert sentence.endswith("; it has expired or was superseded, and only this client has it")
 
 
-def test_a_message_dead_for_one_subscriber_is_not_so_for_another() -> None:
+def test_a_message_that_is_dead_for_one_subscriber_is_acked_for_another() -> None:
     world = Delivering("pubsub", *PUBSUB)
     for name in ("slow", "quick"):
         world.join(name, "pubsub/a")
@@ -410,35 +412,35 @@ def test_a_message_dead_for_one_subscriber_is_not_so_for_another() -> None:
     assert of_pubsub(world, "quick") == "acked by 'quick' at 0s"
 
 
-def test_one_that_begins_with_the_latest_and_has_read_nothing_is_past_what_was_before() -> None:
+def test_an_earlier_message_is_behind_a_subscriber_that_starts_with_the_latest() -> None:
     world = Delivering("pubsub", *PUBSUB)
     world.publish("m1", topic="late/a")
     world.now_ms += 1_000
     world.tell_unticked(given.joined("new", "late/#"))
     world.tell_unticked(given.left("new", "late/#", reason="disconnected", source_offset=1))
-    assert reading(world, "new", "late/a").reader.made_at is None
+    assert view(world, "new", "late/a").reader.made_at is None
     assert (of_pubsub(world, "new", topic="late/a") or "").startswith("behind its read offset")
 
 
-# -- topics that nobody delivers ---------------------------------------------------------------------------------------
+# -- topics without a delivery rule ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
         ({"score": 20_000_000}, "stored since 10s"),
-        ({"score": 20_000_000, "now_ms": 90_000}, "expired at 70s: the next tick takes it away"),
-        ({"applied": 0}, "in Kafka, published at 10s: the agent has not come to it yet"),
-        ({"retained": True}, "retained by its topic, and not stored otherwise"),
+        ({"score": 20_000_000, "now_ms": 90_000}, "expired at 70s: the next tick deletes it"),
+        ({"applied": 0}, "in Kafka, published at 10s: its agent has not read it yet"),
+        ({"retained": True}, "retained: stored only as the retained message of its topic"),
         ({"now_ms": 90_000}, "expired at 70s"),
-        ({}, "gone without an acknowledgement: its rules changed, or somebody deleted it"),
+        ({}, "gone without an acknowledgement: its rules changed, or another program deleted it"),
         (
             {"events": ()},
-            "gone without an acknowledgement: its rules changed, or somebody deleted it",
+            "gone without an acknowledgement: its rules changed, or another program deleted it",
         ),
     ],
 )
-def test_a_message_that_nobody_delivers_is_told_as_it_is(
+def test_a_message_without_a_delivery_rule_is_in_the_state_that_the_facts_give(
     fields: dict[str, Any], expected: str
 ) -> None:
     event = LogEvent(
@@ -450,29 +452,27 @@ def test_a_message_that_nobody_delivers_is_told_as_it_is(
         "plan": plan, "score": None, "applied": 9, "now_ms": 30_000, "events": (event,), **fields,
     }  # fmt: skip
     state = message_states.of_message(Known(message_id="m1", **values))
-    assert said(state, values["now_ms"]) == expected
+    assert words(state, values["now_ms"]) == expected
 
 
 @pytest.mark.parametrize(
     ("qos", "rule", "expected"),
     [
-        (0, given.store("t"), "not stored: it is of QoS 0"),
+        (0, given.store("t"), "not stored: its QoS is 0"),
         (1, given.store("u"), "not stored: no rule stores messages of its topic"),
     ],
 )
-def test_what_the_rules_do_not_store_is_told_with_the_reason(
-    qos: int, rule: str, expected: str
-) -> None:
+def test_a_message_that_no_rule_stores_has_the_reason(qos: int, rule: str, expected: str) -> None:
     event = LogEvent(
         kind="published", kafka_topic="mqtt.messages", partition=0, offset=5, at=20_000,
         message_id="m1", topic="t", qos=qos,
     )  # fmt: skip
     plan = make_plan(given.rules(rule), "t")
     about = Known(message_id="m1", plan=plan, score=None, applied=9, now_ms=0, events=(event,))
-    assert said(message_states.of_message(about), 0) == expected
+    assert words(message_states.of_message(about), 0) == expected
 
 
-# -- words, and what is picked out of records --------------------------------------------------------------------------
+# -- words, and the events in records ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -482,7 +482,7 @@ def test_what_the_rules_do_not_store_is_told_with_the_reason(
         (7_199_000, "119 min"), (7_200_000, "2 h"), (172_800_000, "2 d"),
     ],
 )  # fmt: skip
-def test_an_age_has_the_unit_that_tells_enough(ms: int, expected: str) -> None:
+def test_an_age_has_the_largest_unit_of_which_there_are_two(ms: int, expected: str) -> None:
     assert sentences.age(ms) == expected
 
 
@@ -495,7 +495,7 @@ def test_an_age_has_the_unit_that_tells_enough(ms: int, expected: str) -> None:
         ((0, 9, 9, 9), "x[3]: nothing of its records 0 to 8"),
     ],
 )
-def test_what_was_searched_is_said(bounds: tuple[int, int, int, int], expected: str) -> None:
+def test_the_searched_part_is_described(bounds: tuple[int, int, int, int], expected: str) -> None:
     start, first, stop, end = bounds
     part = Searched(kafka_topic="x", partition=3, start=start, first=first, stop=stop, end=end)
     assert sentences.searched(part) == expected
@@ -516,7 +516,7 @@ def a_record(key: bytes, value: bytes | None, **fields: Any) -> Any:
 
 
 @drawn(ODD, ODD, ODD)
-def test_a_message_is_found_by_any_id_and_no_other_is(name: str, other: str, topic: str) -> None:
+def test_a_record_is_found_by_its_own_id_and_by_no_other(name: str, other: str, topic: str) -> None:
     record = a_record(*given.key_and_value(given.published(name, topic, payload=other)))
     (found,) = WantedMessage(name, topic).events(record)
     assert (found.kind, found.message_id, found.topic) == ("published", name, topic)
@@ -525,7 +525,7 @@ def test_a_message_is_found_by_any_id_and_no_other_is(name: str, other: str, top
         assert WantedMessage(name, topic + "x").events(record) == []
 
 
-def test_an_id_is_found_however_a_bridge_has_escaped_it() -> None:
+def test_an_id_is_found_however_the_json_escapes_it() -> None:
     key, value = given.key_and_value(given.published("a/é", "t"))
     escaped = value.replace("a/é".encode(), b"a\\/\\u00e9")
     assert escaped != value
@@ -534,7 +534,7 @@ def test_an_id_is_found_however_a_bridge_has_escaped_it() -> None:
 
 
 @pytest.mark.parametrize("value", [None, b"", b"m1", b'{"type":"tick"}', b'{"message_id":"m1"}'])
-def test_what_nobody_can_read_says_nothing(value: bytes | None) -> None:
+def test_a_record_that_cannot_be_decoded_has_no_events(value: bytes | None) -> None:
     assert WantedMessage("m1", None).events(a_record(b"t", value)) == []
 
 
@@ -557,13 +557,13 @@ def test_a_dead_letter_is_found_by_its_header_or_by_its_bytes() -> None:
 
 
 @drawn(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 5))), st.integers(1, 7))
-def test_the_deepest_are_the_deepest(depths: list[tuple[int, int]], limit: int) -> None:
+def test_the_list_has_the_deepest_topics(depths: list[tuple[int, int]], limit: int) -> None:
     rows = [
-        TopicRow(topic=f"{at:03d}", agent="queue", partition=0, messages=messages, dead=letters)
-        for at, (messages, letters) in enumerate(depths)
+        TopicRow(topic=f"{at:03d}", agent="queue", partition=0, messages=messages, dead=dead)
+        for at, (messages, dead) in enumerate(depths)
     ]
     top = Top(limit)
-    for row in (*rows, *rows):  # a table that changes meanwhile may tell the same twice
+    for row in (*rows, *rows):  # the scan of a table may return a topic twice
         top.add(row)
     expected = sorted(((row.messages, row.dead) for row in rows), reverse=True)[:limit]
     assert [(row.messages, row.dead) for row in top.rows()] == expected

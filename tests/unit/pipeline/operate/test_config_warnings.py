@@ -1,4 +1,4 @@
-"""What `config check` says of messages that outlive the log, without a server."""
+"""The notes of `millpond config check` about messages that are stored longer than the log. No server is needed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WEEK_S = WEEK_H * 3_600
 
 
 @pytest.mark.parametrize(
-    ("tables", "said"),
+    ("tables", "expected"),
     [
         ((given.store(expired_time=WEEK_S),), []),
         ((given.store(expired_time=WEEK_S + 1),), [f"messages are kept {WEEK_S + 1} s"]),
@@ -33,10 +33,12 @@ WEEK_S = WEEK_H * 3_600
         ),
     ],
 )
-def test_what_outlives_the_log_is_named(tables: tuple[str, ...], said: list[str]) -> None:
+def test_rules_whose_messages_outlive_the_log_are_named(
+    tables: tuple[str, ...], expected: list[str]
+) -> None:
     found = _retention(WEEK_H, given.rules(*tables))
-    assert len(found) == len(said)
-    for note, words in zip(found, said, strict=True):
+    assert len(found) == len(expected)
+    for note, words in zip(found, expected, strict=True):
         assert note.startswith("[kafka] retention_hours is 168, but messages")
         assert words in note
         assert note.endswith(": Redis can be rebuilt only as far back as the log goes")

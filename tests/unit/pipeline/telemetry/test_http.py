@@ -102,3 +102,16 @@ def test_a_listener_has_three_paths() -> None:
         if route.resource
     }
     assert paths == {"/metrics", "/healthz", "/readyz"}
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("127.0.0.1", 200), ("localhost:1", 200), ("evil.example", 403), ("evil.example:9000", 403)],
+)
+@pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz"])
+async def test_on_loopback_no_other_host_name_is_answered(
+    caplog: pytest.LogCaptureFixture, path: str, host: str, status: int
+) -> None:
+    caplog.set_level("INFO")
+    async with serving("0", "p", [], HEALTHY):
+        assert (await request(port_of(caplog), path, Host=host))[0] == status

@@ -1,4 +1,4 @@
-"""What became of copies, as records: many in one, and nothing before what it follows from; failures hold an epoch."""
+"""Reports as records: many copies in one, in the right order; and the failed epochs."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def an_ack(message_id: str, on_entered: Callable[[], None] | None = None) -> Rep
     return ReportEntry(event, None, on_entered=on_entered)
 
 
-def told(entries: list[ReportEntry]) -> list[str]:
-    """The records, in short."""
+def records(entries: list[ReportEntry]) -> list[str]:
+    """The records of these entries, in short."""
     return [short(report) for report in collected(entries, "n", 1)]
 
 
@@ -62,36 +62,36 @@ def test_copies_of_one_agent_and_partition_share_a_record() -> None:
         a_sent(a_lease(1)), a_sent(a_lease(5, partition=4)), a_sent(a_lease(2)),
         a_sent(a_lease(7, agent="pubsub")), a_sent(a_lease(3)),
     ]  # fmt: skip
-    assert told(entries) == ["queue/3 sent 1,2,3", "queue/4 sent 5", "pubsub/3 sent 7"]
-    assert told([]) == []
+    assert records(entries) == ["queue/3 sent 1,2,3", "queue/4 sent 5", "pubsub/3 sent 7"]
+    assert records([]) == []
 
 
-def test_an_ack_comes_after_everything_that_was_sent_before_it() -> None:
+def test_acknowledgements_come_after_all_sent_reports() -> None:
     entries = [an_ack("m0"), a_sent(a_lease(1)), an_ack("m1"), a_sent(a_lease(2)), an_ack("m2")]
-    assert told(entries) == ["queue/3 sent 1,2", "m0 acked", "m1 acked", "m2 acked"]
+    assert records(entries) == ["queue/3 sent 1,2", "m0 acked", "m1 acked", "m2 acked"]
 
 
-def test_a_failure_keeps_its_place_among_what_was_sent_of_its_partition() -> None:
+def test_a_failure_keeps_its_place_among_the_sent_copies_of_its_partition() -> None:
     entries = [
         a_sent(a_lease(1)), a_sent(a_lease(9, partition=4)), a_failure(a_lease(2)),
         a_sent(a_lease(3)), a_sent(a_lease(8, partition=4)),
     ]  # fmt: skip
-    assert told(entries) == [
+    assert records(entries) == [
         "queue/3 sent 1", "queue/3/2 failed", "queue/4 sent 9,8", "queue/3 sent 3",
     ]  # fmt: skip
 
 
-def test_a_record_holds_no_more_than_it_may() -> None:
+def test_a_record_is_limited_in_copies_and_in_bytes() -> None:
     many = collected([a_sent(a_lease(number)) for number in range(SENT_MAX + 1)], "n", 1)
     assert [len(report.event.sent) for report in many if type(report.event) is DeliveriesSent] == [
         SENT_MAX, 1,
     ]  # fmt: skip
     long = "c" * (SENT_BYTES_MAX // 2)
     entries = [a_sent(a_lease(number), client_id=long) for number in range(3)]
-    assert told(entries) == ["queue/3 sent 0,1", "queue/3 sent 2"]
+    assert records(entries) == ["queue/3 sent 0,1", "queue/3 sent 2"]
 
 
-def test_whoever_waits_for_a_report_waits_for_its_record() -> None:
+def test_a_record_has_the_callbacks_of_all_its_entries() -> None:
     calls: list[str] = []
     entries = [
         a_sent(a_lease(1), on_kept=lambda: calls.append("one")),
@@ -105,7 +105,7 @@ def test_whoever_waits_for_a_report_waits_for_its_record() -> None:
     assert calls == ["one", "two", "ack"]
 
 
-def test_a_failure_holds_for_its_client_agent_partition_and_epoch_alone() -> None:
+def test_a_failed_epoch_belongs_to_one_client_agent_and_partition() -> None:
     failed = FailedEpochs()
     failed.add("c", a_lease(1), 5)
     assert failed.holds("c", a_lease(2), 5)
@@ -119,7 +119,7 @@ def test_a_failure_holds_for_its_client_agent_partition_and_epoch_alone() -> Non
     assert failed.holds("c", a_lease(3), 5)
 
 
-def test_the_epochs_asked_for_least_recently_are_forgotten() -> None:
+def test_the_least_recently_used_epochs_are_forgotten() -> None:
     failed = FailedEpochs(size_max=2)
     failed.add("a", a_lease(), 1)
     failed.add("b", a_lease(), 1)

@@ -1,4 +1,4 @@
-"""Mountpoints: on and off again, for topics and filters; whom they cannot serve."""
+"""Mountpoints: added and removed, for topics and filters; and the client ids that they cannot serve."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_filter_keeps_its_group_in_front(client_id: str, topic_filter: str, mo
 @pytest.mark.parametrize(
     "topic", ["queue/t", "mp/c3/t", "mp/c22/t", "mp/c2", "mp/c2/", "mp", "xmp/c2/t", "MP/c2/t", ""]
 )
-def test_what_is_not_the_clients_is_not_unmounted(topic: str) -> None:
+def test_topics_of_other_clients_are_not_unmounted(topic: str) -> None:
     assert MOUNTPOINT.unmount("c2", topic) is None
     assert MOUNTPOINT.unmount_filter("c2", topic) is None
     assert MOUNTPOINT.unmount_filter("c2", f"$share/g/{topic}") is None
@@ -55,17 +55,17 @@ def test_what_is_not_the_clients_is_not_unmounted(topic: str) -> None:
 @pytest.mark.parametrize(
     ("topic", "held"), [("mp/c/t", True), ("mp/", True), ("mp", False), ("queue/mp/t", False)]
 )
-def test_it_holds_all_that_is_below_it(topic: str, held: bool) -> None:
+def test_a_mountpoint_holds_all_topics_below_it(topic: str, held: bool) -> None:
     assert MOUNTPOINT.holds(topic) is held
 
 
 @pytest.mark.parametrize("client_id", ["a/b", "a+", "#", "+", "/", ""])
-def test_who_cannot_be_told_from_others_is_not_served(client_id: str) -> None:
+def test_a_client_with_an_ambiguous_id_is_not_served(client_id: str) -> None:
     assert not MOUNTPOINT.can_serve(client_id)
 
 
 @pytest.mark.parametrize("client_id", ["c2", "ä", "a b", "${clientid}", "mp", "$share", "%2F"])
-def test_everybody_else_is(client_id: str) -> None:
+def test_all_other_clients_are_served(client_id: str) -> None:
     assert MOUNTPOINT.can_serve(client_id)
 
 
@@ -81,13 +81,13 @@ def test_unmounting_undoes_mounting(client_id: str, topic: str) -> None:
 
 
 @given(one=st.text(min_size=1), other=st.text(min_size=1), topic=st.text(min_size=1))
-def test_no_client_that_is_served_is_mistaken_for_another(one: str, other: str, topic: str) -> None:
+def test_the_topics_of_two_served_clients_never_meet(one: str, other: str, topic: str) -> None:
     if one != other and MOUNTPOINT.can_serve(one) and MOUNTPOINT.can_serve(other):
         assert MOUNTPOINT.unmount(other, MOUNTPOINT.mount(one, topic)) is None
 
 
 @pytest.mark.parametrize(
-    ("told", "share", "standard"),
+    ("written", "share", "standard"),
     [
         ("queue/#", "", "queue/#"),
         ("$share/g/queue/#", "", "$share/g/queue/#"),
@@ -97,7 +97,7 @@ def test_no_client_that_is_served_is_mistaken_for_another(one: str, other: str, 
         ("t", "$queue", "$share/$queue/t"),
     ],
 )
-def test_shared_subscriptions_are_spelled_as_the_standard_does(
-    told: str, share: str, standard: str
+def test_shared_subscriptions_get_the_standard_spelling(
+    written: str, share: str, standard: str
 ) -> None:
-    assert standard_filter(told, share) == standard
+    assert standard_filter(written, share) == standard

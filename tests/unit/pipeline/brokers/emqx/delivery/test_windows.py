@@ -1,4 +1,4 @@
-"""Order and window of each client of an EMQX, as a table of cases and as a model of random days."""
+"""Delivery windows: order and room of each client, as single cases and as a random walk against a model."""
 
 from __future__ import annotations
 
@@ -84,13 +84,13 @@ def accept(made: DeliveryWindows, part: BulkShare) -> list[str]:
     return aliases
 
 
-def test_one_bulk_holds_the_copies_of_many_clients_each_in_order() -> None:
+def test_a_bulk_holds_copies_of_several_clients_each_in_order() -> None:
     made = windows(*copies("a", 1, 2), *copies("b", 3), *copies("a", 4))
     assert shown(bulk(made)) == {"a": [1, 2, 4], "b": [3]}
     assert bulk(made) == []
 
 
-def test_of_a_client_there_is_one_bulk_under_way() -> None:
+def test_a_client_has_one_bulk_under_way() -> None:
     made = windows(*copies("a", 1))
     (first,) = bulk(made)
     made.put(a_copy("a", 2))
@@ -110,7 +110,7 @@ def test_a_window_is_never_exceeded_and_an_acknowledgement_makes_room() -> None:
     assert shown(bulk(made)) == {"a": [WINDOW]}
 
 
-def test_a_full_window_holds_up_nobody_else() -> None:
+def test_a_full_window_does_not_delay_other_clients() -> None:
     made = windows(*copies("a", *range(WINDOW + 1)), *copies("b", 900))
     (part,) = bulk(made)
     accept(made, part)
@@ -125,7 +125,7 @@ def test_qos_0_needs_no_room() -> None:
     assert shown(bulk(made)) == {"a": [500]}
 
 
-def test_what_was_valid_until_now_has_left_the_window() -> None:
+def test_an_expired_copy_leaves_the_window() -> None:
     made = windows(*copies("a", *range(WINDOW), until=5_000), a_copy("a", 900))
     accept(made, bulk(made)[0])
     assert bulk(made, 5_000) == []
@@ -133,7 +133,7 @@ def test_what_was_valid_until_now_has_left_the_window() -> None:
     assert shown(bulk(made, 5_001)) == {"a": [900]}
 
 
-def test_an_acknowledgement_that_overtakes_the_answer_counts() -> None:
+def test_an_acknowledgement_before_the_answer_of_rest_frees_room() -> None:
     made = windows(*copies("a", *range(WINDOW + 1)))
     (part,) = bulk(made)
     assert made.acked("a", "a/3")
@@ -141,7 +141,7 @@ def test_an_acknowledgement_that_overtakes_the_answer_counts() -> None:
     assert shown(bulk(made)) == {"a": [WINDOW]}
 
 
-def test_what_was_not_sent_goes_again_first() -> None:
+def test_unsent_copies_are_repeated_before_later_ones() -> None:
     made = windows(*copies("a", 1, 2))
     (part,) = bulk(made)
     made.put(a_copy("a", 3))
@@ -149,14 +149,14 @@ def test_what_was_not_sent_goes_again_first() -> None:
     assert shown(bulk(made)) == {"a": [1, 2, 3]}
 
 
-def test_one_that_failed_does_not_take_those_that_did_not_along() -> None:
+def test_only_the_failed_copy_of_a_bulk_is_repeated() -> None:
     made = windows(*copies("a", 1, 2, 3))
     (part,) = bulk(made)
-    made.settle(part, [Accepted("x"), "unsent", "nobody"])
+    made.settle(part, [Accepted("x"), "unsent", "no_subscriber"])
     assert shown(bulk(made)) == {"a": [2]}
 
 
-def test_what_may_have_been_sent_goes_again_one_by_one_and_takes_room_twice() -> None:
+def test_unclear_copies_are_repeated_one_by_one_and_take_room_twice() -> None:
     made = windows(*copies("a", *range(60)))
     (part,) = bulk(made)
     made.settle(part, ["unknown"] * 60)
@@ -167,16 +167,16 @@ def test_what_may_have_been_sent_goes_again_one_by_one_and_takes_room_twice() ->
     assert numbers(rest) == list(range(1, WINDOW - 60))
 
 
-def test_an_acknowledgement_of_an_unknown_copy_gives_its_room_back() -> None:
+def test_an_acknowledgement_of_an_unclear_copy_frees_room() -> None:
     made = windows(*copies("a", *range(WINDOW)))
     (part,) = bulk(made)
     made.settle(part, ["unknown"] * WINDOW)
     assert bulk(made) == []
-    assert made.acked("a", "unheard of")
+    assert made.acked("a", "unknown alias")
     assert shown(bulk(made)) == {"a": [0]}
 
 
-def test_a_change_has_its_turn_between_the_copies_before_and_after_it() -> None:
+def test_a_change_keeps_its_place_among_the_copies() -> None:
     change = a_change("a")
     made = windows(a_copy("a", 1), change, a_copy("a", 2))
     (part,) = bulk(made)
@@ -184,13 +184,13 @@ def test_a_change_has_its_turn_between_the_copies_before_and_after_it() -> None:
     accept(made, part)
     assert made.next(1, NOW) is change
     assert made.next(1, NOW) is None
-    made.changed(change, again=True)
+    made.settle_change(change, again=True)
     assert made.next(1, NOW) is change
-    made.changed(change, again=False)
+    made.settle_change(change, again=False)
     assert shown(bulk(made)) == {"a": [2]}
 
 
-def test_a_session_that_ends_frees_its_room_and_gives_back_what_waits() -> None:
+def test_the_end_of_a_session_frees_its_room_and_returns_what_waits() -> None:
     made = windows(*copies("a", *range(WINDOW + 2)))
     accept(made, bulk(made)[0])
     ended = made.session_ended("a")
@@ -201,7 +201,7 @@ def test_a_session_that_ends_frees_its_room_and_gives_back_what_waits() -> None:
     assert made.session_ended("a") == []
 
 
-def test_a_bulk_has_an_end_in_copies_and_in_bytes() -> None:
+def test_a_bulk_is_limited_in_copies_and_in_bytes() -> None:
     many = windows(*(a_copy(f"c{number}", number) for number in range(BULK_MAX + 1)))
     assert len(bulk(many)) == BULK_MAX
     large = "x" * (BULK_BYTES_MAX - 10)
@@ -211,24 +211,24 @@ def test_a_bulk_has_an_end_in_copies_and_in_bytes() -> None:
     assert shown(bulk(huge)) == {"a": [1]}
 
 
-def test_what_is_ready_is_shared_among_the_slots() -> None:
+def test_ready_copies_are_shared_among_the_slots() -> None:
     made = windows(*(a_copy(f"c{number}", number) for number in range(64)))
     assert len(bulk(made, slots=2)) == 32
     assert len(bulk(made, slots=8)) == BULK_MIN
 
 
-def test_what_is_no_longer_good_is_sifted_out_and_nobody_is_remembered() -> None:
+def test_stale_commands_are_removed_and_idle_clients_are_forgotten() -> None:
     made = windows(*copies("a", 1, 2), a_copy("b", 3))
     made.drop_stale(1_000, NOW, lambda pending: pending.message_id != "m2")
     assert len(made) == 1
     (part,) = bulk(made)
     assert numbers(part) == [2]
-    made.settle(part, ["nobody"])
+    made.settle(part, ["no_subscriber"])
     assert len(made) == 0
     assert not made.acked("a", "x")
 
 
-def test_what_waits_is_sifted_piece_by_piece_and_then_anew() -> None:
+def test_the_search_for_stale_commands_goes_in_rounds_of_limited_calls() -> None:
     made = windows(*(a_copy(f"c{number}", number) for number in range(10)))
     asked: list[str] = []
 
@@ -243,7 +243,9 @@ def test_what_waits_is_sifted_piece_by_piece_and_then_anew() -> None:
     assert asked[10:] == ["c0", "c1", "c2", "c3"]
 
 
-OUTCOMES = st.sampled_from(["accept", "accept", "accept", "nobody", "refused", "unsent", "unknown"])
+OUTCOMES = st.sampled_from(
+    ["accept", "accept", "accept", "no_subscriber", "refused", "unsent", "unknown"]
+)
 STEPS = st.lists(
     st.tuples(
         st.sampled_from(["put", "put", "put", "send", "send", "ack", "ack", "stray", "end"]),
@@ -254,10 +256,10 @@ STEPS = st.lists(
 
 @given_any(STEPS)
 @settings(max_examples=300, deadline=None)
-def test_whatever_happens_order_and_window_hold(
+def test_order_and_window_hold_in_any_sequence_of_events(
     steps: list[tuple[str, int, int, list[str]]],
 ) -> None:
-    """Of each client the first attempts of copies go in order, and what EMQX may hold of it is within the window."""
+    """The first attempts of a client's copies are in order, and EMQX holds at most a window of them."""
     made, last = DeliveryWindows(), 0
     tried: dict[str, list[int]] = {}
     held: dict[str, set[str]] = {}

@@ -1,4 +1,4 @@
-"""What becomes of a call: which event, which answer, and who hears of it besides."""
+"""The handling of a call: its event, its answer, and what it causes in the rest of the bridge."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic
+from millpond.pipeline.brokers.emqx.copy_topic import CopyTopic
 from millpond.pipeline.brokers.emqx.exhook import exhook_pb2 as pb
 from millpond.pipeline.brokers.emqx.exhook.calls import EMPTY, Calls
 from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint
@@ -24,7 +24,7 @@ from millpond.schemas.events import (
     SessionSubscribed,
 )
 from tests.support import given
-from tests.support.emqx.trace import NODE, Heard, MemoryInlet, a_client, a_message, a_publish
+from tests.support.emqx.trace import NODE, Heard, InMemoryProducer, a_client, a_message, a_publish
 
 RULES = given.rules(
     given.queue("queue/#"), given.pubsub("pubsub/#"), given.store("kept/#"),
@@ -38,11 +38,13 @@ LEASE = "queue/3/17"
 
 class World:
     def __init__(self, mountpoint: Mountpoint | None) -> None:
-        self.durable_producer, self.heard = MemoryInlet(), Heard()
-        self.calls = Calls(RULES, mountpoint, RETURNING, self.durable_producer, self.heard, 3)
+        self.durable_producer, self.heard = InMemoryProducer(), Heard()
+        self.calls = Calls(
+            RULES, mountpoint, RETURNING, self.durable_producer, self.heard.listener, 3
+        )
 
     async def publish(self, topic: str, **fields: Any) -> tuple[str, str | None]:
-        """How a publish is answered: the kind, and the topic that it is routed to, if it is."""
+        """The answer to a publish: its kind, and the topic that EMQX routes to, or None."""
         request = a_publish(topic, **fields)
         answer = pb.ValuedResponse.FromString(await self.calls.publish(request))
         if answer.type == pb.ValuedResponse.IGNORE:
@@ -81,15 +83,15 @@ PLAIN = [
 ]
 
 
-@pytest.mark.parametrize(("topic", "kind", "routed", "kept"), PLAIN)
-async def test_without_a_mountpoint_the_broker_routes_what_is_kept(
-    plain: World, topic: str, kind: str, routed: str | None, kept: str | None
+@pytest.mark.parametrize(("topic", "kind", "routed", "stored"), PLAIN)
+async def test_without_a_mountpoint_the_broker_routes_what_is_stored(
+    plain: World, topic: str, kind: str, routed: str | None, stored: str | None
 ) -> None:
     assert await plain.publish(topic) == (kind, routed)
     topics = [
         each.topic for each in plain.durable_producer.events if isinstance(each, MessagePublished)
     ]
-    assert topics == ([] if kept is None else [kept])
+    assert topics == ([] if stored is None else [stored])
 
 
 # -- and with one: publisher, topic, answer, the topic of the event
@@ -105,7 +107,7 @@ MOUNTED = [
     ("http_api", "queue/t", "continue", None, "queue/t"),
     ("a/b", "mp/a/b/queue/t", "continue", None, "queue/t"),
     ("a", "mp/a/b/kept/t", "continue", "b/kept/t", None),
-    # Nobody puts anything into the mailbox of another, whichever way.
+    # No client can publish below the mountpoint of another one.
     ("pub", "mp/c2/queue/t", "stop", None, None),
     ("http_api", "mp/c2/queue/t", "stop", None, None),
     ("pub", "mp/pub/mp/c2/queue/t", "stop", None, None),
@@ -118,9 +120,9 @@ MOUNTED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("publisher", "topic", "kind", "routed", "kept"), MOUNTED)
+@pytest.mark.parametrize(("publisher", "topic", "kind", "routed", "stored"), MOUNTED)
 async def test_with_a_mountpoint_what_millpond_delivers_is_not_routed(
-    mounted: World, publisher: str, topic: str, kind: str, routed: str | None, kept: str | None
+    mounted: World, publisher: str, topic: str, kind: str, routed: str | None, stored: str | None
 ) -> None:
     assert await mounted.publish(topic, from_client_id=publisher) == (kind, routed)
     found = [
@@ -128,21 +130,19 @@ async def test_with_a_mountpoint_what_millpond_delivers_is_not_routed(
         for each in mounted.durable_producer.events
         if isinstance(each, MessagePublished)
     ]
-    assert found == ([] if kept is None else [(kept, publisher)])
+    assert found == ([] if stored is None else [(stored, publisher)])
 
 
-# -- copies that come back
+# -- the hooks of copies
 
 
 @pytest.mark.parametrize("topic", ["mp/c2/queue/t", "queue/t", "mp/c2//", "/"])
-async def test_a_copy_is_routed_to_its_topic_and_reported_before(
-    mounted: World, topic: str
-) -> None:
-    mounted.durable_producer.held = True
+async def test_a_copy_is_reported_and_then_routed_to_its_topic(mounted: World, topic: str) -> None:
+    mounted.durable_producer.paused = True
     publishing = asyncio.create_task(mounted.publish(copy(topic), message_id="ALIAS", qos=2))
-    while not mounted.durable_producer.entered:
+    while not mounted.durable_producer.records:
         await asyncio.sleep(0)
-    (entered,) = mounted.durable_producer.entered
+    (entered,) = mounted.durable_producer.records
     assert (entered.topic, entered.partition) == (keys.MESSAGES_TOPIC, 3)
     assert isinstance(entered.event, DeliveriesSent)
     assert entered.event.agent == "queue"
@@ -153,14 +153,14 @@ async def test_a_copy_is_routed_to_its_topic_and_reported_before(
 
 
 @pytest.mark.parametrize(("qos", "lease"), [(0, LEASE), (1, ""), (0, "")])
-async def test_nobody_is_told_of_a_copy_that_nobody_acknowledges_or_leased(
+async def test_a_copy_of_qos_0_or_without_a_lease_is_not_reported(
     mounted: World, qos: int, lease: str
 ) -> None:
     assert await mounted.publish(copy("mp/c2/t", lease), qos=qos) == ("continue", "mp/c2/t")
     assert mounted.durable_producer.events == []
 
 
-async def test_a_copy_whose_report_is_not_kept_is_not_routed(mounted: World) -> None:
+async def test_a_copy_whose_report_is_not_stored_is_not_routed(mounted: World) -> None:
     mounted.durable_producer.complaint = "the spool is full"
     assert await mounted.publish(copy("mp/c2/queue/t")) == ("stop", None)
     assert mounted.calls.refusals.counts == {"unkept": 1}
@@ -176,11 +176,11 @@ async def test_a_copy_that_cannot_be_reported_is_not_routed(
     assert mounted.calls.refusals.counts == {"invalid": 1}
 
 
-# -- what is not kept is not routed
+# -- events that are not stored
 
 
 @pytest.mark.parametrize("topic", ["kept/t", "queue/t"])
-async def test_a_publish_that_is_not_kept_is_refused(plain: World, topic: str) -> None:
+async def test_a_publish_that_is_not_stored_is_refused(plain: World, topic: str) -> None:
     plain.durable_producer.complaint = "the spool is full"
     assert await plain.publish(topic) == ("stop", None)
     assert plain.calls.refusals.counts == {"unkept": 1}
@@ -191,7 +191,7 @@ async def test_a_publish_that_is_not_kept_is_refused(plain: World, topic: str) -
     "fields",
     [{"message_id": ""}, {"message_id": "x" * 257}, {"qos": 3}, {"timestamp": 2**63}, {"node": ""}],
 )
-async def test_a_publish_that_cannot_be_an_event_is_refused(
+async def test_a_publish_with_an_invalid_field_is_refused(
     plain: World, fields: dict[str, Any]
 ) -> None:
     assert await plain.publish("kept/t", **fields) == ("stop", None)
@@ -199,10 +199,10 @@ async def test_a_publish_that_cannot_be_an_event_is_refused(
     assert (plain.durable_producer.events, plain.calls.refusals.counts) == ([], {"invalid": 1})
 
 
-async def test_an_event_stays_when_its_caller_gives_up(plain: World) -> None:
-    plain.durable_producer.held = True
+async def test_a_cancelled_call_does_not_cancel_its_event(plain: World) -> None:
+    plain.durable_producer.paused = True
     publishing = asyncio.create_task(plain.publish("kept/t"))
-    while not plain.durable_producer.entered:
+    while not plain.durable_producer.records:
         await asyncio.sleep(0)
     publishing.cancel()
     with contextlib.suppress(asyncio.CancelledError):
@@ -210,7 +210,7 @@ async def test_an_event_stays_when_its_caller_gives_up(plain: World) -> None:
     assert not plain.durable_producer.futures[0].cancelled()
 
 
-# -- who else hears
+# -- effects in the rest of the bridge
 
 
 @pytest.mark.parametrize(
@@ -220,21 +220,21 @@ async def test_an_event_stays_when_its_caller_gives_up(plain: World) -> None:
         ("mp/pub/queue/cleared", "queue/cleared"), ("kept/t", None), ("queue/t", None),
     ],
 )  # fmt: skip
-async def test_a_publish_that_a_retain_rule_covers_is_told_of_with_the_brokers_own_topic(
+async def test_a_publish_of_a_retain_rule_is_looked_up_at_the_topic_with_the_mountpoint(
     mounted: World, topic: str, asked: str | None
 ) -> None:
     await mounted.publish(topic)
-    told = [(at, event.topic) for at, event in mounted.heard.retained]
-    assert told == ([] if asked is None else [(topic, asked)])
+    retained = [(at, event.topic) for at, event in mounted.heard.retained]
+    assert retained == ([] if asked is None else [(topic, asked)])
 
 
-async def test_what_was_refused_is_not_asked_for(plain: World) -> None:
+async def test_a_refused_publish_is_not_looked_up(plain: World) -> None:
     plain.durable_producer.complaint = "the spool is full"
     await plain.publish("kept/retained")
     assert plain.heard.retained == []
 
 
-async def test_an_acknowledgement_is_entered_and_then_heard_of(mounted: World) -> None:
+async def test_an_acknowledgement_is_entered_and_then_passed_on(mounted: World) -> None:
     client = a_client("c2", mountpoint="mp/c2/")
     for topic in ("mp/c2/queue/t", "mp/c2/other"):
         message = a_message(topic, "ALIAS")
@@ -246,15 +246,16 @@ async def test_an_acknowledgement_is_entered_and_then_heard_of(mounted: World) -
     assert mounted.heard.acks == [("c2", "ALIAS"), ("c2", "ALIAS")]
 
 
-async def test_a_delivery_is_entered_if_a_rule_wants_it(plain: World) -> None:
-    told = plain.calls.told()["OnMessageDelivered"]
+async def test_a_delivery_is_entered_if_a_rule_needs_it(plain: World) -> None:
+    notification = plain.calls.notifications()["OnMessageDelivered"]
     for topic in ("seen/t", "queue/t"):
         request = pb.MessageDeliveredRequest(clientinfo=a_client(), message=a_message(topic))
-        assert plain.calls.tell("OnMessageDelivered", told, request.SerializeToString()) == EMPTY
+        data = request.SerializeToString()
+        assert plain.calls.notify("OnMessageDelivered", notification, data) == EMPTY
     assert [type(event) for event in plain.durable_producer.events] == [MessageDelivered]
 
 
-async def test_the_node_started_and_a_snapshot_is_wanted(plain: World) -> None:
+async def test_a_loaded_provider_starts_its_node_and_wants_a_snapshot(plain: World) -> None:
     broker = pb.BrokerInfo(datetime="2026-11-23T03:06:36+00:00", uptime=1_000)
     request = pb.ProviderLoadedRequest(broker=broker, meta=pb.RequestMeta(node=NODE))
     answer = plain.calls.provider_loaded(request.SerializeToString(), "v2")
@@ -265,39 +266,41 @@ async def test_the_node_started_and_a_snapshot_is_wanted(plain: World) -> None:
         "message.acked": ["queue/#", "pubsub/#"],
     }
     event = NodeStarted(at=1_795_403_195_000, node=NODE)
-    assert [(each.partition, each.event) for each in plain.durable_producer.entered] == [
+    assert [(each.partition, each.event) for each in plain.durable_producer.records] == [
         (0, event), (1, event), (2, event),
     ]  # fmt: skip
     assert plain.heard.loaded == [NODE]
 
 
-async def test_a_node_that_does_not_say_when_it_started_still_gets_its_hooks(plain: World) -> None:
+async def test_a_node_without_a_boot_time_gets_its_hooks(plain: World) -> None:
     answer = plain.calls.provider_loaded(b"", "v1")
     assert pb.LoadedResponse.FromString(answer).hooks
     assert (plain.durable_producer.events, plain.heard.loaded) == ([], [""])
 
 
-@pytest.mark.parametrize("judged", [True, False])
-async def test_a_judgement_of_others_stands(plain: World, judged: bool) -> None:
+@pytest.mark.parametrize("allowed", [True, False])
+async def test_an_access_check_is_answered_with_its_own_result(plain: World, allowed: bool) -> None:
     for kind in (pb.ClientAuthenticateRequest, pb.ClientAuthorizeRequest):
         answer = pb.ValuedResponse.FromString(
-            plain.calls.judged(kind, kind(result=judged).SerializeToString())
+            plain.calls.access_checked(kind, kind(result=allowed).SerializeToString())
         )
         assert answer.type == pb.ValuedResponse.CONTINUE
-        assert (answer.WhichOneof("value"), answer.bool_result) == ("bool_result", judged)
+        assert (answer.WhichOneof("value"), answer.bool_result) == ("bool_result", allowed)
 
 
-# -- what is wrong is counted, and does not fill the log
+# -- refusals are counted, and do not fill the log
 
 
-async def test_what_is_no_event_is_counted_and_answered(plain: World) -> None:
-    told = plain.calls.told()["OnSessionSubscribed"]
+async def test_an_invalid_notification_is_counted_and_answered(plain: World) -> None:
+    notification = plain.calls.notifications()["OnSessionSubscribed"]
     request = pb.SessionSubscribedRequest(clientinfo=a_client(), topic="a/#/b")
-    assert plain.calls.tell("OnSessionSubscribed", told, request.SerializeToString()) == EMPTY
+    data = request.SerializeToString()
+    assert plain.calls.notify("OnSessionSubscribed", notification, data) == EMPTY
     assert plain.calls.acked(b"") == EMPTY
     assert plain.calls.refusals.counts == {"invalid": 2}
     good = pb.SessionSubscribedRequest(clientinfo=a_client(), topic="a/#")
-    assert plain.calls.tell("OnSessionSubscribed", told, good.SerializeToString()) == EMPTY
+    data = good.SerializeToString()
+    assert plain.calls.notify("OnSessionSubscribed", notification, data) == EMPTY
     assert [type(event) for event in plain.durable_producer.events] == [SessionSubscribed]
 
 

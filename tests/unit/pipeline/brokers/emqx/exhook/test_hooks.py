@@ -1,4 +1,4 @@
-"""Which hooks EMQX is to call: what the rules need, no more, under the names that its version knows."""
+"""The hooks to register: those that the rules need, under the names that the version of EMQX knows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ ROWS: list[tuple[str, list[str], tuple[str, str, str], tuple[str, str, str]]] = 
         ("$millpond/#", "", "#"),
         ("mp/# $millpond/#", "", "#"),
     ),
-    # The broker hands over what it retains; with a mountpoint Millpond does, and counts what is un-acknowledged.
+    # EMQX sends its retained messages. With a mountpoint Millpond does, and counts the unacknowledged copies.
     ("lookup", [LOOKUP], ("$millpond/#", "", ""), ("mp/# $millpond/#", "", "mp/+/ret/#")),
     (
         "no topic",
@@ -82,8 +82,8 @@ def test_with_a_mountpoint(tables: list[str], mounted: tuple[str, str, str]) -> 
     assert filters(tables, MOUNTPOINT) == mounted
 
 
-def test_a_hook_of_messages_never_goes_without_filters() -> None:
-    """To EMQX no filters means every topic."""
+def test_message_hooks_always_have_filters() -> None:
+    """Without filters EMQX calls a hook for every topic."""
     for mountpoint in (None, MOUNTPOINT):
         for rules in (Rules(), default_rules()):
             for hook in needed_hooks(rules, mountpoint, "v3"):
@@ -91,8 +91,8 @@ def test_a_hook_of_messages_never_goes_without_filters() -> None:
 
 
 @pytest.mark.parametrize("version", ["v1", "v2", "v3"])
-def test_names_are_those_of_the_version(version: Version) -> None:
-    """EMQX 4 loads nothing if one name is unknown to it, and spells this one differently."""
+def test_hook_names_are_those_of_the_version(version: Version) -> None:
+    """EMQX 4 spells one name differently. It loads no hooks at all if it does not know one."""
     names = {hook.name for hook in needed_hooks(default_rules(), None, version)}
     taken_over = "session.takeovered" if version == "v1" else "session.takenover"
     assert names == {*OF_CLIENTS, taken_over, "message.publish", "message.acked"}

@@ -1,4 +1,4 @@
-"""The ExHook service: its numbers are EMQX's, and what is generated from the .proto is what lies beside it."""
+"""The ExHook service: its numbers are those of EMQX, and the generated modules match the .proto."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def numbers(message: str) -> str:
     )
 
 
-def test_the_service_has_these_calls_and_no_other() -> None:
+def test_the_service_has_exactly_the_documented_calls() -> None:
     service = pb.DESCRIPTOR.services_by_name["HookProvider"]
     assert service.full_name == "emqx.exhook.v3.HookProvider"
     assert {
@@ -74,16 +74,16 @@ def test_the_service_has_these_calls_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("message", MESSAGES)
-def test_the_numbers_of_a_message_are_those_of_emqx(message: str) -> None:
+def test_field_numbers_are_those_of_emqx(message: str) -> None:
     assert numbers(message) == MESSAGES[message]
 
 
-def test_the_kinds_of_answers_are_numbered_as_in_emqx() -> None:
+def test_answer_types_are_numbered_as_in_emqx() -> None:
     kinds = pb.ValuedResponse.ResponsedType
     assert kinds.items() == [("CONTINUE", 0), ("IGNORE", 1), ("STOP_AND_RETURN", 2)]
 
 
-def test_what_is_generated_lies_beside_the_proto(tmp_path: Path) -> None:
+def test_the_generated_modules_match_the_proto(tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "grpc_tools.protoc", "-I.", f"--python_out={tmp_path}",
         f"--pyi_out={tmp_path}", PROTO,

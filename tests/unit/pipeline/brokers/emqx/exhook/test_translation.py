@@ -1,4 +1,4 @@
-"""What EMQX tells, as canonical events: a table for each call, and nothing that no event could say."""
+"""EMQX's requests as canonical events: a table for each call, and errors for invalid requests."""
 
 from __future__ import annotations
 
@@ -58,21 +58,21 @@ def a_message(topic: str = "t", **fields: Any) -> pb.Message:
 
 @BOTH
 def test_a_connection(to: Translator) -> None:
-    told = to.connected(pb.ClientConnectedRequest(clientinfo=a_client()), AT)
-    assert told == ClientConnected(
+    event = to.connected(pb.ClientConnectedRequest(clientinfo=a_client()), AT)
+    assert event == ClientConnected(
         at=AT, node=NODE, client_id="c2", username="u", connected_at=AT, protocol="MQTT",
         connection_id="emqx@10.0.0.1/192.0.2.7:40112",
     )  # fmt: skip
 
 
-def test_no_username_is_none_and_another_protocol_is_named() -> None:
+def test_an_empty_username_is_none_and_another_protocol_is_named() -> None:
     request = pb.ClientConnectedRequest(clientinfo=a_client(username="", protocol="mqtt-sn"))
-    told = PLAIN.connected(request, AT)
-    assert (told.username, told.protocol) == (None, "mqtt-sn")
+    event = PLAIN.connected(request, AT)
+    assert (event.username, event.protocol) == (None, "mqtt-sn")
 
 
 @pytest.mark.parametrize(
-    ("told", "reason"),
+    ("text", "reason"),
     [
         ("normal", "normal"), ("kicked", "kicked"), ("tcp_closed", "tcp_closed"), ("", ""),
         ("takenover", "takenover"), ("discarded", "discarded"), ("takeovered", "takenover"),
@@ -80,13 +80,13 @@ def test_no_username_is_none_and_another_protocol_is_named() -> None:
         ("{shutdown,{a,b}}", "{shutdown,{a,b}}"), ("{shutdown,normal}x", "{shutdown,normal}x"),
     ],
 )  # fmt: skip
-def test_a_reason_loses_what_erlang_wraps_it_in(told: str, reason: str) -> None:
-    disconnected = pb.ClientDisconnectedRequest(clientinfo=a_client(), reason=told)
+def test_a_reason_loses_its_erlang_wrapping(text: str, reason: str) -> None:
+    disconnected = pb.ClientDisconnectedRequest(clientinfo=a_client(), reason=text)
     assert PLAIN.disconnected(disconnected, AT) == ClientDisconnected(
         at=AT, node=NODE, client_id="c2", connection_id="emqx@10.0.0.1/192.0.2.7:40112",
         reason=reason,
     )  # fmt: skip
-    terminated = pb.SessionTerminatedRequest(clientinfo=a_client(), reason=told)
+    terminated = pb.SessionTerminatedRequest(clientinfo=a_client(), reason=text)
     assert PLAIN.terminated(terminated, AT) == SessionTerminated(
         at=AT, node=NODE, client_id="c2", reason=reason
     )
@@ -103,7 +103,7 @@ def test_the_rest_of_a_sessions_life() -> None:
     assert PLAIN.taken_over(taken_over, AT) == SessionTakenOver(**of)
 
 
-# -- subscriptions: mode, mountpoint, client, filter as told; filter, reachable, broker delivers
+# -- subscriptions: mode, mountpoint, client, filter in the request; filter, reachable, broker delivers
 
 SUBSCRIBED: list[tuple[Translator, str, str, str, str, bool, bool]] = [
     (PLAIN, "", "c2", "queue/#", "queue/#", True, True),
@@ -124,26 +124,26 @@ SUBSCRIBED: list[tuple[Translator, str, str, str, str, bool, bool]] = [
 
 
 @pytest.mark.parametrize(
-    ("to", "mountpoint", "client_id", "told", "own", "reachable", "broker_delivers"), SUBSCRIBED
+    ("to", "mountpoint", "client_id", "mounted", "own", "reachable", "broker_delivers"), SUBSCRIBED
 )
 def test_a_subscription(
-    to: Translator, mountpoint: str, client_id: str, told: str, own: str, reachable: bool,
+    to: Translator, mountpoint: str, client_id: str, mounted: str, own: str, reachable: bool,
     broker_delivers: bool,
 ) -> None:  # fmt: skip
     client = a_client(client_id, mountpoint=mountpoint)
     options = pb.SubOpts(qos=2, rh=1)
-    request = pb.SessionSubscribedRequest(clientinfo=client, topic=told, subopts=options)
+    request = pb.SessionSubscribedRequest(clientinfo=client, topic=mounted, subopts=options)
     assert to.subscribed(request, AT) == SessionSubscribed(
         at=AT, node=NODE, client_id=client_id, topic_filter=own, qos=2, retain_handling=1,
         reachable=reachable, broker_delivers=broker_delivers,
     )  # fmt: skip
-    ended = pb.SessionUnsubscribedRequest(clientinfo=client, topic=told)
+    ended = pb.SessionUnsubscribedRequest(clientinfo=client, topic=mounted)
     assert to.unsubscribed(ended, AT) == SessionUnsubscribed(
         at=AT, node=NODE, client_id=client_id, topic_filter=own
     )
 
 
-def test_a_group_that_is_told_apart() -> None:
+def test_a_separately_reported_group_joins_its_filter() -> None:
     options = pb.SubOpts(qos=1, share="g")
     request = pb.SessionSubscribedRequest(clientinfo=a_client(), topic="sh/1", subopts=options)
     assert PLAIN.subscribed(request, AT).topic_filter == "$share/g/sh/1"
@@ -180,7 +180,7 @@ def test_an_expiry(name: str, value: str, expires_at: int | None) -> None:
     assert PLAIN.published(request, "t", AT).expires_at == expires_at
 
 
-def test_an_expiry_ends_with_time() -> None:
+def test_an_expiry_is_limited_to_the_largest_time() -> None:
     properties = [pb.Property(name="Message-Expiry-Interval", value="4294967295")]
     message = a_message(timestamp=TIME_MS_MAX - 1)
     request = pb.MessagePublishRequest(message=message, props=properties)
@@ -198,7 +198,7 @@ def test_user_properties_a_will_and_bytes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("to", "mountpoint", "told", "topic"),
+    ("to", "mountpoint", "mounted", "topic"),
     [
         (PLAIN, "", "queue/t", "queue/t"), (PLAIN, "mp/c2/", "mp/c2/queue/t", "mp/c2/queue/t"),
         (MOUNTED, "mp/c2/", "mp/c2/queue/t", "queue/t"), (MOUNTED, "", "queue/t", "queue/t"),
@@ -206,8 +206,10 @@ def test_user_properties_a_will_and_bytes() -> None:
         (MOUNTED, "mp/c3/", "mp/c3/queue/t", "mp/c3/queue/t"), (MOUNTED, "mp/c2/", "t", "t"),
     ],
 )  # fmt: skip
-def test_what_a_client_received(to: Translator, mountpoint: str, told: str, topic: str) -> None:
-    client, message = a_client(mountpoint=mountpoint), a_message(told, qos=2)
+def test_a_received_message_has_the_topic_without_mountpoint(
+    to: Translator, mountpoint: str, mounted: str, topic: str
+) -> None:
+    client, message = a_client(mountpoint=mountpoint), a_message(mounted, qos=2)
     fields: dict[str, Any] = {
         "at": AT, "node": NODE, "message_id": ID, "topic": topic, "client_id": "c2",
         "from_client_id": "pub", "qos": 2,
@@ -239,13 +241,13 @@ def test_what_a_client_received(to: Translator, mountpoint: str, told: str, topi
         ("", 13_558, None),
     ],
 )
-def test_a_node_started_when_it_booted(datetime: str, uptime: int, at: int | None) -> None:
+def test_the_start_of_a_node_has_its_boot_time(datetime: str, uptime: int, at: int | None) -> None:
     broker = pb.BrokerInfo(datetime=datetime, uptime=uptime)
     request = pb.ProviderLoadedRequest(broker=broker, meta=pb.RequestMeta(node=NODE))
     assert node_started(request) == (None if at is None else NodeStarted(at=at, node=NODE))
 
 
-# -- what no event can say
+# -- invalid requests
 
 LONG = "x" * 65_536
 WRONG: list[tuple[str, Callable[[], Event | None]]] = [
@@ -316,12 +318,12 @@ WRONG: list[tuple[str, Callable[[], Event | None]]] = [
 
 
 @pytest.mark.parametrize("call", [row[1] for row in WRONG], ids=[row[0] for row in WRONG])
-def test_what_no_event_can_say_is_an_error(call: Callable[[], Event | None]) -> None:
+def test_an_invalid_request_is_a_decode_error(call: Callable[[], Event | None]) -> None:
     with pytest.raises(DecodeError):
         call()
 
 
-# -- any request: an event that decodes as what it is, or an error
+# -- any request: an event that survives encoding and decoding, or a DecodeError
 
 TEXT = st.one_of(
     st.sampled_from(["", "t", "mp/c2/", "mp/c2/t", "c2", "$share/g/t", "\0", "#", NODE, "60"]),
@@ -356,7 +358,7 @@ def event_or_error(translate: Callable[[Any, int], Event], request: Any) -> None
 
 @BOTH
 @given(client=CLIENTS, topic=TEXT, reason=TEXT, options=OPTIONS)
-def test_whatever_is_told_of_a_client(
+def test_any_request_about_a_client(
     to: Translator, client: pb.ClientInfo, topic: str, reason: str, options: pb.SubOpts
 ) -> None:
     event_or_error(to.connected, pb.ClientConnectedRequest(clientinfo=client))
@@ -369,7 +371,7 @@ def test_whatever_is_told_of_a_client(
 
 @BOTH
 @given(client=CLIENTS, message=SENT, topic=TEXT, properties=PROPERTIES, own=PROPERTIES)
-def test_whatever_is_told_of_a_message(
+def test_any_request_about_a_message(
     to: Translator, client: pb.ClientInfo, message: pb.Message, topic: str,
     properties: list[pb.Property], own: list[pb.Property],
 ) -> None:  # fmt: skip
@@ -380,7 +382,7 @@ def test_whatever_is_told_of_a_message(
 
 
 @given(datetime=st.text(max_size=40), uptime=st.integers(-(2**63), 2**63 - 1), node=TEXT)
-def test_whatever_is_told_of_a_node(datetime: str, uptime: int, node: str) -> None:
+def test_any_request_about_a_node(datetime: str, uptime: int, node: str) -> None:
     request = pb.ProviderLoadedRequest(
         broker=pb.BrokerInfo(datetime=datetime, uptime=uptime), meta=pb.RequestMeta(node=node)
     )

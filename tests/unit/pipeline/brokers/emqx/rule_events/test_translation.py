@@ -1,4 +1,4 @@
-"""Rule events as EMQX writes them, and the canonical events that a person reads in them."""
+"""Rule events as EMQX writes them, and the canonical events that a reader expects from them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ UNSUBSCRIBED: dict[str, Any] = {
 }  # fmt: skip
 DOCUMENTED = (PUBLISH, ACKED, DELIVERED, CONNECTED, DISCONNECTED, SUBSCRIBED, UNSUBSCRIBED)
 
-# What a person reads in them.
+# The expected canonical events.
 CANONICAL_PUBLISH = MessagePublished(
     at=1645002753259, node=NODE, message_id=ID, topic="queue/a", qos=1, retain=False,
     client_id="c_pub", username="u_emqx", payload='{"msg":"hello"}', payload_encoding="utf-8",
@@ -113,7 +113,7 @@ PAIRS = tuple(zip(DOCUMENTED, CANONICAL, strict=True))
 
 
 def value(rule: dict[str, Any], **changes: Any) -> bytes:
-    """The record of a rule event, changed; what is `...` is left out."""
+    """The record of a rule event with changed fields. A field with the value `...` is left out."""
     changed = {name: each for name, each in {**rule, **changes}.items() if each is not ...}
     return json.dumps(changed).encode()
 
@@ -125,12 +125,12 @@ def published(**changes: Any) -> MessagePublished:
 
 
 @pytest.mark.parametrize(("rule", "events"), PAIRS)
-def test_what_is_documented(rule: dict[str, Any], events: tuple[Event, ...]) -> None:
+def test_documented_rule_events(rule: dict[str, Any], events: tuple[Event, ...]) -> None:
     assert read(value(rule)) == events
 
 
 @pytest.mark.parametrize(("rule", "events"), PAIRS)
-def test_an_event_may_be_called_as_the_topic_that_selects_it_before_and_since_5_10(
+def test_an_event_may_have_the_name_of_the_topic_that_selects_it_before_and_since_5_10(
     rule: dict[str, Any], events: tuple[Event, ...]
 ) -> None:
     what, name = rule["event"].split(".")
@@ -148,7 +148,7 @@ def test_an_event_may_be_called_as_the_topic_that_selects_it_before_and_since_5_
         "$events/schema_validation_failed", "$events/message_transformation_failed",
     ],
 )  # fmt: skip
-def test_events_that_nobody_needs_are_none(name: str) -> None:
+def test_unneeded_events_are_skipped(name: str) -> None:
     assert name in UNNEEDED
     assert read(value(PUBLISH, event=name)) == ()
 
@@ -157,18 +157,18 @@ def test_events_that_nobody_needs_are_none(name: str) -> None:
 
 
 @pytest.mark.parametrize("payload", [b"", b"plain", "grün".encode(), b"\xff\xfe\0", bytes(300)])
-def test_base64_brings_the_payload_whatever_json_made_of_it(payload: bytes) -> None:
+def test_the_base64_payload_takes_precedence(payload: bytes) -> None:
     event = published(payload="\ufffd", payload_b64=b64encode(payload).decode())
     assert codec.payload_bytes(event) == payload
 
 
-def test_a_payload_that_is_text_stays_text() -> None:
+def test_a_text_payload_stays_text() -> None:
     event = published(payload_b64=b64encode(b"text").decode())
     assert (event.payload, event.payload_encoding) == ("text", "utf-8")
 
 
 @pytest.mark.parametrize("absent", ["undefined", None, ...])
-def test_undefined_is_absent(absent: Any) -> None:
+def test_undefined_counts_as_missing(absent: Any) -> None:
     event = published(
         username=absent, flags=absent, pub_props=absent, publish_received_at=absent, peerhost=absent
     )
@@ -185,19 +185,19 @@ def test_undefined_is_absent(absent: Any) -> None:
     assert connected.session_expiry_s == 0
 
 
-def test_the_retain_flag_is_told() -> None:
+def test_the_retain_flag_is_read() -> None:
     assert published(flags={"retain": True, "dup": False}).retain
     assert not published(flags={}).retain
 
 
-def test_a_message_expires_its_interval_after_it_was_received() -> None:
+def test_a_message_expires_one_interval_after_its_receipt() -> None:
     assert published(pub_props={"Message-Expiry-Interval": 30}).expires_at == 1645002783256
     assert published(pub_props={"Message-Expiry-Interval": 0}).expires_at == 1645002753256
     assert published(pub_props={"Message-Expiry-Interval": "undefined"}).expires_at is None
     assert published(pub_props={"Message-Expiry-Interval": 1 << 60}).expires_at == TIME_MS_MAX
 
 
-def test_what_goes_by_millponds_own_ways_is_no_event() -> None:
+def test_publishes_to_reserved_topics_are_skipped() -> None:
     for rule in (PUBLISH, ACKED, DELIVERED):
         assert read(value(rule, topic="$millpond/d/mac/lease/id/queue/a")) == ()
 
@@ -214,14 +214,14 @@ def test_a_clean_start_begins_a_session_before_it_is_connected() -> None:
     assert (connected.clean_start, connected.session_expiry_s) == (True, 0)
 
 
-def test_a_session_that_never_expires() -> None:
+def test_the_largest_expiry_interval_means_never() -> None:
     (event,) = read(value(CONNECTED, expiry_interval=1 << 40))
     assert isinstance(event, ClientConnected)
     assert event.session_expiry_s == 0xFFFF_FFFF
 
 
 @pytest.mark.parametrize("absent", ["undefined", None, ...])
-def test_a_connection_without_peer_is_known_by_its_begin(absent: Any) -> None:
+def test_a_connection_without_a_peer_is_identified_by_its_start(absent: Any) -> None:
     (connected,) = read(value(CONNECTED, peername=absent))
     (disconnected,) = read(value(DISCONNECTED, peername=absent))
     assert isinstance(connected, ClientConnected)
@@ -240,7 +240,7 @@ def test_a_disconnect_before_5_8_6(absent: Any) -> None:
 # -- mountpoints
 
 
-def test_a_mountpoint_is_taken_off_what_is_the_clients_own() -> None:
+def test_the_mountpoint_is_removed_from_the_clients_own_topics() -> None:
     unmounted = Mountpoint("mp/${clientid}/")
     (event,) = read(value(PUBLISH, topic="mp/c_pub/queue/a"), unmounted)
     assert event == CANONICAL_PUBLISH
@@ -275,7 +275,7 @@ def test_with_a_mountpoint_millpond_delivers_below_it(
     assert ended.topic_filter == topic_filter
 
 
-# -- what cannot be read
+# -- invalid records
 
 
 @pytest.mark.parametrize(
@@ -287,8 +287,8 @@ def test_with_a_mountpoint_millpond_delivers_below_it(
         (b"[]", "Expected `object`"),
         (b"{}", "missing required field `event`"),
         (b'{"event": 7}', "Expected `str`"),
-        (value(PUBLISH, event="message.resent"), "no rule event is called 'message.resent'"),
-        (value(PUBLISH, event="$bridges/mqtt:b"), "no rule event is called"),
+        (value(PUBLISH, event="message.resent"), "unknown rule event 'message.resent'"),
+        (value(PUBLISH, event="$bridges/mqtt:b"), "unknown rule event"),
         (value(PUBLISH, id=...), "missing required field `id`"),
         (value(PUBLISH, id=""), "length >= 1"),
         (value(PUBLISH, id="i" * 257), "length <= 256"),
@@ -318,31 +318,31 @@ def test_with_a_mountpoint_millpond_delivers_below_it(
         (b'{"event":"message.publish","x":' + b"[" * 100_000, "recursion"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_read(record: bytes | None, reason: str) -> None:
+def test_an_invalid_record_is_a_decode_error(record: bytes | None, reason: str) -> None:
     with pytest.raises(DecodeError, match=reason):
         read(record)
 
 
 @pytest.mark.parametrize("client", ["a/b", "+", "#"])
-def test_a_client_that_no_mountpoint_can_name_is_not_reached(client: str) -> None:
-    told = value(SUBSCRIBED, clientid=client, topic=f"mp/{client}/t")
+def test_a_client_with_an_ambiguous_id_is_not_reachable(client: str) -> None:
+    record = value(SUBSCRIBED, clientid=client, topic=f"mp/{client}/t")
     with contextlib.suppress(DecodeError):
-        (event,) = read(told, Mountpoint("mp/${clientid}/"))
+        (event,) = read(record, Mountpoint("mp/${clientid}/"))
         assert isinstance(event, SessionSubscribed)
         assert not event.reachable
 
 
-def test_a_mountpoint_without_topic_is_no_topic() -> None:
+def test_a_mountpoint_without_a_topic_is_invalid() -> None:
     for rule, topic in ((PUBLISH, "mp/c_pub/"), (SUBSCRIBED, "mp/c_sub/")):
         with pytest.raises(DecodeError, match="empty"):
             read(value(rule, topic=topic), Mountpoint("mp/${clientid}/"))
 
 
-# -- whatever comes
+# -- any record: events that survive encoding and decoding, or a DecodeError
 
 
 def events_or_decode_error(record: bytes | None) -> None:
-    """Whatever is read can be written, and read as every agent reads it."""
+    """Read a record. Its events must survive encoding and decoding."""
     for unmounted in ({}, {"mountpoint": Mountpoint("mp/${clientid}/")}):
         try:
             events = read(record, **unmounted)
@@ -366,13 +366,13 @@ def test_any_bytes(record: bytes) -> None:
 
 
 @given(values)
-def test_any_json(told: Any) -> None:
-    events_or_decode_error(json.dumps(told).encode())
+def test_any_json(parsed: Any) -> None:
+    events_or_decode_error(json.dumps(parsed).encode())
 
 
 @given(st.sampled_from(DOCUMENTED), st.data())
 @settings(max_examples=500)
-def test_any_change_of_a_record(rule: dict[str, Any], data: st.DataObject) -> None:
+def test_any_changed_record(rule: dict[str, Any], data: st.DataObject) -> None:
     names = st.sampled_from([*rule, "payload_b64", "retain"])
     changes = data.draw(st.dictionaries(names, values | st.just(...), max_size=3))
     events_or_decode_error(value(rule, **changes))
@@ -380,7 +380,7 @@ def test_any_change_of_a_record(rule: dict[str, Any], data: st.DataObject) -> No
 
 @given(st.sampled_from(DOCUMENTED), st.data())
 @settings(max_examples=500)
-def test_any_damage_to_the_bytes_of_a_record(rule: dict[str, Any], data: st.DataObject) -> None:
+def test_any_damaged_record(rule: dict[str, Any], data: st.DataObject) -> None:
     record = bytearray(value(rule, payload_b64="AAAA"))
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(record) - 1))

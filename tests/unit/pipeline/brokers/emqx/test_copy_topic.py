@@ -1,4 +1,4 @@
-"""The way back of a copy: there and back again, and never forged."""
+"""Copy topics: made, parsed, and never forged."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millpond.pipeline.brokers.emqx.delivery.copy_topic import CopyTopic, ReturnedCopy
+from millpond.pipeline.brokers.emqx.copy_topic import CopyTopic, ReturnedCopy
 from millpond.schemas.topics import topic_name_error
 
 RETURNING = CopyTopic("secret")
 TOPIC = RETURNING.topic_for("queue/7/18823", "c2", "000660E8E1F804B9F443000004050002", "mp/c2/queue/t")  # fmt: skip
 
 
-def test_it_looks_like_this() -> None:
+def test_a_copy_topic_has_the_documented_form() -> None:
     rest = "queue%2F7%2F18823/c2/000660E8E1F804B9F443000004050002/mp/c2/queue/t"
     mac = hmac.new(b"secret", rest.encode(), hashlib.sha256).hexdigest()[:16]
     assert f"$millpond/d/{mac}/{rest}" == TOPIC
@@ -28,7 +28,7 @@ LEVELS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="+#
 
 
 @given(client_id=IDS, message_id=IDS, topic=LEVELS.filter(bool))
-def test_what_comes_back_is_what_went(client_id: str, message_id: str, topic: str) -> None:
+def test_parsing_undoes_making(client_id: str, message_id: str, topic: str) -> None:
     for lease in ("queue/7/18823", ""):
         way = RETURNING.topic_for(lease, client_id, message_id, topic)
         assert RETURNING.parse(way) == ReturnedCopy(lease, client_id, message_id, topic)
@@ -43,11 +43,11 @@ def test_what_comes_back_is_what_went(client_id: str, message_id: str, topic: st
         "$millpond/d//a/b/c/t", "$millpond/d/////////", "$millpond/d/\ud800/a/b/c/\ud800",
     ],
 )  # fmt: skip
-def test_what_is_none_is_none(topic: str) -> None:
+def test_other_topics_are_not_copy_topics(topic: str) -> None:
     assert RETURNING.parse(topic) is None
 
 
-def test_every_part_is_signed() -> None:
+def test_the_mac_covers_every_part() -> None:
     for at, character in enumerate(TOPIC):
         other = "x" if character != "x" else "y"
         assert RETURNING.parse(TOPIC[:at] + other + TOPIC[at + 1 :]) is None, TOPIC[at:]
@@ -55,11 +55,11 @@ def test_every_part_is_signed() -> None:
     assert RETURNING.parse(TOPIC + "x") is None
 
 
-def test_another_key_makes_another_signature() -> None:
+def test_another_secret_makes_another_mac() -> None:
     assert CopyTopic("other").parse(TOPIC) is None
     assert CopyTopic("secret").parse(TOPIC) is not None
 
 
 @given(mac=st.text(alphabet="0123456789abcdef", min_size=16, max_size=16), rest=st.text())
-def test_guessing_does_not_help(mac: str, rest: str) -> None:
+def test_a_guessed_mac_is_rejected(mac: str, rest: str) -> None:
     assert RETURNING.parse(f"$millpond/d/{mac}/{rest}") is None

@@ -1,8 +1,13 @@
-"""The way back of a copy: the topic to which its sender publishes it, by which the hook knows whose it is.
+"""The copy topic: the topic to which the bridge publishes a copy, so that the hook recognises the copy.
 
-`$millpond/d/{mac}/{lease}/{client id}/{message id}/{topic as it is to be routed}`: lease, client id and message id
-percent-encoded, one level each. `mac` is the first 16 hex characters of HMAC-SHA256 over what follows it, keyed with the
-secret of the API key: whoever publishes, even with a client id like EMQX's own `http_api`, cannot make one.
+EMQX calls the hook `message.publish` for each copy. The hook learns lease, client and message from the topic, and lets
+EMQX route the copy to the topic at the end:
+
+    $millpond/d/{mac}/{lease}/{client id}/{message id}/{topic to route to}
+
+Lease, client id and message id are percent-encoded, one level each. `mac` is the first 16 hexadecimal digits of
+HMAC-SHA256 over everything behind it. Its key is the secret of the API key. So a client cannot forge a copy, not even
+one with the client id `http_api`, which EMQX gives to publishes through REST.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ MAC_HEX_DIGITS: Final = 16
 
 
 class ReturnedCopy(NamedTuple):
-    """A copy that came back. `lease` is empty if nobody wants a report of it."""
+    """A copy whose publish reached the hook. `lease` is empty if no agent expects a report."""
 
     lease: str
     client_id: str
@@ -28,20 +33,20 @@ class ReturnedCopy(NamedTuple):
 
 
 class CopyTopic:
-    """Makes such topics, and knows them again."""
+    """Makes copy topics and parses them."""
 
     def __init__(self, secret: str) -> None:
-        """`secret` is that of the API key; all processes of a bridge have the same."""
+        """`secret` belongs to the API key, so all processes of a bridge have the same."""
         self._secret = secret.encode()
 
     def topic_for(self, lease: str, client_id: str, message_id: str, topic: str) -> str:
-        """The topic to publish a copy to. It may be longer than a topic can be: whoever publishes it looks."""
+        """The topic to publish a copy to. It may be longer than MQTT allows: EMQX then refuses the publish."""
         levels = (quote(text, safe="") for text in (lease, client_id, message_id))
         rest = "/".join((*levels, topic))
         return f"{PREFIX}{self._mac(rest)}/{rest}"
 
     def parse(self, topic: str) -> ReturnedCopy | None:
-        """What `topic_for` made it from; None of any other topic, and of a forged one."""
+        """The parts that `topic_for` joined. None for any other topic and for a forged one."""
         if not topic.startswith(PREFIX):
             return None
         mac, _, rest = topic[len(PREFIX) :].partition("/")
