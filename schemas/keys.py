@@ -37,6 +37,7 @@ The table is shown to users: `docs/generate.py` copies it into docs/reference/re
 | `millpond:{app:sessions:partition}:node:{node}` | zset | client ids, score = the lowest offset at which something of the client on this node was last seen | sessions | while the client has a connection or session on this node |
 | `millpond:{app:sessions:partition}:announced` | zset | ids of clients with subscriptions, score = the offset of the rules by which they were announced | sessions | while the client has subscriptions |
 | `millpond:{app:agent:partition}:due` | zset | due things, score = their time in ms since the epoch | the agent | until a tick has handled them |
+| `millpond:{number}:confirmed`, on a Redis Cluster with replicas | string | nothing: a write in front of each `WAIT`, so that it covers what other connections wrote | all agents | 1 second |
 | `millpond:{app:agent}:replay` | hash | what of the log a replay has folded into this database: `complete` (0 or 1), `starts` and `ends` by partition, `from`, `cluster_id` | `millpond replay` | until the database is emptied |
 | `millpond:{app:agent}:rebuild` | hash | partition → its fence before the rebuild; workers of the agent do not start while this key exists | `millpond rebuild` | until the rebuild is complete |
 """
@@ -221,6 +222,11 @@ def rebuild_marker(app: str, agent: AgentName) -> str:
 def applied(partition: Partition) -> str:
     """The string with the fence of a partition."""
     return _private(partition, "applied")
+
+
+def confirmed(number: int) -> str:
+    """The key that is written in front of a WAIT. The number decides its slot. Only on a Redis Cluster with replicas."""
+    return f"{PRIVATE_PREFIX}{{{number}}}:confirmed"
 
 
 def journal(partition: Partition) -> str:

@@ -36,6 +36,7 @@ In the store: the fence, the journal, the rules in force, the seen ids, the mach
 - `_sequence`, `_now_ms`, `_score`: the sequence, log's time and score of the last step.
 - `_in_flight`: the transaction that the store is applying. `_half_written`: events that the next one cleans up.
 - `_loaded`: false before the first load, and after an error. The next call loads first.
+- `_notices`: the log lines since the last success. A store that fails again and again is logged once for each reason.
 
 TRANSITIONS
 
@@ -111,6 +112,8 @@ from millpond.schemas.events import Base, Event, RulesChanged, Tick
 from millpond.schemas.keys import Partition
 from millpond.schemas.rules import Rules
 
+# Reasons logged in one outage. A store fails for one reason, or a few in turn.
+NOTICES_MAX: Final = 16
 NOTHING: Final = Record(-1, 0, None, None)  # in front of the first record
 
 
@@ -143,6 +146,7 @@ class PartitionDriver(Generic[Packed]):
         self._sequence = self._now_ms = self._score = 0
         self._in_flight: InFlight | None = None
         self._half_written: list[HalfWrittenEvent] = []
+        self._notices: dict[str, None] = {}
         self.records_lost = 0  # records that retention removed before they were read
 
     # -- interface of the worker ------------------------------------------------------------------------
@@ -235,15 +239,15 @@ class PartitionDriver(Generic[Packed]):
                     await then()
                 return
             except (StoreDown, Fenced) as error:
-                self._notice(f"{self.partition}: {error}; loading the state from the store again")
+                self._notice_once(f"{error}; loading the state from the store again")
                 self._forget()
             except Exception as error:
                 superseded = await self._superseded()
                 self._forget()
                 if not superseded:
                     raise
-                self._notice(
-                    f"{self.partition}: {error}; another owner has written this partition since:"
+                self._notice_once(
+                    f"{error}; another owner has written this partition since:"
                     " loading the state from the store again"
                 )
             except BaseException:
@@ -261,6 +265,12 @@ class PartitionDriver(Generic[Packed]):
         except (StoreDown, Fenced):
             return True
         return False
+
+    def _notice_once(self, reason: str) -> None:
+        """Log a reason, unless it was logged since the last success."""
+        if reason not in self._notices and len(self._notices) < NOTICES_MAX:
+            self._notices[reason] = None
+            self._notice(f"{self.partition}: {reason}")
 
     def _forget(self) -> None:
         """Forget the transaction in flight and what was loaded. The next call loads again."""
@@ -323,7 +333,7 @@ class PartitionDriver(Generic[Packed]):
             if self._applied
             else "the store holds no state of it: rebuilding it from the log"
         )
-        self._notice(f"{self.partition}: {why}, from offset {self._position} to {target}")
+        self._notice_once(f"{why}, from offset {self._position} to {target}")
         async for run in self.log.read(self.partition, self._position, target):
             await self._fold(run)
         # The last offsets may have no record: control records of Kafka, or retention since `bounds`.
@@ -448,6 +458,7 @@ class PartitionDriver(Generic[Packed]):
         transaction, batch, _, committing = self._in_flight
         refusals = await committing
         self._in_flight = None
+        self._notices.clear()
         self.machine.settled()
         self._outbox.entries_removed(transaction.produced)
         half_written, dead_letters, others = sort_refusals(batch, refusals)
@@ -467,6 +478,7 @@ class PartitionDriver(Generic[Packed]):
         await self._settle()
         if not await self._store_pending():
             await self.store.check()
+            self._notices.clear()
 
     async def _store_pending(self) -> bool:
         """Send a batch without records if something waits for a transaction; return True if so.

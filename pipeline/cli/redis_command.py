@@ -5,6 +5,7 @@ The output has the form that redis-cli writes to a pipe.
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from typing import Any
 
@@ -14,6 +15,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from millpond.pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, load_settings
 from millpond.pipeline.settings import read_secret
+from millpond.pipeline.stores.registry import access_of, locate
 from millpond.schemas.errors import MillpondError
 
 
@@ -25,7 +27,7 @@ def redis(
     """Run one Redis command, for example: `millpond redis ZRANGE mqtt:msg:t 0 -1`."""
     _, rules = load_settings(config, data)
     pool = rules.pool("messages")
-    host, port = pool.servers[0]
+    host, port = asyncio.run(locate(pool, access_of(pool)))
     password = pool.password
     if pool.password_file is not None:
         password = read_secret(pool.password_file, f"[pool.{pool.name}] password_file")

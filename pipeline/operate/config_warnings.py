@@ -13,6 +13,7 @@ from hiredis import ReplyError
 from millpond.agents.registry import AGENT_NAMES
 from millpond.pipeline.kafka import topics
 from millpond.pipeline.settings import KafkaSettings, Settings
+from millpond.pipeline.stores.redis.cluster_check import cluster_weaknesses
 from millpond.pipeline.stores.redis.command_check import check_commands
 from millpond.pipeline.stores.registry import connector
 from millpond.schemas.errors import ConfigError, StoreError
@@ -103,14 +104,14 @@ async def _redis(pool: Pool, rules: Rules) -> list[str]:
     where = f"[pool.{pool.name}]"
     try:
         await check_commands(pool, rules)
+        found = [f"{where} {weakness}" for weakness in await cluster_weaknesses(pool)]
         answers = await _server_settings(pool)
     except StoreError as error:
         return [f"{where} {error}"]
     if answers is None:
-        return [
-            f"{where} CONFIG GET is not allowed: check maxmemory-policy, appendonly and save yourself"
-        ]
-    return [f"{where} {reason}" for reason in _redis_weaknesses(answers)]
+        unread = "CONFIG GET is not allowed: check maxmemory-policy, appendonly and save yourself"
+        return [*found, f"{where} {unread}"]
+    return [*found, *(f"{where} {reason}" for reason in _redis_weaknesses(answers))]
 
 
 async def _server_settings(pool: Pool) -> dict[str, str] | None:

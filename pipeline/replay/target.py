@@ -140,7 +140,8 @@ async def check_not_live(space: Keyspace, into: Pool, live: Sequence[Pool]) -> N
     """
     target = await space.identity()
     for pool in live:
-        same = (into.servers[0], into.database) == (pool.servers[0], pool.database)
+        # A cluster names several servers, and has one database.
+        same = into.servers[0] in pool.servers and into.database == pool.database
         if pool.type != "cluster" and not same:
             try:
                 async with keyspace(pool) as other:

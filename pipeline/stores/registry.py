@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hiredis import ReplyError
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
@@ -14,7 +15,13 @@ from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
 
 from millpond.agents.ports import Store
 from millpond.pipeline.stores.redis.cluster_store import ClusterStore
-from millpond.pipeline.stores.redis.connection import Access, Address, Connection
+from millpond.pipeline.stores.redis.connection import (
+    Access,
+    Address,
+    Connection,
+    checked,
+    error_code,
+)
 from millpond.pipeline.stores.redis.store import RedisStore
 from millpond.schemas.errors import ConfigError, StoreDown, StoreRefused
 from millpond.schemas.keys import Partition
@@ -55,7 +62,7 @@ def access_of(pool: Pool) -> Access:
 
 
 def connector(pool: Pool) -> Callable[[], Awaitable[Connection]]:
-    """Return a function that connects to the server of a pool that takes writes; of a cluster, to its first node."""
+    """Return a function that connects to the server of a pool that takes writes; of a cluster, to one of its nodes."""
     access = access_of(pool)
 
     async def connect() -> Connection:
@@ -64,9 +71,52 @@ def connector(pool: Pool) -> Callable[[], Awaitable[Connection]]:
     return connect
 
 
-async def locate(pool: Pool, access: Access) -> Address:
-    """Return the server of a pool that takes writes; of a cluster, its first node. See `primary` for the errors."""
-    return await primary(pool, access) if pool.type == "sentinel" else addresses(pool)[0]
+async def locate(pool: Pool, access: Access, preferred: Address | None = None) -> Address:
+    """Return the server of a pool that takes writes; of a cluster, a node that answers, `preferred` if it does.
+
+    Raises:
+        StoreDown, StoreRefused: see `primary` and `any_node`. A single server is not asked.
+    """
+    if pool.type == "sentinel":
+        return await primary(pool, access)
+    if pool.type == "single":
+        return addresses(pool)[0]
+    first = [] if preferred is None else [preferred]
+    return await any_node([*first, *addresses(pool)], access)
+
+
+async def any_node(nodes: Sequence[Address], access: Access) -> Address:
+    """Return the first of these nodes that answers. One that sees the whole cluster comes before one that is cut off.
+
+    Raises:
+        StoreDown: none of them answers.
+        StoreRefused: one of them refuses the user, or is not part of a cluster.
+    """
+    failures, cut_off = [], []
+    for node in dict.fromkeys(nodes):
+        try:
+            if await _sees_the_cluster(node, access):
+                return node
+        except StoreDown as error:
+            failures.append(str(error))
+        else:
+            cut_off.append(node)
+    if cut_off:
+        return cut_off[0]
+    raise StoreDown("; ".join(failures))
+
+
+async def _sees_the_cluster(node: Address, access: Access) -> bool:
+    connection = await Connection.open(node, access)
+    try:
+        (reply,) = await connection.call("CLUSTER", "INFO")
+    finally:
+        await connection.close()
+    if isinstance(reply, ReplyError) and error_code(reply) == "NOPERM":
+        # A user who may not ask may still use the node.
+        return True
+    (info,) = checked([reply], node)
+    return b"cluster_state:ok" in info
 
 
 async def primary(pool: Pool, access: Access) -> Address:

@@ -9,7 +9,8 @@ Parts, in the order of the data:
 
 Beside these run the control channel (sessions agent only), and telemetry if it listens.
 
-ON start: check the rules' user commands and the partition count, connect, start Faust. Kafka assigns partitions.
+ON start: check the store and the partition count, connect, start Faust. Kafka assigns partitions. The check waits for a
+store that is down, as the partitions do later; it refuses only what does not change by itself.
 ON a partition's failure, a crash of Faust, a failure of the control channel: note the failure, and stop.
 ON SIGTERM, SIGINT: stop.
 ON stop: the consumer releases the partitions and commits. Then the Kafka clients disconnect.
@@ -25,7 +26,6 @@ import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import faust
@@ -44,8 +44,10 @@ from millpond.pipeline.process.readiness import say_ready
 from millpond.pipeline.process.signals import on_signal
 from millpond.pipeline.rebuild.rebuild import check_not_rebuilding
 from millpond.pipeline.settings import Settings
+from millpond.pipeline.stores.redis.cluster_check import cluster_weaknesses
 from millpond.pipeline.stores.redis.command_check import check_commands
 from millpond.pipeline.stores.registry import open_store
+from millpond.pipeline.stores.retries import until_up
 from millpond.pipeline.telemetry.http import KAFKA_TIMEOUT_S, serving
 from millpond.pipeline.telemetry.tracers import worker_tracing
 from millpond.pipeline.telemetry.worker import WorkerTelemetry
@@ -53,7 +55,7 @@ from millpond.pipeline.worker.control_channel import ControlChannel
 from millpond.pipeline.worker.faust_transport import Consumer, Transport
 from millpond.pipeline.worker.partitions import Partitions
 from millpond.schemas import keys
-from millpond.schemas.errors import ConfigError, MillpondError, StoreDown
+from millpond.schemas.errors import ConfigError, MillpondError
 from millpond.schemas.events import AgentName
 from millpond.schemas.keys import Partition
 from millpond.schemas.rules import Rules
@@ -125,10 +127,9 @@ class Worker:
             await self._run()
 
     async def _run(self) -> None:
-        await check_commands(self.rules.pool(self.agent), self.rules)
-        # A store that is down is no reason to fail: the partitions wait for it.
-        with suppress(StoreDown):
-            await check_not_rebuilding(self.agent, self.settings, self.rules)
+        if not await self._store_is_checked():
+            self._stop_deadline.cancel()
+            return
         await self._producer.start()
         await self._log.start()
         await self._check_partitions()
@@ -178,6 +179,28 @@ class Worker:
             self._failure = self._failure or app.crash_reason
         if control.done():
             self._failure = self._failure or control.exception()
+
+    async def _store_is_checked(self) -> bool:
+        """Check the store, and wait for one that is down. False if the worker was asked to stop meanwhile."""
+        name = f"worker {self.agent}"
+        checking = asyncio.ensure_future(until_up(self._check_store, name))
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        await asyncio.wait((checking, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if checking.done():
+            checking.result()
+            return True
+        checking.cancel()
+        await asyncio.wait((checking,))
+        return False
+
+    async def _check_store(self) -> None:
+        """Check what does not change by itself: the rules' user commands, and an unfinished rebuild."""
+        pool = self.rules.pool(self.agent)
+        await check_commands(pool, self.rules)
+        for weakness in await cluster_weaknesses(pool):
+            logger.warning("pool %s: %s", pool.name, weakness)
+        await check_not_rebuilding(self.agent, self.settings, self.rules)
 
     async def _check_partitions(self) -> None:
         """Compare the partition count with the settings: the control channel and tools compute partitions from them.

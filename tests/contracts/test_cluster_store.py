@@ -12,8 +12,12 @@ from redis.crc import key_slot
 from millpond.agents.effects import ClearRetained, DeleteBody, RunCommand, SetState, Unindex
 from millpond.agents.reads import ReadIndex, ReadStates
 from millpond.pipeline.stores.redis.cluster_store import ClusterStore
+from millpond.pipeline.stores.redis.command_check import check_commands
 from millpond.schemas import keys
 from millpond.schemas.errors import StoreDown
+from millpond.schemas.rules.pool import Pool
+from millpond.schemas.rules.rule import Rule
+from millpond.schemas.rules.ruleset import Rules
 from tests.contracts.store_worlds import PARTITION, ClusterWorld, applied, commit, kept, transaction
 from tests.support.redis_servers import RedisProcess, cluster_processes, until
 
@@ -121,13 +125,27 @@ async def test_without_one_node_no_transaction_is_applied(nodes: list[RedisProce
     await store.close()
 
 
+async def test_the_check_at_start_does_not_need_the_node_that_is_named_first(
+    nodes: list[RedisProcess],
+) -> None:
+    servers = tuple(("127.0.0.1", node.port) for node in nodes)
+    pool = Pool(name="p", type="cluster", servers=servers)
+    rule = Rule(hook="message.publish", commands=(("INCR", "a"),), pool="p")
+    nodes[0].kill()
+    await check_commands(pool, Rules((rule,)))
+    for node in nodes[1:]:
+        node.kill()
+    with pytest.raises(StoreDown, match=str(nodes[2].port)):
+        await check_commands(pool, Rules((rule,)))
+
+
 class CrashingStore(ClusterStore):
     """An owner that crashes between the fence and the removals."""
 
-    async def _run_step(self, commands: Any) -> Any:
+    async def _run_step(self, commands: Any, unless_on: Any = None) -> Any:
         if any(isinstance(source, Unindex | DeleteBody) for source in commands.sources):
             raise StoreDown("killed")
-        return await super()._run_step(commands)
+        return await super()._run_step(commands, unless_on)
 
 
 async def test_the_next_owner_runs_once_the_removals_that_an_owner_left(

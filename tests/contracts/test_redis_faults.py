@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,44 @@ async def test_a_full_server_applies_nothing_and_is_down(server: RedisProcess) -
     server.client.config_set("maxmemory", "0")
     assert (await store.load()).applied is None
     assert await commit(store, batch) == []
+    await store.close()
+
+
+async def test_a_server_that_refuses_every_write_is_tried_with_back_off(
+    server: RedisProcess,
+) -> None:
+    store = RedisWorld(server).store()
+    server.client.config_set("maxmemory", "1")
+    before = server.client.info("stats")["total_connections_received"]
+    tries = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(3):
+            while True:
+                await store.load()
+                tries += 1
+                with pytest.raises(StoreDown, match="OOM"):
+                    await commit(store, transaction(1, kept(1, "m1", "t")))
+    connections = server.client.info("stats")["total_connections_received"] - before
+    assert 3 <= tries <= connections <= 12
+    server.client.config_set("maxmemory", "0")
+    await store.load()
+    assert await commit(store, transaction(1, kept(1, "m1", "t"))) == []
+    await store.close()
+
+
+async def test_a_partition_that_is_fenced_again_and_again_is_loaded_with_back_off(
+    server: RedisProcess,
+) -> None:
+    store = RedisWorld(server).store()
+    tries = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(3):
+            while True:
+                await store.load()
+                tries += 1
+                with pytest.raises(Fenced):
+                    await commit(store, transaction(2, SetState("t", b"s")))
+    assert 3 <= tries <= 12
     await store.close()
 
 

@@ -19,6 +19,7 @@ from tests.simulation.pubsub_faults import judge_seed
 from tests.simulation.small_limits import small_limits
 from tests.simulation.test_pubsub_properties import LIMITS
 from tests.simulation.test_queue_simulation import Simulated
+from tests.simulation.test_shards import World as ShardsWorld
 from tests.simulation.world import World
 
 PROGRESS_SEEDS = 500
@@ -29,9 +30,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--agent", choices=["messages", "queue", "pubsub", "borders"])
+    parser.add_argument("--agent", choices=["messages", "queue", "pubsub", "borders", "shards"])
     arguments = parser.parse_args()
-    worlds = {"messages": messages, "queue": queue, "pubsub": pubsub, "borders": folds}
+    worlds = {
+        "messages": messages,
+        "queue": queue,
+        "pubsub": pubsub,
+        "borders": folds,
+        "shards": shards,
+    }
     for agent, run_seed in worlds.items():
         if arguments.agent in (None, agent):
             soak(agent, run_seed, arguments.first, arguments.seeds)
@@ -69,6 +76,13 @@ def folds(seed: int) -> Counter[str]:
     except (AssertionError, BrokenInvariant):
         print(borders.smallest(seed))
         raise
+
+
+def shards(seed: int) -> Counter[str]:
+    """Run a world of the messages agent on a Redis Cluster whose shards lose writes."""
+    world = ShardsWorld(seed)
+    world.play()
+    return world.happened
 
 
 def soak(agent: str, run_seed: Callable[[int], Counter[str]], first: int, seeds: int) -> None:

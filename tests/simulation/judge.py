@@ -84,6 +84,12 @@ def comparable(
     return content
 
 
+def stored_fence(server: MemoryServer, partition: Partition = PARTITION) -> Applied | None:
+    """Return the fence of a partition."""
+    packed = server.text(keys.applied(partition))
+    return None if packed is None else msgspec.json.decode(packed, type=Applied)
+
+
 def check_equal(
     server: MemoryServer, expected: MemoryServer, partition: Partition = PARTITION
 ) -> None:

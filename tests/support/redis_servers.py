@@ -122,26 +122,75 @@ def redis_process(directory: Path, **settings: Any) -> Iterator[RedisProcess]:
 def cluster_processes(directory: Path, nodes: int = 3) -> Iterator[list[RedisProcess]]:
     """Run a Redis Cluster during the block: primaries without replicas, which share the slots evenly."""
     with ExitStack() as stack:
-        processes = [
-            stack.enter_context(
-                redis_process(
-                    directory / str(number),
-                    cluster_enabled="yes",
-                    cluster_port=free_port(),
-                    cluster_node_timeout=2000,
-                )
+        yield _cluster(stack, directory, nodes, nodes)
+
+
+@contextmanager
+def replicated_cluster(directory: Path, shards: int = 3) -> Iterator[list[Shard]]:
+    """Run a Redis Cluster during the block whose primaries have one replica each."""
+    with ExitStack() as stack:
+        processes = _cluster(stack, directory, shards, 2 * shards)
+        found = []
+        for primary, replica in zip(processes[:shards], processes[shards:], strict=True):
+            node_id = primary.client.execute_command("CLUSTER", "MYID")
+            replica.client.execute_command("CLUSTER", "REPLICATE", node_id)
+            found.append(Shard(primary, replica))
+        for shard in found:
+            until(shard.in_sync, "the replica has everything")
+        yield found
+
+
+class Shard:
+    """A primary of a cluster and its replica."""
+
+    def __init__(self, primary: RedisProcess, replica: RedisProcess) -> None:
+        self.primary, self.replica = primary, replica
+
+    def in_sync(self) -> bool:
+        """True if the replica receives every write."""
+        link = self.replica.client.info("replication").get("master_link_status")
+        states = self.primary.client.info("replication")
+        return bool(link == "up" and states["connected_slaves"] == 1)
+
+    def cut(self) -> None:
+        """Cut the replica off from the primary's writes. Both stay in touch with the cluster."""
+        # The primary has no password, and refuses a replica that sends one.
+        self.replica.client.config_set("masterauth", "wrong")
+        self.primary.client.execute_command("CLIENT", "KILL", "TYPE", "replica")
+        until(
+            lambda: self.primary.client.info("replication")["connected_slaves"] == 0, "a cut link"
+        )
+
+    def fail_over(self) -> None:
+        """Kill the primary, and let the replica take its place, with the writes that it has."""
+        self.primary.kill()
+        self.replica.client.execute_command("CLUSTER", "FAILOVER", "TAKEOVER")
+        until(lambda: self.replica.client.role()[0] == b"master", "the replica takes over")
+
+
+def _cluster(stack: ExitStack, directory: Path, primaries: int, nodes: int) -> list[RedisProcess]:
+    processes = [
+        stack.enter_context(
+            redis_process(
+                directory / str(number),
+                cluster_enabled="yes",
+                cluster_port=free_port(),
+                cluster_node_timeout=2000,
+                repl_diskless_sync_delay=0,
             )
-            for number in range(nodes)
-        ]
-        slots = [16384 * number // nodes for number in range(nodes + 1)]
-        first = processes[0].client
-        for process, start, stop in zip(processes, slots, slots[1:], strict=False):
-            process.client.execute_command("CLUSTER", "ADDSLOTSRANGE", start, stop - 1)
-            bus = process.settings["cluster_port"]
-            first.execute_command("CLUSTER", "MEET", "127.0.0.1", process.port, bus)
-        for process in processes:
-            until(partial(_knows_all, process, nodes), "the cluster agrees")
-        yield processes
+        )
+        for number in range(nodes)
+    ]
+    slots = [16384 * number // primaries for number in range(primaries + 1)]
+    first = processes[0].client
+    for process, start, stop in zip(processes, slots, slots[1:], strict=False):
+        process.client.execute_command("CLUSTER", "ADDSLOTSRANGE", start, stop - 1)
+    for process in processes:
+        bus = process.settings["cluster_port"]
+        first.execute_command("CLUSTER", "MEET", "127.0.0.1", process.port, bus)
+    for process in processes:
+        until(partial(_knows_all, process, nodes), "the cluster agrees")
+    return processes
 
 
 def _knows_all(process: RedisProcess, nodes: int) -> bool:

@@ -9,7 +9,15 @@ One transaction cannot span slots. A batch therefore runs in this order:
 5. body deletions,
 6. the list leaves the journal.
 
-Each step begins after every command of the step before has been answered.
+Each step begins after every command of the step before has been answered. On shards with replicas, the steps 1 to 5 end
+when a replica of each written shard has acknowledged the writes (nodes.py).
+
+**Why each step is confirmed.** The fence and the public keys lie in different shards, and each shard can fail over by
+itself, and lose its last writes. The fence decides what is folded again, and the journal what is removed again. So:
+
+- Bodies and entries are on a replica before the fence moves. If they are lost before, they are folded again.
+- The fence is on a replica before anything is removed, and before user commands run. So no removal is ahead of it.
+- Removals are on a replica before their list leaves the journal. If they are lost before, they run again.
 
 **Invariants**
 
@@ -21,7 +29,7 @@ Each step begins after every command of the step before has been answered.
 
 1. Discover the nodes.
 2. Watch the fence, and read state and journal (`Fence.load`).
-3. If the journal has the list of the last transaction, run steps 4 to 6 for it.
+3. If the journal has the list of the last transaction: confirm the fence, then run steps 4 to 6.
 
 Step 3 may repeat what the last owner did before it crashed, stalled or lost its connection. Only here a user command may
 run twice. docs/explanation/guarantees.md lists what else can run late, and with which effect.
@@ -54,8 +62,10 @@ from millpond.pipeline.stores.redis.fence import BAD_COMMAND_CODES, Fence, Packe
 from millpond.pipeline.stores.redis.nodes import Nodes
 from millpond.pipeline.stores.redis.packing import BatchCommands
 from millpond.pipeline.stores.redis.reads import answer, read_command
-from millpond.pipeline.stores.redis.store import NOT_LOADED, until_up
+from millpond.pipeline.stores.redis.store import NOT_LOADED
+from millpond.pipeline.stores.retries import Retries, until_up
 from millpond.schemas import keys
+from millpond.schemas.errors import StoreDown
 from millpond.schemas.keys import Partition
 
 log = logging.getLogger(__name__)
@@ -84,29 +94,38 @@ class ClusterStore:
         """`seeds` are some nodes of the cluster. Nothing connects before `load`."""
         self._partition, self._seeds, self._access = partition, seeds, access
         self._nodes = Nodes(seeds, access)
+        self._retries = Retries()
         # None before `load`, during a commit, and after a failure.
         self._fence: Fence | None = None
 
     async def load(self) -> LoadedState:
         """See `millpond.agents.ports.Store`. Finishes the removals of the last transaction first."""
-        return await until_up(self._load, self._partition)
+        # A store that was loaded, and then refused the transaction, is not loaded again at once.
+        await self._retries.pause()
+        return await until_up(self._load, self._partition, self._retries)
 
     async def _load(self) -> LoadedState:
         await self.close()
         self._nodes = Nodes(self._seeds, self._access)
+        # A node that is cut off from the cluster answers with an old map. So the next load asks another one first.
+        self._seeds = (*self._seeds[1:], self._seeds[0])
         await self._nodes.discover()
         home = self._nodes.address_of(keys.applied(self._partition))
         fence = Fence(await self._nodes.connection(home), self._partition)
         stored, journal = await fence.load()
         if stored.applied is not None:
-            await self._finish_removals(stored.applied, journal)
+            await self._finish_removals(stored.applied, journal, home)
         self._fence = fence
         return stored
 
-    async def _finish_removals(self, applied: Applied, journal: Mapping[bytes, bytes]) -> None:
+    async def _finish_removals(
+        self, applied: Applied, journal: Mapping[bytes, bytes], home: Address
+    ) -> None:
         # Lists of earlier transactions cannot exist: a commit ends with step 6, and `load` with this one.
         left = journal.get(keys.removal_field(applied.sequence).encode())
         if left is not None:
+            # The owner that left the list may not have had the confirmation of its fence.
+            await self._nodes.confirm(home)
             for commands in _decode(left):
                 await self._run_journaled(commands)
             await self._forget_removals(applied)
@@ -121,7 +140,9 @@ class ClusterStore:
         checked(await self._nodes.run(forget), "the cluster")
 
     async def _run_journaled(self, commands: Sequence[RedisCommand]) -> None:
-        for command, reply in zip(commands, await self._nodes.run(commands), strict=True):
+        for command, reply in zip(
+            commands, await self._nodes.run(commands, confirmed=True), strict=True
+        ):
             if isinstance(reply, ReplyError):
                 error = store_error(reply, "the cluster")
                 if error is not None and error_code(reply) not in BAD_COMMAND_CODES:
@@ -135,9 +156,11 @@ class ClusterStore:
                 )
 
     async def read(self, reads: Sequence[Read]) -> list[Any]:
-        replies = await self._nodes.run([read_command(self._partition, read) for read in reads])
-        pairs = zip(reads, replies, strict=True)
-        return [answer(read, reply, "the cluster") for read, reply in pairs]
+        commands = [read_command(self._partition, read) for read in reads]
+        with self._retries.counting(success=False):
+            replies = await self._nodes.run(commands)
+            pairs = zip(reads, replies, strict=True)
+            return [answer(read, reply, "the cluster") for read, reply in pairs]
 
     def pack(self, transaction: Transaction) -> ClusterPacked:
         commands = BatchCommands(self._partition, transaction, now_ms())
@@ -159,19 +182,36 @@ class ClusterStore:
         return asyncio.ensure_future(self._commit(fence, packed))
 
     async def _commit(self, fence: Fence, packed: ClusterPacked) -> Sequence[Refusal]:
+        with self._retries.counting():
+            refused = await self._run_steps(fence, packed)
+        self._fence = fence
+        return refused
+
+    async def _run_steps(self, fence: Fence, packed: ClusterPacked) -> Sequence[Refusal]:
         # Without this check a fenced worker would run steps 1 and 2 in vain.
         fence.expect(packed.fenced)
-        refused = await self._run_step(packed.bodies) + await self._run_step(packed.entries)
+        await self._nodes.refresh()
+        home = self._nodes.address_of(keys.applied(self._partition))
+        if home != fence.address:
+            # The old primary may be cut off, and still take writes.
+            raise StoreDown(
+                f"the slot of {self._partition} has moved from {fence.address} to {home}"
+            )
+        fence.confirmation = self._nodes.confirmation(home)
+        # What steps 1 and 2 write in the fence's own shard comes before it, on the same connection.
+        refused = await self._run_step(packed.bodies, unless_on=home)
+        refused += await self._run_step(packed.entries, unless_on=home)
         refused += await fence.result(packed.fenced, fence.send(packed.fenced))
         if packed.removals.commands or packed.body_removals.commands:
             refused += await self._run_step(packed.removals)
             refused += await self._run_step(packed.body_removals)
             await self._forget_removals(packed.applied)
-        self._fence = fence
         return refused
 
-    async def _run_step(self, commands: CommandList) -> list[Refusal]:
-        """Run commands on the nodes that hold their keys, and return the refusals.
+    async def _run_step(
+        self, commands: CommandList, unless_on: Address | None = None
+    ) -> list[Refusal]:
+        """Run commands on the nodes that hold their keys, and return the refusals. For `unless_on` see `Nodes.run`.
 
         An error about one key stops nothing.
 
@@ -180,7 +220,7 @@ class ClusterStore:
         """
         if not commands.commands:
             return []
-        replies = await self._nodes.run(commands.commands)
+        replies = await self._nodes.run(commands.commands, confirmed=True, unless_on=unless_on)
         for source, reply in zip(commands.sources, replies, strict=True):
             if isinstance(reply, ReplyError):
                 error = store_error(reply, "the cluster")
@@ -195,7 +235,8 @@ class ClusterStore:
     async def check(self) -> None:
         fence, self._fence = self._fence, None
         assert fence is not None, NOT_LOADED
-        await fence.verify()
+        with self._retries.counting():
+            await fence.verify()
         self._fence = fence
 
     async def close(self) -> None:

@@ -23,7 +23,7 @@ write, but GET returns its value. `expect` then finds another fence than the tra
 2. A transaction is sent only if its `expected` fence equals `_seen`.
 3. After any exception the connection's WATCH is in an unknown state. The store then loads again on a new connection.
 
-**State**: `_connection`, and `_seen`, which is None for a partition without a fence.
+**State**: `_connection`; `_seen`, which is None for a partition without a fence; `confirmation` (see nodes.py).
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ from millpond.agents.effects import Output, Refusal, RunCommand
 from millpond.agents.ports import Applied, LoadedState
 from millpond.pipeline.stores.redis.commands import CommandList, refusals
 from millpond.pipeline.stores.redis.connection import (
+    Address,
     Connection,
     checked,
     error_code,
     pack,
     store_error,
 )
+from millpond.pipeline.stores.redis.nodes import CONFIRMATION_REPLIES, check_confirmed
 from millpond.pipeline.stores.redis.packing import decode_applied, decode_outputs, decode_seen
 from millpond.schemas import keys
 from millpond.schemas.errors import Fenced, StoreDown, StoreRefused
@@ -70,8 +72,15 @@ class Fence:
         """Call `load` first."""
         self._connection, self._partition = connection, partition
         self._seen: Applied | None = None
+        # What follows a transaction so that a replica confirms it. Nothing, except on a Redis Cluster with replicas.
+        self.confirmation = b""
         name = keys.applied(partition)
         self._watch = pack(("WATCH", name)) + pack(("GET", name))
+
+    @property
+    def address(self) -> Address:
+        """The server whose fence this is."""
+        return self._connection.address
 
     async def load(self) -> tuple[LoadedState, Mapping[bytes, bytes]]:
         """Watch the fence, and read the state and the raw journal, all of one moment.
@@ -154,13 +163,16 @@ class Fence:
             fenced.set_exception(error)
             return fenced
         count = len(packed.commands.commands)
-        data = b"".join((_MULTI, packed.data, _EXEC, self._watch))
-        # One reply for each command, and those of MULTI, EXEC, WATCH and GET.
-        return self._connection.send(data, count + 4)
+        data = b"".join((_MULTI, packed.data, _EXEC, self._watch, self.confirmation))
+        # One reply for each command, and those of MULTI, EXEC, WATCH, GET and the confirmation.
+        extra = CONFIRMATION_REPLIES if self.confirmation else 0
+        return self._connection.send(data, count + 4 + extra)
 
     async def result(self, packed: Packed, sent: asyncio.Future[list[Any]]) -> list[Refusal]:
         """Return the refusals. See `millpond.agents.ports.Store.commit` for the errors."""
-        _, *queued, executed, watching, fence = await sent
+        replies = await sent
+        end = len(packed.commands.commands) + 4
+        _, *queued, executed, watching, fence = replies[:end]
         sources = packed.commands.sources
         checked((watching, fence), self._connection.address)
         self._seen = self._decoded(fence)
@@ -169,6 +181,8 @@ class Fence:
             raise self._fenced()
         if isinstance(executed, ReplyError):
             return await self._retry_without_bad_commands(packed, queued, executed)
+        if replies[end:]:
+            check_confirmed(replies[end:], self._connection.address)
         # The hot path: one pass in C over all replies.
         if ReplyError not in set(map(type, executed)):
             return []

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, TypeVar
-
-from redis.backoff import EqualJitterBackoff
+from typing import Any, Final
 
 from millpond.agents.effects import Refusal
 from millpond.agents.ports import LoadedState, Transaction
@@ -17,33 +14,10 @@ from millpond.pipeline.stores.redis.connection import Connection, pack
 from millpond.pipeline.stores.redis.fence import Fence, Packed
 from millpond.pipeline.stores.redis.packing import BatchCommands
 from millpond.pipeline.stores.redis.reads import answer, read_command
-from millpond.schemas.errors import StoreDown
+from millpond.pipeline.stores.retries import Retries, until_up
 from millpond.schemas.keys import Partition
 
-log = logging.getLogger(__name__)
-Result = TypeVar("Result")
-
-# The pause after n failures is 0.05 s · 2ⁿ, at most 2 s, and the second half of it is random. So workers notice soon
-# that a server is up, and their partitions do not all connect at the same moment.
-BACKOFF_BASE_S, BACKOFF_MAX_S, BACKOFF_DOUBLINGS_MAX = 0.05, 2.0, 8
 NOT_LOADED: Final = "call load() first, and again after every failure; one commit at a time"
-
-
-async def until_up(attempt: Callable[[], Awaitable[Result]], partition: Partition) -> Result:
-    """Repeat an attempt until it raises no `StoreDown`. Log the first failure and the success after it."""
-    backoff, failures = EqualJitterBackoff(cap=BACKOFF_MAX_S, base=BACKOFF_BASE_S), 0
-    while True:
-        try:
-            result = await attempt()
-        except StoreDown as error:
-            if not failures:
-                log.warning("%s: the store is down: %s; retrying until it is up", partition, error)
-            failures += 1
-            await asyncio.sleep(backoff.compute(min(failures, BACKOFF_DOUBLINGS_MAX)))
-        else:
-            if failures:
-                log.info("%s: the store is up again", partition)
-            return result
 
 
 class RedisStore:
@@ -53,11 +27,14 @@ class RedisStore:
         """`connect` opens a connection to the current primary."""
         self._partition, self._connect = partition, connect
         self._connection: Connection | None = None
+        self._retries = Retries()
         # None before `load`, during a commit, and after a failure.
         self._fence: Fence | None = None
 
     async def load(self) -> LoadedState:
-        return await until_up(self._load, self._partition)
+        # A store that was loaded, and then refused the transaction, is not loaded again at once.
+        await self._retries.pause()
+        return await until_up(self._load, self._partition, self._retries)
 
     async def _load(self) -> LoadedState:
         await self.close()
@@ -71,9 +48,10 @@ class RedisStore:
         """See `millpond.agents.ports.Store`. The answers come after those of the transaction in flight."""
         assert self._connection is not None, NOT_LOADED
         commands = [read_command(self._partition, read) for read in reads]
-        replies = await self._connection.send(b"".join(map(pack, commands)), len(commands))
         where = self._connection.address
-        return [answer(read, reply, where) for read, reply in zip(reads, replies, strict=True)]
+        with self._retries.counting(success=False):
+            replies = await self._connection.send(b"".join(map(pack, commands)), len(commands))
+            return [answer(read, reply, where) for read, reply in zip(reads, replies, strict=True)]
 
     def pack(self, transaction: Transaction) -> Packed:
         commands = BatchCommands(self._partition, transaction, now_ms()).all()
@@ -88,7 +66,8 @@ class RedisStore:
     async def _result(
         self, fence: Fence, packed: Packed, sent: asyncio.Future[list[Any]]
     ) -> Sequence[Refusal]:
-        refused = await fence.result(packed, sent)
+        with self._retries.counting():
+            refused = await fence.result(packed, sent)
         # Not reached after an error or a cancellation: the store must then load again.
         self._fence = fence
         return refused
@@ -96,7 +75,8 @@ class RedisStore:
     async def check(self) -> None:
         fence, self._fence = self._fence, None
         assert fence is not None, NOT_LOADED
-        await fence.verify()
+        with self._retries.counting():
+            await fence.verify()
         self._fence = fence
 
     async def close(self) -> None:

@@ -175,6 +175,43 @@ async def test_a_worker_waits_for_a_redis_that_does_not_answer(
         assert worker.process.poll() is None
 
 
+async def test_a_worker_that_starts_while_redis_is_down_waits_for_it(
+    app_name: str, kafka: str, own_redis: Server, tmp_path: Path
+) -> None:
+    async with running(app_name, kafka, own_redis.address, tmp_path) as pipeline:
+        pipeline.configure(*COUNTED, batch_records_max=50)
+        await pipeline.publish(messages(0, 1_000))
+        await asyncio.to_thread(own_redis.kill)
+        starting = asyncio.create_task(pipeline.worker())
+        await asyncio.sleep(8)  # longer than a worker takes to start: this is the fault itself
+        (worker,) = pipeline.workers
+        assert worker.process.poll() is None
+        assert worker.log.read_text().count("the store is down") == 1
+        await asyncio.to_thread(own_redis.start)
+        await starting
+        await all_applied_once(pipeline, 1_000)
+        worker.signal(signal.SIGTERM)
+        assert await worker.ended() == 0
+
+
+async def test_a_worker_that_is_asked_to_stop_while_it_waits_for_redis_ends(
+    app_name: str, kafka: str, own_redis: Server, tmp_path: Path
+) -> None:
+    async with running(app_name, kafka, own_redis.address, tmp_path) as pipeline:
+        config = pipeline.configure(*COUNTED)
+        await asyncio.to_thread(own_redis.kill)
+        worker = Worker(config, tmp_path / "waiting.log")
+
+        async def waiting() -> bool:
+            return "the store is down" in worker.log.read_text()
+
+        await until(waiting, "the worker to wait for Redis")
+        worker.signal(signal.SIGTERM)
+        assert await worker.ended() == 0
+        pipeline.replays_as_live = False
+        await asyncio.to_thread(own_redis.start)
+
+
 async def test_redis_emptied_under_a_running_worker_is_rebuilt_from_the_log(
     pipeline: Pipeline,
 ) -> None:

@@ -353,7 +353,7 @@ async def test_workers_refuse_to_start_until_an_interrupted_rebuild_is_finished(
     process.send_signal(signal.SIGTERM)
     _, said = await asyncio.to_thread(process.communicate, timeout=60)
     assert process.returncode == 1
-    assert "workers of messages do not start until it is finished" in said
+    assert "no worker of messages starts before another" in said
     refused = Worker(config, pipeline.directory / "refused.log")
     pipeline.workers.append(refused)
     assert await refused.ended() == 1

@@ -61,7 +61,7 @@ async def test_an_interrupted_replay_is_marked_as_incomplete_and_continues_with_
             assert process.returncode == -number
         else:
             assert process.returncode == 1
-            assert "is marked as incomplete; the same command goes on" in said
+            assert "is marked as incomplete; the same command continues" in said
             assert "Traceback" not in said
         # A replay from another time is refused.
         other = replay(path, into, "--from", "2026-01-01T00:00:00", agent="messages")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from redis.crc import key_slot
 
 from millpond.schemas import keys
 from millpond.schemas.keys import Partition
@@ -103,3 +104,8 @@ KEYS = {
 def test_the_key_of_a_record_is_a_topic_a_client_id_or_an_agent(name: str) -> None:
     event, _ = GOLDEN[name]
     assert keys.record_key(event) == KEYS.get(name, "sub")
+
+
+def test_the_key_in_front_of_a_wait_lies_in_the_slot_of_its_number() -> None:
+    assert keys.confirmed(17) == "millpond:{17}:confirmed"
+    assert key_slot(keys.confirmed(17).encode()) == key_slot(b"17")

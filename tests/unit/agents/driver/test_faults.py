@@ -9,7 +9,7 @@ import pytest
 
 from millpond.pipeline.stores.memory.server import Moment
 from millpond.schemas import keys
-from millpond.schemas.errors import StoreRefused
+from millpond.schemas.errors import StoreDown, StoreRefused
 from millpond.schemas.keys import Partition
 from tests.support import given
 from tests.support.partition import PARTITION, World, once, run, waits
@@ -58,6 +58,28 @@ def test_two_batches_are_applied_once_when_the_store_fails_under_the_first(momen
     run(driver.settle())
     assert world.counted_once("a", "b")
     assert any("down" in notice for notice in world.notices)
+
+
+def test_a_store_that_refuses_again_and_again_is_logged_once_for_each_reason_and_outage() -> None:
+    world = World(*RULES)
+    driver = world.started()
+    world.feed(driver)
+    reasons = iter(["full", "full", "lost", "full", "lost", "full"])
+
+    def refuse(at: Moment, partition: Partition) -> None:
+        reason = next(reasons, None) if at == "before" else None
+        if reason is not None:
+            raise StoreDown(reason)
+
+    for name in "ab":
+        before = len(world.notices)
+        world.server.fault = refuse
+        run(driver.process(world.append(given.published(name))))
+        run(driver.settle())
+        told = [each for each in world.notices[before:] if "loading the state" in each]
+        assert [each.split(": ")[1].split(";")[0] for each in told] == ["full", "lost"]
+        reasons = iter(["full", "lost", "lost"])
+    assert world.counted_once("a", "b")
 
 
 def test_skipped_records_between_a_lost_batch_and_the_next_still_move_the_clock() -> None:
