@@ -29,13 +29,21 @@ def host_allowed(listens_at: str, host_header: str) -> bool:
     return not is_loopback(listens_at) or is_loopback(_name(f"//{host_header}"))
 
 
-def origin_allowed(origin: str | None, allowed: Collection[str] | None, page_port: int) -> bool:
-    """True if a page of `origin` may open a WebSocket (RFC 6455, 10.2).
+def origin_allowed(
+    origin: str | None, host_header: str, allowed: Collection[str] | None, page_port: int
+) -> bool:
+    """True if a client that names this Origin may open a WebSocket (RFC 6455, 10.2).
 
-    A client that is no browser sends no Origin. `allowed` are the origins that the user configured; with None, the
-    pages are those that this machine serves at `page_port`.
+    - A client that is no browser sends no Origin, or the listener's own address, as paho-mqtt does. No page has that
+      origin, since the listener serves none. A host name could be another site's that resolves to this machine, so the
+      address counts only if it is an IP address or localhost.
+    - `allowed` are the origins that the user configured. With None, the pages are those that this machine serves at
+      `page_port`.
     """
     if origin is None:
+        return True
+    name = _name(origin)
+    if origin.partition("://")[2] == host_header and (is_loopback(name) or _is_address(name)):
         return True
     if allowed is not None:
         return origin in allowed
@@ -43,7 +51,15 @@ def origin_allowed(origin: str | None, allowed: Collection[str] | None, page_por
         port = urlsplit(origin).port
     except ValueError:
         return False
-    return is_loopback(_name(origin)) and port == page_port
+    return is_loopback(name) and port == page_port
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _name(address: str) -> str:

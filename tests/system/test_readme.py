@@ -111,6 +111,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
         shell.close()
 
 
+@pytest.mark.timeout(900)  # an hour of a newcomer; machines are shared
 @pytest.mark.parametrize(
     "document", documents(), ids=lambda document: str(document.relative_to(ROOT))
 )

@@ -79,7 +79,8 @@ class ListeningBroker(Broker):
             answer.headers["Upgrade"] = "websocket"
             return answer
         origins, allowed = request.headers.get_all("Origin"), self._settings.websocket_origins
-        if any(not origin_allowed(origin, allowed, self._page_port) for origin in origins):
+        host = request.headers.get("Host", "")
+        if any(not origin_allowed(origin, host, allowed, self._page_port) for origin in origins):
             return connection.respond(
                 HTTPStatus.FORBIDDEN,
                 "Pages of this origin may not connect: [bridge] websocket_origins\n",

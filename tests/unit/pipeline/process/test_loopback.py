@@ -43,16 +43,31 @@ def test_a_listener_on_loopback_answers_for_loopback(host: str, allowed: bool) -
         ("http://[::1]:8080", True), ("http://127.0.0.1:8081", False), ("http://127.0.0.1", False),
         ("http://evil.example:8080", False), ("http://evil.example", False), ("null", False),
         ("", False), ("file://", False), ("http://127.0.0.1:8080@evil.example:8080", False),
-        ("http://127.0.0.1:x", False), ("http://[", False),
+        ("http://127.0.0.1:x", False), ("http://[", False), ("http://127.0.0.1:8083", True),
     ],
 )  # fmt: skip
 def test_only_the_page_of_this_machine_opens_a_websocket(origin: str | None, allowed: bool) -> None:
-    assert origin_allowed(origin, None, PAGE_PORT) == allowed
+    assert origin_allowed(origin, "127.0.0.1:8083", None, PAGE_PORT) == allowed
 
 
 def test_configured_origins_replace_the_page_of_this_machine() -> None:
     allowed = ["https://console.example"]
-    assert origin_allowed("https://console.example", allowed, PAGE_PORT)
-    assert origin_allowed(None, allowed, PAGE_PORT)
-    assert not origin_allowed("http://127.0.0.1:8080", allowed, PAGE_PORT)
-    assert not origin_allowed("https://console.example.evil.example", allowed, PAGE_PORT)
+    assert origin_allowed("https://console.example", "127.0.0.1:8083", allowed, PAGE_PORT)
+    assert origin_allowed(None, "127.0.0.1:8083", allowed, PAGE_PORT)
+    assert not origin_allowed("http://127.0.0.1:8080", "127.0.0.1:8083", allowed, PAGE_PORT)
+    assert not origin_allowed(
+        "https://console.example.evil.example", "127.0.0.1:8083", allowed, PAGE_PORT
+    )
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed"),
+    [
+        ("192.0.2.7:8083", True), ("[2001:db8::7]:8083", True), ("localhost:8083", True),
+        ("broker.example:8083", False),  # a name could be any site's
+    ],
+)  # fmt: skip
+def test_a_client_that_names_the_listeners_own_address_is_no_page(host: str, allowed: bool) -> None:
+    """paho-mqtt sends the address that it connects to as its Origin."""
+    assert origin_allowed(f"http://{host}", host, None, PAGE_PORT) == allowed
+    assert not origin_allowed("http://192.0.2.8:8083", host, None, PAGE_PORT)
