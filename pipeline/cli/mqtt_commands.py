@@ -15,6 +15,7 @@ import typer
 from millpond.pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, load_settings
 from millpond.pipeline.process.extras import extra
 from millpond.pipeline.process.signals import run
+from millpond.pipeline.settings import PORT_MAX
 from millpond.schemas.errors import ConfigError, MillpondError
 from millpond.schemas.topics import filter_error, topic_name_error
 
@@ -29,7 +30,13 @@ HostOption = Annotated[
 ]
 PortOption = Annotated[
     int | None,
-    typer.Option("--port", "-p", help="The broker's port, if not the one in the settings."),
+    typer.Option(
+        "--port",
+        "-p",
+        min=1,
+        max=PORT_MAX,
+        help="The broker's port, if not the one in the settings.",
+    ),
 ]
 QosOption = Annotated[int, typer.Option("--qos", "-q", min=0, max=2, help="Quality of service.")]
 IdOption = Annotated[str | None, typer.Option("--id", "-i", help="The client id.")]

@@ -248,7 +248,7 @@ def test_odd_names_are_shown_as_plain_text(home: Home, page: Page, url: str) -> 
 
 def test_without_a_token_the_page_is_read_only(home: Home, page: Page, tmp_path: Path) -> None:
     config = tmp_path / "millpond.toml"
-    lines = (home.data / "millpond.toml").read_text().splitlines()
+    lines = (home.data / "stack.toml").read_text().splitlines()
     config.write_text("\n".join(line for line in lines if not line.startswith("token_file")))
     url = f"http://{HOST}:{free_port()}/"
     message_id = dead_letter(home, "poison/read-only")
