@@ -59,9 +59,12 @@ element("connect-form").addEventListener("submit", (event) => {
   setOpen(true);
   say("connecting");
   mine.on("connect", (answer) => {
-    accepted = true;
     setConnected(true);
     say(`connected as ${name}${answer.sessionPresent ? "; the broker has kept its session" : ""}`);
+  });
+  // MQTT.js emits "connect" of a second connection only after it has sent the unacknowledged publishes again.
+  mine.on("packetreceive", (packet) => {
+    if (packet.cmd === "connack" && packet.returnCode === 0) accepted = true;
   });
   mine.on("reconnect", () => say("reconnecting"));
   mine.on("close", () => {
