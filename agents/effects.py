@@ -60,7 +60,7 @@ from millpond.schemas.events import Message, SubscriberJoined, SubscriberLeft
 
 # The tables of packed states of a partition (schemas/keys.py has the content of each). The default is `states`:
 # clients for the sessions agent, retained messages for the others.
-Table: TypeAlias = Literal["states", "windows", "members", "dead", "logs", "subscribers"]
+Table: TypeAlias = Literal["states", "windows", "members", "dead", "aliases", "logs", "subscribers"]
 
 # The source of effects without a record: expiry at a tick, and cleaning up after a refusal. No record has this offset.
 NO_SOURCE = -1
@@ -268,6 +268,7 @@ class DeliverMessage(Struct, frozen=True, gc=False, tag="hand_out"):
     qos: That of the subscription. The copy has the lower one of this and the message's.
     attempt: Which delivery this is, from 1.
     expires_at: When the message expires by its rule, in ms. The message's own expiry can be earlier.
+    valid_until: Until when a bridge may deliver it, in ms of the log's time, whenever its command reaches Kafka.
     stored: True if the store has the body. Otherwise only the record at `offset` has the payload.
     """
 
@@ -281,6 +282,7 @@ class DeliverMessage(Struct, frozen=True, gc=False, tag="hand_out"):
     attempt: int
     expires_at: int | None
     stored: bool = True
+    valid_until: int | None = None
 
 
 class DeadLetterMessage(Struct, frozen=True, gc=False, tag="give_up"):

@@ -36,6 +36,7 @@ class Deliver(Struct, frozen=True, kw_only=True, tag_field="type", tag="deliver"
         retained messages and QoS 0 publishes.
     epoch: See the head of this module.
     valid_for_s: See the head of this module.
+    valid_until: The end of the validity in ms of the log's time, if the record reached Kafka late. None: `valid_for_s` alone.
     attempt: Which delivery of the message this is, from 1.
     message_id: The id of the stored message. The broker may give the copy another one.
     topic: The topic of the message.
@@ -57,6 +58,7 @@ class Deliver(Struct, frozen=True, kw_only=True, tag_field="type", tag="deliver"
     payload: str
     payload_encoding: PayloadEncoding = "utf-8"
     expires_at: TimeMs | None = None
+    valid_until: TimeMs | None = None
 
 
 class Subscribe(Struct, frozen=True, kw_only=True, tag_field="type", tag="subscribe"):

@@ -320,6 +320,15 @@ class DeliveryFailed(Base, frozen=True, kw_only=True, tag="delivery.failed"):
     reason: Literal["no_client", "stale", "bridge", "gone", "too_large"]
 
 
+class MembersActive(Base, frozen=True, kw_only=True, tag="members.active"):
+    """These clients have acknowledged copies, perhaps only copies of other partitions: the time for the acknowledgement
+    of what they have of this one starts again. Written to the agent's partition, by the bridge that knows of the copies.
+    """
+
+    agent: AgentName
+    client_ids: tuple[ClientId, ...]
+
+
 class OperatorRequeue(Base, frozen=True, kw_only=True, tag="operator.requeue"):
     """Deliver a dead message again. Its attempts count from 1 again.
 
@@ -374,7 +383,7 @@ Event: TypeAlias = (
     | NodeStarted | NodeStopped | NodeSyncStarted | NodeSyncCompleted
     | MessagePublished | MessageRetained | MessageDelivered | MessageAcked
     | SubscriberJoined | SubscriberLeft
-    | DeliveriesSent | DeliveryFailed
+    | DeliveriesSent | DeliveryFailed | MembersActive
     | OperatorRequeue | OperatorDrop | OperatorRewind
     | RulesChanged | Tick
 )

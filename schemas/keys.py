@@ -25,7 +25,8 @@ The table is shown to users: `docs/generate.py` copies it into docs/reference/re
 | `millpond:{app:agent:partition}:states` | hash | sessions: client id → its state; other agents: topic → its retained message; as JSON | the agent | sessions: for ever; others: while the topic retains a message |
 | `millpond:{app:agent:partition}:windows` | hash | queue: topic → its window; pubsub: subscriber and topic → its reader with the read offset; as JSON | queue, pubsub | queue: while the window has content; pubsub: as long as the read offset |
 | `millpond:{app:agent:partition}:members` | hash | client, or group and client → the member with its filters and leases, as JSON | queue, pubsub | until ten minutes after the member went offline |
-| `millpond:{app:agent:partition}:dead` | hash | message id → the dead message with the reason, as JSON | queue, pubsub | 7 days |
+| `millpond:{app:agent:partition}:dead` | hash | message id → the dead message with the reason and its holders, as JSON | queue, pubsub | 7 days |
+| `millpond:{app:agent:partition}:aliases` | hash | id that a broker gave a copy → message id of the dead message | queue, pubsub | with the dead message, at most 16 for one of its subscribers |
 | `millpond:{app:pubsub:partition}:logs` | hash | topic → its topic log: length, newest message, what was trimmed; as JSON | pubsub | for ever: grows with the topics |
 | `millpond:{app:pubsub:partition}:subscribers` | hash | subscriber → its filters, and since when it has each, as JSON | pubsub | until `offset_retention_s` after the end of its session |
 | `millpond:{app:agent:partition}:waiting` | zset | windows with messages that no member had room for, by name | queue, pubsub | until the messages are leased |
@@ -49,6 +50,7 @@ from millpond.schemas.events import (
     DeliveriesSent,
     DeliveryFailed,
     Event,
+    MembersActive,
     Message,
     MessageAcked,
     MessageDelivered,
@@ -145,7 +147,7 @@ def record_key(event: Event) -> str:
         return event.topic
     if isinstance(event, OperatorRequeue | OperatorDrop | OperatorRewind):
         return event.topic
-    if isinstance(event, RulesChanged | Tick | DeliveriesSent | DeliveryFailed):
+    if isinstance(event, RulesChanged | Tick | DeliveriesSent | DeliveryFailed | MembersActive):
         return agent_record_key(event.agent)
     if isinstance(event, SubscriberJoined | SubscriberLeft):
         # Without a wildcard, the filter is a topic. With one, a record goes to every partition.

@@ -3,26 +3,38 @@
 Rule 1: every transition of a lease is in this file; members come and go in `membership.py`, and what becomes of a
 message is the agent's own. Rule 2: no IO, no clock, no chance.
 
+A copy stays with the member that has it; when its clock runs out, `silence.py` lets others take it over.
+
 ON something to hand out: members with room take turns. ON sent: the lease counts as a delivery, and has until its ack is
 due. ON failed, also after sent: the lease returns and counts nothing; the member rests. ON acked: the message is done
-with. ON tick: overdue leases return, or their messages are dead.
+with. ON tick: a lease whose clock has run out is silent; one whose member is offline, or that was never sent, returns, or
+its message is dead.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final, Generic, TypeAlias, TypeVar
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
-from millpond.agents.delivery.members import Member, Members, Reach, Round
+from millpond.agents.delivery.members import (
+    LeftCopy,
+    Member,
+    Members,
+    Reach,
+    Round,
+    client_of,
+    copy_name,
+)
 from millpond.agents.delivery.window import Lease, Waiting, Window
 from millpond.agents.effects import DeliverMessage, Effect, Output, SetIndex
 from millpond.agents.topics.due_times import INDEX, MEMBER, WINDOW, DueTimes, due_member
 from millpond.agents.topics.plans import DeliveryPlan
 from millpond.agents.topics.state_cache import StateCache
 from millpond.agents.topics.storage import MessageStorage
+from millpond.schemas.commands import COMMAND_VALID_FOR_S
 from millpond.schemas.events import DeliveriesSent, DeliveryFailed, MessagePublished, Sent
 from millpond.schemas.leases import lease_number
 
@@ -46,7 +58,8 @@ Done: TypeAlias = list[Effect | Output]
 class Counters(Struct):
     """What travels in the fence: the last lease's number; leases not confirmed, and whether leasing pauses for them;
     windows that wait now, and that ever began to; what the work index holds, the last place given there; behind which
-    window a resumption is; how many subscribers' readers are being forgotten.
+    window a resumption is; how many subscribers' readers are being forgotten; how many dead messages a late
+    acknowledgement can take back.
     """
 
     lease: int = 0
@@ -59,6 +72,7 @@ class Counters(Struct):
     resuming: bool = False
     forgetting: int = 0
     resume_after: str = ""
+    retractable: int = 0
 
 
 class Leasing(ABC, Generic[W]):
@@ -122,10 +136,11 @@ class Leasing(ABC, Generic[W]):
         done: Done = []
         window, delivery = self.window(offset, key), self.delivery(key)
         reaches = self.reaching(key) if delivery is not None else []
-        while reaches and delivery is not None and (waiting := window.next()) is not None:
-            reach = self._members.in_turn(reaches, window.turn, waiting, delivery.max_inflight)
-            if reach is None:
+        while reaches and delivery is not None and (window.silent or window.next() is not None):
+            found = self._in_turn(done, key, reaches, delivery, now_ms)
+            if found is None:
                 break
+            reach, waiting = found
             if self.expired(key, waiting, now_ms):
                 done += self.too_old(key, now_ms)
                 break
@@ -141,15 +156,63 @@ class Leasing(ABC, Generic[W]):
                     self._members.touch(reach.name)
         return done
 
+    def _in_turn(
+        self, done: Done, key: str, reaches: Sequence[Reach], delivery: DeliveryPlan, now_ms: int
+    ) -> tuple[Reach, Waiting] | None:
+        """The first member behind the one served last that can take a message, and the first message that it can take."""
+        for reach in self._members.turns(reaches, self._windows[key].turn, delivery.max_inflight):
+            waiting = self.first_for(done, key, reach, delivery, now_ms)
+            if waiting is not None:
+                return reach, waiting
+        return None
+
+    def first_for(
+        self, done: Done, key: str, reach: Reach, delivery: DeliveryPlan, now_ms: int
+    ) -> Waiting | None:
+        """The first message of a window that a member with room may get; None if there is none, as far as is known.
+
+        It gets nothing that its client has a copy of over its present connection. A silent lease whose holder has
+        acknowledged something since is the holder's again. One that was delivered too often waits for a tick to give it up.
+        """
+        window, client_id = self._windows[key], client_of(reach.name)
+        for waiting in window.candidates():
+            if not reach.wants(waiting):
+                return None  # what comes behind it is newer still
+            lease = window.leases.get(waiting.message_id)
+            if lease is None:
+                if not self._members.has_copy(client_id, key, waiting.message_id):
+                    return waiting
+                continue
+            alive_until = self._members[lease.member].alive_until(delivery.ack_timeout_ms)
+            if alive_until > now_ms:
+                window.set_deadline(waiting.message_id, alive_until)
+                done += self.deadline(key, window, alive_until)
+            elif not self.may_take_over(key, lease, waiting.message_id, client_id):
+                continue
+            elif lease.deliveries >= delivery.max_deliveries:
+                done += self.deadline(key, window, now_ms)
+            else:
+                return waiting
+        return None
+
+    def may_take_over(self, key: str, lease: Lease, message_id: str, client_id: str) -> bool:
+        """True if a client has no copy of a leased message over its present connection."""
+        held = client_of(lease.member) == client_id
+        return not (held or self._members.has_copy(client_id, key, message_id))
+
     def pauses(self) -> bool:
         """Whether nothing is leased now, because too much is under way."""
         self._counters.paused |= self._counters.unconfirmed >= UNCONFIRMED_MAX
         return self._counters.paused
 
     def lease(self, offset: int, key: str, waiting: Waiting, reach: Reach, now_ms: int) -> Done:
-        """Put what a window has next into a member's hands."""
+        """Put a message that a window has into a member's hands."""
         window, member = self._windows[key], self._members[reach.name]
-        window.take(waiting)
+        done: Done = []
+        if waiting.message_id in window.leases:
+            done += self.leave_copy(key, waiting.message_id)
+        else:
+            window.take(waiting)
         window.turn = reach.name
         self._counters.lease += 1
         self._counters.unconfirmed += 1
@@ -165,8 +228,9 @@ class Leasing(ABC, Generic[W]):
         hand_out = DeliverMessage(
             offset, number, member.client_id, member.epoch, waiting.message_id, self.topic_of(key),
             reach.qos, waiting.deliveries + 1, self.expires_at(key, waiting),
+            valid_until=valid_until(held),
         )  # fmt: skip
-        return [hand_out, *self._deadline(key, window, held.until)]
+        return [*done, hand_out, *self.deadline(key, window, held.until)]
 
     def pass_on(self, offset: int, key: str, event: MessagePublished, score: int) -> Done:
         """QoS 0, not stored: to one member of a window with room, once, and nobody waits for an ack."""
@@ -174,7 +238,8 @@ class Leasing(ABC, Generic[W]):
         if delivery is None:
             return []
         waiting, limit = Waiting(score, event.message_id), delivery.max_inflight
-        reach = self._members.in_turn(self.reaching(key), window.turn, waiting, limit)
+        turns = self._members.turns(self.reaching(key), window.turn, limit)
+        reach = next((each for each in turns if each.wants(waiting)), None)
         if reach is None or self.pauses():
             return []
         window.turn, member = reach.name, self._members[reach.name]
@@ -189,7 +254,7 @@ class Leasing(ABC, Generic[W]):
         lifetime = self._storage.plans.of(self.topic_of(key)).index_lifetime_ms
         return None if lifetime is None else waiting.score // 1000 + lifetime
 
-    def _deadline(self, key: str, window: W, at: int | None) -> Done:
+    def deadline(self, key: str, window: W, at: int | None) -> Done:
         """See that a tick looks at a window's leases by then."""
         if at is None or (window.due is not None and window.due <= at):
             return []
@@ -213,6 +278,41 @@ class Leasing(ABC, Generic[W]):
         del self._members[lease.member].leases[lease.number]
         self._members.touch(lease.member)
         return [] if lease.sent else self._confirmed(lease)
+
+    def leave_copy(self, key: str, message_id: str) -> Done:
+        """A lease is over, but its member, if it is connected, has the copy, or gets it yet: that takes up its room."""
+        lease = self._windows[key].end(message_id)
+        assert lease is not None, "the caller knows the lease"
+        copy, member = (
+            LeftCopy(lease.number, key, message_id, lease.alias),
+            self._members[lease.member],
+        )
+        if member.filters:
+            member.left[copy.name] = copy
+        return self.release(lease)
+
+    def acked_copy(self, client_id: str, key: str, message_id: str) -> tuple[str, LeftCopy] | None:
+        """Forget a copy of a lease that is over, by any id that it has: its client has acknowledged it. Its member and the
+        copy, if there is one.
+        """
+        for name, member in self._members.in_use(client_id):
+            copy = member.left.get(copy_name(key, message_id)) or next(
+                (x for x in member.left.values() if x.key == key and x.alias == message_id), None
+            )
+            if copy is not None:
+                del member.left[copy.name]
+                member.acked_to = max(member.acked_to, copy.number)
+                self._members.touch(name)
+                return name, copy
+        return None
+
+    def active(self, client_ids: Iterable[str], now_ms: int) -> None:
+        """These clients work through what they have: the clocks of their copies start again."""
+        for client_id in client_ids:
+            for name, member in self._members.in_use(client_id):
+                if member.filters or member.acked_at:  # else it is offline: this is told late
+                    member.acked_at, member.probes = now_ms, 0
+                    self._members.touch(name)
 
     def _confirmed(self, lease: Lease) -> Done:
         """One lease less that nobody has confirmed."""
@@ -256,8 +356,7 @@ class Leasing(ABC, Generic[W]):
             waiting = window.returned_as(message_id)
             assert waiting is not None, "it has just been given back"
             window.remove(message_id)
-            reason = f"delivered {lease.deliveries} times without an acknowledgement"
-            done += self.given_up(offset, key, waiting, reason, now_ms)
+            done += self.given_up(offset, key, waiting, too_often(lease.deliveries), now_ms)
         return done
 
     def freed(self, offset: int, key: str, names: Iterable[str], now_ms: int) -> Done:
@@ -287,6 +386,9 @@ class Leasing(ABC, Generic[W]):
         for _, member in self._members.of_client(report.client_id):
             if number in member.leases:
                 return member.leases[number]
+            for copy in member.left.values():
+                if copy.number == number:
+                    return copy.key
         return None
 
     def _reported(self, offset: int, report: Sent | DeliveryFailed) -> tuple[str, Lease] | None:
@@ -302,6 +404,8 @@ class Leasing(ABC, Generic[W]):
         done: Done = []
         for report in event.sent:
             found = self._reported(offset, report)
+            if found is None:
+                done += self._left_copy_sent(offset, report, now_ms)
             if found is None or found[1].sent:
                 continue
             key, lease = found
@@ -313,18 +417,24 @@ class Leasing(ABC, Generic[W]):
             if report.alias is not None:
                 window.aliases[report.alias] = report.message_id
             if report.qos == 0:
-                done += self.acked(offset, key, report.message_id, now_ms)
-            elif delivery is not None:
+                done += self.acked(offset, key, report.message_id, report.client_id, now_ms)
+            elif delivery is not None and self._members[lease.member].filters:
                 lease.until = now_ms + delivery.ack_timeout_ms
-                done += self._deadline(key, window, lease.until)
+                done += self.deadline(key, window, lease.until)
         return done
 
-    def acked(self, offset: int, key: str, message_id: str, now_ms: int) -> Done:
-        """A leased message is acknowledged: it is done with, and its member has room."""
+    def acked(self, offset: int, key: str, message_id: str, client_id: str, now_ms: int) -> Done:
+        """A leased message is acknowledged by a client: it is done with. If that is the holder, its member has room."""
         window = self.window(offset, key)
         lease = window.leases[message_id]
-        self._members[lease.member].failures = 0
-        done = self.release(lease)
+        member = self._members[lease.member]
+        done: Done = []
+        if member.client_id != client_id:
+            done += self.leave_copy(key, message_id)
+            window.forget_holders(lease.holders)
+        else:
+            member.failures, member.acked_to = 0, max(member.acked_to, lease.number)
+            done += self.release(lease)
         window.remove(message_id)
         if lease.stored:
             done += self.acknowledged(offset, key, message_id, lease.score)
@@ -334,7 +444,7 @@ class Leasing(ABC, Generic[W]):
         """A copy was not handed over, though perhaps told of as sent by a broker that had yet to find nobody there."""
         found = self._reported(offset, event)
         if found is None:
-            return []
+            return self._left_copy_failed(offset, event, now_ms)
         key, lease = found
         if event.reason in ("gone", "too_large"):
             window = self.window(offset, key)
@@ -352,6 +462,27 @@ class Leasing(ABC, Generic[W]):
         if lease.number > member.epoch and not member.rests_until:
             done += self._rest(lease.member, member, now_ms)
         return [*done, *self.freed(offset, key, (lease.member,), now_ms)]
+
+    def _left_copy_sent(self, offset: int, report: Sent, now_ms: int) -> Done:
+        """The lease of a copy was over before this report. A copy of QoS 0 takes no room from here on."""
+        for name, member in self._members.in_use(report.client_id):
+            copies = (x for x in member.left.values() if x.number == lease_number(report.lease))
+            copy = next(copies, None)
+            if copy is None or copy.alias is not None:
+                continue
+            self._members.touch(name)
+            if report.qos:
+                member.left[copy.name] = structs.replace(copy, alias=report.alias)
+                return []
+            del member.left[copy.name]
+            return self.freed(offset, copy.key, (name,), now_ms)
+        return []
+
+    def _left_copy_failed(self, offset: int, event: DeliveryFailed, now_ms: int) -> Done:
+        """A copy of a lease that is over is not with its client any more."""
+        key = self.leased_key(event)
+        found = None if key is None else self.acked_copy(event.client_id, key, event.message_id)
+        return [] if key is None or found is None else self.freed(offset, key, found[:1], now_ms)
 
     def _rest(self, name: str, member: Member, now_ms: int) -> Done:
         member.failures += 1
@@ -385,16 +516,12 @@ class Leasing(ABC, Generic[W]):
         self._counters.place += 1
         return [SetIndex(WORK, name, self._counters.place)]
 
-    # -- ticks ----------------------------------------------------------------------------------------------------
 
-    def overdue_leases(self, offset: int, key: str, now_ms: int) -> Done:
-        """The leases of a window whose time is over return; then it is looked at again when the next one's is."""
-        window = self.window(offset, key)
-        window.due = None
-        done: Done = []
-        overdue = [(each, lease) for each, lease in window.leases.items() if lease.until <= now_ms]
-        for message_id, _ in overdue:
-            done += self.give_back(offset, key, message_id, now_ms)
-        done += self.freed(offset, key, dict.fromkeys(lease.member for _, lease in overdue), now_ms)
-        done += self._deadline(key, window, window.next_deadline())
-        return done
+def valid_until(lease: Lease) -> int:
+    """Until when (ms) a bridge may still deliver the copy of a lease."""
+    return lease.leased_at + COMMAND_VALID_FOR_S * 1000
+
+
+def too_often(deliveries: int) -> str:
+    """Why a message is dead."""
+    return f"delivered {deliveries} times without an acknowledgement"

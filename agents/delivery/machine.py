@@ -1,6 +1,6 @@
 """What the driver sees of a delivery agent: what its steps want, what they get, and who decides about an event.
 
-The decisions themselves are in `leasing.py`, `membership.py`, `rounds.py` and the agent's own `machine.py`.
+The decisions themselves are in `leasing.py`, `silence.py`, `membership.py`, `rounds.py` and the agent's own `machine.py`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from millpond.schemas.events import (
     DeliveriesSent,
     DeliveryFailed,
     Event,
+    MembersActive,
     MessageAcked,
     MessageDelivered,
     MessagePublished,
@@ -69,7 +70,7 @@ class DeliveryMachine(TopicPolicy[W]):
         self._counters = msgspec.convert(partition_state.get("delivery", {}), Counters)
         self._members = Members()
         self._windows = self.new_windows()
-        self._dead = DeadMessages(self._due)
+        self._dead = DeadMessages(self._due, self._counters)
         self._members_cursor: int | None = 0  # None once all of them are known
         self._ahead_reads: dict[ReadIndex, list[str]] = {}
         self._ahead_total = 0
@@ -116,6 +117,9 @@ class DeliveryMachine(TopicPolicy[W]):
         reads: list[Read] = [*self.unknown(freed)]
         may_be_dead = OperatorRequeue | OperatorDrop | MessageRetained
         reads += self._dead.unknown([x.message_id for x in events if isinstance(x, may_be_dead)])
+        reads += self._dead.unknown_acked(
+            [x.message_id for x in events if isinstance(x, MessageAcked)]
+        )
         reads += self._storage.wanted_by_retained(events)
         reads += self._members.unknown(_told_of(events))
         if reads:
@@ -213,13 +217,23 @@ class DeliveryMachine(TopicPolicy[W]):
         reads += self._members.unknown(key for kind, key, _ in overdue if kind == MEMBER)
         if reads:
             return reads
-        for key in self.due_windows(overdue):
-            leaving = len(self._windows[key].leases) + self.leaving(key, overdue)
-            self.want_ahead(reads, key, self.room(key) + leaving)
+        due = self.due_windows(overdue)
+        # One tick hands out to all of them, one after the other, so their needs add up.
+        need: Counter[str] = Counter()
+        for key in due:
+            need[key] += (
+                self.room(key) + len(self._windows[key].leases) + self.leaving(key, overdue)
+            )
         limit = self.inflight_max()
         for key, member in work:
-            # What is overdue in the same tick may leave a member nothing in hand.
-            self.want_ahead(reads, key, self.room(key) if member is None else limit)
+            if member is None:
+                need[key] += self.room(key)
+            else:
+                # What is overdue in the same tick may be in its hands no more.
+                kept = sum(leased not in due for leased in member.leases.values())
+                need[key] += max(0, limit - kept)
+        for key, count in need.items():
+            self.want_ahead(reads, key, count)
         return reads
 
     def due_windows(self, overdue: Sequence[tuple[str, str, str]]) -> dict[str, None]:
@@ -236,8 +250,8 @@ class DeliveryMachine(TopicPolicy[W]):
                 self._members.supply(answer)
             case ReadStates(table="windows"):
                 self._windows.supply(answer)
-            case ReadStates(table="dead"):
-                self._dead.held.supply(answer)
+            case ReadStates(table="dead" | "aliases"):
+                self._dead.supply(read, answer)
             case ReadStates(table="states"):
                 self._storage.retained.supply(answer)
             case ReadEntry():
@@ -266,13 +280,12 @@ class DeliveryMachine(TopicPolicy[W]):
                 return self._storage.broker_retains(offset, event, score, dead=dead)
             case MessageAcked():
                 done: Done = [*self._storage.reported(offset, event, now_ms)]
+                self.active((event.client_id,), now_ms)
                 return [*done, *self.acked_by_client(offset, event, now_ms)]
             case MessageDelivered():
                 return self._storage.reported(offset, event, now_ms)
-            case DeliveriesSent():
-                return self.sent(offset, event, now_ms)
-            case DeliveryFailed():
-                return self.failed(offset, event, now_ms)
+            case DeliveriesSent() | DeliveryFailed() | MembersActive():
+                return self._told_by_bridge(offset, event, now_ms)
             case SubscriberJoined():
                 return self.joined(offset, event, now_ms, score)
             case SubscriberLeft():
@@ -286,6 +299,17 @@ class DeliveryMachine(TopicPolicy[W]):
                 return [SetRules(event.rules), *self.resume()]
             case _:
                 return ()  # another agent's concern
+
+    def _told_by_bridge(
+        self, offset: int, event: DeliveriesSent | DeliveryFailed | MembersActive, now_ms: int
+    ) -> Done:
+        """What became of copies, or who is at work on them."""
+        if isinstance(event, DeliveriesSent):
+            return self.sent(offset, event, now_ms)
+        if isinstance(event, DeliveryFailed):
+            return self.failed(offset, event, now_ms)
+        self.active(event.client_ids, now_ms)
+        return []
 
     def finish(self) -> Sequence[Effect]:
         """One write for each window and member that the batch changed, however often."""
@@ -303,7 +327,7 @@ class DeliveryMachine(TopicPolicy[W]):
     def settled(self) -> None:
         self._windows.settled()
         self._members.settled()
-        self._dead.held.settled()
+        self._dead.settled()
         self._storage.settled()
 
     def _ordered(

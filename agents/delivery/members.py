@@ -50,6 +50,22 @@ class Round(Struct, array_like=True):
     everything: bool = False
 
 
+class LeftCopy(Struct, frozen=True, array_like=True):
+    """A copy that a client still has to acknowledge, of a lease that is over: the message went to another member, or is
+    done with, or is dead. `number` was the lease's, `key` is the window's.
+    """
+
+    number: int
+    key: str
+    message_id: str
+    alias: str | None
+
+    @property
+    def name(self) -> str:
+        """What the copy is remembered by: there is one of a message of a window."""
+        return copy_name(self.key, self.message_id)
+
+
 class Member(Struct, array_like=True):
     """One client, or one client of a shared subscription's group.
 
@@ -58,7 +74,10 @@ class Member(Struct, array_like=True):
     `failures` commands in a row that did not reach it. `served` is how many topics had ever begun to wait when it had
     gone through all of its own. Without filters it is to be forgotten at `forget_at` (ms). `unconfirmed` counts
     its leases that nobody has reported yet, `awaited` those of them up to `epoch`: until they are, it gets nothing new, or
-    that would overtake them.
+    that would overtake them. `acked_at` (ms) is when its client last acknowledged anything in this partition, or was
+    said to be active; `acked_to` is the highest lease number that it has acknowledged. `left` are copies of leases that
+    are over, which take up its room as long as its connection lasts: a client that is frozen would be sent more and more
+    otherwise. `probes` counts those sent since `acked_at`.
     """
 
     client_id: str
@@ -74,6 +93,19 @@ class Member(Struct, array_like=True):
     forget_at: int = 0
     unconfirmed: int = 0
     awaited: int = 0
+    acked_at: int = 0
+    acked_to: int = 0
+    left: dict[str, LeftCopy] = field(default_factory=dict)
+    probes: int = 0
+
+    @property
+    def in_hand(self) -> int:
+        """How much of its room is taken."""
+        return len(self.leases) + len(self.left)
+
+    def alive_until(self, timeout_ms: int) -> int:
+        """Until when (ms) its last acknowledgement is a sign of life."""
+        return self.acked_at + timeout_ms if self.acked_at else 0
 
     def spans(self, topic: str) -> bool:
         """Whether another topic than this one may wait for it."""
@@ -86,7 +118,7 @@ class Member(Struct, array_like=True):
     def idle(self) -> bool:
         """Whether it is there, with room for all that anyone may have, and nothing is left to be done for it."""
         at_nothing = self.available() and not self.round.everything
-        return at_nothing and bool(self.filters) and not self.leases
+        return at_nothing and bool(self.filters) and not self.in_hand
 
     def available(self) -> bool:
         """Whether it may be handed something now, if it has room. One on its round gets only what that brings."""
@@ -247,7 +279,19 @@ class Members:
         member = self._awake.get(name)
         if member is None:
             return max_inflight
-        return max(0, max_inflight - len(member.leases)) if member.available() else 0
+        return max(0, max_inflight - member.in_hand) if member.available() else 0
+
+    def in_use(self, client_id: str) -> Iterator[tuple[str, Member]]:
+        """A client's memberships that have something in hand, by name. Those that are asleep have nothing."""
+        for name in (client_id, *self._in_groups.get(client_id, ())):
+            member = self._awake.get(name)
+            if member is not None and member.in_hand:
+                yield name, member
+
+    def has_copy(self, client_id: str, key: str, message_id: str) -> bool:
+        """True if a client still has a copy of a lease that is over."""
+        name = copy_name(key, message_id)
+        return any(name in member.left for _, member in self.in_use(client_id))
 
     def of_client(self, client_id: str) -> list[tuple[str, Member]]:
         """A client's memberships that are in memory: its own, then those in groups, by name."""
@@ -298,16 +342,13 @@ class Members:
             found.setdefault(name, []).append(held)
         return [make_reach(name, found[name]) for name in sorted(found)]
 
-    def in_turn(
-        self, reaches: Sequence[Reach], turn: str, waiting: Waiting, max_inflight: int
-    ) -> Reach | None:
-        """The first member behind the one served last that can take a message; None if no one can."""
+    def turns(self, reaches: Sequence[Reach], turn: str, max_inflight: int) -> Iterator[Reach]:
+        """The members with room, from the one behind the member served last."""
         first = bisect_right(reaches, turn, key=_name_of)
         for at in range(first, first + len(reaches)):
             reach = reaches[at % len(reaches)]
-            if reach.wants(waiting) and self.room(reach.name, max_inflight):
-                return reach
-        return None
+            if self.room(reach.name, max_inflight):
+                yield reach
 
     # -- changing; whatever is changed in place is touched
 
@@ -374,6 +415,16 @@ def make_reach(name: str, held: list[HeldFilter]) -> Reach:
     broker_delivers = all(each.broker_delivers for each in held)
     newest = max(each.since for each in held) if broker_delivers else None
     return Reach(name, max(each.qos for each in held), newest)
+
+
+def client_of(name: str) -> str:
+    """The client that a member is, by the member's name."""
+    return name.rpartition("\0")[2]
+
+
+def copy_name(key: str, message_id: str) -> str:
+    """What a copy of a message of a window is remembered by."""
+    return f"{key}\0{message_id}"
 
 
 def member_name(client_id: str, topic_filter: str) -> tuple[str, str]:

@@ -2,8 +2,9 @@
 
 Rule 1: every transition of a member is in this file. Rule 2: no IO, no clock, no chance.
 
-ON joined: the member may be served; a new session ends the old one's leases. ON left: it is served no more; leases of a
-session that ended return at once, those of one that goes on when their validity ends. ON tick: rested members are
+ON joined: the member may be served; a new session ends the old one's leases, a session that goes on keeps them: its
+broker sends the copies again itself, as long as they are valid. ON left: it is served no more; leases of a session that
+ended return at once, those of one that goes on when their validity ends, and not before. ON tick: rested members are
 served again, those that have gone are forgotten in the end.
 """
 
@@ -12,10 +13,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Final
 
-from millpond.agents.delivery.leasing import Done, Leasing, W
+from millpond.agents.delivery.leasing import Done, W, valid_until
 from millpond.agents.delivery.members import HeldFilter, Member, member_name
+from millpond.agents.delivery.silence import Silence
 from millpond.agents.topics.due_times import MEMBER, due_member
-from millpond.schemas.commands import COMMAND_VALID_FOR_S
 from millpond.schemas.errors import DecodeError
 from millpond.schemas.events import SubscriberJoined, SubscriberLeft
 from millpond.schemas.topics import filter_error, has_wildcard
@@ -24,7 +25,7 @@ from millpond.schemas.topics import filter_error, has_wildcard
 FORGET_MS: Final = 600_000
 
 
-class Membership(Leasing[W]):
+class Membership(Silence[W]):
     """The members of one partition."""
 
     def remember(self, name: str, topic_filter: str, event: SubscriberJoined, score: int) -> Done:
@@ -57,20 +58,23 @@ class Membership(Leasing[W]):
         elif event.source_offset < member.joined_at:
             return []  # old news, told again
         elif member.session != event.session:
-            done += self._leave(offset, name, topic_filter, now_ms, ended=True)
+            done += self._end(offset, name, topic_filter, now_ms, ended=True)
             member.session = event.session
-        rested = member.rests_until > 0
+        rested, returned = member.rests_until > 0, dict[str, None]()
         member.joined_at = event.source_offset
         if rested or not member.filters or topic_filter in member.filters:
             # Over a new connection, as far as can be told.
             self.begin_epoch(member)
-            done += self._end_with_validity(offset, name, member, now_ms, unsent=True)
+            returned, resumed = self._resume(offset, name, member, now_ms)
+            done += resumed
             member.failures = 0
         done += self.remember(name, topic_filter, event, score)
         known = member.filters.get(topic_filter)
         since = score if known is None else known.since
         member.served = 0  # more may wait for it than did
         self._members.hold(name, topic_filter, HeldFilter(event.qos, since, event.broker_delivers))
+        for key in returned:
+            done += self.dispatch(offset, key, now_ms)
         if rested or has_wildcard(topic_filter) or member.round.active:
             return [*done, *self.start_round(name, member, everything=has_wildcard(topic_filter))]
         return [*done, *self.dispatch(offset, self.own_key(name, topic_filter), now_ms)]
@@ -91,10 +95,12 @@ class Membership(Leasing[W]):
             done += self.forget(offset, name, topic_filter, now_ms, score)
             if member.filters:
                 return done
+        # One that has unsubscribed is alive. For one that is offline only the validity of its copies counts.
+        member.acked_at = now_ms if event.reason == "unsubscribed" else 0
         ended = event.reason == "session_ended"
-        return [*done, *self._leave(offset, name, topic_filter, now_ms, ended=ended)]
+        return [*done, *self._end(offset, name, topic_filter, now_ms, ended=ended)]
 
-    def _leave(self, offset: int, name: str, left: str, now_ms: int, *, ended: bool) -> Done:
+    def _end(self, offset: int, name: str, left: str, now_ms: int, *, ended: bool) -> Done:
         """A member has gone, as the word about one of its filters says. What it has returns: at once if its session
         `ended`, else when the copies' validity does.
         """
@@ -104,10 +110,11 @@ class Membership(Leasing[W]):
             self._members.let_go(name, topic_filter)
             done += self.went(name, topic_filter, now_ms, ended=ended)
         self._members.touch(name)
+        member.left.clear()
         member.forget_at = now_ms + FORGET_MS
         done.append(self._due.falls_due(due_member(MEMBER, name), member.forget_at))
         if not ended:
-            return [*done, *self._end_with_validity(offset, name, member, now_ms, unsent=False)]
+            return [*done, *self._end_with_validity(offset, name, member, now_ms)]
         keys = dict.fromkeys(member.leases.values())
         for key in keys:
             window = self.window(offset, key)
@@ -117,19 +124,51 @@ class Membership(Leasing[W]):
             done += self.dispatch(offset, key, now_ms)
         return done
 
-    def _end_with_validity(
-        self, offset: int, name: str, member: Member, now_ms: int, *, unsent: bool
-    ) -> Done:
-        """The leases of a member, or only those that nobody has reported, end when the validity of their copies does."""
+    def _end_with_validity(self, offset: int, name: str, member: Member, now_ms: int) -> Done:
+        """The leases of a member that has gone end when no bridge delivers their copies any more. A client that only gave
+        up its filters may still be at work: the clocks of its copies run on.
+        """
         done: Done = []
         for key in dict.fromkeys(member.leases.values()):
-            window = self.window(offset, key)
-            for lease in window.leases.values():
-                if lease.member == name and not (unsent and lease.sent):
-                    valid_until = lease.leased_at + COMMAND_VALID_FOR_S * 1000
-                    lease.until = min(lease.until, max(valid_until, now_ms))
-                    done += self._deadline(key, window, lease.until)
+            window, delivery = self.window(offset, key), self.delivery(key)
+            timeout_ms = 0 if delivery is None else delivery.ack_timeout_ms
+            for message_id, lease in list(window.leases.items()):
+                if lease.member == name:
+                    until = max(valid_until(lease), now_ms, member.alive_until(timeout_ms))
+                    window.set_deadline(message_id, until)
+                    done += self.deadline(key, window, until)
+            done += self.note_waiting(key, window)
         return done
+
+    def _resume(
+        self, offset: int, name: str, member: Member, now_ms: int
+    ) -> tuple[dict[str, None], Done]:
+        """A session goes on over a new connection. Its broker sends again what it has: the clocks of these copies start
+        now. Copies that nobody has reported end with their validity; so did those of a client that was away for longer.
+        The windows of these.
+        """
+        done: Done = []
+        returned: dict[str, None] = {}
+        member.left.clear()
+        was_away = not member.filters
+        for key in dict.fromkeys(member.leases.values()):
+            window, delivery = self.window(offset, key), self.delivery(key)
+            for message_id, lease in list(window.leases.items()):
+                if lease.member != name:
+                    continue
+                until = max(valid_until(lease), now_ms)
+                if not lease.sent:
+                    until = min(lease.until, until)
+                elif was_away and valid_until(lease) <= now_ms:
+                    done += self.give_back(offset, key, message_id, now_ms)
+                    returned[key] = None
+                    continue
+                elif delivery is not None:
+                    until = now_ms + delivery.ack_timeout_ms
+                window.set_deadline(message_id, until)
+                done += self.deadline(key, window, until)
+            done += self.note_waiting(key, window)
+        return returned, done
 
     def member_due(self, name: str, now_ms: int) -> Done:
         """A member has rested, or may be forgotten."""

@@ -39,10 +39,6 @@ class TopicPolicy(Rounds[W]):
         """The windows that an operator's order changes."""
 
     @abstractmethod
-    def unread(self, key: str) -> int:
-        """How many messages of a window lie ahead and are not in memory."""
-
-    @abstractmethod
     def more_needed(self, key: str, publishes: int) -> int:
         """How many entries ahead so many publishes need, whoever has room."""
 

@@ -125,6 +125,10 @@ class Rounds(Membership[W]):
         later = next((each for each in sorted(member.filters) if each > topic_filter), None)
         return list(stops.values()), None if later is None else (later, "")
 
+    @abstractmethod
+    def unread(self, key: str) -> int:
+        """How many messages of a window lie ahead and are not in memory."""
+
     def page_besides(self, name: str) -> ReadNames:
         """What a tick has to read for other work of the agent's own."""
         raise AssertionError(f"no such work: {name!r}")
@@ -182,7 +186,7 @@ class Rounds(Membership[W]):
             at.whole = waits == self._counters.waits
         stops, then = self._stops(name, member)
         last, done = self._serve(offset, name, stops, now_ms)
-        if len(member.leases) >= self.inflight_max() or not member.ready() or self.pauses():
+        if member.in_hand >= self.inflight_max() or not member.ready() or self.pauses():
             # No room for anything: it goes on from here when it has.
             topic_filter, topic = (at.topic_filter, at.after) if last is None else last[1:]
             member.round = Round(topic_filter, topic, everything=at.everything)
@@ -218,19 +222,23 @@ class Rounds(Membership[W]):
             window = self._windows[stop.key]
             done += self.note_waiting(stop.key, window)
             at.left_some |= window.waits
-            if window.waits and window.next() is None:
+            if window.next() is None and self.unread(stop.key):
                 at.whole = (
                     False  # what was read for this tick is not what there is: it comes by once more
                 )
         return last, done
 
     def _hand_one(self, done: Done, offset: int, name: str, key: str, now_ms: int) -> bool:
-        delivery, waiting = self.delivery(key), self.window(offset, key).next()
-        reach, member = self._reach(name, key), self._members[name]
-        if delivery is None or waiting is None or reach is None or not member.ready():
+        self.window(offset, key)
+        delivery, member = self.delivery(key), self._members[name]
+        reach = self._reach(name, key)
+        if delivery is None or reach is None or not member.ready():
             return False
-        if not reach.wants(waiting) or len(member.leases) >= delivery.max_inflight:
+        if member.in_hand >= delivery.max_inflight:
             return False  # what is next need not be known then
+        waiting = self.first_for(done, key, reach, delivery, now_ms)
+        if waiting is None:
+            return False
         if self.expired(key, waiting, now_ms):
             done += self.too_old(key, now_ms)
             return False

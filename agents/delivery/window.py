@@ -7,9 +7,10 @@ that piece is no state: it may be dropped and read again.
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from heapq import merge
 from typing import Final
 
 import msgspec
@@ -34,8 +35,11 @@ class Waiting(Struct, frozen=True, array_like=True, order=True):
 
 
 class Lease(Struct, array_like=True):
-    """A message in a member's hands until `until` (ms). `sent` once the bridge has handed it over. `stored` until it has
-    expired or was superseded meanwhile: then it is the holder's alone.
+    """A message in a member's hands until `until` (ms); 0 is no deadline.
+
+    `sent` once the bridge has handed it over. `stored` until it has expired or was superseded meanwhile: then it is the
+    holder's alone. `silent` once its holder, which is connected, has acknowledged nothing for `ack_timeout_s`: another
+    member may take it over.
     """
 
     number: int
@@ -47,6 +51,12 @@ class Lease(Struct, array_like=True):
     holders: tuple[Holder, ...]
     sent: bool = False
     stored: bool = True
+    silent: bool = False
+
+    @property
+    def alias(self) -> str | None:
+        """The id that the broker gave the holder's copy."""
+        return self.holders[-1][1]
 
 
 class Window(Struct, array_like=True, dict=True):
@@ -65,6 +75,12 @@ class Window(Struct, array_like=True, dict=True):
         self.read_to: int
         self.aliases: dict[str, str]
         self.stored_leases = sum(lease.stored for lease in self.leases.values())
+        # The places of silent leases of stored messages, in log order.
+        self.silent: list[tuple[int, str]] = sorted(
+            (lease.score, message_id)
+            for message_id, lease in self.leases.items()
+            if lease.silent and lease.stored
+        )
         self.forget_ahead()
         self.aliases = {
             alias: message_id
@@ -107,17 +123,34 @@ class Window(Struct, array_like=True, dict=True):
     # -- handing out
 
     def next(self) -> Waiting | None:
-        """What is to be handed out next, in log order, as far as is known."""
+        """The first message that no member has, in log order, as far as is known."""
         if self.returned:
             return self.returned[0]
         for message_id, score in self.ahead.items():
             return Waiting(score, message_id)
         return None
 
+    def candidates(self) -> Iterator[Waiting]:
+        """The messages that some member may get next, in log order: silent leases, returned messages, and the first one
+        ahead. Every member may get that one.
+        """
+        if self.silent or self.returned:
+            silent = [self.leased_as(message_id) for _, message_id in self.silent]
+            yield from merge(silent, list(self.returned))
+        for message_id, score in self.ahead.items():
+            yield Waiting(score, message_id)
+            return
+
+    def leased_as(self, message_id: str) -> Waiting:
+        """A leased message, as it would wait."""
+        lease = self.leases[message_id]
+        return Waiting(lease.score, message_id, lease.deliveries, lease.holders)
+
     def take(self, waiting: Waiting) -> None:
-        """It is handed out, or done with."""
-        if self.returned and self.returned[0] is waiting:
-            del self.returned[0]
+        """A message that no member has is handed out, or done with."""
+        at = bisect_left(self.returned, waiting)
+        if at < len(self.returned) and self.returned[at] is waiting:
+            del self.returned[at]
         else:
             self.ahead.popitem(last=False)
             self.cursor = waiting.score
@@ -127,6 +160,46 @@ class Window(Struct, array_like=True, dict=True):
         """A stored message that was taken is in a member's hands."""
         self.leases[message_id] = lease
         self.stored_leases += 1
+
+    def end(self, message_id: str) -> Lease | None:
+        """A lease ends, if there is one; its message is nowhere in the window then."""
+        lease = self.leases.pop(message_id, None)
+        if lease is not None:
+            self.stored_leases -= lease.stored
+            self._offered_no_more(message_id, lease)
+        return lease
+
+    def fall_silent(self, message_id: str, until: int) -> None:
+        """A lease is offered to other members; until this time, or (0) as long as its holder is connected."""
+        lease = self.leases[message_id]
+        self._offered_no_more(message_id, lease)
+        lease.silent, lease.until = True, until
+        if lease.stored:
+            insort(self.silent, (lease.score, message_id))
+
+    def set_deadline(self, message_id: str, until: int) -> None:
+        """A lease has this deadline, and is its holder's until then."""
+        lease = self.leases[message_id]
+        self._offered_no_more(message_id, lease)
+        lease.silent, lease.until = False, until
+
+    def is_behind(self, message_id: str) -> bool:
+        """True if the holder of a leased message has another stored one that is older."""
+        lease = self.leases[message_id]
+        return any(
+            other.member == lease.member and other.score < lease.score and other.stored
+            for other in self.leases.values()
+        )
+
+    def forget_holders(self, holders: Iterable[Holder]) -> None:
+        """No copy of a message is known by the id that the broker gave it any more."""
+        for _, alias in holders:
+            self.aliases.pop(alias or "", None)
+
+    def _offered_no_more(self, message_id: str, lease: Lease) -> None:
+        at = bisect_left(self.silent, (lease.score, message_id))
+        if self.silent[at : at + 1] == [(lease.score, message_id)]:
+            del self.silent[at]
 
     def with_holder(
         self, holders: tuple[Holder, ...], client_id: str, alias: str | None
@@ -142,17 +215,19 @@ class Window(Struct, array_like=True, dict=True):
 
     def unstore(self, message_id: str) -> None:
         """A stored message goes; if it is leased, it is its holder's alone from now on."""
-        if message_id in self.leases:
-            self.leases[message_id].stored = False
+        lease = self.leases.get(message_id)
+        if lease is not None:
+            self._offered_no_more(message_id, lease)
+            lease.stored = False
             self.stored_leases -= 1
         else:
             self.remove(message_id)
 
     def give_back(self, message_id: str) -> None:
-        """A lease ends and its message waits again, where it was in the log."""
-        lease = self.leases.pop(message_id)
-        self.stored_leases -= 1
-        self.take_back(Waiting(lease.score, message_id, lease.deliveries, lease.holders))
+        """A lease of a stored message ends, and the message waits again, where it was in the log."""
+        waiting = self.leased_as(message_id)
+        self.end(message_id)
+        self.take_back(waiting)
 
     def take_back(self, waiting: Waiting) -> None:
         """A message waits again, where it was in the log."""
@@ -170,30 +245,24 @@ class Window(Struct, array_like=True, dict=True):
 
     def oldest(self) -> Waiting | None:
         """The oldest stored message, as far as is known."""
-        leased = [
-            Waiting(lease.score, each, lease.deliveries, lease.holders)
-            for each, lease in self.leases.items()
-            if lease.stored
-        ]
+        leased = [self.leased_as(each) for each, lease in self.leases.items() if lease.stored]
         waiting = self.next()
         return min(leased if waiting is None else [*leased, waiting], default=None)
 
     def remove(self, message_id: str) -> None:
         """A message is done with, wherever it is."""
-        lease = self.leases.pop(message_id, None)
-        if lease is not None:
-            self.stored_leases -= lease.stored
+        lease = self.end(message_id)
         waiting = None if lease is not None else self.returned_as(message_id)
         if waiting is not None:
             self.returned.remove(waiting)
         self.ahead.pop(message_id, None)
-        holders = lease.holders if lease is not None else waiting.holders if waiting else ()
-        for _, alias in holders:
-            self.aliases.pop(alias or "", None)
+        self.forget_holders(
+            lease.holders if lease is not None else waiting.holders if waiting else ()
+        )
 
     def next_deadline(self) -> int | None:
-        """When the first lease ends by itself."""
-        return min((lease.until for lease in self.leases.values()), default=None)
+        """When the first lease is to be looked at by a tick."""
+        return min((lease.until for lease in self.leases.values() if lease.until), default=None)
 
 
 def holds(holders: Iterable[Holder], client_id: str) -> bool:

@@ -88,7 +88,7 @@ class DeliveryRecords:
             qos=min(output.qos, message.qos),  # [MQTT-3.8.4-6]
             retain=False,  # [MQTT-3.3.1-9]
             payload=message.payload, payload_encoding=message.payload_encoding,
-            expires_at=min(ends, default=None),
+            expires_at=min(ends, default=None), valid_until=output.valid_until,
         )  # fmt: skip
 
     def _failed(self, output: DeliverMessage) -> OutgoingRecord:

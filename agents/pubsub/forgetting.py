@@ -50,6 +50,8 @@ class Forgetting(Readers):
         return [] if self._members.group(shown(subscriber)) else self._gone(subscriber, now_ms)
 
     def _gone(self, key: str, now_ms: int) -> Done:
+        if not self._subscribers[key].known:
+            return []  # nothing of it is remembered
         subscriber = self._subscribers.touch(0, key)
         subscriber.gone_at = now_ms
         return [self._due.falls_due(due_member(SUBSCRIBER, key), now_ms + self._retention_ms())]

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from millpond.agents.delivery.dead_messages import DeadMessage
+from millpond.agents.delivery.dead_messages import DeadMessage, dead_holders
 from millpond.agents.delivery.leasing import Done
+from millpond.agents.delivery.members import LeftCopy
 from millpond.agents.delivery.window import Waiting, holds
 from millpond.agents.effects import Effect, Refusal, SetIndex
 from millpond.agents.pubsub.readers import TOPICS
@@ -42,7 +43,8 @@ class PubsubMachine(Trimming):
     def touched_by(self, event: MessagePublished | MessageAcked) -> Iterable[str]:
         if isinstance(event, MessagePublished):
             return dict.fromkeys((*self.readers_of(event.topic), *self.expected(event.topic)))
-        return self.readers_of_client(event.client_id, event.topic)
+        readers = self.readers_of_client(event.client_id, event.topic)
+        return dict.fromkeys((*readers, *self.expected(event.topic)))
 
     def published(self, offset: int, event: MessagePublished, now_ms: int, score: int) -> Done:
         topic, message_id = event.topic, event.message_id
@@ -89,6 +91,8 @@ class PubsubMachine(Trimming):
         online = self.readers_of(topic)
         for key in dict.fromkeys((*online, *self.expected(topic))):
             reader = self._windows[key]
+            if reader.made_at is None:
+                self._unmade[key] = None
             if (log.length == 1 or reader.read_to >= before) and score > log.cursor:
                 self._read_ahead(reader, message_id, score)
         for key in online:
@@ -100,17 +104,49 @@ class PubsubMachine(Trimming):
     def acked_by_client(self, offset: int, event: MessageAcked, now_ms: int) -> Done:
         """See the head of this file. Where a client has copies of several subscribers, each ack is for one of them."""
         for key in self.readers_of_client(event.client_id, event.topic):
-            reader = self.window(offset, key)
-            message_id = reader.known_as(event.message_id)
-            lease = reader.leases.get(message_id)
-            if lease is not None and holds(lease.holders, event.client_id):
-                return self.acked(offset, key, message_id, now_ms)
-            waiting = reader.returned_as(message_id)
-            if waiting is not None and holds(waiting.holders, event.client_id):
-                reader.remove(message_id)
-                reader.finish(waiting.score, message_id)
-                return self.note_waiting(key, reader)
-        return []
+            found = self.acked_copy(event.client_id, key, event.message_id)
+            done = self._acked_by_reader(offset, key, event, found, now_ms)
+            if found is not None:
+                return [*(done or ()), *self.freed(offset, key, found[:1], now_ms)]
+            if done is not None:
+                return done
+        return self._taken_back(offset, event)
+
+    def _acked_by_reader(
+        self,
+        offset: int,
+        key: str,
+        event: MessageAcked,
+        found: tuple[str, LeftCopy] | None,
+        now_ms: int,
+    ) -> Done | None:
+        """None if the reader knows no copy of that client."""
+        reader, client_id = self.window(offset, key), event.client_id
+        message_id = reader.known_as(event.message_id) if found is None else found[1].message_id
+        lease = reader.leases.get(message_id)
+        if lease is not None and holds(lease.holders, client_id):
+            return self.acked(offset, key, message_id, client_id, now_ms)
+        waiting = reader.returned_as(message_id)
+        if waiting is not None and holds(waiting.holders, client_id):
+            reader.remove(message_id)
+            reader.finish(waiting.score, message_id)
+            return self.note_waiting(key, reader)
+        if found is not None:
+            return self._taken_back(offset, event, split_reader(key)[0])
+        return None
+
+    def _taken_back(self, offset: int, event: MessageAcked, subscriber: str | None = None) -> Done:
+        """A subscriber has done with a dead message after all. With the last one the message is dead no more."""
+        found = self._dead.held_by(event.topic, event.client_id, event.message_id, subscriber)
+        if found is None:
+            return []
+        dead = self._dead.acked_for(offset, *found)
+        if dead.subscribers:
+            return []
+        if dead.kept:
+            self._dead.requeued(offset, dead)
+            return []
+        return self.dropped(offset, event.topic, dead.message_id)
 
     def acknowledged(self, offset: int, key: str, message_id: str, score: int) -> Done:
         self._windows[key].finish(score, message_id)
@@ -123,10 +159,16 @@ class PubsubMachine(Trimming):
         before = self._dead.held.get(waiting.message_id)
         known = () if before is None else before.subscribers
         others = tuple(each for each in known if each != subscriber)
+        holders = () if before is None else before.holders
         dead = DeadMessage(
             topic=topic, message_id=waiting.message_id, reason=f"{shown(subscriber)}: {reason}",
             deliveries=waiting.deliveries, at=now_ms, score=waiting.score,
             subscribers=(*others, subscriber),
+            holders=(
+                *(each for each in holders if each[2] != subscriber),
+                *dead_holders(waiting.holders, subscriber),
+            ),
+            kept=before is not None and (before.requeued or before.kept),
         )  # fmt: skip
         return self._dead.add(offset, dead)
 

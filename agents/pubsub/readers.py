@@ -65,6 +65,7 @@ class Readers(DeliveryMachine[Reader]):
             str, int | None
         ] = {}  # readers that the batch has made (0) or forgotten (None)
         self._shown: dict[str, str] = {}  # the read offsets that are shown, of readers touched
+        self._unmade: dict[str, None] = {}  # readers that were read ahead for before they are made
         self._noted: dict[str, None] = {}  # readers that began to wait or do so no more
         self._besides: Done = []  # what came of looking at a reader
         self._of_topics: dict[str, dict[str, list[Reach]]] = {}
@@ -100,7 +101,7 @@ class Readers(DeliveryMachine[Reader]):
         """See `Leasing`. A reader that begins anew has nothing in memory: a tick reads for it."""
         done, reader = super().dispatch(offset, key, now_ms), self._windows[key]
         delivery = self.delivery(key)
-        if delivery is None or not reader.waits or reader.next() is not None or self.pauses():
+        if delivery is None or reader.next() is not None or not self.unread(key) or self.pauses():
             return done
         for reach in self.reaching(key):
             if self._members.room(reach.name, delivery.max_inflight):
@@ -163,8 +164,11 @@ class Readers(DeliveryMachine[Reader]):
             for topic_filter in member.filters:
                 if matches(topic_filter, topic):
                     keys[reader_key(subscriber_of(name, topic_filter), topic)] = None
+            left = (copy.key for copy in member.left.values())
             keys.update(
-                (key, None) for key in member.leases.values() if self.topic_of(key) == topic
+                (key, None)
+                for key in (*member.leases.values(), *left)
+                if self.topic_of(key) == topic
             )
         return list(keys)
 
@@ -174,6 +178,8 @@ class Readers(DeliveryMachine[Reader]):
     def something_waits(self, key: str, window: Reader) -> bool:
         if window.made_at is None:
             return False
+        if window.silent and split_reader(key)[0].startswith(GROUP):
+            return True  # for another member of the group
         return bool(window.returned) or window.cursor < self.last_of(key)
 
     def unread(self, key: str) -> int:
@@ -230,6 +236,7 @@ class Readers(DeliveryMachine[Reader]):
         reader, (subscriber, topic) = self._windows[key], split_reader(key)
         if reader.made_at is not None or reader.read_to:
             return reader.read_to
+        self._unmade[key] = None
         floor, delivery = self._logs[topic].cursor, self.delivery(key)
         if delivery is None or delivery.start == "earliest":
             return floor
@@ -337,6 +344,9 @@ class Readers(DeliveryMachine[Reader]):
     def finish(self) -> Sequence[Effect]:
         effects = [each for each in self._besides if not isinstance(each, Output)]
         self._besides = []
+        for key in self._unmade:
+            if self._windows[key].made_at is None:
+                self._windows[key].forget_ahead()  # it may be made elsewhere than was thought
         for key, message_id in self._shown.items():
             reader = self._windows[key]
             if reader.message_id != message_id:
@@ -345,7 +355,8 @@ class Readers(DeliveryMachine[Reader]):
         effects += [SetIndex(READERS, key, score) for key, score in self._made.items()]
         for key in self._noted:
             effects.append(SetIndex(WAITING, key, 0 if self._windows[key].waits else None))
-        self._shown, self._made, self._noted, self._joining, self._expected = {}, {}, {}, {}, {}
+        self._shown, self._made, self._noted, self._unmade = {}, {}, {}, {}
+        self._joining, self._expected = {}, {}
         for _, topic, _, log in self._logs.finish():
             effects.append(SetState(topic, pack(log), "logs"))
         for _, key, _, subscriber_state in self._subscribers.finish():

@@ -90,15 +90,21 @@ class Reader(Window, array_like=True, dict=True):
         self.returned, self.leases, self.done, self.requeued = [], {}, [], []
         self.made_at = self.due = None
         self.stored_leases = 0
-        self.aliases = {}
+        self.aliases, self.silent = {}, []
         self.forget_ahead()
 
     def start(self, at: int) -> None:
         """It is made, and begins behind a place in the log."""
         self.cursor = self.read_offset = at
-        for message_id in [each for each, score in self.ahead.items() if score <= at]:
-            del self.ahead[message_id]
+        self.forget_trimmed(at)
         self.read_to = max(self.read_to, at)
+
+    def forget_trimmed(self, floor: int) -> None:
+        """Of what is ahead in memory, forget all up to a place in the log: it is not handed out any more."""
+        for message_id in [each for each, score in self.ahead.items() if score <= floor]:
+            del self.ahead[message_id]
+        if self.read_to:  # else nothing was read yet, and it is not decided where that begins
+            self.read_to = max(self.read_to, floor)
 
     def take(self, waiting: Waiting) -> None:
         self.number += waiting.score > self.cursor
@@ -142,8 +148,7 @@ class Reader(Window, array_like=True, dict=True):
                 self.remove(waiting.message_id)
                 self.lost += 1
         if self.cursor < floor:
-            for message_id in [each for each, score in self.ahead.items() if score <= floor]:
-                del self.ahead[message_id]
+            self.forget_trimmed(floor)
             self.lost += max(log.gone - self.number, 0)
             self.number = max(log.gone, self.number)
             self.cursor = floor

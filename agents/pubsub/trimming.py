@@ -18,7 +18,15 @@ from millpond.agents.effects import NO_SOURCE, Effect, SetIndex, Unindex
 from millpond.agents.pubsub.forgetting import Forgetting
 from millpond.agents.pubsub.readers import TOPICS
 from millpond.agents.reads import Read, ReadEntry, ReadIndex
-from millpond.agents.topics.due_times import DEAD, INDEX, MESSAGE, SUBSCRIBER, WINDOW, due_member
+from millpond.agents.topics.due_times import (
+    DEAD,
+    INDEX,
+    MESSAGE,
+    RETAINED,
+    SUBSCRIBER,
+    WINDOW,
+    due_member,
+)
 from millpond.agents.topics.storage import expired_entries, oldest_entries
 from millpond.schemas.events import (
     DeliveryFailed,
@@ -39,9 +47,8 @@ class Trimming(Forgetting):
 
     of_logs = (INDEX, MESSAGE)
 
-    def __init__(self) -> None:
-        """An empty partition without rules; `restore` follows."""
-        super().__init__()
+    def _forget_memory(self) -> None:
+        super()._forget_memory()
         self._forget_entries()
 
     def _forget_entries(self) -> None:
@@ -124,8 +131,11 @@ class Trimming(Forgetting):
         return self._too_long(self.topic_of(key), publishes)
 
     def want_ahead(self, reads: list[Read], key: str, need: int) -> None:
-        """See `DeliveryMachine`: not what a tick takes away, and one more, which tells whether anything waits."""
+        """See `DeliveryMachine`: not what was trimmed or a tick takes away, and one more, which tells whether anything
+        waits.
+        """
         topic = self.topic_of(key)
+        self._windows[key].forget_trimmed(self._logs[topic].cursor)
         lifetime = self._storage.plans.of(topic).index_lifetime_ms
         if topic in self._oldest and lifetime is not None:
             need += len(expired_entries(*self._oldest[topic], lifetime, self._now_ms)[0])
@@ -177,7 +187,7 @@ class Trimming(Forgetting):
         return reads
 
     def wanted_by_due(self, overdue: Sequence[tuple[str, str, str]]) -> list[Read]:
-        topics = [key for kind, key, _ in overdue if kind in (INDEX, MESSAGE, DEAD)]
+        topics = [key for kind, key, _ in overdue if kind in (INDEX, MESSAGE, RETAINED, DEAD)]
         reads: list[Read] = [*self.unknown_logs(topics), *self._storage.unknown(topics)]
         reads += self.unknown_subscribers(key for kind, key, _ in overdue if kind == SUBSCRIBER)
         indexes = [topic for kind, topic, _ in overdue if kind == INDEX]

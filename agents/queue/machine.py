@@ -4,7 +4,7 @@ Rule 1: every transition of a queued message is in this file; leases and members
 besides in `agents/topics/storage.py`. Rule 2: no IO, no clock, no chance.
 
 ON published: unless its id was seen, store, append, hand out. QoS 0 is not stored unless a rule says so: it is handed
-once to one member with room. ON acked, by a client that holds or held a lease of it: delete; hand out. ON tick: what is
+once to one member with room. ON acked, by a client that holds or held a lease of it: delete, also if it is dead by now; hand out. ON tick: what is
 due goes: expired messages, overdue leases, dead letters that are too old. ON requeue: a dead message is appended anew.
 A message that expires, overflows or is superseded while it is leased is gone for everyone but the holder, whose ack is
 welcome and whose failure ends it.
@@ -12,16 +12,17 @@ welcome and whose failure ends it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from millpond.agents.delivery.dead_messages import DeadMessage
+from millpond.agents.delivery.dead_messages import DeadMessage, dead_holders
 from millpond.agents.delivery.leasing import WAITING, Done
 from millpond.agents.delivery.machine import DeliveryMachine
 from millpond.agents.delivery.members import Reach
 from millpond.agents.delivery.rounds import PAGE_MAX, literal_prefix
 from millpond.agents.delivery.window import Waiting, holds
 from millpond.agents.effects import NO_SOURCE, Effect, Output, Refusal, Reindex, SetDue, Unindex
+from millpond.agents.ports import LoadedState
 from millpond.agents.queue.indexes import Indexes
 from millpond.agents.queue.state import QueueWindow, pack, unpack
 from millpond.agents.reads import Read, ReadNames
@@ -37,6 +38,7 @@ from millpond.schemas.events import (
     OperatorRequeue,
     OperatorRewind,
 )
+from millpond.schemas.rules import Rules
 
 # A publish into a queue that is too long takes out the oldest; after a rule has made it shorter, up to this many.
 OVERFLOW_MAX: Final = 8
@@ -53,6 +55,12 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         """An empty partition without rules; `restore` follows."""
         super().__init__(self.new_windows())
         self._indexes = Indexes()
+
+    def restore(
+        self, partition_state: Mapping[str, Any], stored: LoadedState, rules: Rules
+    ) -> None:
+        super().restore(partition_state, stored, rules)
+        self._indexes = Indexes()  # a batch that was given up may have read some
 
     # -- what `agents/delivery/` asks -----------------------------------------------------------------------
 
@@ -84,7 +92,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         return self._windows[key].last
 
     def something_waits(self, key: str, window: QueueWindow) -> bool:
-        return window.ready > 0
+        return window.ready > 0 or bool(window.silent)
 
     def unread(self, key: str) -> int:
         window = self._windows[key]
@@ -171,13 +179,22 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         """See the head of this file. Where the broker delivers, any of its clients' acks is the first one."""
         topic, client_id = event.topic, event.client_id
         window = self.window(offset, topic)
-        message_id = window.known_as(event.message_id)
-        trusted = event.broker_delivers
+        found = self.acked_copy(client_id, topic, event.message_id)
+        message_id = window.known_as(event.message_id) if found is None else found[1].message_id
+        done = self._acked_message(offset, event, message_id, now_ms)
+        done += self._taken_back(offset, event)
+        return done if found is None else [*done, *self.freed(offset, topic, found[:1], now_ms)]
+
+    def _acked_message(
+        self, offset: int, event: MessageAcked, message_id: str, now_ms: int
+    ) -> Done:
+        topic, client_id = event.topic, event.client_id
+        window, trusted = self._windows[topic], event.broker_delivers
         lease = window.leases.get(message_id)
         if lease is not None:
             if not (trusted or holds(lease.holders, client_id)):
                 return []
-            return self.acked(offset, topic, message_id, now_ms)
+            return self.acked(offset, topic, message_id, client_id, now_ms)
         waiting = window.returned_as(message_id)
         if waiting is not None and not (trusted or holds(waiting.holders, client_id)):
             return []
@@ -187,6 +204,11 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         if trusted:
             self._storage.seen.add(ACKED_EARLY + message_id, now_ms)
         return []
+
+    def _taken_back(self, offset: int, event: MessageAcked) -> Done:
+        """A dead message that its holder has done after all is deleted, as if it had been acknowledged in time."""
+        found = self._dead.held_by(event.topic, event.client_id, event.message_id)
+        return [] if found is None else self.dropped(offset, event.topic, found[0].message_id)
 
     def acknowledged(self, offset: int, key: str, message_id: str, score: int) -> Done:
         """See `Leasing`: the ack deletes."""
@@ -238,7 +260,7 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         self._leaves(key, waiting.message_id)
         dead = DeadMessage(
             topic=key, message_id=waiting.message_id, reason=reason,
-            deliveries=waiting.deliveries, at=now_ms,
+            deliveries=waiting.deliveries, at=now_ms, holders=dead_holders(waiting.holders),
         )  # fmt: skip
         return [
             Unindex(offset, key, (waiting.message_id,)),

@@ -262,7 +262,7 @@ def _show_leases(found: TopicFacts) -> None:
     table = listing("leased message", "by", "for", "delivery", "")
     table.columns[0].no_wrap = all(len(each.message_id) <= ID_LENGTH for each in found.leases)
     for each in found.leases[:SHOWN_MAX]:
-        left = each.until - now
+        left = 0 if each.until is None else each.until - now
         deadline = f"{sentences.age(left)} left" if left > 0 else "overdue"
         sent = "sent" if each.sent else "not confirmed"
         by = each.client_id if each.group is None else f"{each.client_id} ({each.group})"

@@ -192,11 +192,13 @@ class _StoreView(Struct, frozen=True, kw_only=True):
 
     @property
     def aliases(self) -> list[str]:
-        """The ids that the broker gave to copies of a queued message."""
-        window = self.window
-        if window is None:
-            return []
-        return [alias for alias, own in window.aliases.items() if own == self.message_id]
+        """The ids that the broker gave to copies of a message that is queued or dead."""
+        known = {} if self.window is None else self.window.aliases
+        dead = () if self.dead is None else self.dead.holders
+        return [
+            *(alias for alias, own in known.items() if own == self.message_id),
+            *(alias for _, alias, _ in dead if alias is not None),
+        ]
 
 
 async def _topic_in_stores(settings: Settings, rules: Rules, message_id: str) -> str | None:

@@ -30,6 +30,7 @@ from millpond.pipeline.explain.results import LogEvent, MessageState
 
 DELETED_AT_TICK: Final = "the next tick deletes it"
 DELETED_UNRECORDED: Final = "the topic exceeded max_length, or its rules changed"
+LATE: Final = "late: it was a dead letter, which the acknowledgement took back"
 
 
 class Known(Struct, frozen=True, kw_only=True):
@@ -88,7 +89,7 @@ def leased(lease: Lease) -> MessageState:
         client_id=client_id,
         group=group,
         since=lease.leased_at,
-        until=lease.until,
+        until=None if lease.silent else lease.until,
         # The agent counts a delivery when the bridge reports it.
         attempt=lease.deliveries + (not lease.sent),
         sent=lease.sent,
@@ -96,8 +97,14 @@ def leased(lease: Lease) -> MessageState:
     )
 
 
-def _dead(dead: DeadMessage) -> MessageState:
-    return MessageState(state="dead", since=dead.at, deliveries=dead.deliveries, reason=dead.reason)
+def _dead(dead: DeadMessage, subscriber: str | None = None) -> MessageState:
+    holders = [
+        client_id for client_id, _, held_for in dead.holders if subscriber in (None, held_for)
+    ]
+    return MessageState(
+        state="dead", since=dead.at, deliveries=dead.deliveries, reason=dead.reason,
+        holders=tuple(dict.fromkeys(holders)),
+    )  # fmt: skip
 
 
 def _ready(known: Known, waiting: Waiting | None, online: int) -> MessageState:
@@ -191,7 +198,17 @@ def of_queue(known: Known, window: QueueWindow, online: int) -> MessageState:
     if score is not None:
         reason = "it was stored before its topic was a queue"
         return MessageState(state="stored", since=score // 1000, reason=reason)
-    return _ended(known)
+    state = _ended(known)
+    if state.state == "acked" and _was_dead(known, state.since or 0):
+        return structs.replace(state, reason=LATE)
+    return state
+
+
+def _was_dead(known: Known, acked_at: int) -> bool:
+    """True if an acknowledgement found the message among the dead letters."""
+    died = [each.at for each in known.events if each.kind == "dead_letter" and each.at <= acked_at]
+    requeued = [each.at for each in known.applied_events("requeue")]
+    return bool(died) and max(died) >= max(requeued, default=0)
 
 
 # -- pubsub ------------------------------------------------------------------------------------------------------------
@@ -267,7 +284,7 @@ def _of_pubsub(
         return _ready(known, waiting, view.online)
     dead = known.dead
     if dead is not None and view.subscriber in dead.subscribers:
-        return _dead(dead)
+        return _dead(dead, view.subscriber)
     if any(message_id == each for _, each in reader.done):
         reason = "ahead of the read offset: an earlier message is not done"
         return structs.replace(_passed(known, view), state="acked", reason=reason)

@@ -79,10 +79,11 @@ class MessageState(Struct, frozen=True, kw_only=True):
 
     - `since`: when the state began.
     - `client_id`, `group`: the client that has the lease or has acknowledged, and its shared group.
-    - `until`: the deadline of the lease. `attempt`: the number of this delivery, from 1.
+    - `until`: the deadline of the lease; None if another client may take it over. `attempt`: the number of this delivery, from 1.
     - `sent`: the bridge has reported that it sent the copy.
     - `stored`: false for a lease whose message is no longer stored.
     - `deliveries`: how many deliveries were not acknowledged.
+    - `holders`: the clients whose acknowledgement takes a dead letter back.
     - `online`: how many clients could get the message.
     - `before`: how many stored messages of the topic come first.
     - `words`: the state as a sentence.
@@ -101,6 +102,7 @@ class MessageState(Struct, frozen=True, kw_only=True):
     online: int | None = None
     before: int | None = None
     reason: str | None = None
+    holders: tuple[str, ...] = ()
     words: str = ""
 
 
@@ -147,7 +149,7 @@ class LeaseFacts(Struct, frozen=True, kw_only=True):
     group: str | None
     number: int
     since: int
-    until: int
+    until: int | None
     attempt: int
     sent: bool
     stored: bool

@@ -58,16 +58,18 @@ def _ready(state: MessageState, now_ms: int) -> str:
 
 def _leased(state: MessageState, now_ms: int) -> str:
     assert state.since is not None, "a lease has a beginning"
-    assert state.until is not None, "a lease has a deadline"
     group = "" if state.group is None else f" of {state.group}"
     sentence = f"leased by {state.client_id!r}{group} since {time(state.since)}"
     sentence += f" ({age(now_ms - state.since)} ago), delivery {state.attempt}"
-    if state.sent:
+    if state.until is None:
+        sentence += ", sent; overdue: it stays with its client unless another one takes it over"
+    elif state.sent:
         overdue = state.until <= now_ms
         sentence += ", sent, " + ("its ack is overdue since" if overdue else "its ack is due by")
     else:
         sentence += ", not confirmed by the bridge, returns at"
-    sentence += f" {time(state.until)}"
+    if state.until is not None:
+        sentence += f" {time(state.until)}"
     if not state.stored:
         sentence += "; it has expired or was superseded, and only this client has it"
     return sentence
@@ -90,7 +92,8 @@ def _expired(state: MessageState, now_ms: int) -> str:
 
 def _dead(state: MessageState, now_ms: int) -> str:
     at = "" if state.since is None else f" since {time(state.since)}"
-    return f"dead{at}: {state.reason}"
+    had = ", ".join(map(repr, state.holders))
+    return f"dead{at}: {state.reason}" + (f" (an ack by {had} takes it back)" if had else "")
 
 
 def _dropped(state: MessageState, now_ms: int) -> str:

@@ -170,7 +170,7 @@ class _TopicQuery:
                 continue
             yield LeaseFacts(
                 message_id=message_id, client_id=state.client_id, group=state.group,
-                number=lease.number, since=lease.leased_at, until=lease.until,
+                number=lease.number, since=lease.leased_at, until=state.until,
                 attempt=state.attempt or 0, sent=lease.sent, stored=lease.stored,
                 subscriber=subscriber,
             )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Run many seeds, until one fails: `python -m tests.simulation --seeds N [--first SEED] [--agent pubsub]`."""
+"""Run many seeds, until one fails: `python -m tests.simulation --seeds N [--first SEED] [--agent pubsub]`.
+
+`--agent borders` folds logs of both delivery agents in many ways.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from collections.abc import Callable
 import pytest
 
 from millpond.agents.topics import dedup
+from millpond.schemas.errors import BrokenInvariant
+from tests.simulation import borders
 from tests.simulation.pubsub_faults import judge_seed
 from tests.simulation.small_limits import small_limits
 from tests.simulation.test_pubsub_properties import LIMITS
@@ -24,9 +29,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--agent", choices=["messages", "queue", "pubsub"])
+    parser.add_argument("--agent", choices=["messages", "queue", "pubsub", "borders"])
     arguments = parser.parse_args()
-    for agent, run_seed in {"messages": messages, "queue": queue, "pubsub": pubsub}.items():
+    worlds = {"messages": messages, "queue": queue, "pubsub": pubsub, "borders": folds}
+    for agent, run_seed in worlds.items():
         if arguments.agent in (None, agent):
             soak(agent, run_seed, arguments.first, arguments.seeds)
 
@@ -54,6 +60,15 @@ def pubsub(seed: int) -> Counter[str]:
         for name, value in LIMITS.items():
             patch.setattr(name, value)
         return judge_seed(seed)
+
+
+def folds(seed: int) -> Counter[str]:
+    """A log of a delivery agent, folded in many ways; if they differ, the smallest log that shows it."""
+    try:
+        return borders.judge_seed(seed)
+    except (AssertionError, BrokenInvariant):
+        print(borders.smallest(seed))
+        raise
 
 
 def soak(agent: str, run_seed: Callable[[int], Counter[str]], first: int, seeds: int) -> None:

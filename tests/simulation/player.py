@@ -16,6 +16,7 @@ from millpond.schemas.commands import Deliver
 from millpond.schemas.events import (
     DeliveriesSent,
     DeliveryFailed,
+    MembersActive,
     MessagePublished,
     RulesChanged,
     Sent,
@@ -26,7 +27,7 @@ from tests.support.delivery import AT, Delivering
 
 Kind = Literal[
     "publish", "qos 0", "retain", "expiring", "repeat", "broker retains", "join", "broker joins", "unsubscribe", "end session",
-    "disconnect", "sent", "sent again", "fail", "fail late", "ack", "ack by alias", "foreign ack", "ack early", "pass time", "requeue",
+    "disconnect", "sent", "sent again", "fail", "fail late", "ack", "ack by alias", "foreign ack", "ack early", "active", "pass time", "requeue",
     "drop", "other rules", "restart",
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -191,5 +192,8 @@ class Player:
             case "other rules" if self.other_rules:
                 rules = self.other_rules[step.which % len(self.other_rules)].canonical()
                 self.world.tell(RulesChanged(**AT, agent="queue", rules=rules))
+            case "active":
+                client_ids = (CLIENTS[step.which % 3], CLIENTS[step.other % 3])
+                self.world.tell(MembersActive(**AT, agent="queue", client_ids=client_ids))
             case "restart":
                 self.world.restart()

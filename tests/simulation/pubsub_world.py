@@ -24,6 +24,7 @@ from millpond.schemas.events import (
     DeliveriesSent,
     DeliveryFailed,
     Event,
+    MembersActive,
     OperatorDrop,
     OperatorRequeue,
     OperatorRewind,
@@ -55,7 +56,7 @@ RULES = tuple(
 KINDS = {
     "publish": 16, "join": 8, "unsubscribe": 3, "disconnect": 2, "end": 2, "resume": 2, "sent": 10,
     "fail": 2, "lose": 1, "ack": 10, "tick": 6, "wait": 3, "rewind": 2, "requeue": 1, "drop": 1,
-    "rules": 1, "restart": 1, "again": 2,
+    "rules": 1, "restart": 1, "again": 2, "active": 2,
 }  # fmt: skip
 WAITS_MS = (0, 1, 999, 1_000, 1_001, 1_999, LIMIT_MS, 60_000, 61_000, 600_001)
 
@@ -180,6 +181,10 @@ class Pubsub(World):
                 command, alias = self.unacknowledged.pop(which % len(self.unacknowledged))
                 name = alias or command.message_id
                 return [given.acked(name, command.topic, client_id=command.client_id)]
+            case "active":
+                return [
+                    MembersActive(**AT, agent="pubsub", client_ids=(client_id, CLIENTS[other % 3]))
+                ]
             case "tick":
                 return [given.tick("pubsub")]
             case "wait":

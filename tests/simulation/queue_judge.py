@@ -9,10 +9,10 @@ import msgspec
 from millpond.agents.delivery import leasing
 from millpond.agents.delivery.dead_messages import unpack as unpack_dead
 from millpond.agents.delivery.leasing import WAITING, WORK, Counters
-from millpond.agents.delivery.members import Members
+from millpond.agents.delivery.members import Members, Reach, client_of
 from millpond.agents.delivery.window import Waiting
 from millpond.agents.queue.state import QueueWindow, unpack
-from millpond.agents.topics.plans import TopicPlans
+from millpond.agents.topics.plans import DeliveryPlan, TopicPlans
 from millpond.agents.topics.storage import unpack as unpack_retained
 from millpond.pipeline.stores.memory.server import Hash, MemoryServer, Zset
 from millpond.schemas import keys
@@ -85,11 +85,13 @@ def check_windows(state: State) -> None:
         ahead = [name for name in stored if scores[name] > window.cursor]
         assert {*leased, *returned, *ahead} == set(stored), f"{topic} lost of {stored}: {window}"
         assert len(leased) + len(returned) + len(ahead) == len(stored), f"{topic}: twice {window}"
-        assert window.waits == (window.ready > 0)
+        silent = [x for x, lease in window.leases.items() if lease.silent and lease.stored]
+        assert [name for _, name in window.silent] == sorted(silent, key=lambda x: scores[x])
+        assert window.waits == (window.ready > 0 or bool(silent))
 
 
 def check_leases(state: State) -> None:
-    """Check that each lease of a window is also in its member, and no other."""
+    """Check that each lease of a window is also in its member, and no other. Only connected members are silent."""
     in_windows = {
         (lease.member, lease.number): topic
         for topic, window in state.windows.items()
@@ -101,6 +103,16 @@ def check_leases(state: State) -> None:
         for number, topic in member.leases.items()
     }
     assert in_windows == in_members
+    for topic, window in state.windows.items():
+        for lease in window.leases.values():
+            assert lease.until or lease.silent
+            member = state.members[lease.member]
+            assert not lease.silent or (lease.sent and member.filters), f"{topic}: {lease}"
+    for name, member in state.members.awake().items():
+        numbers = [*member.leases, *(copy.number for copy in member.left.values())]
+        assert len(numbers) == len(set(numbers))
+        assert not member.left or member.filters, f"{name} is gone, and has {member.left}"
+        assert list(member.left) == [copy.name for copy in member.left.values()]
 
 
 def check_counters(state: State) -> None:
@@ -111,6 +123,10 @@ def check_counters(state: State) -> None:
     assert state.waiting.keys() == {topic for topic, each in state.windows.items() if each.waits}
     assert counters.waiting == len(state.waiting)
     assert counters.work == len(state.work)
+    held = [dead for dead in state.dead.values() if dead is not None and dead.holders]
+    assert counters.retractable == len(held)
+    aliases = {x: dead.message_id for dead in held for _, x, _ in dead.holders if x is not None}
+    assert {x: name.decode() for x, name in state.table("aliases").items()} == aliases
     assert counters.lease >= max((lease.number for lease in leases), default=0)
     active = {name for name, member in state.members.awake().items() if member.round.active}
     assert state.work.keys() - {leasing.RESUME} == active
@@ -140,7 +156,7 @@ def check_bounds(state: State, rules: Rules) -> None:
     """Check that no member has more leases than `max_inflight`."""
     largest = max((rule.max_inflight for rule in rules.run_by_delivery("queue")), default=0)
     for name, member in state.members.awake().items():
-        assert len(member.leases) <= largest, f"{name}: {member.leases}"
+        assert member.in_hand <= largest, f"{name}: {member.leases} {member.left}"
         plans = TopicPlans(rules)
         deliveries = {topic: plans.of(topic).delivery for topic in member.leases.values()}
         counted = Counter(member.leases.values())
@@ -156,13 +172,35 @@ def check_nothing_idle(state: State, rules: Rules, now_ms: int) -> None:
         return
     plans = TopicPlans(rules)
     for topic in state.waiting:
-        delivery, window = plans.of(topic).delivery, state.windows[topic]
+        delivery = plans.of(topic).delivery
         if delivery is None:
             continue
         reaches = state.members.reaching(topic)
-        scores = state.zset(keys.message_index(topic))
-        ready = [entry for entry in scores.ordered() if entry[0] not in window.leases]
-        name, score = ready[0]
-        waiting = window.returned_as(name) or Waiting(score, name)
-        idle = state.members.in_turn(reaches, window.turn, waiting, delivery.max_inflight)
-        assert idle is None, f"{waiting.message_id} of {topic} waits for {idle}"
+        for reach in state.members.turns(reaches, "", delivery.max_inflight):
+            idle = takeable(state, topic, reach, delivery, now_ms)
+            assert idle is None, f"{idle} of {topic} waits for {reach}"
+
+
+def takeable(
+    state: State, topic: str, reach: Reach, delivery: DeliveryPlan, now_ms: int
+) -> str | None:
+    """The first message that a member with room could get: none that its client has over its connection, and of another's
+    only silent ones.
+    """
+    window, client_id = state.windows[topic], client_of(reach.name)
+    for name, score in state.zset(keys.message_index(topic)).ordered():
+        if not reach.wants(Waiting(score, name)):
+            return None
+        if state.members.has_copy(client_id, topic, name):
+            continue
+        lease = window.leases.get(name)
+        if lease is None:
+            return name
+        alive = state.members[lease.member].alive_until(delivery.ack_timeout_ms) > now_ms
+        mine, spent = (
+            client_of(lease.member) == client_id,
+            lease.deliveries >= delivery.max_deliveries,
+        )
+        if lease.silent and not (alive or mine or spent):
+            return name
+    return None

@@ -21,6 +21,6 @@ def small_limits(patch: pytest.MonkeyPatch) -> None:
         (window, "HOLDERS_MAX", 2), (delivery, "READ_MIN", 1), (delivery, "AHEAD_TOTAL_MAX", 5),
         (rounds, "ROUNDS_MAX", 1), (rounds, "FILTERS_MAX", 1), (rounds, "PAGE_MAX", 1), (machine, "PAGE_MAX", 1),
         (leasing, "UNCONFIRMED_MAX", 4), (leasing, "SEND_TIMEOUT_MS", SEND_MS),
-        (members, "AWAKE_MAX", 1), (membership, "FORGET_MS", 3_000), (membership, "COMMAND_VALID_FOR_S", 1),
+        (members, "AWAKE_MAX", 1), (membership, "FORGET_MS", 3_000), (leasing, "COMMAND_VALID_FOR_S", 1),
     ):  # fmt: skip
         patch.setattr(where, name, limit)

@@ -18,10 +18,14 @@ from millpond.schemas import codec
 from millpond.schemas.commands import Deliver
 from millpond.schemas.events import (
     DeliveriesSent,
+    DeliveryFailed,
     MessageAcked,
     MessagePublished,
     OperatorDrop,
     OperatorRequeue,
+    Sent,
+    SubscriberJoined,
+    SubscriberLeft,
     Tick,
 )
 from tests.simulation import queue_judge
@@ -63,6 +67,9 @@ class Model:
         self.dead: set[str] = set()
         self.newest_delivered: dict[str, int] = defaultdict(lambda: -1)
         self.delivered: set[str] = set()
+        # What a client has over its connection, as its broker says, which does not drop copies by itself.
+        self.has: set[tuple[str, str]] = set()
+        self.reported: list[Sent] = []
         self.now_ms = 0
 
     def fold(self, at: int, timestamp: int, event: object) -> None:
@@ -73,15 +80,25 @@ class Model:
                 if event.qos or self.name == "latest":
                     self.append(event.topic, name, event.expires_at)
             case MessageAcked(message_id=name, topic=topic, client_id=client_id):
+                self.has.discard((client_id, name.removeprefix("x")))
                 if client_id in self.holders[name]:
                     self.stored[topic].pop(name, None)
+                    self.dead.discard(name)
+                elif client_id in self.holders[name.removeprefix("x")]:
+                    self.dead.discard(name.removeprefix("x"))  # if that is a name of its copy
                 self.may_be_acked.add(name.removeprefix("x"))
             case DeliveriesSent(sent=sent):
                 self.may_be_acked |= {each.message_id for each in sent if each.qos == 0}
+                self.reported += sent
+            case DeliveryFailed(client_id=client_id, message_id=name):
+                self.has.discard((client_id, name))
+            case SubscriberJoined(client_id=client_id) | SubscriberLeft(client_id=client_id):
+                self.has = {each for each in self.has if each[0] != client_id}
             case OperatorRequeue(message_id=name, topic=topic) if name in self.dead:
                 self.dead.remove(name)
                 self.delivered.discard(name)
                 self.holders[name].clear()
+                self.has = {each for each in self.has if each[1] != name}
                 self.place[name] = at
                 self.append(topic, name, None)
             case OperatorDrop(message_id=name):
@@ -107,11 +124,23 @@ class Model:
         if name not in self.delivered:
             assert self.place[name] > self.newest_delivered[topic], f"{name} was overtaken"
             self.newest_delivered[topic] = self.place[name]
+        copy = command.client_id, name
+        assert copy not in self.has, f"{copy} was written twice to one connection"
         self.delivered.add(name)
         self.holders[name].add(command.client_id)
 
     def compare(self, state: State) -> None:
         """Check that the store has exactly the messages that were not acknowledged, dead, expired or dropped."""
+        for held in state.windows.values():
+            for each in self.reported:
+                lease = held.leases.get(each.message_id)
+                if (
+                    lease is not None
+                    and f"queue/0/{lease.number}" == each.lease
+                    and lease.alias is None
+                ):
+                    self.has.add((each.client_id, each.message_id))
+        self.reported = []
         assert self.dead <= state.dead.keys()
         for topic in sorted(self.stored):
             index, entries = state.index(topic), self.stored[topic]

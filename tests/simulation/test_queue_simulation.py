@@ -18,7 +18,7 @@ from millpond.schemas import keys
 from millpond.schemas.errors import StoreDown
 from millpond.schemas.keys import Partition
 from tests.simulation import judge, queue_judge
-from tests.simulation.player import Player
+from tests.simulation.player import FILTERS, Player
 from tests.simulation.queue_judge import QUEUE
 from tests.simulation.small_limits import small_limits
 from tests.simulation.test_queue_properties import OTHER_RULES, TABLES, a_script
@@ -92,10 +92,13 @@ class Simulated:
         judge.check_equal(self.world.server, clean, QUEUE)
 
     def _drain(self) -> None:
-        """Let three clients take everything and acknowledge each command once."""
+        """End all sessions; then let three clients take everything and acknowledge each command once."""
         world = self.world
         for client in "abc":
             self.player.clock += 1
+            clock = self.player.clock
+            for each in FILTERS:
+                world.leave(client, each, session=clock, source_offset=clock)
             world.join(
                 client, "queue/#", session=self.player.clock, source_offset=self.player.clock
             )

@@ -25,6 +25,7 @@ from tests.support import given
 from tests.support.partition import Driver, World
 
 AT: dict[str, Any] = {"at": 0, "node": "n"}
+Reason = Literal["unsubscribed", "session_ended", "disconnected"]
 
 
 class Delivering(World):
@@ -94,17 +95,27 @@ class Delivering(World):
         self,
         client: str,
         topic_filter: str = "queue/a",
-        reason: Literal["unsubscribed", "session_ended", "disconnected"] = "session_ended",
+        reason: Reason = "session_ended",
         *,
         session: int = 1,
         **fields: Any,
     ) -> None:
+        self.tell(self._left(client, topic_filter, reason, session, **fields))
+
+    def leave_unticked(
+        self, client: str, topic_filter: str = "queue/a", reason: Reason = "session_ended"
+    ) -> None:
+        """The same, and no tick behind it."""
+        self.tell_unticked(self._left(client, topic_filter, reason, 1))
+
+    def _left(
+        self, client: str, topic_filter: str, reason: Reason, session: int, **fields: Any
+    ) -> SubscriberLeft:
         self._offset += 1
-        left = SubscriberLeft(
+        return SubscriberLeft(
             **AT, client_id=client, topic_filter=topic_filter, reason=reason, session=session,
             **{"source_offset": self._offset, **fields},
         )  # fmt: skip
-        self.tell(left)
 
     def ack(self, client: str, *names: str, topic: str = "queue/a", **marks: bool) -> None:
         self.tell(*(given.acked(name, topic, client_id=client, **marks) for name in names))

@@ -111,8 +111,9 @@ class CommandConsumer:
         valid_until_ms = log_ms + command.valid_for_s * 1000
         if not isinstance(command, Deliver):
             return PendingCommand(command.client_id, None, 0, "", valid_until_ms, done)
-        if command.expires_at is not None:
-            valid_until_ms = min(valid_until_ms, command.expires_at)
+        for end_ms in (command.valid_until, command.expires_at):
+            if end_ms is not None:
+                valid_until_ms = min(valid_until_ms, end_ms)
         return PendingCommand(
             command.client_id, self._lease(command.lease), command.epoch, command.message_id,
             valid_until_ms, done,

@@ -112,6 +112,10 @@ GOLDEN: dict[str, tuple[Event, str]] = {
         (f'{STAMP},"agent":"queue",'
         '"sent":[["queue/7/1","sub","0005",null,1],["queue/7/2","s","6","7",0]]'),
     ),
+    "members.active": (
+        events.MembersActive(**AT, agent="pubsub", client_ids=("sub", "s")),
+        f'{STAMP},"agent":"pubsub","client_ids":["sub","s"]',
+    ),
     "delivery.failed": (
         events.DeliveryFailed(
             **CLIENT, agent="queue", lease="queue/7/1", message_id="0005", reason="stale"
@@ -161,7 +165,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
         ),
         ('"client_id":"sub","lease":"queue/7/18823","epoch":0,"valid_for_s":60,"attempt":1,'
         '"message_id":"0005","topic":"queue/a","qos":1,"retain":false,"payload":"/w==",'
-        '"payload_encoding":"base64","expires_at":null'),
+        '"payload_encoding":"base64","expires_at":null,"valid_until":null'),
     ),
     "subscribe": (
         commands.Subscribe(client_id="sub", topic_filters=(("a/+", 1), ("b", 0))),

@@ -90,6 +90,7 @@ KEYS = {
     "subscriber.left": "queue/a",
     "deliveries.sent": "$millpond/queue",
     "delivery.failed": "$millpond/queue",
+    "members.active": "$millpond/pubsub",
     "operator.requeue": "queue/a",
     "operator.drop": "queue/a",
     "operator.rewind": "pubsub/a",

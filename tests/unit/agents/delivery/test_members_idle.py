@@ -6,7 +6,6 @@ import pytest
 
 from millpond.agents.delivery.members import Members
 from millpond.agents.delivery.names import Names
-from millpond.agents.delivery.window import Waiting
 from tests.support.delivery import Delivering
 from tests.unit.agents.delivery.test_members_away import finish, in_memory
 from tests.unit.agents.queue.test_machine import a_queue
@@ -81,7 +80,7 @@ def test_who_is_idle_has_room_for_all_it_may_have() -> None:
     finish(members)
     assert [members.room(name, 3) for name in "abc"] == [3, 2, 0]
     assert [members.room(name, 1) for name in "abc"] == [1, 0, 0]
-    reach = members.in_turn(reaches, "a", Waiting(9, "m"), 1)
+    reach = next(iter(members.turns(reaches, "a", 1)), None)
     assert reach is not None
     assert reach.name == "a"
     assert list(members.awake()) == ["b", "c"]

@@ -7,7 +7,7 @@ import pytest
 from millpond.agents.delivery.dead_messages import DEAD_LETTER_RETENTION_MS
 from millpond.schemas.events import SubscriberJoined, SubscriberLeft
 from tests.simulation import pubsub_judge as judge
-from tests.unit.agents.pubsub.test_machine import ACK_TIMEOUT_MS, TOPIC, Pubsub
+from tests.unit.agents.pubsub.test_machine import TOPIC, Pubsub
 from tests.unit.agents.pubsub.test_readers import SHARED, read_all, reader
 
 RETENTION_MS = 60_000
@@ -181,7 +181,7 @@ def test_the_failure_of_a_trimmed_message_ends_it() -> None:
     world.join("a")
     world.publish("m1", "m2")
     world.hand_over()
-    world.at(world.now_ms + ACK_TIMEOUT_MS)
+    world.join("a", session=2)
     assert world.hand_over() == [("a", "m2")]
 
 
@@ -215,7 +215,8 @@ def test_a_message_that_expired_in_somebodys_hands_is_not_dead_but_over() -> Non
     world.join("a")
     world.publish("m1", expires_at=world.now_ms + 1_000)
     world.hand_over()
-    world.at(world.now_ms + ACK_TIMEOUT_MS)
+    world.at(world.now_ms + 1_000)
+    world.join("a", session=2)
     assert not judge.dead(world.server)
     assert not reader(world).leases
 
@@ -250,7 +251,8 @@ def dead(world: Pubsub, *clients: str) -> None:
         world.join(client)
     world.publish("m1")
     world.hand_over()
-    world.at(world.now_ms + ACK_TIMEOUT_MS)
+    for client in clients:
+        world.join(client, session=2)
 
 
 def test_a_dead_message_comes_once_more_to_those_who_gave_it_up_also_after_it_was_trimmed() -> None:
@@ -289,7 +291,8 @@ def test_a_dead_message_is_dropped_by_order_or_when_its_time_is_over() -> None:
     assert world.stored(TOPIC) == ["m1"]  # the log has it still
     world.publish("m2")
     world.hand_over()
-    world.at(world.now_ms + ACK_TIMEOUT_MS)
+    world.join("a", session=3)
+    assert list(judge.dead(world.server)) == ["m2"]
     world.publish("m3")
     world.at(world.now_ms + DEAD_LETTER_RETENTION_MS)
     assert "m2" not in judge.dead(world.server)
@@ -299,10 +302,11 @@ def test_a_dead_message_is_dropped_by_order_or_when_its_time_is_over() -> None:
 def test_a_dead_message_that_expires_by_itself_keeps_its_body() -> None:
     world = Pubsub(max_deliveries=1)
     world.join("a")
-    world.publish("m1", expires_at=world.now_ms + 2 * ACK_TIMEOUT_MS)
+    world.publish("m1", expires_at=world.now_ms + 1_000)
     world.hand_over()
-    world.at(world.now_ms + ACK_TIMEOUT_MS)
-    world.at(world.now_ms + ACK_TIMEOUT_MS)
+    world.join("a", session=2)
+    assert list(judge.dead(world.server)) == ["m1"]
+    world.at(world.now_ms + 1_000)
     assert world.stored(TOPIC) == []
     judge.check_bodies(world.server)
     world.drop("m1", topic=TOPIC)
@@ -313,7 +317,7 @@ def test_what_is_requeued_for_nobody_is_nothing() -> None:
     world = Pubsub(max_deliveries=1)
     dead(world, "a")
     world.requeue("m1", topic="pubsub/other")
-    world.leave("a", TOPIC, "unsubscribed")
+    world.leave("a", TOPIC, "unsubscribed", session=2)
     world.requeue("m1", topic=TOPIC)
     assert world.hand_over() == []
 

@@ -150,7 +150,9 @@ def test_a_member_of_a_group_whose_session_ends_while_it_is_away_is_no_subscribe
     assert world.hand_over() == [("b", "m1")]
 
 
-def test_overdue_deliveries_come_again_and_are_dead_for_that_subscriber_in_the_end() -> None:
+def test_deliveries_come_again_to_a_new_session_and_are_dead_for_that_subscriber_in_the_end() -> (
+    None
+):
     world = Pubsub(max_deliveries=2)
     world.join("a")
     world.join("b")
@@ -159,8 +161,10 @@ def test_overdue_deliveries_come_again_and_are_dead_for_that_subscriber_in_the_e
     world.ack("b", "m1", "m2")
     world.ack("a", "m2")
     world.at(world.now_ms + ACK_TIMEOUT_MS)
+    assert world.take() == []
+    world.join("a", session=2)
     assert world.hand_over() == [("a", "m1")]
-    world.at(world.now_ms + ACK_TIMEOUT_MS)
+    world.join("a", session=3)
     assert world.take() == []
     assert world.shown("a") == "m2"
     assert list(world.table("dead")) == ["m1"]

@@ -10,6 +10,7 @@ from millpond.agents.pubsub.machine import PubsubMachine
 from millpond.agents.pubsub.state import Reader
 from millpond.pipeline.stores.memory.server import Hash
 from millpond.schemas import keys
+from millpond.schemas.commands import COMMAND_VALID_FOR_S
 from millpond.schemas.events import DeliveriesSent, RulesChanged, Sent
 from tests.simulation import pubsub_judge as judge
 from tests.support import given
@@ -340,7 +341,9 @@ def test_a_restart_in_every_state_changes_nothing() -> None:
     run(world.driver.close())
 
 
-def test_an_overdue_delivery_of_a_group_goes_to_whoever_has_room() -> None:
+def test_what_a_client_of_a_group_has_in_hand_goes_to_another_when_no_bridge_delivers_it_any_more() -> (
+    None
+):
     world = Pubsub(max_inflight=1)
     for client in "ab":
         world.join(client, SHARED)
@@ -349,4 +352,6 @@ def test_an_overdue_delivery_of_a_group_goes_to_whoever_has_room() -> None:
     world.ack("b", "m2")
     world.leave("a", SHARED, "disconnected")
     world.at(world.now_ms + ACK_TIMEOUT_MS)
+    assert world.take() == []
+    world.at(world.now_ms + COMMAND_VALID_FOR_S * 1000 - ACK_TIMEOUT_MS)
     assert world.hand_over() == [("b", "m1")]

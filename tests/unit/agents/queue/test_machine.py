@@ -78,23 +78,25 @@ def test_only_who_has_had_a_message_may_acknowledge_it() -> None:
     assert world.stored("queue/a") == []
 
 
-def test_an_overdue_lease_returns_and_is_handed_out_again() -> None:
+def test_an_overdue_lease_goes_to_another_member_and_is_handed_out_once_more() -> None:
     world = a_queue()
     world.join("a")
     world.publish("m1")
     assert world.hand_over() == [("a", "m1")]
     world.at(world.now_ms + ACK_TIMEOUT_MS)
+    assert world.take() == []
+    world.join("b")
     (again,) = world.take()
-    assert (again.client_id, again.message_id, again.attempt) == ("a", "m1", 2)
+    assert (again.client_id, again.message_id, again.attempt) == ("b", "m1", 2)
 
 
 def test_what_is_delivered_too_often_is_dead_and_comes_back_by_requeue() -> None:
     world = a_queue(max_deliveries=2)
     world.join("a")
     world.publish("m1")
-    for _ in range(2):
+    for session in (2, 3):
         assert world.hand_over() == [("a", "m1")]
-        world.at(world.now_ms + ACK_TIMEOUT_MS)
+        world.join("a", session=session)
     assert world.take() == []
     assert world.stored("queue/a") == []
     assert list(world.table("dead")) == ["m1"]

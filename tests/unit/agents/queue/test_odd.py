@@ -14,16 +14,18 @@ from millpond.schemas import keys
 from tests.support import given
 from tests.support.delivery import Delivering
 from tests.support.partition import run
-from tests.unit.agents.queue.test_machine import ACK_TIMEOUT_MS, a_queue
+from tests.unit.agents.queue.test_machine import a_queue
+from tests.unit.agents.queue.test_members import VALID_MS
 
 
 def test_a_message_that_dies_and_expires_in_one_tick_is_a_dead_letter_with_its_body() -> None:
     """Found by reading: its own expiry dropped the body."""
     world = a_queue(max_deliveries=1)
     world.join("a")
-    world.publish("m1", expires_at=world.now_ms + ACK_TIMEOUT_MS + 1)
+    world.publish("m1", expires_at=world.now_ms + VALID_MS + 1)
     world.hand_over()
-    world.at(world.now_ms + ACK_TIMEOUT_MS + 2)
+    world.leave("a", reason="disconnected")
+    world.at(world.now_ms + VALID_MS + 2)
     assert list(world.table("dead")) == ["m1"]
     assert keys.message_body("m1") in world.server.values
 

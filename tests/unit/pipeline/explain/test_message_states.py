@@ -139,6 +139,11 @@ def overdue(world: Delivering) -> None:
     world.now_ms += 40_000
 
 
+def silent(world: Delivering) -> None:
+    sent(world)
+    world.at(START_MS + 30_000)
+
+
 def returned(world: Delivering) -> None:
     sent(world)
     world.leave("anna")
@@ -163,6 +168,11 @@ def dead(world: Delivering) -> None:
     again(world)
     world.hand_over()
     world.leave("ben", session=2)
+
+
+def taken_back(world: Delivering) -> None:
+    dead(world)
+    world.ack("anna", "m1")
 
 
 def dropped(world: Delivering) -> None:
@@ -190,6 +200,10 @@ def requeued(world: Delivering) -> None:
         (sent, "leased by 'anna' since 0s (0.0 s ago), delivery 1, sent, its ack is due by 30s"),
         (overdue, "leased by 'anna' since 0s (40 s ago), delivery 1, sent, its ack is overdue since 30s"),
         (
+            silent,
+            "leased by 'anna' since 0s (30 s ago), delivery 1, sent; overdue: it stays with its client unless another one takes it over",
+        ),
+        (
             returned,
             "ready: delivered 1 time without an acknowledgement, no clients online",
         ),
@@ -202,7 +216,11 @@ def requeued(world: Delivering) -> None:
             acked_at_qos_0,
             "acked by 'anna' at 0s (a copy of QoS 0 is done when it is sent)",
         ),
-        (dead, "dead since 0s: delivered 2 times without an acknowledgement"),
+        (
+            dead,
+            "dead since 0s: delivered 2 times without an acknowledgement (an ack by 'anna', 'ben' takes it back)",
+        ),
+        (taken_back, "acked by 'anna' at 0s"),
         (dropped, "dropped by an operator at 0s"),
         (requeued, "ready: no clients online"),
     ],
@@ -283,6 +301,22 @@ def test_a_message_stored_ahead_of_the_fence_waits() -> None:
     )
 
 
+def test_a_late_acknowledgement_of_a_dead_letter_is_named() -> None:
+    world = Delivering("queue", *QUEUE)
+    world.publish("m1")
+    dead(world)
+    letter = LogEvent(
+        kind="dead_letter", kafka_topic="mqtt.dead-letters", partition=0, offset=0, at=world.now_ms,
+        message_id="m1",
+    )  # fmt: skip
+    world.ack("anna", "m1")
+    events = [*known(world, "m1", "queue/a").events, letter]
+    late = "late: it was a dead letter, which the acknowledgement took back"
+    assert of_queue(world, events=events) == f"acked by 'anna' at 0s ({late})"
+    requeued_since = structs.replace(letter, kind="requeue", at=world.now_ms + 1, offset=1)
+    assert of_queue(world, events=[*events, requeued_since]) == "acked by 'anna' at 0s"
+
+
 def test_a_requeued_message_is_not_dead() -> None:
     world = Delivering("queue", *QUEUE)
     world.publish("m0")
@@ -321,7 +355,8 @@ def test_each_subscriber_of_a_pubsub_topic_has_its_own_state_of_a_message() -> N
     assert of_pubsub(world, "away") == "ready: no clients online"
     assert of_pubsub(world, "nobody") is None
     world.at(START_MS + 30_000)
-    reason = "slow: delivered 1 times without an acknowledgement"
+    world.join("slow", "pubsub/a", session=2)
+    reason = "slow: delivered 1 times without an acknowledgement (an ack by 'slow' takes it back)"
     assert of_pubsub(world, "slow") == f"dead since 30s: {reason}"
     log = unpack_log(world.table("logs").get("pubsub/a"))
     assert words(message_states.of_log(known(world, "m1", "pubsub/a"), log), 0) == "stored since 0s"
@@ -407,8 +442,8 @@ def test_a_message_that_is_dead_for_one_subscriber_is_acked_for_another() -> Non
     world.publish("m1", topic="pubsub/a")
     world.hand_over()
     world.ack("quick", "m1", topic="pubsub/a")
-    world.at(START_MS + 30_000)
-    assert (of_pubsub(world, "slow") or "").startswith("dead since 30s")
+    world.join("slow", "pubsub/a", session=2)
+    assert (of_pubsub(world, "slow") or "").startswith("dead since 0s")
     assert of_pubsub(world, "quick") == "acked by 'quick' at 0s"
 
 
