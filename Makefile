@@ -5,23 +5,31 @@ BIN := $(VENV)/bin
 SITE := _site
 DOCS_PORT ?= 8000
 
-.PHONY: up down install lint check chromium docs docs-check test test-pythons soak bench clean
+.PHONY: up down lean install lint check chromium docs docs-check test test-pythons soak bench clean
 
-up: install
+up: lean
 	$(BIN)/millpond up
 
-down: install
+down: lean
 	$(BIN)/millpond down
 
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
+# What users need. `install` adds the tools of developers to the same environment, so it is enough for users, too.
+lean: $(VENV)/.lean
+
 install: $(VENV)/.installed
 
 # Installed again when the requirements change.
+$(VENV)/.lean: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(INSTALL) '.[local,emqx,otel]'
+	touch $@
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(INSTALL) '.[local,emqx,otel,docs,dev]'
-	touch $@
+	touch $(VENV)/.lean $@
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 - Later sources override earlier ones, setting by setting.
 - The rules are in the configuration file itself, or in the file that `rules_file` names.
+- A relative path in a file is relative to the directory of that file; one in the environment, to the working directory.
 - Workers, bridges and tools share one table of Kafka settings.
 - A secret is a file name here. Millpond reads the file when it connects. So no setting, log line or command line
   holds a secret.
@@ -31,8 +32,10 @@ from millpond.schemas.rules.toml import parse_toml
 from millpond.schemas.rules.toml_lines import TomlLines
 
 ENVIRONMENT_PREFIX: Final = "MILLPOND_"
+STACK_FILE: Final = "stack.toml"  # in the directory of --data: the settings of a stack, as `millpond up` writes them
 PORT_MAX: Final = 65_535
 Port = Annotated[int, Meta(ge=0, le=PORT_MAX)]  # 0: any free port
+HostPort = Annotated[str, Meta(pattern=r"^.+:[0-9]{1,5}$")]
 Count = Annotated[int, Meta(ge=1)]
 
 
@@ -43,7 +46,7 @@ class KafkaSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     back the log can rebuild Redis. `message_bytes_max` limits one record, and so one MQTT payload.
     """
 
-    bootstrap_servers: tuple[str, ...] = ("127.0.0.1:9092",)
+    bootstrap_servers: tuple[HostPort, ...] = ("127.0.0.1:9092",)
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "PLAIN"
     username: str | None = None
@@ -136,7 +139,7 @@ class BridgeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     websocket_origins: tuple[str, ...] | None = None
     node: str = "embedded@127.0.0.1"
     sync_interval_s: Annotated[float, Meta(ge=1)] = 300.0
-    exhook_listen: Annotated[str, Meta(pattern=r"^.+:[0-9]{1,5}$")] = "127.0.0.1:9000"
+    exhook_listen: HostPort = "127.0.0.1:9000"
     certificate_file: str | None = None
     key_file: str | None = None
     client_ca_file: str | None = None
@@ -225,10 +228,12 @@ def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> tupl
         tables = _toml(text, str(path))
     rules = _rules(path, text, tables)
     _check_file(tables, str(path), text)
+    if path is not None:
+        anchor(tables, path.absolute().parent)
     _apply_environment(tables, environment)
     settings = _convert(tables)
     if rules is None and settings.rules_file is not None:
-        rules = load(Path(settings.rules_file), {})[1]
+        rules = _rules_of(Path(settings.rules_file))
     rules = default_rules() if rules is None else rules
     if settings.worker.session_timeout_s <= settings.worker.release_timeout_s:
         raise ConfigError("[worker] session_timeout_s must be longer than release_timeout_s")
@@ -262,9 +267,39 @@ def _rules(path: Path | None, text: str, tables: dict[str, Any]) -> Rules | None
     if path is None:
         return None
     if _is_conf(path, text):
-        return parse_conf(text, str(path))
-    own = [tables.pop(name, None) for name in ("rule", "pool")]
-    return parse_toml(text, str(path)) if any(own) else None
+        rules = parse_conf(text, str(path))
+    else:
+        own = [tables.pop(name, None) for name in ("rule", "pool")]
+        if not any(own):
+            return None
+        rules = parse_toml(text, str(path))
+    directory = path.absolute().parent
+    return Rules(rules.rules, tuple(_anchored(pool, directory) for pool in rules.pools))
+
+
+def _rules_of(path: Path) -> Rules | None:
+    """Return the rules of a `rules_file`, or None if it has none. Its settings are checked, but have no effect."""
+    text = _read(path)
+    tables = {} if _is_conf(path, text) else _toml(text, str(path))
+    rules = _rules(path, text, tables)
+    _check_file(tables, str(path), text)
+    return rules
+
+
+def anchor(tables: dict[str, Any], directory: Path) -> None:
+    """Make each path in `tables` absolute. A relative one is relative to `directory`."""
+    for name, value in tables.items():
+        if isinstance(value, dict):
+            anchor(value, directory)
+        elif name.endswith(("_file", "_directory")) and value is not None:
+            tables[name] = str(directory / value)
+
+
+def _anchored(pool: Pool, directory: Path) -> Pool:
+    """Return the pool with absolute paths."""
+    files: dict[str, Any] = {"password_file": pool.password_file, "ca_file": pool.ca_file}
+    anchor(files, directory)
+    return msgspec.structs.replace(pool, **files)
 
 
 def _apply_environment(tables: dict[str, Any], environment: Mapping[str, str]) -> None:

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from millpond.agents.registry import AGENT_NAMES
-from millpond.pipeline.settings import Settings, load
+from millpond.pipeline.settings import STACK_FILE, Settings, load
 from millpond.schemas.errors import ConfigError, MillpondError
 from millpond.schemas.events import AgentName
 from millpond.schemas.rules import Rules
@@ -38,7 +38,9 @@ ConfigOption = Annotated[
         "--config", help="A millpond.toml or an emqx_backend_redis.conf.", show_default=False
     ),
 ]
-DataOption = Annotated[Path, typer.Option("--data", help="The data directory of `millpond up`.")]
+DataOption = Annotated[
+    Path, typer.Option("--data", file_okay=False, help="The data directory of `millpond up`.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 JsonLinesOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
@@ -48,9 +50,24 @@ YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for con
 
 
 def load_settings(config: Path | None, data: Path) -> tuple[Settings, Rules]:
-    """Load `--config`, else the configuration of the stack in `--data`, else the defaults and the environment."""
-    of_stack = data / "millpond.toml"
-    return load(config or (of_stack if of_stack.exists() else None))
+    """Load `--config`, else the settings of the stack in `--data`, else the defaults and the environment.
+
+    Raises:
+        ConfigError: `--data` is given, and holds no stack. Defaults would lead to another one.
+    """
+    if config is not None:
+        return load(config)
+    of_stack = data / STACK_FILE
+    if of_stack.exists():
+        return load(of_stack)
+    if data != DEFAULT_DATA:
+        raise no_stack(data)
+    return load(None)
+
+
+def no_stack(data: Path) -> ConfigError:
+    """The error about a `--data` in which `millpond up` never ran."""
+    return ConfigError(f"--data: {data} holds no stack: `millpond up --data {data}` makes one")
 
 
 def agent_named(name: str, *others: str) -> AgentName:

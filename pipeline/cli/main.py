@@ -15,6 +15,7 @@ from millpond.pipeline.cli import (
     dead_letter_commands,
     explain_command,
     lag_command,
+    logs_command,
     mqtt_commands,
     process_commands,
     rebuild_command,
@@ -26,11 +27,9 @@ from millpond.pipeline.cli import (
     web_command,
 )
 from millpond.pipeline.cli.common import console, errors
+from millpond.pipeline.process.child import FAILURE_EXIT_CODE, USAGE_EXIT_CODE
 from millpond.pipeline.process.logs import quiet_libraries
 from millpond.schemas.errors import ConfigError, MillpondError
-
-# The exit code for a wrong option, setting or rule, and the one for a command that failed.
-USAGE_EXIT_CODE, FAILURE_EXIT_CODE = 2, 1
 
 app = typer.Typer(
     help="Store what an MQTT broker forgets: its events go through Kafka and Faust into Redis.",
@@ -61,6 +60,7 @@ def _options(
 app.command()(stack_commands.up)
 app.command()(stack_commands.down)
 app.command()(stack_commands.status)
+app.command()(logs_command.logs)
 app.command()(process_commands.worker)
 app.command()(process_commands.bridge)
 app.add_typer(client_commands.clients, name="clients")
@@ -76,9 +76,7 @@ app.command()(mqtt_commands.sub)
 app.command()(rewind_command.rewind)
 app.command()(replay_commands.replay)
 app.command()(rebuild_command.rebuild)
-app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)(redis_command.redis)
+app.command(context_settings={"ignore_unknown_options": True})(redis_command.redis)
 
 
 def main() -> None:
@@ -96,5 +94,7 @@ def main() -> None:
 
 
 def _fail(reason: str, exit_code: int) -> None:
+    # The reason is the last line. aiokafka and asyncio log what they left open when the interpreter ends.
+    logging.disable(logging.CRITICAL)
     errors.print(f"millpond: {reason}", markup=False, soft_wrap=True)
     sys.exit(exit_code)

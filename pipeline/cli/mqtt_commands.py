@@ -6,19 +6,21 @@ import asyncio
 import os
 import stat
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
 from millpond.pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, load_settings
 from millpond.pipeline.process.extras import extra
 from millpond.pipeline.process.signals import run
+from millpond.pipeline.settings import PORT_MAX, read_secret
 from millpond.schemas.errors import ConfigError, MillpondError
 from millpond.schemas.topics import filter_error, topic_name_error
 
 PAYLOAD_BYTES_MAX: Final = 268_435_455  # the largest Remaining Length (MQTT 3.1.1, 2.2.3)
+REFUSED: Final = 0x80  # the least reason code of a refusal (MQTT 3.1.1, 3.9.3)
 IN_FLIGHT_MAX: Final = (
     20  # publishes that wait for an acknowledgement; a usual default of MQTT clients
 )
@@ -29,10 +31,26 @@ HostOption = Annotated[
 ]
 PortOption = Annotated[
     int | None,
-    typer.Option("--port", "-p", help="The broker's port, if not the one in the settings."),
+    typer.Option(
+        "--port",
+        "-p",
+        min=1,
+        max=PORT_MAX,
+        help="The broker's port, if not the one in the settings.",
+    ),
 ]
 QosOption = Annotated[int, typer.Option("--qos", "-q", min=0, max=2, help="Quality of service.")]
 IdOption = Annotated[str | None, typer.Option("--id", "-i", help="The client id.")]
+UserOption = Annotated[str | None, typer.Option("--username", "-u", help="The user name.")]
+PasswordOption = Annotated[
+    str | None,
+    typer.Option(
+        "--password", "-P", help="The password. Other users of this machine can see it meanwhile."
+    ),
+]
+PasswordFileOption = Annotated[
+    str | None, typer.Option("--password-file", help="A file whose first line is the password.")
+]
 
 
 def _address(
@@ -40,6 +58,45 @@ def _address(
 ) -> tuple[str, int]:
     settings, _ = load_settings(config, data)
     return host or settings.bridge.host, port or settings.bridge.mqtt_port
+
+
+def _login(username: str | None, password: str | None, file: str | None) -> dict[str, Any]:
+    """Return the client's arguments for a user name and a password."""
+    if password is not None and file is not None:
+        raise ConfigError("--password and --password-file exclude each other")
+    if username is None and (password is not None or file is not None):
+        raise ConfigError("a password needs a --username")
+    if file is not None:
+        password = read_secret(file, "--password-file")
+    return {"username": username, "password": password}
+
+
+async def _unless_closed(client: Any, work: Coroutine[Any, Any, None], closed: str) -> None:
+    """Do the work; raise `closed` when the broker closes the connection. aiomqtt alone would wait until a time-out.
+
+    Raises:
+        MillpondError: the broker closed the connection.
+    """
+    disconnected: asyncio.Future[None] = client._disconnected  # noqa: SLF001  aiomqtt has no other sign
+    working = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait((working, disconnected), return_when=asyncio.FIRST_COMPLETED)
+        failed = working.done() and working.exception() is not None
+        if disconnected.done() and (failed or not working.done()):
+            raise MillpondError(closed)
+        await working
+    finally:
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+        if disconnected.done():
+            disconnected.exception()  # read, or asyncio would log it
+
+
+def _failed(address: tuple[str, int], error: BaseException) -> MillpondError:
+    reason = str(error)
+    if reason == "Operation timed out":  # aiomqtt's sentence, without a subject
+        reason = "the broker does not answer"
+    return MillpondError(f"MQTT at {address[0]}:{address[1]}: {reason}")
 
 
 def _check_topic(error: str | None) -> None:
@@ -58,6 +115,9 @@ def pub(
         bool, typer.Option("--retain", "-r", help="Publish a retained message.")
     ] = False,
     client_id: IdOption = None,
+    username: UserOption = None,
+    password: PasswordOption = None,
+    password_file: PasswordFileOption = None,
     host: HostOption = None,
     port: PortOption = None,
     config: ConfigOption = None,
@@ -69,12 +129,15 @@ def pub(
 
     _check_topic(topic_name_error(topic))
     address = _address(host, port, config, data)
+    login = _login(username, password, password_file)
 
     async def publish() -> None:
-        async with (
-            aiomqtt.Client(*address, identifier=client_id) as client,
-            asyncio.TaskGroup() as publishes,
-        ):
+        async with aiomqtt.Client(*address, identifier=client_id, **login) as client:
+            closed = f"the broker closed the connection; it may refuse a publish to {topic}: its log says more"
+            await _unless_closed(client, publish_all(client), closed)
+
+    async def publish_all(client: aiomqtt.Client) -> None:
+        async with asyncio.TaskGroup() as publishes:
             room = asyncio.Semaphore(IN_FLIGHT_MAX)
             client.pending_calls_threshold = IN_FLIGHT_MAX  # aiomqtt logs a warning above this
             async for payload in _lines_of_stdin() if lines else _one(message or ""):
@@ -86,9 +149,15 @@ def pub(
 
     try:
         run(publish())
-    except* aiomqtt.MqttError as errors:
-        reason = f"MQTT at {address[0]}:{address[1]}: {errors.exceptions[0]}"
-        raise MillpondError(reason) from errors
+    except* (aiomqtt.MqttError, MillpondError) as errors:
+        raise _failed(address, _first(errors)) from errors
+
+
+def _first(error: BaseException) -> BaseException:
+    """Return the first error of groups in groups."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 async def _one(payload: str) -> AsyncIterator[bytes]:
@@ -116,9 +185,11 @@ async def _lines_of_stdin() -> AsyncIterator[bytes]:
 
 
 def sub(
-    topic: Annotated[str, typer.Option("--topic", "-t", help="The topic filter.")],
+    topics: Annotated[
+        list[str], typer.Option("--topic", "-t", help="A topic filter; may be repeated.")
+    ],
     count: Annotated[
-        int | None, typer.Option("--count", "-C", help="Stop after this many messages.")
+        int | None, typer.Option("--count", "-C", min=0, help="Stop after this many messages.")
     ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Print the topic before each payload.")
@@ -134,6 +205,9 @@ def sub(
     ] = False,
     qos: QosOption = 0,
     client_id: IdOption = None,
+    username: UserOption = None,
+    password: PasswordOption = None,
+    password_file: PasswordFileOption = None,
     host: HostOption = None,
     port: PortOption = None,
     config: ConfigOption = None,
@@ -143,31 +217,40 @@ def sub(
     with extra("local", "`millpond sub`"):
         import aiomqtt  # noqa: PLC0415
 
-    _check_topic(filter_error(topic))
+    for topic in topics:
+        _check_topic(filter_error(topic))
     address = _address(host, port, config, data)
+    login = _login(username, password, password_file)
 
     async def subscribe() -> None:
         async with aiomqtt.Client(
-            *address, identifier=client_id, clean_session=not keep_session
+            *address, identifier=client_id, clean_session=not keep_session, **login
         ) as client:
-            client._client.manual_ack_set(no_ack)  # noqa: SLF001  aiomqtt has no option for it
-            await client.subscribe(topic, qos=qos)
-            if exit_subscribed:
+            await _unless_closed(client, show(client), "the broker closed the connection")
+
+    async def show(client: aiomqtt.Client) -> None:
+        client._client.manual_ack_set(no_ack)  # noqa: SLF001  aiomqtt has no option for it
+        granted = await client.subscribe([(topic, qos) for topic in topics])
+        for topic, code in zip(topics, granted, strict=True):
+            value: Any = getattr(code, "value", code)  # a ReasonCode, or its number
+            if value >= REFUSED:
+                raise MillpondError(f"the broker refuses the subscription to {topic}: {code}")
+        if exit_subscribed or count == 0:
+            return
+        received = 0
+        async for message in client.messages:
+            prefix = f"{message.topic} ".encode() if verbose else b""
+            payload = message.payload
+            body = payload if isinstance(payload, bytes) else str(payload).encode()
+            sys.stdout.buffer.write(prefix + body + b"\n")
+            sys.stdout.buffer.flush()
+            received += 1
+            if received == count:
                 return
-            received = 0
-            async for message in client.messages:
-                prefix = f"{message.topic} ".encode() if verbose else b""
-                payload = message.payload
-                body = payload if isinstance(payload, bytes) else str(payload).encode()
-                sys.stdout.buffer.write(prefix + body + b"\n")
-                sys.stdout.buffer.flush()
-                received += 1
-                if received == count:
-                    return
 
     try:
         run(subscribe())
-    except aiomqtt.MqttError as error:
-        raise MillpondError(f"MQTT at {address[0]}:{address[1]}: {error}") from error
+    except (aiomqtt.MqttError, MillpondError) as error:
+        raise _failed(address, error) from error
     except KeyboardInterrupt:
         return

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from redis import Redis
@@ -20,7 +20,9 @@ from millpond.schemas.errors import MillpondError
 
 
 def redis(
-    context: typer.Context,
+    command: Annotated[
+        list[str], typer.Argument(metavar="COMMAND", help="A Redis command, as in redis-cli.")
+    ],
     config: ConfigOption = None,
     data: DataOption = DEFAULT_DATA,
 ) -> None:
@@ -38,7 +40,7 @@ def redis(
     try:
         # The callbacks would turn the replies of some commands into Python objects.
         client.response_callbacks.clear()
-        reply: Any = client.execute_command(*context.args)  # type: ignore[no-untyped-call]
+        reply: Any = client.execute_command(*command)  # type: ignore[no-untyped-call]
     except ResponseError as error:
         raise MillpondError(f"(error) {error}") from error
     except (RedisError, OSError) as error:

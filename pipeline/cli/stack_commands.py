@@ -27,10 +27,10 @@ from millpond.pipeline.cli.common import (
     print_json,
 )
 from millpond.pipeline.operate.lag import LagReader
-from millpond.pipeline.process.child import MILLPOND
+from millpond.pipeline.process.child import MILLPOND, USAGE_EXIT_CODE
 from millpond.pipeline.process.extras import extra
-from millpond.pipeline.settings import load
-from millpond.schemas.errors import MillpondError
+from millpond.pipeline.settings import PORT_MAX, load
+from millpond.schemas.errors import ConfigError, MillpondError
 
 KAFKA_SIZE = "about 60 MB"
 DETACHED_READY_TIMEOUT_S = 600.0  # long enough for a first start, which downloads Kafka
@@ -47,14 +47,22 @@ def up(
     redis: Annotated[
         str | None, typer.Option(help="URL of a Redis to use instead, or `embedded`.")
     ] = None,
-    mqtt_port: Annotated[int | None, typer.Option(help="MQTT port; 0 picks a free port.")] = None,
-    websocket_port: Annotated[
-        int | None, typer.Option(help="Port of MQTT over WebSocket; 0 picks a free port.")
+    mqtt_port: Annotated[
+        int | None, typer.Option(min=0, max=PORT_MAX, help="MQTT port; 0 picks a free port.")
     ] = None,
-    kafka_port: Annotated[int | None, typer.Option(help="Kafka port; 0 picks a free port.")] = None,
-    redis_port: Annotated[int | None, typer.Option(help="Redis port; 0 picks a free port.")] = None,
+    websocket_port: Annotated[
+        int | None,
+        typer.Option(min=0, max=PORT_MAX, help="Port of MQTT over WebSocket; 0 picks a free port."),
+    ] = None,
+    kafka_port: Annotated[
+        int | None, typer.Option(min=0, max=PORT_MAX, help="Kafka port; 0 picks a free port.")
+    ] = None,
+    redis_port: Annotated[
+        int | None, typer.Option(min=0, max=PORT_MAX, help="Redis port; 0 picks a free port.")
+    ] = None,
     web_port: Annotated[
-        int | None, typer.Option(help="Port of the web page; 0 picks a free port.")
+        int | None,
+        typer.Option(min=0, max=PORT_MAX, help="Port of the web page; 0 picks a free port."),
     ] = None,
 ) -> None:
     """Start Kafka, Redis, an MQTT broker, the agents and the web page, and keep them running until Ctrl-C."""
@@ -73,21 +81,23 @@ def up(
         redis_port=redis_port,
         web_port=web_port,
     )
-    _fetch_kafka(kafka)
-    if detach:
-        _detach(directory, [part for part in sys.argv[1:] if part != "--detach"])
-        return
+    # With --detach the child makes it again. Made here, its errors come before a download.
     stack = Stack(
         directory, options, lambda line: console.print(line, markup=False, soft_wrap=True)
     )
+    if stack.own_kafka:
+        _fetch_kafka()
+    if detach:
+        _detach(directory, [part for part in sys.argv[1:] if part != "--detach"])
+        return
     asyncio.run(stack.run(lambda: _print_ready(stack.addresses, data)))
 
 
-def _fetch_kafka(external: str | None) -> None:
+def _fetch_kafka() -> None:
     """Download Kafka's jars behind a progress display, unless the cache has them."""
     from millpond.pipeline.stack import kafka  # noqa: PLC0415  only after the check for the extra [local]
 
-    if external is not None or kafka.fetched_jars() is not None:
+    if kafka.fetched_jars() is not None:
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     console.print(f"downloading Apache Kafka {kafka.KAFKA_VERSION} ({KAFKA_SIZE}, only once)")
@@ -125,7 +135,8 @@ def _detach(directory: Any, arguments: list[str]) -> None:
     """Run the same command in the background, and return when it is ready.
 
     Raises:
-        MillpondError: the command ended; with what it printed.
+        ConfigError: the command ended, because a setting is wrong. The message is its last line.
+        MillpondError: the command ended, or the stack is not ready in time.
     """
     directory.create()
     log = directory.log("up")
@@ -138,14 +149,23 @@ def _detach(directory: Any, arguments: list[str]) -> None:
             start_new_session=True,
         )
     deadline = time.monotonic() + DETACHED_READY_TIMEOUT_S
-    while running.poll() is None and time.monotonic() < deadline:
-        state = directory.read_state()
-        if state is not None and state.supervisor.pid == running.pid and state.ready:
-            break
+    ready = False
+    while not ready and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    if running.poll() is not None:
-        output_text = log.read_text(errors="replace").strip()
-        raise MillpondError(output_text.removeprefix("millpond: ") or "`millpond up` ended")
+        state = directory.read_state()
+        ready = state is not None and state.supervisor.pid == running.pid and state.ready
+    code = running.poll()
+    if code is not None:
+        lines = log.read_text("utf-8", "replace").splitlines() or ["`millpond up` ended"]
+        for line in lines[:-1]:
+            errors.print(line, markup=False, soft_wrap=True)
+        kind = ConfigError if code == USAGE_EXIT_CODE else MillpondError
+        raise kind(lines[-1].removeprefix("millpond: "))
+    if not ready:
+        raise MillpondError(
+            f"not ready after {DETACHED_READY_TIMEOUT_S:g} s; it is still starting: see {log}, `millpond status` and"
+            " `millpond down`"
+        )
     _wait_for_last_line(log)
     console.print(log.read_text(errors="replace").rstrip(), markup=False, soft_wrap=True)
 
@@ -196,7 +216,13 @@ def _status(data: Path) -> dict[str, Any]:
     directory = DataDirectory(data)
     state = directory.read_state()
     if state is None or state.supervisor.running() is None:
-        return {"running": False, "ready": False, "addresses": {}, "processes": [], "lag": {}}
+        return {
+            "running": False,
+            "ready": False,
+            "addresses": {},
+            "processes": [],
+            "uncommitted": {},
+        }
     settings, _ = load(directory.configuration)
 
     async def lags() -> dict[str, int | None]:
@@ -224,7 +250,7 @@ def _status(data: Path) -> dict[str, Any]:
         "ready": state.ready and all(process["ready"] for process in processes),
         "addresses": state.addresses,
         "processes": processes,
-        "lag": asyncio.run(lags()),
+        "uncommitted": asyncio.run(lags()),
         "supervisor": msgspec.to_builtins(state.supervisor),
     }
 
@@ -247,16 +273,16 @@ def _print_status(found: dict[str, Any]) -> None:
     addresses = Table(show_header=False, box=None)
     for name, address in found["addresses"].items():
         addresses.add_row(name, address)
-    processes = Table("process", "pid", "ready", "restarts", "records behind", box=None)
+    processes = Table("process", "pid", "ready", "restarts", "uncommitted", box=None)
     for process in found["processes"]:
         agent = process["name"].removeprefix("worker ")
-        behind = found["lag"].get(agent)
+        uncommitted = found["uncommitted"].get(agent)
         processes.add_row(
             process["name"],
             str(process["pid"] or ""),
             "yes" if process["ready"] else "no",
             str(process["restarts"]),
-            "" if behind is None else str(behind),
+            "" if uncommitted is None else str(uncommitted),
         )
     console.print(addresses)
     console.print(processes)

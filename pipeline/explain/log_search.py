@@ -77,7 +77,7 @@ class LogReader:
             known = await self._consumer.topics()
         except KafkaError as error:
             await self._consumer.stop()
-            raise MillpondError(str(await unreachable(self._settings))) from error
+            raise await unreachable(self._settings) from error
         missing = {keys.MESSAGES_TOPIC, keys.DEAD_LETTERS_TOPIC} - known
         if missing:
             await self._consumer.stop()

@@ -11,9 +11,11 @@ from aiokafka.errors import KafkaError, for_code
 from millpond.pipeline.kafka.diagnosis import unreachable
 from millpond.pipeline.settings import KafkaSettings
 from millpond.schemas import keys
-from millpond.schemas.errors import ConfigError
+from millpond.schemas.errors import ConfigError, MillpondError
 
 TOPIC_EXISTS: Final = 36  # Kafka's error code TOPIC_ALREADY_EXISTS
+# INVALID_PARTITIONS, INVALID_REPLICATION_FACTOR, INVALID_CONFIG, POLICY_VIOLATION: the settings of the topics are wrong.
+REFUSED_SETTINGS: Final = (37, 38, 40, 44)
 
 
 def wanted(settings: KafkaSettings) -> dict[str, str]:
@@ -33,7 +35,8 @@ async def create(settings: KafkaSettings) -> list[str]:
     """Create the missing topics, and return their names. Existing topics stay as they are.
 
     Raises:
-        ConfigError: Kafka cannot be reached, or refuses to create a topic.
+        ConfigError: Kafka refuses the settings of the connection or of a topic.
+        MillpondError: Kafka cannot be reached, or failed.
     """
     admin = await _admin(settings)
     try:
@@ -48,7 +51,7 @@ async def create(settings: KafkaSettings) -> list[str]:
         ]
         response = await admin.create_topics(topics)
     except KafkaError as error:
-        raise ConfigError(f"Kafka: {error}") from error
+        raise MillpondError(f"Kafka: {error}") from error
     finally:
         await admin.close()
     created = []
@@ -56,9 +59,8 @@ async def create(settings: KafkaSettings) -> list[str]:
         if code == 0:
             created.append(name)
         elif code != TOPIC_EXISTS:
-            raise ConfigError(
-                f"Kafka refused to create {name}: {reason or for_code(code).__name__}"
-            )
+            kind = ConfigError if code in REFUSED_SETTINGS else MillpondError
+            raise kind(f"Kafka refused to create {name}: {reason or for_code(code).__name__}")
     return created
 
 
@@ -66,7 +68,7 @@ async def check(settings: KafkaSettings) -> list[str]:
     """Return the deviations of the topics from the settings, one sentence each.
 
     Raises:
-        ConfigError: Kafka cannot be reached.
+        MillpondError: Kafka cannot be reached, or failed.
     """
     admin = await _admin(settings)
     try:
@@ -74,7 +76,7 @@ async def check(settings: KafkaSettings) -> list[str]:
         resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in keys.TOPICS]
         configured = await admin.describe_configs(resources)
     except KafkaError as error:
-        raise ConfigError(f"Kafka: {error}") from error
+        raise MillpondError(f"Kafka: {error}") from error
     finally:
         await admin.close()
     configs = _configs(configured)

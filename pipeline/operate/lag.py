@@ -28,7 +28,6 @@ from millpond.pipeline.settings import KafkaSettings, Settings
 from millpond.pipeline.stores.redis.inspection import ReadFence
 from millpond.pipeline.stores.redis.reader import StoreReader
 from millpond.schemas import keys
-from millpond.schemas.errors import MillpondError
 from millpond.schemas.events import AgentName
 from millpond.schemas.keys import Partition
 from millpond.schemas.rules import Rules
@@ -132,7 +131,7 @@ class LagReader:
             await self._consumer.start()
         except KafkaError as error:
             await self._stack.aclose()
-            raise MillpondError(str(await unreachable(self._settings))) from error
+            raise await unreachable(self._settings) from error
         return self
 
     async def __aexit__(self, *_: object) -> None:

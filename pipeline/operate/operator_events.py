@@ -28,8 +28,8 @@ async def write(settings: KafkaSettings, orders: Iterable[OperatorEvent]) -> int
     """Write orders in batches, and return how many. Kafka has acknowledged all of them.
 
     Raises:
-        ConfigError: Kafka cannot be reached. Nothing was written.
-        MillpondError: Kafka did not acknowledge a batch. The message counts the orders that it acknowledged before.
+        ConfigError: Kafka refuses the settings of the connection. Nothing was written.
+        MillpondError: Kafka cannot be reached, and nothing was written. Or it did not acknowledge a batch. The message counts the orders that it acknowledged before.
     """
     producer = Producer(settings.client_options(), settings.message_bytes_max)
     written, remaining = 0, iter(orders)

@@ -92,7 +92,8 @@ async def open_extents(settings: KafkaSettings) -> AsyncIterator[LogExtents]:
     """Connect to Kafka.
 
     Raises:
-        ConfigError: Kafka cannot be reached, a topic is missing, or its partition count is not that of the settings.
+        ConfigError: a topic is missing, or its partition count is not that of the settings.
+        MillpondError: Kafka cannot be reached.
     """
     options = settings.client_options()
     admin = AIOKafkaAdminClient(**options)

@@ -2,7 +2,8 @@
 
 | path | content |
 |---|---|
-| `millpond.toml` | the settings of this run; other commands with the same `--data` use it, too |
+| `.millpond-data` | marks the directory as Millpond's: only then is a file in it replaced |
+| `stack.toml` | the settings of this run; other commands with the same `--data` use it, too |
 | `stack.json` | the state: addresses, processes, readiness |
 | `log/NAME.log` | the output of one process |
 | `NAME.ready` | exists once a process is ready |
@@ -11,15 +12,21 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import tomli_w
 from msgspec import Struct
 
-from millpond.pipeline.settings import Settings
+from millpond.pipeline.settings import STACK_FILE, Settings, StackSettings, anchor
 from millpond.pipeline.stack.processes import Process
+from millpond.schemas.errors import ConfigError
+
+MARK: Final = ".millpond-data"
+WRITTEN: Final = (STACK_FILE, "stack.json", "log", "kafka", "redis", "spool")
+HEADER: Final = "# Written by `millpond up` at each start: changes here are lost. Its own settings are in --config.\n\n"
 
 
 class ChildState(Struct):
@@ -49,14 +56,34 @@ class DataDirectory:
         self.root = root.absolute()
 
     def create(self) -> None:
-        """Create the directory. Only its owner may read it, since it holds all messages."""
-        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        (self.root / "log").mkdir(exist_ok=True)
+        """Create the directory. Only its owner may read it, since it holds all messages.
+
+        Raises:
+            ConfigError: the directory cannot be used, or holds a file of the user's that a stack would replace.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._mark()
+            (self.root / "log").mkdir(exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--data: {self.root}: {error.strerror}") from error
+
+    def _mark(self) -> None:
+        mark = self.root / MARK
+        if mark.exists():
+            return
+        foreign = [name for name in WRITTEN if (self.root / name).exists()]
+        if foreign:
+            raise ConfigError(
+                f"--data: {self.root / foreign[0]} was not written by `millpond up`, which would replace it: choose"
+                " another directory"
+            )
+        mark.touch()
 
     @property
     def configuration(self) -> Path:
         """The file with the settings of every process of the stack."""
-        return self.root / "millpond.toml"
+        return self.root / STACK_FILE
 
     def log(self, name: str) -> Path:
         """The log file of one child."""
@@ -68,7 +95,17 @@ class DataDirectory:
 
     def write_configuration(self, settings: Settings) -> None:
         """Write the settings for the children and for other commands."""
-        self.configuration.write_text(tomli_w.dumps(_without_none(msgspec.to_builtins(settings))))
+        tables = _without_none(msgspec.to_builtins(settings))
+        anchor(tables, Path.cwd())
+        self.configuration.write_text(HEADER + tomli_w.dumps(tables), "utf-8")
+
+    def ports_before(self) -> StackSettings | None:
+        """The ports of the last run in this directory; None if there was none."""
+        try:
+            tables = tomllib.loads(self.configuration.read_text("utf-8"))
+            return msgspec.convert(tables.get("stack"), StackSettings)
+        except (OSError, ValueError):  # ValueError: an earlier version wrote it
+            return None
 
     def write_state(self, state: StackState) -> None:
         """Replace the state atomically: a reader sees the old or the new one."""

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Final
 
 from millpond.schemas.errors import MillpondError
+
+# Recommended for every Redis of Millpond; compose/ uses them, too.
+REDIS_SETTINGS: Final = {
+    "appendonly": "yes",
+    "appendfsync": "everysec",  # a crash of the machine loses a second; workers fold it again
+    # Redis keeps a hash in its compact encoding, with half the memory, while no value is longer than this.
+    "hash-max-listpack-value": "1024",
+    "maxmemory-policy": "noeviction",
+}
 
 
 def redis_server() -> str:
@@ -34,11 +44,7 @@ def redis_command(directory: Path, port: int) -> list[str]:
         "bind": "127.0.0.1",
         "port": str(port),
         "dir": str(directory),
-        "appendonly": "yes",
-        "appendfsync": "everysec",  # a crash of the machine loses a second; workers fold it again
-        # Redis keeps a hash in its compact encoding, with half the memory, while no value is longer than this.
-        "hash-max-listpack-value": "1024",
-        "maxmemory-policy": "noeviction",
+        **REDIS_SETTINGS,
         "daemonize": "no",
     }
     arguments = [part for name, value in settings.items() for part in (f"--{name}", value)]

@@ -1,24 +1,19 @@
 """The processes of a stack: which they are, their order, and how each shows that it is ready.
 
-They start one after the other, each when the one before it is ready: Kafka, Redis, the bridge, the workers, the web
-page. Kafka and Redis are ready when they answer a request. Our own processes touch a file. A Kafka or a Redis of the
-user's is neither started nor stopped.
+Kafka and Redis start first, then the topics are created, then all our own processes start at once. Kafka and Redis are
+ready when they answer a request. Our own processes touch a file. A Kafka or a Redis of the user's is neither started nor
+stopped: it must answer before anything starts.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import KafkaError
 from msgspec import Struct
-from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from millpond.agents.registry import AGENT_NAMES
 from millpond.pipeline.kafka import topics
@@ -28,18 +23,23 @@ from millpond.pipeline.process.signals import asked_to_end
 from millpond.pipeline.settings import (
     ENVIRONMENT_PREFIX,
     BridgeSettings,
+    HostPort,
     KafkaSettings,
     Settings,
+    StackSettings,
     load,
+    pool_at,
 )
 from millpond.pipeline.stack.directory import ChildState, DataDirectory, StackState
 from millpond.pipeline.stack.kafka import KafkaServer
-from millpond.pipeline.stack.ports import HOST, claim, free_port
+from millpond.pipeline.stack.ports import HOST, PortClaims, free_port, is_free
 from millpond.pipeline.stack.processes import identify
+from millpond.pipeline.stack.reachability import check_kafka, check_redis, source_of
 from millpond.pipeline.stack.redis import redis_command
+from millpond.pipeline.stack.servers import kafka_answers, redis_answers
 from millpond.pipeline.stack.supervisor import STOP_TIMEOUT_S, Child, Supervisor
 from millpond.schemas.errors import ConfigError
-from millpond.schemas.rules import default_rules
+from millpond.schemas.rules import Rules, default_rules
 
 EMBEDDED = "embedded"
 LISTEN = f"{ENVIRONMENT_PREFIX}TELEMETRY_LISTEN"  # the variable of the setting telemetry.listen
@@ -79,43 +79,59 @@ class Stack:
         if before is not None:
             stop_children(before)  # their supervisor was killed, and they still have our ports
         settings, rules = load(options.config)
-        self._own_kafka = options.kafka is None and _same_kafka(settings.kafka, KafkaSettings())
+        self._options = options
+        self.own_kafka = options.kafka is None and _same_kafka(settings.kafka, KafkaSettings())
         self._own_redis = options.redis == EMBEDDED or (
             options.redis is None and settings.redis is None and rules == default_rules()
         )
         self.settings = self._resolve(settings, options)
+        url = self.settings.redis
+        pools = rules.pools if url is None else tuple(pool_at(pool, url) for pool in rules.pools)
+        self._rules = Rules(rules.rules, pools)
         self.supervisor = Supervisor(say, self._write_state)
         self._ready = False
         self._process = identify(os.getpid())
 
     def _resolve(self, settings: Settings, options: Options) -> Settings:
         """The settings of all processes: with the options, claimed ports and addresses filled in."""
-        stack = settings.stack
+        replace, defaults = msgspec.structs.replace, StackSettings()
+        before, claims, ports = self._directory.ports_before(), PortClaims(), settings.stack
 
-        def port(asked: int | None, configured: int, option: str) -> int:
-            return claim(configured if asked is None else asked, option)
+        def port(name: str) -> int:
+            """Claim a port. Without a wish of the user's it is that of the last run here: clients know it."""
+            nonlocal ports
+            asked: int | None = getattr(options, name)
+            wanted: int = getattr(ports, name) if asked is None else asked
+            last: int = 0 if before is None else getattr(before, name)
+            default = asked is None and wanted == getattr(defaults, name)
+            if last and (wanted == 0 or default) and is_free(last):
+                wanted = last
+            port = claims.claim(wanted, f"--{name.replace('_', '-')}")
+            ports = replace(ports, **{name: port})
+            return port
 
-        replace = msgspec.structs.replace
         kafka, redis, bridge = settings.kafka, settings.redis, settings.bridge
         if bridge.kind == "embedded":
-            mqtt_port = port(options.mqtt_port, stack.mqtt_port, "--mqtt-port")
-            websocket_port = port(options.websocket_port, stack.websocket_port, "--websocket-port")
-            bridge = replace(bridge, host=HOST, mqtt_port=mqtt_port, websocket_port=websocket_port)
+            bridge = replace(
+                bridge,
+                host=HOST,
+                mqtt_port=port("mqtt_port"),
+                websocket_port=port("websocket_port"),
+            )
         elif bridge.spool_directory == BridgeSettings().spool_directory:
             bridge = replace(
                 bridge, spool_directory=str((self._directory.root / "spool").absolute())
             )
-        if self._own_kafka:
-            kafka_port = port(options.kafka_port, stack.kafka_port, "--kafka-port")
-            kafka = replace(kafka, bootstrap_servers=(f"{HOST}:{kafka_port}",))
+        if self.own_kafka:
+            kafka = replace(kafka, bootstrap_servers=(f"{HOST}:{port('kafka_port')}",))
         elif options.kafka is not None:
-            kafka = replace(kafka, bootstrap_servers=tuple(options.kafka.split(",")))
+            kafka = replace(kafka, bootstrap_servers=_servers(options.kafka))
         if self._own_redis:
-            redis_port = port(options.redis_port, stack.redis_port, "--redis-port")
-            redis = f"redis://{HOST}:{redis_port}"
+            redis = f"redis://{HOST}:{port('redis_port')}"
         elif options.redis is not None:
             redis = options.redis
-        web_port = port(options.web_port, stack.web_port, "--web-port")
+        web = replace(settings.web, host=HOST, port=port("web_port"))
+        claims.check()
         rules_file = settings.rules_file
         if options.config is not None:
             rules_file = str((Path(rules_file) if rules_file else options.config).absolute())
@@ -124,16 +140,16 @@ class Stack:
             kafka=kafka,
             redis=redis,
             rules_file=rules_file,
+            stack=ports,
             bridge=bridge,
-            web=replace(settings.web, host=HOST, port=web_port),
+            web=web,
         )
 
     @property
     def addresses(self) -> dict[str, str]:
         """The address of each server, by name."""
         bridge = self.settings.bridge
-        _, rules = load(self._directory.configuration)
-        servers = (f"{host}:{port}" for host, port in rules.pool("messages").servers)
+        servers = (f"{host}:{port}" for host, port in self._rules.pool("messages").servers)
         broker = {
             "MQTT": f"{bridge.host}:{bridge.mqtt_port}",
             "MQTT over WebSocket": f"ws://{bridge.host}:{bridge.websocket_port}",
@@ -154,8 +170,6 @@ class Stack:
             MillpondError: a process did not start. Those that had started are stopped.
         """
         stop = asked_to_end()
-        self._directory.create()
-        self._directory.write_configuration(self.settings)
         starting = asyncio.create_task(self._start())
         stopping = asyncio.create_task(stop.wait())
         try:
@@ -168,67 +182,74 @@ class Stack:
                 await stopping
         finally:
             starting.cancel()
-            self._say("stopping")
+            if self.supervisor.children:
+                self._say("stopping")
             await self.supervisor.stop()
             self._directory.forget_state()
 
     async def _start(self) -> None:
-        if self._own_kafka:
-            await self._start_kafka()
-        await topics.create(self.settings.kafka)
+        await self._check_servers()
+        self._directory.create()
+        self._directory.write_configuration(self.settings)
+        servers = []
+        if self.own_kafka:
+            servers.append(await asyncio.to_thread(self._kafka))
         if self._own_redis:
-            await self._start_redis()
-        await self._start_part(f"bridge {self.settings.bridge.kind}")
-        for agent in AGENT_NAMES:
-            await self._start_part(f"worker {agent}")
-        await self._start_part("web", measured=False)
+            servers.append(self._redis())
+        await self._run(*servers)
+        await topics.create(self.settings.kafka)
+        await self._run(
+            self._part(f"bridge {self.settings.bridge.kind}"),
+            *(self._part(f"worker {agent}") for agent in AGENT_NAMES),
+            self._part("web", measured=False),
+        )
 
-    async def _start_kafka(self) -> None:
+    async def _check_servers(self) -> None:
+        """Return if the Kafka and the Redis of the user answer. A failure later would be one of six processes'."""
+        config, options = self._options.config, self._options
+        if not self.own_kafka:
+            source = source_of(config, "--kafka", options.kafka, "kafka", "bootstrap_servers")
+            await check_kafka(self.settings.kafka, source)
+        if not self._own_redis:
+            of_all = (
+                None
+                if self.settings.redis is None
+                else source_of(config, "--redis", options.redis, "redis")
+            )
+            rules_file = self.settings.rules_file
+            await check_redis(self._rules, of_all, Path(rules_file) if rules_file else None)
+
+    def _kafka(self) -> Child:
         port = int(self.settings.kafka.bootstrap_servers[0].rpartition(":")[2])
-        server = KafkaServer(self._directory.root / "kafka", port, free_port())
-        command = await asyncio.to_thread(server.prepare)
-        await self._child("kafka", command, lambda: kafka_answers(self.settings.kafka))
+        command = KafkaServer(self._directory.root / "kafka", port, free_port()).prepare()
+        log = self._directory.log("kafka")
+        return Child("kafka", command, log, lambda: kafka_answers(self.settings.kafka))
 
-    async def _start_redis(self) -> None:
+    def _redis(self) -> Child:
         url = self.settings.redis or ""
-        port = int(url.rpartition(":")[2])
-        command = redis_command(self._directory.root / "redis", port)
-        await self._child("redis", command, lambda: redis_answers(url))
+        command = redis_command(self._directory.root / "redis", int(url.rpartition(":")[2]))
+        return Child("redis", command, self._directory.log("redis"), lambda: redis_answers(url))
 
-    async def _start_part(self, name: str, *, measured: bool = True) -> None:
-        """Start one of our own processes. A `measured` one listens for requests of metrics and health."""
+    def _part(self, name: str, *, measured: bool = True) -> Child:
+        """Return one of our own processes. A `measured` one listens for requests of metrics and health."""
         ready_file = self._directory.ready_file(name)
-        command = [
-            *MILLPOND,
-            *name.split(),
-            "--config",
-            str(self._directory.configuration),
-        ]
+        command = [*MILLPOND, *name.split(), "--config", str(self._directory.configuration)]
 
         async def ready() -> bool:
             return ready_file.exists()
 
-        child = self._new_child(name, command, ready)
+        child = Child(name, command, self._directory.log(name), ready)
         child.environment = {READY_FILE: str(ready_file)}
         if measured:
             child.environment[LISTEN] = listen = f"{HOST}:{free_port()}"
             child.telemetry = f"http://{listen}"
         child.before = lambda: ready_file.unlink(missing_ok=True)
-        await self._run_child(child)
+        return child
 
-    async def _child(
-        self, name: str, command: list[str], ready: Callable[[], Awaitable[bool]]
-    ) -> None:
-        await self._run_child(self._new_child(name, command, ready))
-
-    def _new_child(
-        self, name: str, command: list[str], ready: Callable[[], Awaitable[bool]]
-    ) -> Child:
-        return Child(name, command, self._directory.log(name), ready)
-
-    async def _run_child(self, child: Child) -> None:
-        self._say(f"starting {child.name}")
-        await self.supervisor.start(child)
+    async def _run(self, *children: Child) -> None:
+        for child in children:
+            self._say(f"starting {child.name}")
+        await self.supervisor.start(*children)
 
     def _write_state(self) -> None:
         children = [
@@ -238,6 +259,13 @@ class Stack:
         self._directory.write_state(
             StackState(self._process, self.addresses, children, self._ready)
         )
+
+
+def _servers(text: str) -> tuple[str, ...]:
+    try:
+        return msgspec.convert(text.split(","), tuple[HostPort, ...])
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"--kafka: {text!r} is not HOST:PORT[,HOST:PORT…]") from error
 
 
 def _same_kafka(one: KafkaSettings, other: KafkaSettings) -> bool:
@@ -264,28 +292,3 @@ def down(directory: DataDirectory) -> bool:
     stop_children(state)
     directory.forget_state()
     return True
-
-
-async def kafka_answers(settings: KafkaSettings) -> bool:
-    """True if Kafka answers a metadata request."""
-    admin = AIOKafkaAdminClient(**settings.client_options(), request_timeout_ms=2_000)
-    try:
-        await admin.start()
-        await admin.describe_cluster()
-    except (KafkaError, OSError):
-        return False
-    finally:
-        with contextlib.suppress(KafkaError, OSError):
-            await admin.close()
-    return True
-
-
-async def redis_answers(url: str) -> bool:
-    """True if Redis answers PING."""
-    client: Redis = Redis.from_url(url)
-    try:
-        return bool(await client.ping())
-    except (RedisError, OSError):
-        return False
-    finally:
-        await client.aclose()

@@ -1,8 +1,9 @@
 """Keeps child processes running.
 
-- Children are started in order: each is ready before the next one is started. One that fails fails the start.
+- Children are started in groups: a group starts at once, and all of it is ready before the next one is started. One that
+  fails fails the start.
 - A child that ends later is restarted after a back-off, which doubles up to a limit.
-- Children are stopped in the reverse order.
+- Groups are stopped in the reverse order.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from millpond.pipeline.process.child import USAGE_EXIT_CODE
 from millpond.pipeline.stack.processes import Process, identify
-from millpond.schemas.errors import MillpondError
+from millpond.schemas.errors import ConfigError, MillpondError
 
 READY_TIMEOUT_S = 90.0
 READY_POLL_S = 0.1
@@ -39,14 +41,22 @@ class Child:
     environment: Mapping[str, str] = field(default_factory=dict)
     before: Callable[[], None] = lambda: None
     process: Process | None = None
+    running: subprocess.Popen[bytes] | None = None
     is_ready: bool = False
     restarts: int = 0
     telemetry: str | None = None  # the URL of its metrics and health, if it has any
 
     def last_lines(self) -> str:
         """The last lines of its log, indented."""
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
-        return "\n".join(f"  {line}" for line in lines[-LOG_LINES_SHOWN:])
+        return "\n".join(f"  {line}" for line in self._lines()[-LOG_LINES_SHOWN:])
+
+    def last_line(self) -> str:
+        """The last line of its log: the reason, if the process could give one."""
+        lines = self._lines()
+        return lines[-1].removeprefix("millpond: ") if lines else "it printed nothing"
+
+    def _lines(self) -> list[str]:
+        return self.log.read_text("utf-8", "replace").splitlines() if self.log.exists() else []
 
 
 class Supervisor:
@@ -54,20 +64,38 @@ class Supervisor:
 
     def __init__(self, say: Callable[[str], None], changed: Callable[[], None]) -> None:
         """No child runs before `start`."""
-        self.children: list[Child] = []
+        self._groups: list[tuple[Child, ...]] = []
         self._say, self._changed = say, changed
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
 
-    async def start(self, child: Child) -> None:
-        """Start a child, and wait until it is ready.
+    @property
+    def children(self) -> list[Child]:
+        """All children, in the order of their start."""
+        return [child for group in self._groups for child in group]
+
+    async def start(self, *children: Child) -> None:
+        """Start a group of children, and wait until all are ready.
 
         Raises:
-            MillpondError: it ended, or was not ready in time. The message has the end of its log.
+            ConfigError: one ended because a setting is wrong.
+            MillpondError: one ended, or was not ready in time. The end of its log was printed.
         """
-        self.children.append(child)
-        running = self._spawn(child)
-        await self._until_ready(child, running)
+        self._groups.append(children)
+        running = [(child, self._spawn(child)) for child in children]
+        try:
+            async with asyncio.TaskGroup() as starting:
+                for child, process in running:
+                    starting.create_task(self._start(child, process))
+        except* MillpondError as errors:
+            raise errors.exceptions[0] from None
+
+    async def _start(self, child: Child, running: subprocess.Popen[bytes]) -> None:
+        try:
+            await self._until_ready(child, running)
+        except MillpondError:
+            self._say(f"The end of {child.log}:\n{child.last_lines()}")
+            raise
         self._tasks.append(asyncio.create_task(self._watch(child, running)))
 
     def _spawn(self, child: Child) -> subprocess.Popen[bytes]:
@@ -83,7 +111,7 @@ class Supervisor:
                 env={**os.environ, **child.environment},
                 start_new_session=True,
             )
-        child.process = identify(running.pid)
+        child.process, child.running = identify(running.pid), running
         self._changed()
         return running
 
@@ -92,15 +120,14 @@ class Supervisor:
         while True:
             ready = await child.ready()
             if running.poll() is not None:
-                raise MillpondError(
-                    f"{child.name} ended with exit code {running.returncode}:\n{child.last_lines()}"
+                kind = ConfigError if running.returncode == USAGE_EXIT_CODE else MillpondError
+                raise kind(
+                    f"{child.name} ended with exit code {running.returncode}: {child.last_line()}"
                 )
             if ready:
                 break
             if time.monotonic() > deadline:
-                raise MillpondError(
-                    f"{child.name} is not ready after {READY_TIMEOUT_S:.0f} s:\n{child.last_lines()}"
-                )
+                raise MillpondError(f"{child.name} is not ready after {READY_TIMEOUT_S:.0f} s")
             await asyncio.sleep(READY_POLL_S)
         child.is_ready = True
         self._changed()
@@ -151,15 +178,20 @@ class Supervisor:
         return code
 
     async def stop(self) -> None:
-        """Stop all children, the last one first."""
+        """Stop all children, the last group first."""
         self._stopping = True
-        for child in reversed(self.children):
-            if child.process is not None:
-                await asyncio.to_thread(child.process.stop, STOP_TIMEOUT_S)
-                child.is_ready = False
+        for group in reversed(self._groups):
+            await asyncio.gather(*(self._stop(child) for child in group))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _stop(self, child: Child) -> None:
+        if child.process is not None:
+            await asyncio.to_thread(child.process.stop, STOP_TIMEOUT_S)
+            child.is_ready = False
+        if child.running is not None:
+            child.running.poll()  # or its object would complain that the process still runs
 
 
 def _set(future: asyncio.Future[int], code: int) -> None:

@@ -19,7 +19,7 @@ from millpond.pipeline.kafka import topics
 from millpond.pipeline.settings import KafkaSettings
 from millpond.pipeline.stack.kafka import KafkaServer
 from millpond.pipeline.stack.ports import HOST, free_port
-from millpond.pipeline.stack.stack import kafka_answers
+from millpond.pipeline.stack.servers import kafka_answers
 from tests.benchmarks.events import PARTITIONS
 from tests.support import given, servers
 

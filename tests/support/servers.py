@@ -15,7 +15,7 @@ from millpond.pipeline.settings import KafkaSettings
 from millpond.pipeline.stack.kafka import KafkaServer
 from millpond.pipeline.stack.ports import HOST, free_port
 from millpond.pipeline.stack.redis import redis_command
-from millpond.pipeline.stack.stack import kafka_answers, redis_answers
+from millpond.pipeline.stack.servers import kafka_answers, redis_answers
 
 READY_TIMEOUT_S = 90.0  # generous, since machines are shared
 STOP_TIMEOUT_S = 60.0

@@ -31,7 +31,7 @@ from millpond.pipeline.brokers.embedded.wire import ConnectionWriter
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.settings import BridgeSettings
 from millpond.schemas.commands import Command, Subscribe, Unsubscribe
-from millpond.schemas.errors import MillpondError
+from millpond.schemas.errors import ConfigError
 from millpond.schemas.events import (
     ClientConnected,
     ClientDisconnected,
@@ -82,7 +82,7 @@ class EmbeddedBroker(ListeningBroker):
         """Accept connections; the snapshot tells that there are none yet.
 
         Raises:
-            MillpondError: a port is in use.
+            ConfigError: a port is in use.
         """
         await self._event_producer.node_event(NodeStarted)
         await self.snapshot()
@@ -91,7 +91,7 @@ class EmbeddedBroker(ListeningBroker):
         try:
             await super().start()
         except BrokerError as error:
-            raise MillpondError(f"the embedded broker: {error}") from error
+            raise ConfigError(f"the embedded broker: {error}") from error
         finally:
             self.logger.setLevel(level)
 

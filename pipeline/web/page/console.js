@@ -5,10 +5,15 @@ import { button, fill, isolated, time } from "./tables.js";
 const SHOWN_MAX = 200; // messages
 const PAYLOAD_MAX = 10000; // characters shown of each
 const RECONNECT_MS = 2000;
+// MQTT.js sends an unacknowledged publish again on each connection. A broker that refuses it closes each of them. One close
+// may be chance.
+const PUBLISH_CLOSES_MAX = 2;
 
 const element = (id) => document.getElementById(id);
 let url = null;
 let client = null;
+// The publishes that the broker has not acknowledged: each has a topic, and how many connections closed behind it.
+let unacknowledged = new Set();
 let messages = [];
 let number = 0;
 
@@ -49,30 +54,62 @@ element("connect-form").addEventListener("submit", (event) => {
     timerVariant: "native", // the default is a worker made from text, which our Content-Security-Policy forbids
   });
   client = mine;
+  let accepted = false; // this connection, by the broker
+  unacknowledged = new Set();
   setOpen(true);
   say("connecting");
   mine.on("connect", (answer) => {
     setConnected(true);
     say(`connected as ${name}${answer.sessionPresent ? "; the broker has kept its session" : ""}`);
   });
+  // MQTT.js emits "connect" of a second connection only after it has sent the unacknowledged publishes again.
+  mine.on("packetreceive", (packet) => {
+    if (packet.cmd === "connack" && packet.returnCode === 0) accepted = true;
+  });
   mine.on("reconnect", () => say("reconnecting"));
   mine.on("close", () => {
     setConnected(false);
-    if (client === mine) say("the connection is closed; the console will reconnect");
+    if (client !== mine) return;
+    const refused = accepted ? refusedPublish() : null;
+    accepted = false;
+    if (refused === null) {
+      say("the connection is closed; the console will reconnect");
+      return;
+    }
+    disconnect(
+      `the broker closed the connection ${PUBLISH_CLOSES_MAX} times after the publish to ${refused}: it refuses it. ` +
+        "Its log says why. The console has disconnected",
+    );
   });
-  mine.on("error", (error) => say(`error: ${error.message}`));
+  mine.on("error", (error) => {
+    if (client !== mine) return;
+    // The code of a CONNACK. The same user name and password would be refused again.
+    if (typeof error.code === "number" && error.code > 0) disconnect(`the broker refuses the connection: ${error.message}`);
+    else say(`error: ${error.message}`);
+  });
   mine.on("message", (topic, payload, packet) => received(topic, payload, packet));
 });
 
-element("console-disconnect").addEventListener("click", () => {
+/** Counts a closed connection. Returns the topic of a publish that closed too many, or null. */
+function refusedPublish() {
+  for (const publish of unacknowledged) {
+    publish.closed += 1;
+    if (publish.closed >= PUBLISH_CLOSES_MAX) return publish.topic;
+  }
+  return null;
+}
+
+function disconnect(why) {
   const gone = client;
   client = null;
-  gone.end();
+  gone.end(true);
   setConnected(false);
   setOpen(false);
   element("subscriptions").replaceChildren();
-  say("not connected");
-});
+  say(why);
+}
+
+element("console-disconnect").addEventListener("click", () => disconnect("not connected"));
 
 element("subscribe-form").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -112,7 +149,12 @@ element("publish-form").addEventListener("submit", (event) => {
   const topic = element("publish-topic").value;
   const qos = Number(element("publish-qos").value);
   const retain = element("publish-retain").checked;
+  const mine = client;
+  const publish = { topic, closed: 0 };
+  if (qos) unacknowledged.add(publish);
   client.publish(topic, element("publish-payload").value, { qos, retain }, (error) => {
+    unacknowledged.delete(publish);
+    if (client !== mine) return;
     if (error) say(`${topic}: ${error.message}`);
     else say(`published to ${topic}${qos ? ", and the broker has acknowledged it" : ""}`);
   });

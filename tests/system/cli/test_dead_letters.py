@@ -229,7 +229,7 @@ async def test_an_order_that_no_agent_would_apply_is_refused_before_anything_is_
 
     # A Kafka that cannot be reached.
     config.write_text(configured.replace(pipeline.bootstrap, f"{HOST}:{free_port()}"))
-    assert "Kafka cannot be reached" in await refused(pipeline, "drop", "m1", exit_code=2)
+    assert "Kafka cannot be reached" in await refused(pipeline, "drop", "m1", exit_code=1)
 
     config.write_text(configured)
     await output(pipeline, "drop", "m2")

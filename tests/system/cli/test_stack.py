@@ -122,7 +122,7 @@ def test_status_shows_addresses_processes_readiness_and_lag(home: Home) -> None:
         assert process["ready"]
         assert psutil.pid_exists(process["pid"])
     until(
-        lambda: home.status()["lag"] == dict.fromkeys(AGENT_NAMES, 0),
+        lambda: home.status()["uncommitted"] == dict.fromkeys(AGENT_NAMES, 0),
         "the workers to have caught up",
     )
     table = home.says("status")
@@ -201,39 +201,43 @@ def test_a_child_that_ends_is_reported_and_restarted(home: Home) -> None:
         assert f"{name} is ready again" in said
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_the_error_about_a_port_in_use_names_its_option(tmp_path: Path, option: str) -> None:
-    with socket.socket() as taken:
-        taken.bind((HOST, free_port()))
-        taken.listen()
-        port = taken.getsockname()[1]
-        done = Home(tmp_path / "data").run("up", *FREE_PORTS, option, str(port))
+def test_all_ports_in_use_are_named_at_once_with_their_options(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        ports = []
+        for _ in OPTIONS:
+            taken = stack.enter_context(socket.socket())
+            taken.bind((HOST, free_port()))
+            taken.listen()
+            ports.append(str(taken.getsockname()[1]))
+        asked = [argument for pair in zip(OPTIONS, ports, strict=True) for argument in pair]
+        done = Home(tmp_path / "data").run("up", "--detach", *asked)
     assert done.returncode == 2
-    assert f"port {port} is in use" in done.stderr
-    assert f"{option} PORT" in done.stderr
+    for option, port in zip(OPTIONS, ports, strict=True):
+        assert f"port {port} is in use: choose another with {option} PORT" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_stored_messages_survive_ctrl_c_and_a_killed_supervisor(tmp_path: Path) -> None:
     home, output = Home(tmp_path / "data"), tmp_path / "output"
-    ports = [argument if argument != "0" else str(free_port()) for argument in FREE_PORTS]
     with ExitStack() as stack:
         stack.callback(home.run, "down")
         with output.open("wb") as log:
             running = subprocess.Popen(
-                [*MILLPOND, "up", "--data", str(home.data), *ports], stdout=log, stderr=log
+                [*MILLPOND, "up", "--data", str(home.data), *FREE_PORTS], stdout=log, stderr=log
             )
         stack.callback(running.kill)
         until(lambda: "millpond is ready" in output.read_text(), "millpond to be ready")
         home.says("pub", "-q", "1", "-t", TOPIC, "-m", "21.5")
         until(lambda: home.stored() == ["21.5"], "the message to be stored")
-        pids = home.pids()
+        pids, addresses = home.pids(), home.status()["addresses"]
 
         running.send_signal(signal.SIGINT)
         assert running.wait(WAIT_S) == 0
         assert not any(psutil.pid_exists(pid) for pid in pids.values())
 
-        home.says("up", "--detach", *ports)
+        # Without options and with 0, the ports are those of the last run.
+        home.says("up", "--detach")
+        assert home.status()["addresses"] == addresses
         assert home.stored() == ["21.5"]
         state = DataDirectory(home.data).read_state()
         assert state is not None
@@ -241,7 +245,8 @@ def test_stored_messages_survive_ctrl_c_and_a_killed_supervisor(tmp_path: Path) 
         os.kill(state.supervisor.pid, signal.SIGKILL)
         until(lambda: state.supervisor.running() is None, "the supervisor to be gone")
 
-        home.says("up", "--detach", *ports)
+        home.says("up", "--detach", *FREE_PORTS)
+        assert home.status()["addresses"] == addresses
         assert not set(orphans.values()) & set(home.pids().values())
         assert home.stored() == ["21.5"]
         pids = home.pids()
@@ -254,11 +259,17 @@ def test_a_kafka_and_a_redis_of_the_user_replace_ours(
     own_kafka: Server, own_redis: Server, tmp_path: Path
 ) -> None:
     home = Home(tmp_path / "data")
+    # The file of the user is in the data directory, and stays as it is.
+    home.data.mkdir()
+    config = home.data / "millpond.toml"
+    written = (
+        f'redis = "{own_redis.address}"\n[kafka]\nbootstrap_servers = ["{own_kafka.address}"]\n'
+    )
+    config.write_text(written)
     with ExitStack() as stack:
         stack.callback(home.run, "down")
-        home.says(
-            "up", "--detach", *FREE_PORTS, "--kafka", own_kafka.address, "--redis", own_redis.address
-        )  # fmt: skip
+        home.says("up", "--detach", *FREE_PORTS, "--config", str(config))
+        assert config.read_text() == written
         assert list(home.pids()) == ["bridge embedded", *WORKERS, "web"]
         addresses = home.status()["addresses"]
         assert addresses["Kafka"] == own_kafka.address
@@ -269,6 +280,36 @@ def test_a_kafka_and_a_redis_of_the_user_replace_ours(
     assert own_redis.answers()
 
 
+def test_a_redis_or_kafka_that_does_not_answer_is_named_before_anything_starts(
+    tmp_path: Path,
+) -> None:
+    port = free_port()
+    conf = tmp_path / "emqx_backend_redis.conf"
+    conf.write_text(
+        f"# the old file\nbackend.redis.pool1.server = {HOST}:{port}\n"
+        'backend.redis.hook.message.publish.1 = {"topic": "#", "action": '
+        '{"function": "on_message_publish"}, "pool": "pool1"}\n'
+    )
+    home = Home(tmp_path / "data")
+    done = home.run("up", "--detach", *FREE_PORTS, "--config", str(conf))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"millpond: Redis at {HOST}:{port} (from {conf}:2): ")
+    assert "--redis embedded" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+    config = tmp_path / "millpond.toml"
+    config.write_text(f'[kafka]\n\nbootstrap_servers = ["{HOST}:{port}"]\n')
+    done = home.run("up", *FREE_PORTS, "--config", str(config))
+    assert done.returncode == 1
+    assert f"Kafka cannot be reached: {HOST}:{port}: " in done.stderr
+    assert f"(from {config}:3)" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+    done = home.run("up", *FREE_PORTS, "--kafka", "oats")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert not list(home.data.glob("log/kafka.log"))
+
+
 def test_a_wrong_configuration_is_one_line_before_anything_starts(tmp_path: Path) -> None:
     config = tmp_path / "millpond.toml"
     config.write_text("[kafka]\nparts = 24\n")
@@ -277,6 +318,15 @@ def test_a_wrong_configuration_is_one_line_before_anything_starts(tmp_path: Path
     assert done.stderr.startswith(f"millpond: {config}:2: ")
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "data" / "kafka").exists()
+
+
+def test_a_file_that_millpond_did_not_write_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "kafka").mkdir()
+    (tmp_path / "kafka" / "server.properties").write_text("broker.id=7\n")
+    done = Home(tmp_path).run("up", "--detach", *FREE_PORTS)
+    assert done.returncode == 2
+    assert f"{tmp_path / 'kafka'} was not written by `millpond up`" in done.stderr
+    assert [each.name for each in tmp_path.iterdir()] == ["kafka"]
 
 
 def test_status_and_down_report_that_nothing_runs(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from millpond.pipeline.stack.supervisor import Child, Supervisor
-from millpond.schemas.errors import MillpondError
+from millpond.schemas.errors import ConfigError, MillpondError
 
 WAIT_S = 60.0
 
@@ -47,17 +47,36 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     await world.supervisor.stop()
 
 
-async def test_the_error_about_a_child_that_ends_before_it_is_ready_has_the_end_of_its_log(
-    world: World,
+@pytest.mark.parametrize(("exit_code", "kind"), [(3, MillpondError), (2, ConfigError)])
+async def test_the_error_about_a_child_that_ends_before_it_is_ready_is_its_last_line(
+    world: World, exit_code: int, kind: type[MillpondError]
 ) -> None:
-    child = world.child("broken", "seq 1 20; echo no such grain; exit 3")
+    child = world.child("broken", f"seq 1 20; echo millpond: no such grain; exit {exit_code}")
     with pytest.raises(MillpondError) as caught:
         await world.supervisor.start(child)
-    assert str(caught.value).splitlines() == [
-        "broken ended with exit code 3:",
+    assert type(caught.value) is kind
+    assert str(caught.value) == f"broken ended with exit code {exit_code}: no such grain"
+    assert (await world.next_line()).splitlines() == [
+        f"The end of {child.log}:",
         *(f"  {number}" for number in range(12, 21)),
-        "  no such grain",
+        "  millpond: no such grain",
     ]
+
+
+async def test_a_group_starts_at_once_and_one_that_fails_fails_the_start(world: World) -> None:
+    # Each waits for the other.
+    here, rest = world.directory, "sleep 0.05; done; touch READY; exec sleep 600"
+    group = [
+        world.child(mine, f"touch {here}/{mine}; until [ -e {here}/{other} ]; do {rest}")
+        for mine, other in (("one", "two"), ("two", "one"))
+    ]
+    async with asyncio.timeout(WAIT_S):
+        await world.supervisor.start(*group)
+    assert [child.is_ready for child in world.supervisor.children] == [True, True]
+    with pytest.raises(MillpondError, match="broken ended with exit code 1: it printed nothing"):
+        await world.supervisor.start(
+            world.child("slow", "exec sleep 600"), world.child("broken", "exit 1")
+        )
 
 
 async def test_a_child_that_keeps_ending_is_restarted_after_a_growing_back_off(

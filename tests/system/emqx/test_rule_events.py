@@ -395,6 +395,6 @@ async def test_a_pubsub_rule_needs_a_mountpoint(kafka: str, tmp_path: Path) -> N
 
 async def test_without_kafka_the_start_fails(tmp_path: Path) -> None:
     bridge = KafkaBridge("127.0.0.1:1", tmp_path, "emqx-cli", ["rules"])
-    assert await bridge.ended() == 2  # as for every mistake in settings
-    assert "Kafka cannot be reached" in bridge.said()
+    assert await bridge.ended() == 1  # nothing in the settings is wrong
+    assert "Kafka cannot be reached" in bridge.said().splitlines()[-1]
     assert "Traceback" not in bridge.said()

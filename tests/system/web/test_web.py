@@ -222,6 +222,19 @@ def test_the_console_connects_subscribes_publishes_and_shows_messages(
     )
 
 
+def test_the_console_stops_and_says_why_when_the_broker_refuses_a_publish(
+    page: Page, url: str
+) -> None:
+    page.goto(f"{url}#console")
+    page.get_by_role("button", name="Connect", exact=True).click()
+    page.locator("#publish-topic").fill("$millpond/refused")
+    page.get_by_label("Payload").fill("red")
+    page.get_by_role("button", name="Publish").click()
+    state = page.locator("#console-state")
+    expect(state).to_contain_text("after the publish to $millpond/refused: it refuses it")
+    expect(page.get_by_role("button", name="Connect", exact=True)).to_be_enabled()
+
+
 def test_odd_names_are_shown_as_plain_text(home: Home, page: Page, url: str) -> None:
     topic = f"poison/{ODD}"
     message_id = dead_letter(home, topic)
@@ -248,7 +261,7 @@ def test_odd_names_are_shown_as_plain_text(home: Home, page: Page, url: str) -> 
 
 def test_without_a_token_the_page_is_read_only(home: Home, page: Page, tmp_path: Path) -> None:
     config = tmp_path / "millpond.toml"
-    lines = (home.data / "millpond.toml").read_text().splitlines()
+    lines = (home.data / "stack.toml").read_text().splitlines()
     config.write_text("\n".join(line for line in lines if not line.startswith("token_file")))
     url = f"http://{HOST}:{free_port()}/"
     message_id = dead_letter(home, "poison/read-only")

@@ -18,7 +18,7 @@ from millpond.pipeline.kafka import topics
 from millpond.pipeline.settings import KafkaSettings, load
 from millpond.pipeline.stack.kafka import KafkaServer
 from millpond.pipeline.stack.ports import HOST, free_port
-from millpond.pipeline.stack.stack import kafka_answers
+from millpond.pipeline.stack.servers import kafka_answers
 from millpond.schemas import keys
 from millpond.schemas.errors import ConfigError
 from tests.support.servers import KAFKA_HEAP_MIB, Server

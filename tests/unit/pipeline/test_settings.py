@@ -79,6 +79,39 @@ def test_rules_may_have_a_file_of_their_own(tmp_path: Path) -> None:
     assert rules.pool("messages").name == "store"
 
 
+def test_a_path_in_a_file_is_relative_to_that_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rules").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    written(
+        tmp_path / "rules",
+        '[pool.store]\nserver = "127.0.0.1:7000"\npassword_file = "password"\n',
+        "rules.toml",
+    )
+    written(
+        tmp_path,
+        'rules_file = "rules/rules.toml"\n[kafka]\nca_file = "/etc/ca.pem"\nkey_file = "key"\n'
+        '[bridge]\nspool_directory = "spool"\n',
+    )
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    settings, rules = load(Path("../millpond.toml"), {"MILLPOND_WEB_TOKEN_FILE": "token"})
+    assert Path(str(settings.kafka.key_file)).resolve() == tmp_path / "key"
+    assert Path(settings.bridge.spool_directory).resolve() == tmp_path / "spool"
+    assert settings.kafka.ca_file == "/etc/ca.pem"
+    password_file = rules.pool("messages").password_file
+    assert password_file is not None
+    assert Path(password_file).resolve() == tmp_path / "rules" / "password"
+    assert (
+        settings.web.token_file == "token"
+    )  # a variable's path is relative to the working directory
+
+
+def test_a_file_that_names_itself_as_its_rules_file_does_not_loop(tmp_path: Path) -> None:
+    path = written(tmp_path, 'rules_file = "millpond.toml"\n')
+    assert load(path, {})[1] == default_rules()
+
+
 def test_one_address_can_replace_the_addresses_of_all_pools(tmp_path: Path) -> None:
     environment = {"MILLPOND_REDIS": "rediss://user@cache:7002/3"}
     _, rules = load(written(tmp_path, FILE), environment)

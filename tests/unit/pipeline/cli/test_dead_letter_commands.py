@@ -95,7 +95,7 @@ def test_only_yes_means_yes(
     monkeypatch.setattr(dead_letters, "take", two)
     monkeypatch.setattr(operator_events, "write", write)
     monkeypatch.setattr(common, "can_ask", lambda: True)
-    (tmp_path / "millpond.toml").write_text("")
+    (tmp_path / "stack.toml").write_text("")
     done = CliRunner().invoke(
         app, ["dead-letters", "drop", "--all", "--data", str(tmp_path)], input=answer
     )
