@@ -118,6 +118,9 @@ class Log(Protocol):
 
         Records of a later call come after those of an earlier one. A record that is too large for Kafka becomes a
         dead letter without a value.
+
+        Raises:
+            LogRefused: Kafka refuses a record. The result raises it.
         """
         ...
 

@@ -9,6 +9,7 @@ MillpondError
 │   ├── Fenced         another owner wrote   load, compare, continue
 │   └── StoreRefused   it will not serve     the worker stops
 ├── LogMismatch        store and log         the worker refuses to start
+├── LogRefused         Kafka's topic         the worker stops; the outputs stay in the journal
 └── BrokenInvariant    Millpond's own bug    the worker stops before it commits
 ```
 
@@ -54,6 +55,10 @@ class StoreRefused(StoreError):
 
 class LogMismatch(MillpondError):
     """The applied offset in the store does not belong to this Kafka log. The message names both sides."""
+
+
+class LogRefused(MillpondError):
+    """Kafka answers, but refuses a record. The message names the topic and Kafka's reason."""
 
 
 class BrokenInvariant(MillpondError):

@@ -69,13 +69,15 @@ ON maintain, once a second:
 
 ON StoreDown or Fenced: forget everything in memory, load again, and fold again what the store does not have.
 
-ON any other error: check the fence. If another owner wrote, the error came from mixed reads: load again. Else raise.
+ON any other error: check the fence. If another owner wrote, the error came from mixed reads: log its traceback and
+load again. Else raise.
 
 ON cancellation: forget everything in memory, so that `close` stores no position beyond what was sent.
 """
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Generic
 
@@ -135,7 +137,7 @@ class PartitionDriver(Generic[Packed]):
         self._notice, self._observer = notice, observer or NullObserver()
         self._rules = RulesInForce(rules)
         self._decoder = RecordDecoder(partition, machine.owns)
-        self._outputs = Outputs(partition, store.read)
+        self._outputs = Outputs(partition, store.read, self._observer)
         self._outbox = Outbox(partition, log, self._outputs)
         self._ticks = Ticks()
         self._loaded = False
@@ -219,6 +221,11 @@ class PartitionDriver(Generic[Packed]):
         return self._position
 
     @property
+    def loaded_once(self) -> bool:
+        """True once the state was loaded. Before that, `next_offset` says nothing."""
+        return bool(self._cluster_id)
+
+    @property
     def records_skipped(self) -> int:
         """How many records of other agents were skipped."""
         return self._decoder.records_skipped
@@ -246,9 +253,10 @@ class PartitionDriver(Generic[Packed]):
                 self._forget()
                 if not superseded:
                     raise
+                # The error may be a bug that only this moment shows: its traceback would be lost.
                 self._notice_once(
-                    f"{error}; another owner has written this partition since:"
-                    " loading the state from the store again"
+                    f"{error!r}; another owner has written this partition since:"
+                    f" loading the state from the store again\n{traceback.format_exc()}"
                 )
             except BaseException:
                 # Cancelled: the position is ahead of what was sent. `close` must not store it in a fence.

@@ -1,4 +1,6 @@
-"""Observers watch the folding of one partition, for metrics and traces. The driver calls them once a batch."""
+"""Observers watch the folding of one partition, for metrics and traces. The driver calls them once a batch, and for a dead letter
+that no batch has.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from millpond.agents.ports import Transaction
 
 
 class Observer(Protocol):
-    """Watches one partition. Neither call may wait or raise."""
+    """Watches one partition. No call may wait or raise."""
 
     def stepping(self, sequence: int) -> None:
         """The driver begins to step a batch. Without an error it becomes the transaction with this sequence."""
@@ -21,6 +23,10 @@ class Observer(Protocol):
         self, batch: Batch, transaction: Transaction, refused: Sequence[DeadLetter]
     ) -> None:
         """The store has applied a batch. `refused` has a dead letter for each record with a refused part."""
+        ...
+
+    def dead_letter(self, reason: str) -> None:
+        """The driver produces a dead letter that neither the outputs nor `refused` of a batch have."""
         ...
 
 
@@ -33,4 +39,7 @@ class NullObserver:
     def applied(
         self, batch: Batch, transaction: Transaction, refused: Sequence[DeadLetter]
     ) -> None:
+        pass
+
+    def dead_letter(self, reason: str) -> None:
         pass

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from millpond.agents.driver.dead_letters import dead_letter_record
 from millpond.agents.driver.deliveries import BODIES_READ_MAX, DeliveryRecords, to_bridge
+from millpond.agents.driver.observer import Observer
 from millpond.agents.effects import (
     AnnounceMembership,
     DeadLetter,
@@ -49,8 +50,8 @@ def needs_source(output: Output) -> bool:
 class Outputs:
     """Makes the Kafka records of one partition's outputs. The driver sets `partition_count` before the first one."""
 
-    def __init__(self, partition: Partition, read: ReadStore) -> None:
-        self._partition, self._read = partition, read
+    def __init__(self, partition: Partition, read: ReadStore, observer: Observer) -> None:
+        self._partition, self._read, self._observer = partition, read, observer
         self._delivery_records = DeliveryRecords(partition, read)
         self.partition_count = 0  # of each of Millpond's topics
 
@@ -126,6 +127,7 @@ class Outputs:
         if invalid:
             key = keys.subscriptions(output.client_id)
             reason = f"{key} holds invalid subscriptions: {', '.join(invalid)}"
+            self._observer.dead_letter("subscriptions")
             dead_letter = DeadLetter(output.offset, reason)
             records.append(dead_letter_record(self._partition, dead_letter, source))
         return records

@@ -23,8 +23,8 @@ from typing import Any, Final, NoReturn, TypeAlias
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import KafkaError
 
-from millpond.pipeline.kafka.log import persist
 from millpond.pipeline.kafka.offsets import OffsetTracker
+from millpond.pipeline.kafka.retrying import persist, started
 from millpond.pipeline.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,15 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
 
     async def run(self) -> NoReturn:
         """Connect, and consume until cancelled. Waits while Kafka is down."""
-        self._consumer = AIOKafkaConsumer(
+        self._consumer = await started(self._new_consumer)
+        try:
+            while True:
+                await self._poll_once()
+        finally:
+            await self._stop()
+
+    def _new_consumer(self) -> AIOKafkaConsumer:
+        consumer = AIOKafkaConsumer(
             group_id=self._group_id,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
@@ -67,13 +75,8 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
             heartbeat_interval_ms=int(self._settings.worker.session_timeout_s * 1000 / 4),
             **self._settings.kafka.client_options(),
         )
-        self._consumer.subscribe(self._topics, listener=self)
-        await persist(self._consumer.start)
-        try:
-            while True:
-                await self._poll_once()
-        finally:
-            await self._stop()
+        consumer.subscribe(self._topics, listener=self)
+        return consumer
 
     async def _poll_once(self) -> None:
         fetched = await persist(

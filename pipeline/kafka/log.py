@@ -6,53 +6,68 @@ While Kafka is down every call of the driver retries without limit, and logs eac
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, TypeAlias
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
 from millpond.agents.ports import LogBounds, OutgoingRecord, Record
 from millpond.pipeline.kafka.producer import Producer
+from millpond.pipeline.kafka.range_reader import RangeReader
+from millpond.pipeline.kafka.retrying import persist
 from millpond.schemas import codec, keys
 from millpond.schemas.commands import Deliver
+from millpond.schemas.errors import LogRefused
 from millpond.schemas.events import DeliveryFailed
 from millpond.schemas.keys import Partition
 from millpond.schemas.leases import parse_lease
 
 logger = logging.getLogger(__name__)
 
-RETRY_INTERVAL_S: Final = 0.5
-POLL_TIMEOUT_MS: Final = 1_000
-
-Answer = TypeVar("Answer")
+# A record's topic, and the future that is done when Kafka has acknowledged the record.
+Buffered: TypeAlias = tuple[str, asyncio.Future[Any]]
 
 
 class KafkaLog:
     """The log of one worker process.
 
-    Faust's consumer reads new records. This class reads ranges again, which is rare: one consumer serves all partitions
-    in turn. `_reading` gives it to one partition at a time. `_producing` keeps the order of concurrent `produce` calls.
+    Faust's consumer reads new records. This class reads ranges again, which is rare.
     """
 
     def __init__(
-        self, producer: Producer, client_options: dict[str, Any], group: str, run_records_max: int
+        self,
+        producer: Producer,
+        client_options: dict[str, Any],
+        group: str,
+        run_records_max: int,
+        on_dead_letter: Callable[[str], None] | None = None,
     ) -> None:
-        """The committed offsets of `group` are read; the group is never joined."""
-        self._producer, self._run_records_max = producer, run_records_max
+        """The committed offsets of `group` are read; the group is never joined.
+
+        `on_dead_letter` gets the reason of each dead letter that this log makes itself.
+        """
+        self._producer, self._on_dead_letter = producer, on_dead_letter
         self._admin = AIOKafkaAdminClient(**client_options)
-        self._reader = AIOKafkaConsumer(
-            group_id=group, enable_auto_commit=False, auto_offset_reset="none", **client_options
-        )
-        self._reading, self._producing = asyncio.Lock(), asyncio.Lock()
+        self._reader = RangeReader(client_options, group, run_records_max)
+        self._producing = asyncio.Lock()
+
+    def of_partition(self) -> KafkaLog:
+        """Return a log over the same connections, with an order of its own for what it produces.
+
+        Each partition has one. So a record that waits for room in the producer delays only its own partition's outputs.
+        """
+        log = copy.copy(self)
+        log._producing = asyncio.Lock()  # noqa: SLF001  of the same class
+        return log
 
     async def start(self) -> None:
         """Connect. The owner of the producer starts and stops the producer."""
         await persist(self._admin.start)
-        await persist(self._reader.start)
+        await self._reader.start()
 
     async def stop(self) -> None:
         """Disconnect."""
@@ -60,104 +75,87 @@ class KafkaLog:
         await self._admin.close()
 
     async def bounds(self, partition: Partition) -> LogBounds:
-        return await persist(lambda: self._bounds(partition))
+        return await persist(partial(self._bounds, partition))
 
     async def _bounds(self, partition: Partition) -> LogBounds:
-        topic_partition = TopicPartition(partition.topic, partition.number)
         cluster = await self._admin.describe_cluster()
         described = await self._admin.describe_topics([partition.topic])
-        async with self._reading:
-            start = (await self._reader.beginning_offsets([topic_partition]))[topic_partition]
-            end = (await self._reader.end_offsets([topic_partition]))[topic_partition]
-            committed = await self._reader.committed(topic_partition)
-        return LogBounds(
-            str(cluster["cluster_id"]), len(described[0]["partitions"]), start, end, committed
-        )
+        extent = await self._reader.extent(partition)
+        return LogBounds(str(cluster["cluster_id"]), len(described[0]["partitions"]), *extent)
 
     async def ends(self, topic: str, numbers: Sequence[int]) -> Mapping[int, int]:
         """Return the end offsets of these partitions, or nothing if Kafka does not answer. Does not retry."""
-        partitions = [TopicPartition(topic, number) for number in numbers]
         try:
-            ends = await self._reader.end_offsets(partitions) if partitions else {}
+            return await self._reader.ends(topic, numbers)
         except (KafkaError, OSError):
             return {}
-        return {partition.partition: end for partition, end in ends.items()}
 
     async def read(
         self, partition: Partition, start: int, stop: int
     ) -> AsyncIterator[Sequence[Record]]:
         position = start
         while position < stop:
-            run, position = await persist(partial(self._read_run, partition, position, stop))
+            run, position = await persist(partial(self._reader.run, partition, position, stop))
             if run:
                 yield run
-
-    async def _read_run(
-        self, partition: Partition, start: int, stop: int
-    ) -> tuple[Sequence[Record], int]:
-        """Read the next run. Return it with the offset to continue at.
-
-        Offsets without a record are skipped: deleted by retention, or taken by the marker of a transaction.
-        """
-        topic_partition = TopicPartition(partition.topic, partition.number)
-        reader = self._reader
-        async with self._reading:
-            self._assign(topic_partition)
-            first = (await reader.beginning_offsets([topic_partition]))[topic_partition]
-            if first >= stop:
-                return (), stop
-            reader.seek(topic_partition, max(start, first))
-            reader.resume(topic_partition)
-            fetched = await reader.getmany(
-                topic_partition, timeout_ms=POLL_TIMEOUT_MS, max_records=self._run_records_max
-            )
-            position = await reader.position(topic_partition)
-            reader.pause(topic_partition)
-        records = fetched.get(topic_partition, [])
-        run = [
-            Record(record.offset, record.timestamp, record.key, record.value)
-            for record in records
-            if record.offset < stop
-        ]
-        return run, position
-
-    def _assign(self, partition: TopicPartition) -> None:
-        """Assign the partition, and keep the others assigned and paused: a new assignment costs a second."""
-        assigned = self._reader.assignment()
-        if partition not in assigned:
-            self._reader.assign([*assigned, partition])
 
     def produce(self, records: Sequence[OutgoingRecord]) -> Awaitable[None]:
         return asyncio.ensure_future(self._produce(records))
 
     async def _produce(self, records: Sequence[OutgoingRecord]) -> None:
+        sent: list[Buffered] = []
         # `send` waits while the producer's buffer is full. Without the lock a later call could overtake this one then.
         async with self._producing:
-            acknowledgements = [await self._send(record) for record in records]
-        await asyncio.gather(*acknowledgements)
+            for record in records:
+                sent += await self._send(record)
+        results = await asyncio.gather(*(future for _, future in sent), return_exceptions=True)
+        for (topic, _), result in zip(sent, results, strict=True):
+            if isinstance(result, KafkaError):
+                raise _refused(topic, result) from result
+            if isinstance(result, BaseException):
+                raise result
 
-    async def _send(self, record: OutgoingRecord) -> asyncio.Future[Any]:
-        """Send a record, and return the future of its acknowledgement.
+    async def _send(self, record: OutgoingRecord) -> list[Buffered]:
+        """Send a record, and return what to wait for.
 
         A record that is too large for Kafka would fail at every attempt. An empty dead letter takes its place, with
-        the reason. The future is then that of the dead letter.
+        the reason. If the record is a command with a lease, its report follows.
         """
-        topic, key, value, headers, partition = record
         try:
-            return await self._producer.send(topic, key, value, partition, headers)
+            return [await self._buffer(record)]
         except MessageSizeTooLargeError as error:
+            topic = record.topic
             logger.error(  # noqa: TRY400  no traceback
                 "a record for %s is too large for Kafka and becomes a dead letter: %s", topic, error
             )
+            # A dead letter that is too large was counted when it was made.
+            if self._on_dead_letter is not None and topic != keys.DEAD_LETTERS_TOPIC:
+                self._on_dead_letter("too_large")
             reason = f"for {topic}, but too large: {error}".encode()
-            headers = (*headers, ("not-produced", reason))
+            headers = (*record.headers, ("not-produced", reason))
+            letter = OutgoingRecord(keys.DEAD_LETTERS_TOPIC, record.key, b"", headers)
             report = _too_large_report(record)
-            if report is not None:
-                await self._producer.send(*report)
-            return await self._producer.send(keys.DEAD_LETTERS_TOPIC, key, b"", None, headers)
+            stand_ins = [letter] if report is None else [report, letter]
+            return [await self._buffer(each) for each in stand_ins]
+
+    async def _buffer(self, record: OutgoingRecord) -> Buffered:
+        topic, key, value, headers, partition = record
+        try:
+            return topic, await self._producer.send(topic, key, value, partition, headers)
+        except MessageSizeTooLargeError:
+            raise
+        except KafkaError as error:
+            raise _refused(topic, error) from error
 
 
-def _too_large_report(record: OutgoingRecord) -> tuple[str, bytes, bytes, int] | None:
+def _refused(topic: str, error: KafkaError) -> LogRefused:
+    return LogRefused(
+        f"Kafka refused a record for {topic}: {error}:"
+        " compare the topic with the settings, with `millpond kafka check`"
+    )
+
+
+def _too_large_report(record: OutgoingRecord) -> OutgoingRecord | None:
     """Return the report that a `deliver` command is too large; None if the record is no command with a lease.
 
     No bridge ever sees the command, so no bridge reports on it. The report makes the agent give the message up.
@@ -173,14 +171,4 @@ def _too_large_report(record: OutgoingRecord) -> tuple[str, bytes, bytes, int] |
         client_id=command.client_id, message_id=command.message_id, reason="too_large",
     )  # fmt: skip
     key = keys.record_key(failed).encode()
-    return keys.MESSAGES_TOPIC, key, codec.encode(failed), lease.partition
-
-
-async def persist(call: Callable[[], Awaitable[Answer]]) -> Answer:
-    """Call until Kafka answers, and return the answer. Logs and retries every error, without limit."""
-    while True:
-        try:
-            return await call()
-        except (KafkaError, OSError) as error:
-            logger.warning("Kafka: %r; trying again", error)
-            await asyncio.sleep(RETRY_INTERVAL_S)
+    return OutgoingRecord(keys.MESSAGES_TOPIC, key, codec.encode(failed), (), lease.partition)

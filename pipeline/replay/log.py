@@ -9,7 +9,7 @@ from typing import Any, Final
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from millpond.agents.ports import LogBounds, OutgoingRecord, Record
-from millpond.pipeline.kafka.log import persist
+from millpond.pipeline.kafka.retrying import persist
 from millpond.schemas.errors import BrokenInvariant
 from millpond.schemas.keys import Partition
 

@@ -19,7 +19,9 @@ from millpond.schemas.events import DeliveriesSent, DeliveryFailed, MessagePubli
 
 UNREADABLE: Final = "unreadable"  # the type of a record that does not decode
 # Shown with 0 from the start. Prometheus cannot see an increase of a series that did not exist.
-LETTERS: Final = ("unreadable", "failed", "refused", "given_up")
+LETTERS: Final = (
+    "unreadable", "failed", "refused", "given_up", "too_large", "subscriptions", "invalid_order",
+)  # fmt: skip
 OPERATIONS: Final = ("load", "read", "commit", "check")
 _event_of: Final = attrgetter("event")
 
@@ -40,6 +42,10 @@ class AgentCounts:
         self.store_failures = Counter(dict.fromkeys(OPERATIONS, 0))  # by operation
         self.delivery_s = Histogram(LONG_S)  # from a publish to its first `deliver` command
 
+    def dead_letter(self, reason: str) -> None:
+        """Count a dead letter that no batch has."""
+        self.dead_letters[reason] += 1
+
 
 class PartitionObserver:
     """Counts the batches of one partition, while this worker owns it. See `millpond.agents.driver.observer.Observer`.
@@ -56,6 +62,9 @@ class PartitionObserver:
     def stepping(self, sequence: int) -> None:
         self._began_s[sequence] = time.perf_counter()
 
+    def dead_letter(self, reason: str) -> None:
+        self._counts.dead_letter(reason)
+
     def applied(
         self, batch: Batch, transaction: Transaction, refused: Sequence[DeadLetter]
     ) -> None:
@@ -70,26 +79,27 @@ class PartitionObserver:
             counts.batch_s.add(time.perf_counter() - began_s)
             counts.batch_records.add(len(batch.folded) + len(batch.unreadable))
         counts.seen_ids += _new_message_ids(transaction)
-        dead_letters = [each for each in transaction.outputs if type(each) is DeadLetter]
-        self._count_events(batch, [*dead_letters, *refused])
+        # An unreadable record that is folded again, after the store lost data, is no dead letter again.
+        dead = {each.offset for each in transaction.outputs if type(each) is DeadLetter}
+        unreadable = sum(each.offset in dead for each in batch.unreadable)
+        self._count_events(batch, dead | {each.offset for each in refused}, unreadable)
         counts.dead_letters["refused"] += len(refused)
         if transaction.outputs:
-            self._count_outputs(batch, transaction)
+            self._count_outputs(batch, transaction, unreadable)
 
-    def _count_events(self, batch: Batch, dead_letters: Sequence[DeadLetter]) -> None:
+    def _count_events(self, batch: Batch, dead: set[int], unreadable: int) -> None:
         counts = self._counts
         kinds: Counter[Any] = Counter(map(type, map(_event_of, batch.folded)))
         for kind, number in kinds.items():
             counts.events[str(kind.__struct_config__.tag), "applied"] += number
         # First all events count as applied. Then those with a dead letter move to the other outcome.
-        if dead_letters:
-            dead = {dead_letter.offset for dead_letter in dead_letters}
+        if dead:
             for record, event, _ in batch.folded:
                 if record.offset in dead:
                     name = str(event.__struct_config__.tag)
                     counts.events[name, "applied"] -= 1
                     counts.events[name, "dead_letter"] += 1
-            counts.events[UNREADABLE, "dead_letter"] += len(batch.unreadable)
+            counts.events[UNREADABLE, "dead_letter"] += unreadable
         if DeliveriesSent in kinds or DeliveryFailed in kinds:
             self._count_reports(batch)
 
@@ -101,13 +111,12 @@ class PartitionObserver:
             elif type(event) is DeliveryFailed:
                 deliveries[event.reason] += 1
 
-    def _count_outputs(self, batch: Batch, transaction: Transaction) -> None:
+    def _count_outputs(self, batch: Batch, transaction: Transaction, unreadable: int) -> None:
         counts = self._counts
         kinds: Counter[Any] = Counter(map(type, transaction.outputs))
         for kind, number in kinds.items():
             counts.outputs[str(kind.__struct_config__.tag)] += number
         counts.dead_letters["given_up"] += kinds[DeadLetterMessage]
-        unreadable = len(batch.unreadable)
         counts.dead_letters["unreadable"] += unreadable
         counts.dead_letters["failed"] += max(kinds[DeadLetter] - unreadable, 0)
         if DeliverMessage in kinds:

@@ -187,6 +187,9 @@ class TracedBatches:
         self._inner, self._number, self._worker = inner, number, worker
         self._began_ns = 0
 
+    def dead_letter(self, reason: str) -> None:
+        self._inner.dead_letter(reason)
+
     def stepping(self, sequence: int) -> None:
         self._began_ns = time.time_ns()
         self._inner.stepping(sequence)

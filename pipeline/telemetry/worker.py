@@ -13,6 +13,7 @@ How lag is measured:
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, NoReturn, Protocol
@@ -23,6 +24,8 @@ from millpond.pipeline.telemetry.agent import AgentCounts, PartitionObserver
 from millpond.pipeline.telemetry.families import Metric, counter, gauge, histogram
 from millpond.pipeline.telemetry.timed_store import TimedStore
 from millpond.schemas.events import AgentName
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_INTERVAL_S: Final = 5.0  # between requests to Kafka for the ends of the partitions
 # A store with an open request of this age makes the worker not ready. An answer takes milliseconds, a load longer.
@@ -65,8 +68,11 @@ class _PartitionTelemetry:
         self.end, self._end_asked_at = end, asked_at
 
     def lag(self, driver: PartitionDriver[Any]) -> int | None:
-        """Return the number of records not known to be in the store, or None before the first sample."""
-        if self.end is None:
+        """Return the number of records not known to be in the store.
+
+        None before the first sample, and before the state is loaded: until then it is unknown what the store has.
+        """
+        if self.end is None or not driver.loaded_once:
             return None
         behind = max(self.end - _applied_until(driver), 0)
         if not behind:
@@ -111,10 +117,18 @@ class WorkerTelemetry:
         return watched.store, watched.observer
 
     async def run(self) -> NoReturn:
-        """Sample every `SAMPLE_INTERVAL_S` until cancelled."""
+        """Sample every `SAMPLE_INTERVAL_S` until cancelled.
+
+        A bug here must not stop the worker, nor leave old numbers that look like new ones.
+        """
         while True:
             await asyncio.sleep(SAMPLE_INTERVAL_S)
-            await self.sample()
+            try:
+                await self.sample()
+            except Exception:
+                logger.exception("worker %s: no lag is shown until the next sample", self.agent)
+                for watched in self._watched.values():
+                    watched.end = None
 
     async def sample(self) -> None:
         """Ask Kafka for the ends of the owned partitions, and note them."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Container
+from functools import partial
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -94,9 +95,10 @@ class ControlChannel:
         producer: Producer,
         partition_count: int,
         owned: Callable[[], Container[int]],
+        on_dead_letter: Callable[[str], None],
     ) -> None:
-        """`owned` returns the partitions that this worker owns now."""
-        self._pool, self._producer = pool, producer
+        """`owned` returns the partitions that this worker owns now. `on_dead_letter` gets the reason of each one."""
+        self._pool, self._producer, self._on_dead_letter = pool, producer, on_dead_letter
         self._partition_count, self._owned = partition_count, owned
         self._retries = Retries(RETRY_INTERVAL_MAX_S)
         # Why the channel is not heard, as logged; None while it is heard.
@@ -201,7 +203,8 @@ class ControlChannel:
             return
         if partition_of(event.client_id, self._partition_count) in self._owned():
             key = keys.record_key(event).encode()
-            await self._producer.send(keys.CLIENTS_TOPIC, key, codec.encode(event))
+            sent = await self._producer.send(keys.CLIENTS_TOPIC, key, codec.encode(event))
+            sent.add_done_callback(partial(self._log_refusal, keys.CLIENTS_TOPIC))
 
     async def _produce_dead_letter(self, data: bytes, reason: str) -> None:
         headers = (
@@ -209,6 +212,18 @@ class ControlChannel:
             ("agent", b"sessions"),
             ("reason", reason.encode("utf-8", "replace")),
         )
-        await self._producer.send(
+        self._on_dead_letter("invalid_order")
+        sent = await self._producer.send(
             keys.DEAD_LETTERS_TOPIC, None, data[:ORDER_BYTES_MAX], None, headers
         )
+        sent.add_done_callback(partial(self._log_refusal, keys.DEAD_LETTERS_TOPIC))
+
+    def _log_refusal(self, topic: str, sent: asyncio.Future[Any]) -> None:
+        """Log that Kafka refused a record. The order is lost: its sender got no promise, and gets no answer."""
+        if not sent.cancelled() and (error := sent.exception()) is not None:
+            logger.error(
+                "control channel %s: Kafka refused a record for %s, so an order is lost: %r",
+                self._pool.channel,
+                topic,
+                error,
+            )

@@ -36,7 +36,7 @@ from functools import partial
 from typing import Any
 
 from millpond.agents.driver.driver import PartitionDriver
-from millpond.agents.ports import Log, Record
+from millpond.agents.ports import Record
 from millpond.pipeline.clock import now_ms
 
 logger = logging.getLogger(__name__)
@@ -52,11 +52,9 @@ NewDriver = Callable[[int], PartitionDriver[Any]]
 class PartitionTask:
     """Runs one partition: folds the runs of its inbox, maintains the driver once a second, and produces ticks."""
 
-    def __init__(
-        self, driver: PartitionDriver[Any], log: Log, on_started: Callable[[], None]
-    ) -> None:
+    def __init__(self, driver: PartitionDriver[Any], on_started: Callable[[], None]) -> None:
         """Start the task. It calls `on_started` when the partition's state is loaded."""
-        self.driver, self._log, self._on_started = driver, log, on_started
+        self.driver, self._on_started = driver, on_started
         self._inbox: asyncio.Queue[Sequence[Record]] = asyncio.Queue(INBOX_RUNS_MAX)
         self._closing = asyncio.Event()
         self.task = asyncio.create_task(self._run(), name=str(driver.partition))
@@ -120,7 +118,7 @@ class PartitionTask:
     async def _tick(self) -> None:
         tick = self.driver.tick(now_ms())
         if tick is not None:
-            await self._log.produce([tick])
+            await self.driver.log.produce([tick])
 
 
 class Partitions:
@@ -129,13 +127,12 @@ class Partitions:
     def __init__(
         self,
         new_driver: NewDriver,
-        log: Log,
         release_timeout_s: float,
         on_ready: Callable[[], None],
         on_failure: Callable[[BaseException], None],
     ) -> None:
         """Call `on_ready` when all assigned partitions are loaded, and `on_failure` when one fails."""
-        self._new_driver, self._log, self._release_timeout_s = new_driver, log, release_timeout_s
+        self._new_driver, self._release_timeout_s = new_driver, release_timeout_s
         self._on_ready, self._on_failure = on_ready, on_failure
         self._tasks: dict[int, PartitionTask] = {}
         self._loading: set[int] = set()
@@ -147,7 +144,7 @@ class Partitions:
         for number in sorted(numbers - self._tasks.keys()):
             self._loading.add(number)
             self._tasks[number] = owned = PartitionTask(
-                self._new_driver(number), self._log, partial(self._loaded, number)
+                self._new_driver(number), partial(self._loaded, number)
             )
             owned.task.add_done_callback(self._task_ended)
         if not self._loading:

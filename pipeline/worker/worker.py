@@ -97,19 +97,19 @@ class Worker:
         self._failure: BaseException | None = None
         kafka = settings.kafka
         self._producer = Producer(kafka.client_options(), kafka.message_bytes_max)
+        self._telemetry = WorkerTelemetry(agent, lambda: self._partitions, self._log_ends)
         self._log = KafkaLog(
             self._producer,
             kafka.client_options(),
             keys.group_id(settings.app, agent),
             settings.worker.batch_records_max,
+            self._telemetry.counts.dead_letter,
         )
         self._tracing = worker_tracing(settings.telemetry, agent)
-        self._telemetry = WorkerTelemetry(agent, lambda: self._partitions, self._log_ends)
         # Without a listener nothing reads the numbers.
         self._measured = settings.telemetry.listen is not None
         self._partitions = Partitions(
             self._new_driver,
-            self._log,
             settings.worker.release_timeout_s,
             self._ready,
             self._fail,
@@ -227,6 +227,7 @@ class Worker:
             self._producer,
             self.settings.kafka.partitions,
             self._partitions.owned,
+            self._telemetry.counts.dead_letter,
         )
         await channel.run()
 
@@ -303,7 +304,7 @@ class Worker:
         if self._measured:
             store, observer = self._telemetry.watch(number, store)
         machine = MACHINES[self.agent]()
-        log: Log = self._log
+        log: Log = self._log.of_partition()
         if self._tracing is not None:
             observer, log = self._tracing.observer(observer, number), self._tracing.log(log)
         return PartitionDriver(partition, machine, store, log, self.rules, logger.warning, observer)

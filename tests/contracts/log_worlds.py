@@ -41,6 +41,10 @@ class World(Protocol):
     def log(self) -> Log:
         """The log itself."""
 
+    @property
+    def fetching(self) -> set[int]:
+        """The partitions whose records are fetched now."""
+
     async def append(self, partition: Partition, values: Sequence[bytes]) -> None:
         """Append these values, as another producer does."""
 
@@ -63,6 +67,10 @@ class MemoryWorld:
     def __init__(self, app: str) -> None:
         self.app = app
         self.log = MemoryLog(lambda: int(time.time() * 1_000), PARTITION_COUNT, RUN_RECORDS_MAX)
+
+    @property
+    def fetching(self) -> set[int]:
+        return set()
 
     async def append(self, partition: Partition, values: Sequence[bytes]) -> None:
         for value in values:
@@ -113,6 +121,11 @@ class KafkaWorld:
         await self.log.stop()
         await self._producer.stop()
         await self._admin.close()
+
+    @property
+    def fetching(self) -> set[int]:
+        consumer = self.log._reader._consumer
+        return {place.partition for place in consumer.assignment() - consumer.paused()}
 
     @contextlib.asynccontextmanager
     async def _writer(self, **options: Any) -> AsyncIterator[AIOKafkaProducer]:

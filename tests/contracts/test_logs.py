@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 
@@ -124,6 +125,34 @@ async def test_two_partitions_can_be_read_in_turn(
         async for records in run:
             read_so_far += [record.value for record in records]
     assert values == (TWELVE, TWELVE[::-1])
+
+
+async def test_all_partitions_can_be_read_at_the_same_time(world: World) -> None:
+    partitions = [Partition(world.app, "messages", number) for number in range(PARTITION_COUNT)]
+    values = [[b"%d.%d" % (number, at) for at in range(12)] for number in range(PARTITION_COUNT)]
+    for partition, appended in zip(partitions, values, strict=True):
+        await world.append(partition, appended)
+    for start, stop in ((0, 3), (0, 12), (0, 7), (7, 12), (3, 4)):
+        found = await asyncio.gather(*(read(world, each, start, stop) for each in partitions))
+        assert [[record.value for record in records] for records in found] == [
+            appended[start:stop] for appended in values
+        ]
+        # After the end of the ranges no partition is fetched.
+        assert world.fetching == set()
+
+
+async def test_a_range_is_read_on_although_retention_deletes_its_rest_meanwhile(
+    world: World, first: Partition
+) -> None:
+    await world.append(first, TWELVE)
+    runs = world.log.read(first, 0, 12)
+    assert [record.offset for record in await anext(runs)] == [0, 1, 2, 3, 4]
+    await world.forget(first, 12)
+    await world.append(first, [b"next"])
+    # A log may have fetched a part of the rest before.
+    rest = [record.offset async for run in runs for record in run]
+    assert rest == list(range(5, 5 + len(rest)))
+    assert await offsets(world, first, 0, 13) == [12]
 
 
 async def test_the_timestamp_of_a_record_is_its_append_time(world: World, first: Partition) -> None:

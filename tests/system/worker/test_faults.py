@@ -20,7 +20,7 @@ from millpond.schemas.events import MessagePublished
 from tests.support import given
 from tests.support.replays import check_replay
 from tests.support.servers import Server, pause
-from tests.support.workers import Pipeline, Worker, running, until
+from tests.support.workers import PARTITIONS, Pipeline, Worker, running, until
 
 TOPICS = 20
 COUNTED = (given.store(), given.command("INCR seen:${msgid}"))
@@ -222,6 +222,25 @@ async def test_redis_emptied_under_a_running_worker_is_rebuilt_from_the_log(
     await all_applied_once(pipeline, 3_000)
     await pipeline.publish(messages(3_000, 100))
     await all_applied_once(pipeline, 3_100)
+
+
+async def test_all_partitions_of_an_emptied_redis_are_rebuilt_although_nothing_is_published(
+    pipeline: Pipeline,
+) -> None:
+    await pipeline.worker()
+    await pipeline.publish(messages(0, 200))
+    await all_applied_once(pipeline, 200)
+    fences = await pipeline.redis.keys("*:applied")
+    assert len(fences) == PARTITIONS
+    await pipeline.redis.flushall()
+
+    async def rebuilt() -> bool:
+        return bool(await pipeline.redis.exists(*fences) == PARTITIONS)
+
+    await until(rebuilt, "the fences of all partitions")
+    await all_applied_once(pipeline, 200)
+    await pipeline.publish(messages(200, 20))
+    await all_applied_once(pipeline, 220)
 
 
 async def test_a_worker_waits_for_a_kafka_that_is_down(

@@ -7,6 +7,7 @@ import copy
 
 import pytest
 
+from millpond.agents.messages.machine import MessagesMachine
 from millpond.pipeline.stores.memory.server import Moment
 from millpond.schemas import keys
 from millpond.schemas.errors import StoreDown, StoreRefused
@@ -216,6 +217,29 @@ def test_maintain_finds_out_that_another_owner_has_written() -> None:
     world.feed(successor)
     run(paused.maintain())
     assert paused.next_offset == successor.next_offset
+
+
+def test_a_bug_that_shows_after_another_owner_wrote_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(*RULES)
+    paused = world.started()
+    world.feed(paused)
+    first = world.append(given.published("a"))
+    world.feed(world.started())
+
+    def step(*_: object) -> object:
+        monkeypatch.undo()
+        raise KeyError("a bug of ours")
+
+    monkeypatch.setattr(MessagesMachine, "step", step)
+    run(paused.process(first))
+    run(paused.settle())
+    (notice,) = [each for each in world.notices if "another owner has written" in each]
+    assert "Traceback" in notice
+    assert "in step" in notice
+    assert "KeyError: 'a bug of ours'" in notice
+    assert world.counted_once("a")
 
 
 def test_the_journal_of_an_owner_that_crashed_before_producing_is_finished() -> None:

@@ -30,7 +30,7 @@ class World:
         self.ready = 0
         self.failures: list[BaseException] = []
         self.partitions = Partitions(
-            self._driver, self.log, RELEASE_TIMEOUT_S, self._note_ready, self.failures.append
+            self._driver, RELEASE_TIMEOUT_S, self._note_ready, self.failures.append
         )
 
     def _driver(self, number: int) -> PartitionDriver[Transaction]:
