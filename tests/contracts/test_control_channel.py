@@ -42,7 +42,7 @@ def _short_silence(monkeypatch: pytest.MonkeyPatch) -> None:
 @asynccontextmanager
 async def listening(pool: Pool) -> AsyncIterator[Sent]:
     sent = Sent()
-    channel = ControlChannel(pool, cast(Producer, sent), 1, lambda: {0})
+    channel = ControlChannel(pool, cast(Producer, sent), 1, lambda: {0}, lambda _: None)
     task = asyncio.create_task(channel.run())
     try:
         yield sent
