@@ -16,7 +16,7 @@ from millpond.pipeline.settings import KafkaSettings, Settings
 from millpond.pipeline.stores.redis.cluster_check import cluster_weaknesses
 from millpond.pipeline.stores.redis.command_check import check_commands
 from millpond.pipeline.stores.registry import connector
-from millpond.schemas.errors import ConfigError, StoreError
+from millpond.schemas.errors import MillpondError, StoreError
 from millpond.schemas.keys import SOURCE_TOPIC
 from millpond.schemas.rules import Rules
 from millpond.schemas.rules.pool import Pool
@@ -96,7 +96,7 @@ async def _kafka(settings: KafkaSettings) -> list[str]:
     """The differences between the Kafka topics and the settings."""
     try:
         return await topics.check(settings)
-    except ConfigError as error:
+    except MillpondError as error:
         return [str(error)]
 
 
