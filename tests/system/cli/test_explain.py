@@ -93,6 +93,7 @@ async def test_a_queued_message_expires_or_dies_or_is_dropped(pipeline: Pipeline
     await write(pipeline, given.joined("ben", "poison/a"))
     await until_state(pipeline, "bad", "leased", sent=False)
     await sent(pipeline, "poison/a", "bad")
+    await write(pipeline, given.left("ben", "poison/a", source_offset=1))
     dead = await until_state(pipeline, "bad", "dead")
     assert dead.reason == "delivered 1 times without an acknowledgement"
     expired = await until_state(pipeline, "old", "expired", reason=None)
@@ -160,6 +161,7 @@ async def test_a_message_that_is_dead_for_one_subscriber_and_messages_that_are_n
     await until_state(pipeline, "m1", "leased", "slow")
     await sent(pipeline, topic, "m1")
     await write(pipeline, given.acked("m1", topic, client_id="quick"))
+    await write(pipeline, given.left("slow", topic, source_offset=1))
     dead = await until_state(pipeline, "m1", "dead", "slow")
     assert dead.reason == "slow: delivered 1 times without an acknowledgement"
     await until_state(pipeline, "m1", "acked", "quick")
