@@ -13,6 +13,7 @@ from millpond.agents.reads import ReadStates
 from millpond.pipeline.stores.redis.command_check import check_commands
 from millpond.pipeline.stores.registry import open_store
 from millpond.schemas.errors import ConfigError, StoreDown, StoreRefused
+from millpond.schemas.rules.command_keys import KEY_FIELDS, MOVABLE_KEYS
 from millpond.schemas.rules.pool import Pool
 from millpond.schemas.rules.rule import Rule
 from millpond.schemas.rules.ruleset import Rules
@@ -170,3 +171,29 @@ async def test_commands_that_must_not_run_are_named_with_file_and_line(
     with pytest.raises(ConfigError, match=reason) as raised:
         await check_commands(pool, rules(*command))
     assert str(raised.value).startswith("a.toml:7: ")
+
+
+def test_the_keys_of_commands_are_those_that_the_server_names(single_redis: RedisProcess) -> None:
+    client = single_redis.client
+    client.response_callbacks = {}
+    places = {name: place for place, names in KEY_FIELDS.items() for name in names.split()}
+    known = client.execute_command("COMMAND", "INFO", *places, *MOVABLE_KEYS)
+    for name, info in zip([*places, *MOVABLE_KEYS], known, strict=True):
+        # An older server does not have the newest commands. The keys of a container are those of its subcommands.
+        if info:
+            subcommands = [each for each in info[9] if not each[0].endswith(b"|help")]
+            for _, _, flags, *described in subcommands or [info]:
+                assert (b"movablekeys" in flags) == (name in MOVABLE_KEYS), name
+                if name in places:
+                    assert tuple(described[:3]) == places[name], name
+
+
+async def test_a_payload_that_only_the_server_knows_to_be_a_key_is_refused(
+    single_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = Pool(name="p", servers=((HOST, single_redis.port),))
+    monkeypatch.setattr("millpond.pipeline.stores.redis.command_check.is_known", lambda _: False)
+    await check_commands(pool, rules("SET", "last", "${payload}"))
+    for command in (("SET", "${payload}", "v"), ("ZUNIONSTORE", "a", "1", "${payload}")):
+        with pytest.raises(ConfigError, match="a payload as a key"):
+            await check_commands(pool, rules(*command))

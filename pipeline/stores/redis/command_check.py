@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from millpond.pipeline.stores.redis.connection import checked, pack
 from millpond.pipeline.stores.registry import connector
+from millpond.schemas.rules.command_keys import holds_payload, is_known, keys_at
 from millpond.schemas.rules.pool import Pool
 from millpond.schemas.rules.rule import Rule
 from millpond.schemas.rules.ruleset import Rules
@@ -58,7 +59,7 @@ def _check(rule: Rule, fields: tuple[str, ...], info: list[Any] | None) -> None:
     if info is None:
         raise rule.fault(f"the server does not know the command {' '.join(fields[:2])}")
     # https://redis.io/docs/latest/commands/command/: name, arity, flags, keys (3), categories, …
-    _, arity, flags, _, _, _, categories, *_ = info
+    _, arity, flags, first, last, step, categories, *_ = info
     for forbidden, reason in FORBIDDEN.items():
         if forbidden in flags or forbidden in categories:
             raise rule.fault(f"the command {name} {reason}: a rule must not do that")
@@ -67,6 +68,13 @@ def _check(rule: Rule, fields: tuple[str, ...], info: list[Any] | None) -> None:
     if count != arity if arity >= 0 else count < -arity:
         wanted = f"{arity - 1}" if arity >= 0 else f"at least {-arity - 1}"
         raise rule.fault(f"the command {name} takes {wanted} arguments, not {count - 1}")
+    # Millpond does not judge the payloads of a command that only the server knows: none of them may be a key.
+    movable = b"movablekeys" in flags
+    places = range(1, count) if movable else keys_at((first, last, step), count)
+    if not is_known(name) and any(holds_payload(fields[at]) for at in places):
+        raise rule.fault(
+            f"the command {name} would use a payload as a key: a rule must not do that"
+        )
 
 
 def _subcommand(fields: tuple[str, ...], info: list[Any] | None) -> list[Any] | None:
