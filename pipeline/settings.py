@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta, Struct, field
 
+from millpond.pipeline.text_files import read_secret_line, read_text
 from millpond.schemas.errors import ConfigError
 from millpond.schemas.rules import Pool, Rules, default_rules
 from millpond.schemas.rules.conf import parse_conf
@@ -208,9 +209,11 @@ def read_secret(path: str, what: str) -> str:
         ConfigError: The file is empty or cannot be read. The message begins with `what`, the setting's name.
     """
     try:
-        return Path(path).read_text().splitlines()[0]
-    except (OSError, IndexError) as error:
-        raise ConfigError(f"{what}: cannot read {path}: {error}") from error
+        return read_secret_line(Path(path))
+    except OSError as error:
+        raise ConfigError(f"{what}: cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{what}: {path}: {error}") from error
 
 
 def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> tuple[Settings, Rules]:
@@ -237,9 +240,11 @@ def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> tupl
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot be read: {error}", file=str(path)) from error
+        return read_text(path)
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", file=str(path)) from error
+    except ValueError as error:
+        raise ConfigError(str(error), file=str(path)) from error
 
 
 def _is_conf(path: Path, text: str) -> bool:

@@ -68,7 +68,8 @@ class DataDirectory:
 
     def write_configuration(self, settings: Settings) -> None:
         """Write the settings for the children and for other commands."""
-        self.configuration.write_text(tomli_w.dumps(_without_none(msgspec.to_builtins(settings))))
+        text = tomli_w.dumps(_without_none(msgspec.to_builtins(settings)))
+        self.configuration.write_text(text, "utf-8")
 
     def write_state(self, state: StackState) -> None:
         """Replace the state atomically: a reader sees the old or the new one."""

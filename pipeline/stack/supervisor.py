@@ -45,7 +45,7 @@ class Child:
 
     def last_lines(self) -> str:
         """The last lines of its log, indented."""
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        lines = self.log.read_text("utf-8", "replace").splitlines() if self.log.exists() else []
         return "\n".join(f"  {line}" for line in lines[-LOG_LINES_SHOWN:])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 from redis.asyncio.retry import Retry
@@ -13,6 +12,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
 
 from millpond.agents.ports import Store
+from millpond.pipeline.settings import read_secret
 from millpond.pipeline.stores.redis.cluster_store import ClusterStore
 from millpond.pipeline.stores.redis.connection import Access, Address, Connection
 from millpond.pipeline.stores.redis.store import RedisStore
@@ -44,14 +44,13 @@ def access_of(pool: Pool) -> Access:
         ConfigError: the password file or certificate file cannot be read.
     """
     password = pool.password
+    if pool.password_file is not None:
+        password = read_secret(pool.password_file, f"[pool.{pool.name}] password_file")
     try:
-        if pool.password_file is not None:
-            # The first line counts, so that an editor's final newline does no harm.
-            password = Path(pool.password_file).read_text(encoding="utf-8").split("\n", 1)[0]
         tls = ssl.create_default_context(cafile=pool.ca_file) if pool.tls else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"pool {pool.name!r}: {error}") from error
-    return Access(pool.username, password and password.rstrip("\r"), pool.database, tls)
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(f"[pool.{pool.name}] ca_file: {pool.ca_file}: {error}") from error
+    return Access(pool.username, password, pool.database, tls)
 
 
 def connector(pool: Pool) -> Callable[[], Awaitable[Connection]]:

@@ -42,10 +42,11 @@ KEY_FIELDS: Final[dict[tuple[int, int, int], str]] = {
     (2, -1, 1): "BITOP",
 }
 # The keys of these depend on other fields, such as a count of keys. None of them takes a payload as a value.
-MOVABLE_KEYS: Final = frozenset(
+_MOVABLE: Final = (
     "GEORADIUS GEORADIUSBYMEMBER LMPOP SINTERCARD SORT SORT_RO ZDIFF ZDIFFSTORE ZINTER ZINTERCARD "
-    "ZINTERSTORE ZMPOP ZUNION ZUNIONSTORE".split()
+    "ZINTERSTORE ZMPOP ZUNION ZUNIONSTORE"
 )
+MOVABLE_KEYS: Final = frozenset(_MOVABLE.split())
 _PLACES: Final = {name: place for place, names in KEY_FIELDS.items() for name in names.split()}
 _PAYLOADS: Final = ("${payload}", "${message}")
 
