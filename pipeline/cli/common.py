@@ -6,6 +6,7 @@ Answers go to stdout through `console`. Errors, questions and progress go to std
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -47,10 +48,15 @@ YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for con
 # -- arguments ---------------------------------------------------------------------------------------------------------
 
 
-def load_settings(config: Path | None, data: Path) -> tuple[Settings, Rules]:
-    """Load `--config`, else the configuration of the stack in `--data`, else the defaults and the environment."""
+def load_settings(
+    config: Path | None, data: Path, warn: Callable[[str], None] = lambda _: None
+) -> tuple[Settings, Rules]:
+    """Load `--config`, else the configuration of the stack in `--data`, else the defaults and the environment.
+
+    `warn` gets a sentence for each thing that the user wrote and that has no effect.
+    """
     of_stack = data / "millpond.toml"
-    return load(config or (of_stack if of_stack.exists() else None))
+    return load(config or (of_stack if of_stack.exists() else None), warn=warn)
 
 
 def agent_named(name: str, *others: str) -> AgentName:

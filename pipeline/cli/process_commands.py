@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,8 +24,12 @@ from millpond.pipeline.cli.common import (
 from millpond.pipeline.kafka import topics as kafka_topics
 from millpond.pipeline.process.extras import extra
 from millpond.pipeline.process.logs import log_to_stderr
+from millpond.pipeline.settings import Settings
 from millpond.schemas import keys
 from millpond.schemas.errors import ConfigError
+from millpond.schemas.rules import Rules
+
+logger = logging.getLogger(__name__)
 
 kafka = typer.Typer(help="Create and check the Kafka topics.", no_args_is_help=True)
 config = typer.Typer(help="Check settings and rules.", no_args_is_help=True)
@@ -38,8 +44,7 @@ def worker(
     from millpond.pipeline.worker.worker import run  # noqa: PLC0415  Faust is slow to import
 
     name = agent_named(agent)
-    settings, rules = load_settings(config, data)
-    log_to_stderr(settings.log, f"worker {name}")
+    settings, rules = _load_and_log(config, data, f"worker {name}")
     run(name, settings, rules)
 
 
@@ -59,8 +64,7 @@ def bridge(
     """
     if (topics is not None) != (broker == "emqx-kafka"):
         raise ConfigError("the bridge emqx-kafka needs --topics, and no other bridge takes it")
-    settings, rules = load_settings(config, data)
-    log_to_stderr(settings.log, f"bridge {broker}")
+    settings, rules = _load_and_log(config, data, f"bridge {broker}")
     if broker == "embedded":
         with extra("local", "`millpond bridge embedded`"):
             from millpond.pipeline.brokers.embedded.bridge import run_embedded  # noqa: PLC0415
@@ -77,6 +81,16 @@ def bridge(
         run_emqx_kafka(settings, rules, _source_topics(topics))
     else:
         raise ConfigError(f"no bridge {broker!r}: there are embedded, emqx, emqx-kafka")
+
+
+def _load_and_log(config: Path | None, data: Path, process: str) -> tuple[Settings, Rules]:
+    """Load settings and rules, begin the log as they say, and log what in them has no effect."""
+    warnings: list[str] = []
+    settings, rules = load_settings(config, data, warnings.append)
+    log_to_stderr(settings.log, process)
+    for warning in warnings:
+        logger.warning("%s", warning)
+    return settings, rules
 
 
 def _source_topics(text: str) -> list[str]:
@@ -121,7 +135,7 @@ def config_check(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) -
     """Load settings and rules as a worker does, show the rules, and note what weakens a guarantee."""
     from millpond.pipeline.operate.config_warnings import weaknesses  # noqa: PLC0415
 
-    settings, rules = load_settings(config, data)
+    settings, rules = load_settings(config, data, lambda line: say(f"warning: {line}"))
     table = Table("hook", "topic", "action", "expires", "agent", box=None)
     for column in table.columns:
         column.overflow = "fold"

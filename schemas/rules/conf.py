@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
 
 from millpond.schemas.errors import ConfigError
 from millpond.schemas.rules.build import DraftTable, build_rules
+from millpond.schemas.rules.faults import Faults, hint
 from millpond.schemas.rules.rule import EXPIRED_TIME_S_MAX, HOOKS
 from millpond.schemas.rules.ruleset import Rules
 
@@ -30,23 +32,26 @@ _SECONDS: Final = re.compile("-?[0-9]{1,18}")
 _json: Final = json.JSONDecoder()
 
 
-def parse_conf(text: str, file: str) -> Rules:
-    """Read the rules of a file.
+def parse_conf(text: str, file: str, warn: Callable[[str], None] = lambda _: None) -> Rules:
+    """Read the rules of a file. `warn` gets a sentence for each line that the old backend read, and that has no effect.
 
     Raises:
-        ConfigError: A line is not understood, or a rule or pool is invalid. The error names the line.
+        ConfigError: Lines are not understood, or rules or pools are invalid. Each fault names its line.
     """
-    conf = _Conf(file)
+    conf = _Conf(file, warn)
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
-            conf.read(number, line)
+            with conf.faults.collect():
+                conf.read(number, line)
     return conf.rules()
 
 
 class _Conf:
     """The settings of the lines that were read so far."""
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, warn: Callable[[str], None]) -> None:
+        self.faults = Faults()
+        self._warn = warn
         self._file = file
         self._lines: dict[str, int] = {}  # key → its line
         self._pools: dict[str, dict[str, str]] = {}
@@ -88,7 +93,7 @@ class _Conf:
 
     def _read_hook(self, line: int, hook: str, number: str, value: str) -> None:
         if hook not in HOOKS:
-            raise self._fault(line, f"unknown hook {hook!r}: known are {', '.join(HOOKS)}")
+            raise self._fault(line, f"unknown hook {hook!r}: {hint(hook, HOOKS)}")
         if not _NUMBER.fullmatch(number):
             raise self._fault(line, f"a rule of {hook} needs a number, not {number!r}")
         rule = self._read_rule(line, value)
@@ -121,7 +126,8 @@ class _Conf:
             name: DraftTable(settings, self._pool_line(name), self._file, strict=False)
             for name, settings in self._pools.items()
         }
-        return build_rules(pools, [self._rule(*self._rules[key]) for key in sorted(self._rules)])
+        rules = [self._rule(*self._rules[key]) for key in sorted(self._rules)]
+        return build_rules(pools, rules, self.faults)
 
     def _pool_line(self, name: str) -> Any:
         prefix = f"backend.redis.{name}."

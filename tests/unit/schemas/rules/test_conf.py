@@ -214,3 +214,22 @@ def test_all_rules_of_an_agent_need_the_same_pool() -> None:
         "'pool1'",
         "agent sessions",
     )
+
+
+def test_all_faults_of_a_file_are_reported_in_one_run() -> None:
+    text = """
+        hello
+        backend.redis.pool1.sever = h
+        backend.redis.pool1.server = h:x
+        backend.redis.msg.expired_after = 1h
+        backend.redis.hook.message.publsh.1 = {}
+        backend.redis.hook.message.publish.2 = {"action": {"function": "on_message_publsh"}, "pool": "pool1"}
+        backend.redis.hook.message.publish.1 = {
+        backend.redis.hook.client.connected.1 = {"topic": "#", "action": {"commands": ["KEYS *"]}}
+        """
+    with pytest.raises(ConfigError) as caught:
+        parse(text)
+    assert [fault.line for fault in caught.value.faults] == [2, 3, 4, 5, 6, 7, 8, 9, 9]
+    shown = str(caught.value)
+    for meant in ("'server'?", "'message.publish'?", "'on_message_publish'?"):
+        assert f"did you mean {meant}" in shown
