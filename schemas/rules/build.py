@@ -43,6 +43,7 @@ _POOL_TYPES: Final = {
     for field in structs.fields(Pool)
     if field.name not in ("name", "servers")
 } | {"server": str | tuple[str, ...]}
+POOL_KEYS: Final = tuple(_POOL_TYPES)
 
 _OTHER_HOOKS: Final = tuple(hook for hook in HOOKS if hook != "session.subscribed")
 
@@ -57,12 +58,14 @@ class DraftTable(NamedTuple):
     line: Returns the line of a key. None asks for the line of the table.
     file: The name of the file, for messages.
     strict: False if every value is text. Numbers and booleans are then read from the text.
+    warn: Gets what has no effect, if that is no fault.
     """
 
     values: Mapping[str, object]
     line: Callable[[str | None], int]
     file: str
     strict: bool = True
+    warn: Callable[[str], None] | None = None
 
     def fault(self, reason: str, key: str | None = None) -> ConfigError:
         """Make the error about this table, at the line of `key` if the table has it."""
@@ -137,7 +140,11 @@ def build_rule(draft: DraftTable, pools: Sequence[str], faults: Faults) -> Rule 
             faults.add(draft.fault(reason, key))
     for key in draft.values if does_something else ():
         if key in values and not _has_effect(rule, key):
-            faults.add(draft.fault(f"{key} has no effect with {rule.summary}: remove it", key))
+            useless = draft.fault(f"{key} has no effect with {rule.summary}: remove it", key)
+            if draft.warn is None:
+                faults.add(useless)
+            else:
+                draft.warn(str(useless))
     return rule if len(faults) == before else None
 
 
@@ -165,12 +172,12 @@ def _has_effect(rule: Rule, key: str) -> bool:
 
 
 def build_pool(name: str, draft: DraftTable, faults: Faults) -> Pool | None:
-    """Build one pool, or None if it is at fault. Without `type` it is a single server."""
+    """Build one pool, or None if it is at fault. Without `type` it is a single server, or has the name of a primary."""
     before = len(faults)
     values = draft.converted(_POOL_TYPES, faults)
     # What follows from one of these that could not be read is not reported.
     unread = {"server", "type", "sentinel", "tls"} & (draft.values.keys() - values.keys())
-    kind = values.get("type", "single")
+    kind = values.setdefault("type", "sentinel" if values.get("sentinel") else "single")
     servers = values.pop("server", ())
     texts = servers.split(",") if isinstance(servers, str) else servers
     default_port = SENTINEL_PORT if kind == "sentinel" else REDIS_PORT

@@ -48,3 +48,8 @@ def hint(wrong: str, known: Iterable[str]) -> str:
     known = tuple(known)
     close = get_close_matches(wrong, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+
+
+def is_near_miss(wrong: str, known: Iterable[str]) -> bool:
+    """True if a word resembles a known one, so that it is probably a mistake."""
+    return bool(get_close_matches(wrong, known, n=1))

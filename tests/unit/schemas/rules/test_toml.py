@@ -121,7 +121,7 @@ def test_a_file_with_another_structure_is_refused(text: str, line: int | None, w
         ('\nserver = "h1,h2"', 3, ["several servers"]),
         ('server = "h"\ntype = "sentinel"', 3, ["needs sentinel"]),
         ('server = "h"\ntype = "sentinal"', 3, ["unknown type 'sentinal'", "'sentinel'?"]),
-        ('server = "h"\nsentinel = "m"', 3, ['type = "sentinel"']),
+        ('server = "h"\ntype = "single"\nsentinel = "m"', 4, ['type = "sentinel"']),
         ('server = "h"\ntype = "cluster"\ndatabase = 1', 4, ["database 0"]),
         ('server = "h"\ndatabase = -1', 3, ["database: expected `int` >= 0"]),
         ('server = "h"\npool_size = 0', 3, ["pool_size: expected `int` >= 1"]),
