@@ -6,17 +6,13 @@ import ssl
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
-from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
-
 from millpond.agents.ports import Store
 from millpond.pipeline.settings import read_secret
 from millpond.pipeline.stores.redis.cluster_store import ClusterStore
 from millpond.pipeline.stores.redis.connection import Access, Address, Connection
+from millpond.pipeline.stores.redis.sentinels import primary_of
 from millpond.pipeline.stores.redis.store import RedisStore
-from millpond.schemas.errors import ConfigError, StoreDown, StoreRefused
+from millpond.schemas.errors import ConfigError
 from millpond.schemas.keys import Partition
 from millpond.schemas.rules.pool import Pool
 
@@ -69,25 +65,16 @@ async def locate(pool: Pool, access: Access) -> Address:
 
 
 async def primary(pool: Pool, access: Access) -> Address:
-    """Ask the sentinels for the primary's address.
+    """Ask the sentinels for the primary's address. They have credentials of their own, or none.
 
     Raises:
+        ConfigError: the password file for the sentinels cannot be read.
         StoreDown: no sentinel answers, or none knows a primary that is up.
-        StoreRefused: a sentinel wants a password. Millpond sends none to sentinels.
+        StoreRefused: a sentinel refuses the credentials.
     """
-    tls = {"ssl": True, "ssl_ca_certs": pool.ca_file} if pool.tls else {}
-    settings = {"socket_timeout": access.connect_timeout_s, "retry": Retry(NoBackoff(), 0), **tls}
-    sentinel = Sentinel(list(pool.servers), sentinel_kwargs=settings)  # type: ignore[no-untyped-call]
-    servers = ", ".join(map(str, addresses(pool)))
-    try:
-        host, port = await sentinel.discover_master(pool.sentinel or "")
-    except (AuthenticationError, AuthorizationError) as error:
-        raise StoreRefused(f"the sentinels {servers} refuse: {error}") from error
-    except (RedisError, OSError) as error:
-        raise StoreDown(
-            f"the sentinels {servers} name no primary of {pool.sentinel!r}: {error}"
-        ) from error
-    finally:
-        for client in sentinel.sentinels:
-            await client.aclose()
-    return Address(host.decode() if isinstance(host, bytes) else host, int(port))
+    password = None
+    if pool.sentinel_password_file is not None:
+        setting = f"[pool.{pool.name}] sentinel_password_file"
+        password = read_secret(pool.sentinel_password_file, setting)
+    own = access._replace(username=pool.sentinel_username, password=password, database=0)
+    return await primary_of(addresses(pool), pool.sentinel or "", own)

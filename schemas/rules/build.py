@@ -176,7 +176,8 @@ def build_pool(name: str, draft: DraftTable, faults: Faults) -> Pool | None:
     before = len(faults)
     values = draft.converted(_POOL_TYPES, faults)
     # What follows from one of these that could not be read is not reported.
-    unread = {"server", "type", "sentinel", "tls"} & (draft.values.keys() - values.keys())
+    decisive = {"server", "type", "sentinel", "sentinel_password_file", "tls"}
+    unread = decisive & (draft.values.keys() - values.keys())
     kind = values.setdefault("type", "sentinel" if values.get("sentinel") else "single")
     servers = values.pop("server", ())
     texts = servers.split(",") if isinstance(servers, str) else servers
@@ -191,6 +192,15 @@ def build_pool(name: str, draft: DraftTable, faults: Faults) -> Pool | None:
         (kind == "single" and len(addresses) > 1, "server", "is single, but names several servers"),
         (kind == "sentinel" and not pool.sentinel, "type", "needs sentinel, the primary's name"),
         (kind != "sentinel" and pool.sentinel, "sentinel", 'has sentinel: set type = "sentinel"'),
+        *(
+            (kind != "sentinel" and getattr(pool, key), key, f'has {key}: set type = "sentinel"')
+            for key in ("sentinel_username", "sentinel_password_file")
+        ),
+        (
+            pool.sentinel_username and not pool.sentinel_password_file,
+            "sentinel_username",
+            "has a sentinel_username: it needs a sentinel_password_file",
+        ),
         (
             kind == "cluster" and pool.database,
             "database",

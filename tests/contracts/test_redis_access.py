@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
+from msgspec import structs
 
 from millpond.agents.effects import SetState
 from millpond.agents.reads import ReadStates
 from millpond.pipeline.stores.redis.command_check import check_commands
-from millpond.pipeline.stores.registry import open_store
+from millpond.pipeline.stores.redis.connection import Access
+from millpond.pipeline.stores.registry import open_store, primary
 from millpond.schemas.errors import ConfigError, StoreDown, StoreRefused
 from millpond.schemas.rules.command_keys import KEY_FIELDS, MOVABLE_KEYS
 from millpond.schemas.rules.pool import Pool
@@ -127,6 +130,65 @@ async def test_sentinels_lead_to_the_primary_and_after_a_failover_to_the_new_one
         assert await commit(store, transaction(2, SetState("t", b"new"))) == []
         assert second.client.role()[0] == b"master"
         await store.close()
+
+
+@pytest.fixture
+def guarded_sentinel(tmp_path: Path) -> Iterator[RedisProcess]:
+    """A sentinel that wants a password, which the file `watchword` holds, and knows a primary."""
+    (tmp_path / "watchword").write_text("hush\n")
+    with redis_process(tmp_path / "primary") as primary:
+        config = f"sentinel monitor mymaster {HOST} {primary.port} 1\nrequirepass hush\n"
+        with redis_process(tmp_path / "sentinel", sentinel=config) as sentinel:
+            yield sentinel
+
+
+def pool_of(sentinel: RedisProcess, **settings: Any) -> Pool:
+    return Pool(
+        name="p", type="sentinel", servers=((HOST, sentinel.port),), sentinel="mymaster", **settings
+    )
+
+
+async def test_sentinels_have_a_password_of_their_own(
+    guarded_sentinel: RedisProcess, tmp_path: Path
+) -> None:
+    for username in (None, "default"):
+        word = str(tmp_path / "watchword")
+        pool = pool_of(guarded_sentinel, sentinel_username=username, sentinel_password_file=word)
+        store = open_store(pool, PARTITION)
+        await store.load()
+        await store.close()
+
+
+async def test_a_refusal_by_the_sentinels_is_recognised_as_such(
+    guarded_sentinel: RedisProcess, tmp_path: Path
+) -> None:
+    (tmp_path / "wrong").write_text("wrong word\n")
+    for file in (None, str(tmp_path / "wrong")):
+        pool = pool_of(guarded_sentinel, sentinel_password_file=file, password="hush")
+        store = open_store(pool, PARTITION)
+        with pytest.raises(StoreRefused, match=r"the sentinel .*sentinel_password_file") as raised:
+            await store.load()
+        assert "wrong word" not in str(raised.value)
+        await store.close()
+
+
+async def test_a_server_that_is_no_sentinel_is_named(single_redis: RedisProcess) -> None:
+    store = open_store(pool_of(single_redis), PARTITION)
+    with pytest.raises(StoreRefused, match="is no sentinel"):
+        await store.load()
+    await store.close()
+
+
+async def test_sentinels_that_know_no_primary_are_asked_again(
+    guarded_sentinel: RedisProcess, tmp_path: Path
+) -> None:
+    word = str(tmp_path / "watchword")
+    unknown = structs.replace(
+        pool_of(guarded_sentinel, sentinel_password_file=word), sentinel="other"
+    )
+    for pool in (unknown, structs.replace(unknown, servers=((HOST, 1),))):
+        with pytest.raises(StoreDown, match="no primary of 'other'"):
+            await primary(pool, Access())
 
 
 def rules(*fields: str) -> Rules:

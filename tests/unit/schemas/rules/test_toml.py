@@ -122,6 +122,12 @@ def test_a_file_with_another_structure_is_refused(text: str, line: int | None, w
         ('server = "h"\ntype = "sentinel"', 3, ["needs sentinel"]),
         ('server = "h"\ntype = "sentinal"', 3, ["unknown type 'sentinal'", "'sentinel'?"]),
         ('server = "h"\ntype = "single"\nsentinel = "m"', 4, ['type = "sentinel"']),
+        ('server = "h"\nsentinel_password_file = "f"', 3, ['type = "sentinel"']),
+        (
+            'server = "h"\nsentinel = "m"\nsentinel_username = "u"',
+            4,
+            ["needs a sentinel_password_file"],
+        ),
         ('server = "h"\ntype = "cluster"\ndatabase = 1', 4, ["database 0"]),
         ('server = "h"\ndatabase = -1', 3, ["database: expected `int` >= 0"]),
         ('server = "h"\npool_size = 0', 3, ["pool_size: expected `int` >= 1"]),
