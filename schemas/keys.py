@@ -37,6 +37,7 @@ The table is shown to users: `docs/generate.py` copies it into docs/reference/re
 | `millpond:{app:sessions:partition}:announced` | zset | ids of clients with subscriptions, score = the offset of the rules by which they were announced | sessions | while the client has subscriptions |
 | `millpond:{app:agent:partition}:due` | zset | due things, score = their time in ms since the epoch | the agent | until a tick has handled them |
 | `millpond:{app:agent}:replay` | hash | what of the log a replay has folded into this database: `complete` (0 or 1), `starts` and `ends` by partition, `from`, `cluster_id` | `millpond replay` | until the database is emptied |
+| `millpond:{app}:probe` | string | a random value, by which `millpond replay` finds out whether two addresses are one database | `millpond replay` | a moment, one minute at most |
 | `millpond:{app:agent}:rebuild` | hash | partition → its fence before the rebuild; workers of the agent do not start while this key exists | `millpond rebuild` | until the rebuild is complete |
 """
 
@@ -209,6 +210,11 @@ def private_prefix(app: str, agent: AgentName) -> str:
 def replay_marker(app: str, agent: AgentName) -> str:
     """The hash that marks a database as the target of a replay; see `pipeline/replay/target.py`."""
     return f"{PRIVATE_PREFIX}{{{app}:{agent}}}:replay"
+
+
+def probe(app: str) -> str:
+    """The string that tells whether two connections see one database; see `pipeline/stores/redis/keyspace.py`."""
+    return f"{PRIVATE_PREFIX}{{{app}}}:probe"
 
 
 def rebuild_marker(app: str, agent: AgentName) -> str:

@@ -12,10 +12,13 @@ from msgspec import structs
 
 from millpond.agents.effects import SetState
 from millpond.agents.reads import ReadStates
+from millpond.pipeline.replay.target import check_not_live
 from millpond.pipeline.stores.redis.command_check import check_commands
 from millpond.pipeline.stores.redis.connection import Access
-from millpond.pipeline.stores.registry import open_store, primary
-from millpond.schemas.errors import ConfigError, StoreDown, StoreRefused
+from millpond.pipeline.stores.redis.fence import Fence
+from millpond.pipeline.stores.redis.keyspace import keyspace
+from millpond.pipeline.stores.registry import connector, open_store, primary
+from millpond.schemas.errors import ConfigError, MillpondError, StoreDown, StoreRefused
 from millpond.schemas.rules.command_keys import KEY_FIELDS, MOVABLE_KEYS
 from millpond.schemas.rules.pool import Pool
 from millpond.schemas.rules.rule import Rule
@@ -259,3 +262,53 @@ async def test_a_payload_that_only_the_server_knows_to_be_a_key_is_refused(
     for command in (("SET", "${payload}", "v"), ("ZUNIONSTORE", "a", "1", "${payload}")):
         with pytest.raises(ConfigError, match="a payload as a key"):
             await check_commands(pool, rules(*command))
+
+
+@pytest.fixture
+def unprivileged(tmp_path: Path) -> Iterator[tuple[Pool, Pool]]:
+    """The pools of a primary and its replica, for a user that may neither ask for ROLE nor for INFO."""
+    with (
+        redis_process(tmp_path / "primary", repl_diskless_sync_delay=0) as primary,
+        redis_process(tmp_path / "replica", replicaof=f"{HOST} {primary.port}") as replica,
+    ):
+        for server in (primary, replica):
+            server.client.acl_setuser(
+                "millpond",
+                enabled=True,
+                passwords="+word",
+                keys=["mqtt:*", "millpond:*"],
+                commands=["+@all", "-@admin", "-@dangerous", "-client|info"],
+            )
+        user = Pool(name="p", servers=((HOST, primary.port),), username="millpond", password="word")
+        yield user, structs.replace(user, servers=((HOST, replica.port),))
+
+
+async def test_one_tolerance_for_a_user_that_may_not_ask_for_the_role(
+    unprivileged: tuple[Pool, Pool],
+) -> None:
+    primary, replica = unprivileged
+    store = open_store(primary, PARTITION)
+    await store.load()
+    await store.close()
+    async with keyspace(primary) as space:
+        await space.check_primary()
+        await check_not_live(space, primary, [], "app")
+        assert await space.call("DBSIZE") == 0
+    async with keyspace(replica) as space:
+        with pytest.raises(StoreRefused, match="is a replica"):
+            await space.check_primary()
+    with pytest.raises(StoreDown, match="is a replica"):
+        await Fence(await connector(replica)(), PARTITION).load()
+
+
+async def test_the_live_database_is_recognised_under_another_address_without_permission_for_info(
+    unprivileged: tuple[Pool, Pool],
+) -> None:
+    primary, _ = unprivileged
+    alias = structs.replace(primary, servers=(("localhost", primary.servers[0][1]),))
+    other = structs.replace(primary, database=1)
+    async with keyspace(alias) as space:
+        with pytest.raises(MillpondError, match="is the live store"):
+            await check_not_live(space, alias, [primary], "app")
+        await check_not_live(space, alias, [other], "app")
+        assert await space.call("DBSIZE") == 0
