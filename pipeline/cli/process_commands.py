@@ -131,10 +131,19 @@ def kafka_check(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) ->
 
 
 @config.command("check")
-def config_check(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) -> None:
-    """Load settings and rules as a worker does, show the rules, and note what weakens a guarantee."""
-    from millpond.pipeline.operate.config_warnings import weaknesses  # noqa: PLC0415
+def config_check(
+    config: ConfigOption = None,
+    data: DataOption = DEFAULT_DATA,
+    *,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Check the files alone, and ask no server.")
+    ] = False,
+) -> None:
+    """Load settings and rules as a worker does, show the rules, and try what the processes will do.
 
+    It reads the files that the settings name, logs in, and asks each server. The exit code is 1 if something would not
+    run, and 2 if the files are wrong.
+    """
     settings, rules = load_settings(config, data, lambda line: say(f"warning: {line}"))
     table = Table("hook", "topic", "action", "expires", "agent", box=None)
     for column in table.columns:
@@ -153,6 +162,14 @@ def config_check(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) -
             ", ".join(agents),
         )
     console.print(table)
-    for line in asyncio.run(weaknesses(settings, rules)):
-        say(f"note: {line}")
+    if not offline:
+        from millpond.pipeline.operate.config_warnings import examine  # noqa: PLC0415  not for --offline
+
+        found = asyncio.run(examine(settings, rules))
+        for line in found.notes:
+            say(f"note: {line}")
+        for line in found.errors:
+            say(f"error: {line}")
+        if found.errors:
+            raise typer.Exit(1)
     console.print("the configuration is valid")

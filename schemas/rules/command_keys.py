@@ -56,6 +56,11 @@ def is_known(name: str) -> bool:
     return name.upper() in _PLACES or name.upper() in MOVABLE_KEYS
 
 
+def known_commands() -> tuple[str, ...]:
+    """Return the names of all commands in the table."""
+    return (*_PLACES, *sorted(MOVABLE_KEYS))
+
+
 @lru_cache(maxsize=1024)  # far more than a rule file has commands
 def key_fields(fields: tuple[str, ...]) -> tuple[int, ...]:
     """Return the positions of the fields that are keys, or may be. The name of the command is field 0."""

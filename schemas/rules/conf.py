@@ -25,7 +25,7 @@ import msgspec
 
 from millpond.schemas.errors import ConfigError
 from millpond.schemas.rules.build import POOL_KEYS, DraftTable, build_rules
-from millpond.schemas.rules.faults import Faults, hint, is_near_miss
+from millpond.schemas.rules.faults import Faults, did_you_mean, hint
 from millpond.schemas.rules.rule import EXPIRED_TIME_S_MAX, HOOKS
 from millpond.schemas.rules.ruleset import Rules
 
@@ -120,7 +120,7 @@ class _Conf:
             if value not in _SWITCH:
                 raise self._fault(line, f"{setting} is on or off, not {value!r}")
             value = _SWITCH[value]
-        if name not in POOL_KEYS and not is_near_miss(name, POOL_KEYS):
+        if name not in POOL_KEYS and not did_you_mean(name, POOL_KEYS):
             self._warn_of(line, f"{setting} has no effect here")
         else:
             settings[name] = value

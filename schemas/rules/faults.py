@@ -46,10 +46,10 @@ class Faults:
 def hint(wrong: str, known: Iterable[str]) -> str:
     """Ask for the known word that resembles the wrong one. Without such a word, list all."""
     known = tuple(known)
+    return did_you_mean(wrong, known).removeprefix(": ") or f"known are {', '.join(known)}"
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """Return `: did you mean …?` with the known word that resembles the wrong one, or nothing."""
     close = get_close_matches(wrong, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-
-
-def is_near_miss(wrong: str, known: Iterable[str]) -> bool:
-    """True if a word resembles a known one, so that it is probably a mistake."""
-    return bool(get_close_matches(wrong, known, n=1))
+    return f": did you mean {close[0]!r}?" if close else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -218,6 +219,7 @@ async def test_commands_that_the_server_knows_are_accepted(single_redis: RedisPr
     ("command", "reason"),
     [
         (("NOSUCH", "a"), "does not know the command NOSUCH"),
+        (("HSTE", "a", "b", "c"), "does not know the command HSTE: did you mean 'HSET'?"),
         (("XGROUP", "NOSUCH", "a"), "does not know the command XGROUP NOSUCH"),
         (("INCR", "a", "b"), "INCR takes 1 arguments, not 2"),
         (("HSET", "a", "b"), "HSET takes at least 3 arguments, not 2"),
@@ -233,7 +235,7 @@ async def test_commands_that_must_not_run_are_named_with_file_and_line(
     single_redis: RedisProcess, command: tuple[str, ...], reason: str
 ) -> None:
     pool = Pool(name="p", servers=((HOST, single_redis.port),))
-    with pytest.raises(ConfigError, match=reason) as raised:
+    with pytest.raises(ConfigError, match=re.escape(reason)) as raised:
         await check_commands(pool, rules(*command))
     assert str(raised.value).startswith("a.toml:7: ")
 
@@ -262,6 +264,14 @@ async def test_a_payload_that_only_the_server_knows_to_be_a_key_is_refused(
     for command in (("SET", "${payload}", "v"), ("ZUNIONSTORE", "a", "1", "${payload}")):
         with pytest.raises(ConfigError, match="a payload as a key"):
             await check_commands(pool, rules(*command))
+
+
+async def test_all_bad_commands_are_named_in_one_run(single_redis: RedisProcess) -> None:
+    pool = Pool(name="p", servers=((HOST, single_redis.port),))
+    two = (rules("NOSUCH", "a").rules[0], rules("INCR").rules[0])
+    with pytest.raises(ConfigError) as raised:
+        await check_commands(pool, Rules(two))
+    assert len(raised.value.faults) == 2
 
 
 @pytest.fixture

@@ -9,7 +9,13 @@ from typing import Any, Final
 
 from millpond.pipeline.stores.redis.connection import checked, pack
 from millpond.pipeline.stores.registry import connector
-from millpond.schemas.rules.command_keys import holds_payload, is_known, keys_at
+from millpond.schemas.rules.command_keys import (
+    holds_payload,
+    is_known,
+    keys_at,
+    known_commands,
+)
+from millpond.schemas.rules.faults import Faults, did_you_mean
 from millpond.schemas.rules.pool import Pool
 from millpond.schemas.rules.rule import Rule
 from millpond.schemas.rules.ruleset import Rules
@@ -30,7 +36,7 @@ async def check_commands(pool: Pool, rules: Rules) -> None:
     """Check that the server knows each command of the pool's rules, and takes as many arguments.
 
     Raises:
-        ConfigError: a command is unknown, forbidden or has too few or many arguments; or a file cannot be read.
+        ConfigError: commands are unknown, forbidden or have too few or many arguments; or a file cannot be read.
         StoreDown, StoreRefused: the server is down, or refuses the user.
     """
     used = [
@@ -44,8 +50,11 @@ async def check_commands(pool: Pool, rules: Rules) -> None:
         (infos,) = checked(await connection.send(pack(command), 1), connection.address)
     finally:
         await connection.close()
+    faults = Faults()
     for (rule, fields), info in zip(used, infos, strict=True):
-        _check(rule, fields, info)
+        with faults.collect():
+            _check(rule, fields, info)
+    faults.raise_any()
 
 
 def _check(rule: Rule, fields: tuple[str, ...], info: list[Any] | None) -> None:
@@ -57,7 +66,8 @@ def _check(rule: Rule, fields: tuple[str, ...], info: list[Any] | None) -> None:
     name = fields[0]
     info = _subcommand(fields, info or None)
     if info is None:
-        raise rule.fault(f"the server does not know the command {' '.join(fields[:2])}")
+        meant = "" if is_known(name) else did_you_mean(name.upper(), known_commands())
+        raise rule.fault(f"the server does not know the command {' '.join(fields[:2])}{meant}")
     # https://redis.io/docs/latest/commands/command/: name, arity, flags, keys (3), categories, …
     _, arity, flags, first, last, step, categories, *_ = info
     for forbidden, reason in FORBIDDEN.items():
