@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Final, Literal, TypeAlias, get_args
 
 from msgspec import Meta, Struct
@@ -136,17 +137,23 @@ class Rule(Struct, frozen=True, kw_only=True):
 
 def rule_error(rule: Rule) -> tuple[str, str] | None:
     """Return the key that makes this rule invalid, and the reason. None if the rule by itself is valid."""
+    return next(rule_errors(rule), None)
+
+
+def rule_errors(rule: Rule) -> Iterator[tuple[str, str]]:
+    """Find each key that makes this rule invalid, and the reason."""
     if (rule.action is None) == (not rule.commands):
-        return "action", "a rule needs either an action or commands"
-    if rule.action is not None and rule.hook not in ACTION_HOOKS[rule.action]:
+        yield "action", "a rule needs either an action or commands"
+    elif rule.action is not None and rule.hook not in ACTION_HOOKS[rule.action]:
         hooks = " or ".join(ACTION_HOOKS[rule.action])
-        return "action", f"{rule.action} is valid with {hooks}, not with {rule.hook}"
+        yield "action", f"{rule.action} is valid with {hooks}, not with {rule.hook}"
     for fields in rule.commands:
         reason = command_error(rule.hook, fields)
         if reason is not None:
-            return "commands", reason
+            yield "commands", reason
     reason = _topic_error(rule)
-    return None if reason is None else ("topic", reason)
+    if reason is not None:
+        yield "topic", reason
 
 
 def _topic_error(rule: Rule) -> str | None:
