@@ -31,6 +31,7 @@ SETTING_ACTIONS: Final[Mapping[str, frozenset[Action]]] = {
     "overflow": frozenset({"on_message_fetch_for_queue"}),
     "start": frozenset({"on_message_fetch_for_pubsub"}),
     "offset_retention_s": frozenset({"on_message_fetch_for_pubsub"}),
+    "wildcards": frozenset(DELIVERY_AGENTS),
     "store_qos0": frozenset({*DELIVERY_AGENTS, "on_message_publish"}),
 }
 

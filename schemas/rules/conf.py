@@ -26,7 +26,7 @@ import msgspec
 from millpond.schemas.errors import ConfigError
 from millpond.schemas.rules.build import POOL_KEYS, DraftTable, build_rules
 from millpond.schemas.rules.faults import Faults, did_you_mean, hint
-from millpond.schemas.rules.rule import EXPIRED_TIME_S_MAX, HOOKS
+from millpond.schemas.rules.rule import DELIVERY_AGENTS, EXPIRED_TIME_S_MAX, HOOKS
 from millpond.schemas.rules.ruleset import Rules
 
 _COMMENT: Final = re.compile(r"(?:^|\s)#.*")
@@ -196,4 +196,7 @@ class _Conf:
     def _rule(self, line: int, values: dict[str, Any]) -> DraftTable:
         if values["hook"] == "message.publish" and self._expired_after is not None:
             values.setdefault("expired_time", self._expired_after)
+        if values.get("action") in DELIVERY_AGENTS:
+            # The old backend fetched nothing for a wildcard.
+            values.setdefault("wildcards", "ignore")
         return DraftTable(values, lambda _: line, self._file, warn=self._warn)

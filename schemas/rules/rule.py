@@ -90,6 +90,7 @@ class Rule(Struct, frozen=True, kw_only=True):
     start: Where a new subscriber of a pubsub topic begins.
     store_qos0: True if QoS 0 publishes are stored as well.
     offset_retention_s: How long a read offset outlives the session of its subscriber, in s.
+    wildcards: Whether a client's filter with a wildcard gets messages of this rule's topics. A shared one always does.
     file, line: Where the user wrote the rule. They are not part of its canonical form.
 
     The names of the other fields are: they are stored in Kafka and Redis.
@@ -109,6 +110,7 @@ class Rule(Struct, frozen=True, kw_only=True):
     start: Literal["earliest", "latest"] = "earliest"
     store_qos0: bool = False
     offset_retention_s: Annotated[int, Meta(ge=60, le=EXPIRED_TIME_S_MAX)] = OFFSET_RETENTION_S
+    wildcards: Literal["serve", "ignore"] = "serve"
     file: str | None = None
     line: int | None = None
 

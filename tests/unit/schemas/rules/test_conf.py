@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from millpond.schemas.errors import ConfigError
@@ -61,7 +63,12 @@ def fails(text: str, line: int, *words: str) -> None:
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_the_documented_file_means_the_default_rules(newline: str) -> None:
     given = parse(DOCUMENTED.replace("\n", newline))
-    assert given.canonical() == default_rules().canonical()
+    # The old backend fetched nothing for a wildcard.
+    assert [rule.wildcards for rule in given.delivery_rules()] == ["ignore", "ignore"]
+    assert json.loads(given.canonical()) == [
+        {**rule, "wildcards": "ignore" if "_fetch_" in str(rule["action"]) else "serve"}
+        for rule in json.loads(default_rules().canonical())
+    ]
     assert given.pools == default_rules().pools
     assert [rule.line for rule in given.rules] == list(range(9, 21))
     assert {rule.file for rule in given.rules} == {"emqx_backend_redis.conf"}
@@ -319,3 +326,9 @@ def test_tls_of_an_old_file_is_tls() -> None:
         POOL + "backend.redis.pool1.ssl = off\nbackend.redis.pool1.cacertfile = ca.pem\n"
     )
     assert (given.pools[0].tls, given.pools[0].ca_file, said) == (False, None, [])
+
+
+def test_an_old_file_may_ask_for_wildcards() -> None:
+    line = 'backend.redis.hook.session.subscribed.1 = {"topic": "q/#", "wildcards": "serve", '
+    given = parse(POOL + line + '"action": {"function": "on_message_fetch_for_queue"}}\n')
+    assert [rule.wildcards for rule in given.rules] == ["serve"]

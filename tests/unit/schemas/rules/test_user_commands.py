@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from millpond.schemas import events
 from millpond.schemas.codec import encode
+from millpond.schemas.rules.command_keys import is_known, known_commands
 from millpond.schemas.rules.rule import HOOKS
 from millpond.schemas.rules.user_commands import (
     FORBIDDEN,
@@ -169,3 +170,11 @@ def test_a_value_that_is_no_key_is_never_judged(command: str) -> None:
     fields = command.split(" ")
     values: Values = {"topic": PRIVATE, "payload": PRIVATE.encode(), "clientid": PRIVATE}
     assert forbidden_key(fields, substitute(fields, values)) is None
+
+
+def test_each_command_of_the_table_stands_there_once() -> None:
+    names = known_commands()
+    assert len(names) == len(set(names))
+    assert all(is_known(name) and is_known(name.lower()) for name in names)
+    assert not is_known("JSON.SET")
+    assert not any(command_error("message.acked", (name, "k")) for name in names)
