@@ -30,8 +30,11 @@ class Sent:
     def __init__(self) -> None:
         self.records: list[Any] = []
 
-    async def send(self, *record: Any) -> None:
+    async def send(self, *record: Any) -> asyncio.Future[None]:
         self.records.append(record)
+        acknowledged = asyncio.get_running_loop().create_future()
+        acknowledged.set_result(None)
+        return acknowledged
 
 
 @pytest.fixture(autouse=True)
