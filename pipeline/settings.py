@@ -15,8 +15,9 @@ from __future__ import annotations
 import os
 import re
 import ssl
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
@@ -24,15 +25,22 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta, Struct, field
 
+from millpond.pipeline.process.readiness import READY_FILE
+from millpond.pipeline.text_files import read_secret_line, read_text
 from millpond.schemas.errors import ConfigError
 from millpond.schemas.rules import Pool, Rules, default_rules
+from millpond.schemas.rules.build import DraftTable
 from millpond.schemas.rules.conf import parse_conf
+from millpond.schemas.rules.faults import Faults, hint
 from millpond.schemas.rules.pool import REDIS_PORT
-from millpond.schemas.rules.toml import parse_toml
+from millpond.schemas.rules.toml import parse_document, parse_toml
 from millpond.schemas.rules.toml_lines import TomlLines
 
 ENVIRONMENT_PREFIX: Final = "MILLPOND_"
 STACK_FILE: Final = "stack.toml"  # in the directory of --data: the settings of a stack, as `millpond up` writes them
+VARIABLE_LIKENESS_MIN: Final = (
+    0.75  # of 1: KAFKA_PARTITION is like KAFKA_PARTITIONS, VERSION is like none
+)
 PORT_MAX: Final = 65_535
 Port = Annotated[int, Meta(ge=0, le=PORT_MAX)]  # 0: any free port
 HostPort = Annotated[str, Meta(pattern=r"^.+:[0-9]{1,5}$")]
@@ -204,6 +212,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     web: WebSettings = field(default_factory=WebSettings)
 
 
+def _say_nothing(_: str) -> None:
+    pass
+
+
 def read_secret(path: str, what: str) -> str:
     """Return the first line of a file that holds a secret.
 
@@ -211,79 +223,93 @@ def read_secret(path: str, what: str) -> str:
         ConfigError: The file is empty or cannot be read. The message begins with `what`, the setting's name.
     """
     try:
-        return Path(path).read_text().splitlines()[0]
-    except (OSError, IndexError) as error:
-        raise ConfigError(f"{what}: cannot read {path}: {error}") from error
+        return read_secret_line(Path(path))
+    except OSError as error:
+        raise ConfigError(f"{what}: cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{what}: {path}: {error}") from error
 
 
-def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> tuple[Settings, Rules]:
+def load(
+    path: Path | None,
+    environment: Mapping[str, str] = os.environ,
+    warn: Callable[[str], None] = _say_nothing,
+) -> tuple[Settings, Rules]:
     """Read settings and rules from a `millpond.toml` or an `emqx_backend_redis.conf`. None means the defaults.
 
+    `warn` gets one sentence for each thing that the user wrote and that has no effect.
+
     Raises:
-        ConfigError: A file or an environment variable is invalid. It has the file and the line, if they are known.
+        ConfigError: Files or environment variables are invalid. Each fault has its file and line, if they are known.
     """
-    text = "" if path is None else _read(path)
-    tables: dict[str, Any] = {}
-    if path is not None and not _is_conf(path, text):
-        tables = _toml(text, str(path))
-    rules = _rules(path, text, tables)
-    _check_file(tables, str(path), text)
-    if path is not None:
-        anchor(tables, path.absolute().parent)
-    _apply_environment(tables, environment)
-    settings = _convert(tables)
-    if rules is None and settings.rules_file is not None:
-        rules = _rules_of(Path(settings.rules_file))
-    rules = default_rules() if rules is None else rules
+    faults = Faults()
+    tables, rules = ({}, None) if path is None else _load_file(path, faults, warn)
+    _apply_environment(tables, environment, faults, warn)
+    rules_file = tables.get("rules_file")
+    if rules is None and isinstance(rules_file, str):
+        rules = _load_rules_file(Path(rules_file), path, faults, warn)
+    faults.raise_any()
+    # Each value has been checked with the types of its source. The environment's are text.
+    settings = msgspec.convert(tables, Settings, strict=False)
     if settings.worker.session_timeout_s <= settings.worker.release_timeout_s:
         raise ConfigError("[worker] session_timeout_s must be longer than release_timeout_s")
+    rules = default_rules() if rules is None else rules
     return settings, rules if settings.redis is None else _with_redis(rules, settings.redis)
+
+
+def _load_rules_file(
+    path: Path, named_by: Path | None, faults: Faults, warn: Callable[[str], None]
+) -> Rules | None:
+    """Return the rules of a file that `rules_file` names. Its settings have no effect."""
+    with faults.collect():
+        tables, rules = _load_file(path, faults, warn)
+        if rules is None and "rules_file" in tables:
+            reason = f"has no rules and no pools, and its rules_file is not read: name that in {named_by or 'MILLPOND_RULES_FILE'}"
+            raise ConfigError(reason, file=str(path))
+        return rules
+    return None
+
+
+def _load_file(
+    path: Path, faults: Faults, warn: Callable[[str], None]
+) -> tuple[dict[str, Any], Rules | None]:
+    """Return the settings of a file as tables, and its rules, None if it has none. Both may be incomplete by faults.
+
+    Paths in them are absolute.
+
+    Raises:
+        ConfigError: The file cannot be read, or is not TOML.
+    """
+    file, text, directory = str(path), _read(path), path.absolute().parent
+    if _is_conf(path, text):
+        with faults.collect():
+            return {}, _anchored(parse_conf(text, file, warn), directory)
+        return {}, None
+    tables = parse_document(text, file)
+    rules = None
+    if "rule" in tables or "pool" in tables:
+        with faults.collect():
+            rules = _anchored(parse_toml(text, file), directory)
+    lines = TomlLines(text)
+    draft = DraftTable(tables, lambda key: lines.of(*filter(None, [key])), file)
+    settings = _checked_settings(draft, lines, faults)
+    anchor(settings, directory)
+    return settings, rules
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot be read: {error}", file=str(path)) from error
+        return read_text(path)
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", file=str(path)) from error
+    except ValueError as error:
+        raise ConfigError(str(error), file=str(path)) from error
 
 
 def _is_conf(path: Path, text: str) -> bool:
     """True if the file is an `emqx_backend_redis.conf`, by its suffix or by its content."""
     lines = (line.strip() for line in text.splitlines())
     return path.suffix == ".conf" or any(line.startswith("backend.redis.") for line in lines)
-
-
-def _toml(text: str, file: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError:
-        # Raises the same error as a ConfigError, with file and line.
-        parse_toml(text, file)
-        raise
-
-
-def _rules(path: Path | None, text: str, tables: dict[str, Any]) -> Rules | None:
-    """Return the rules of this file, or None if it has none. Removes the rules from `tables`."""
-    if path is None:
-        return None
-    if _is_conf(path, text):
-        rules = parse_conf(text, str(path))
-    else:
-        own = [tables.pop(name, None) for name in ("rule", "pool")]
-        if not any(own):
-            return None
-        rules = parse_toml(text, str(path))
-    directory = path.absolute().parent
-    return Rules(rules.rules, tuple(_anchored(pool, directory) for pool in rules.pools))
-
-
-def _rules_of(path: Path) -> Rules | None:
-    """Return the rules of a `rules_file`, or None if it has none. Its settings are checked, but have no effect."""
-    text = _read(path)
-    tables = {} if _is_conf(path, text) else _toml(text, str(path))
-    rules = _rules(path, text, tables)
-    _check_file(tables, str(path), text)
-    return rules
 
 
 def anchor(tables: dict[str, Any], directory: Path) -> None:
@@ -295,69 +321,128 @@ def anchor(tables: dict[str, Any], directory: Path) -> None:
             tables[name] = str(directory / value)
 
 
-def _anchored(pool: Pool, directory: Path) -> Pool:
-    """Return the pool with absolute paths."""
-    files: dict[str, Any] = {"password_file": pool.password_file, "ca_file": pool.ca_file}
+def _anchored(rules: Rules, directory: Path) -> Rules:
+    """Return the rules with absolute paths in their pools."""
+    return Rules(rules.rules, tuple(_anchored_pool(pool, directory) for pool in rules.pools))
+
+
+def _anchored_pool(pool: Pool, directory: Path) -> Pool:
+    values = msgspec.structs.asdict(pool)
+    files = {name: value for name, value in values.items() if name.endswith("_file")}
     anchor(files, directory)
     return msgspec.structs.replace(pool, **files)
 
 
-def _apply_environment(tables: dict[str, Any], environment: Mapping[str, str]) -> None:
+def _checked_settings(document: DraftTable, lines: TomlLines, faults: Faults) -> dict[str, Any]:
+    """Return the settings of a file without those that are unknown or invalid, which become faults."""
+    tables: dict[str, Any] = {}
+    for name, value in document.values.items():
+        if name in ("rule", "pool"):
+            continue
+        kind = _TYPES.get(name)
+        if name not in _TYPES:
+            faults.add(document.fault(_unknown(name), name))
+        elif not _is_table(kind):
+            single = document._replace(values={name: value})
+            tables |= single.converted(_TYPES, faults)
+        elif not isinstance(value, dict):
+            faults.add(document.fault(f"{name} is written as a table, [{name}]", name))
+        else:
+            line = partial(_line_in, lines, name)
+            draft = DraftTable(value, line, document.file)
+            tables[name] = draft.converted(_types(kind), faults)
+    return tables
+
+
+def _line_in(lines: TomlLines, table: str, key: str | None) -> int:
+    return lines.of(*filter(None, (table, key)))
+
+
+def _unknown(name: str) -> str:
+    """Say what is wrong with a name at the top of a file: a setting of a table, or a name that nothing has."""
+    homes = [table for table, kind in _TYPES.items() if _is_table(kind) and name in _types(kind)]
+    if homes:
+        tables = " or ".join(f"[{table}]" for table in homes)
+        return f"{name} is a setting of {tables}: write it below that line"
+    return f"unknown key {name!r}: {hint(name, (*_TYPES, 'pool', 'rule'))}"
+
+
+def _apply_environment(
+    tables: dict[str, Any],
+    environment: Mapping[str, str],
+    faults: Faults,
+    warn: Callable[[str], None],
+) -> None:
     """Override settings in `tables`: `MILLPOND_APP`, `MILLPOND_KAFKA_PARTITIONS`, and so on.
 
     The items of a list, as in `MILLPOND_KAFKA_BOOTSTRAP_SERVERS`, are separated by commas.
     """
-    for info in msgspec.structs.fields(Settings):
-        name = f"{ENVIRONMENT_PREFIX}{info.name}".upper()
-        if not (isinstance(info.type, type) and issubclass(info.type, Struct)):
-            if name in environment:
-                tables[info.name] = environment[name]
+    known = _variables()
+    for variable, text in environment.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX) or _is_service_link(variable, text):
             continue
-        for setting in msgspec.structs.fields(info.type):
-            value: Any = environment.get(f"{name}_{setting.name}".upper())
-            if value is not None:
-                listed = "tuple" in str(setting.type)
-                tables.setdefault(info.name, {})[setting.name] = (
-                    value.split(",") if listed else value
-                )
+        if variable not in known:
+            _unknown_variable(variable, known, faults, warn)
+            continue
+        path, kind = known[variable]
+        value = [item.strip() for item in text.split(",")] if "tuple" in str(kind) else text
+        try:
+            msgspec.convert(value, kind, strict=False)
+        except msgspec.ValidationError as error:
+            reason = str(error).replace("Expected", "expected")
+            faults.add(ConfigError(f"environment variable {variable}: {reason}"))
+            continue
+        *table, name = path
+        (tables.setdefault(table[0], {}) if table else tables)[name] = value
 
 
-def _check_file(tables: dict[str, Any], file: str, text: str) -> None:
-    """Check the file alone, before the environment overrides it, with strict types.
-
-    In a file a number must be a number. In the environment every value is text, so `_convert` accepts text.
-
-    Raises:
-        ConfigError: A setting is unknown or invalid. It has the file and the line.
-    """
-    try:
-        msgspec.convert(tables, Settings)
-    except msgspec.ValidationError as error:
-        line = TomlLines(text).of(*_setting_path(str(error)))
-        raise ConfigError(str(error), file=file, line=line) from error
-
-
-def _convert(tables: dict[str, Any]) -> Settings:
-    """Convert the tables to settings.
-
-    Raises:
-        ConfigError: An environment variable is invalid. `_check_file` has already accepted the file.
-    """
-    try:
-        return msgspec.convert(tables, Settings, strict=False)
-    except msgspec.ValidationError as error:
-        variable = "_".join((ENVIRONMENT_PREFIX[:-1], *_setting_path(str(error)))).upper()
-        raise ConfigError(f"environment variable {variable}: {error}") from error
+def _variables() -> dict[str, tuple[tuple[str, ...], Any]]:
+    """Return the environment variable of each setting, with the setting's path and type."""
+    paths: dict[tuple[str, ...], Any] = {}
+    for name, kind in _TYPES.items():
+        if _is_table(kind):
+            paths |= {(name, setting): each for setting, each in _types(kind).items()}
+        else:
+            paths[name,] = kind
+    return {
+        f"{ENVIRONMENT_PREFIX}{'_'.join(path)}".upper(): (path, kind)
+        for path, kind in paths.items()
+    }
 
 
-def _setting_path(reason: str) -> tuple[str, ...]:
-    """Return the key that a validation error names.
+def _unknown_variable(
+    variable: str, known: Iterable[str], faults: Faults, warn: Callable[[str], None]
+) -> None:
+    """A near miss of a variable is a mistake. Another name may belong to another program, such as a deployment tool."""
+    if variable == READY_FILE:
+        return
+    names = [each.removeprefix(ENVIRONMENT_PREFIX) for each in (*known, READY_FILE)]
+    wrong = variable.removeprefix(ENVIRONMENT_PREFIX)
+    close = get_close_matches(wrong, names, n=1, cutoff=VARIABLE_LIKENESS_MIN)
+    if close:
+        meant = f"did you mean {ENVIRONMENT_PREFIX}{close[0]}?"
+        faults.add(ConfigError(f"unknown environment variable {variable}: {meant}"))
+    else:
+        warn(f"the environment variable {variable} has no effect: no setting has this name")
 
-    "Expected `int`, got `str` - at `$.kafka.partitions`" gives ("kafka", "partitions").
-    """
-    at, unknown = re.search(r"at `\$\.([^`\[]+)", reason), re.search(r"field `([^`]+)`", reason)
-    table = tuple(at[1].split(".")) if at else ()
-    return (*table, unknown[1]) if unknown else table
+
+def _is_service_link(variable: str, text: str) -> bool:
+    """True if Kubernetes set the variable, for a Service whose name begins with `millpond`."""
+    links = ("_SERVICE_HOST", "_SERVICE_PORT")
+    return any(link in variable for link in links) or _SERVICE_ADDRESS.match(text) is not None
+
+
+def _types(kind: Any) -> dict[str, Any]:
+    return {each.name: each.type for each in msgspec.structs.fields(kind)}
+
+
+def _is_table(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Struct)
+
+
+_TYPES: Final = _types(Settings)
+# tcp://10.0.0.1:8080: the value of MILLPOND_WEB_PORT in a pod beside a Service `millpond-web`.
+_SERVICE_ADDRESS: Final = re.compile(r"(?:tcp|udp|sctp)://")
 
 
 def _with_redis(rules: Rules, url: str) -> Rules:

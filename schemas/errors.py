@@ -3,6 +3,7 @@
 ```
 MillpondError
 ├── ConfigError        the user's file       nothing starts
+│   └── ConfigFaults   several of them       one line for each
 ├── DecodeError        one record            it becomes a dead letter
 ├── StoreError         the store
 │   ├── StoreDown      not reachable         back off, load, compare, continue
@@ -18,6 +19,8 @@ Errors of a client library are translated once, where the library is called.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class MillpondError(Exception):
     """Root of the tree. Any exception outside of it is a bug."""
@@ -31,6 +34,26 @@ class ConfigError(MillpondError):
         self.reason, self.file, self.line = reason, file, line
         where = ":".join(str(part) for part in (file, line) if part is not None)
         super().__init__(f"{where}: {reason}" if where else reason)
+
+    @property
+    def faults(self) -> Sequence[ConfigError]:
+        """Every fault that this error reports, in the order in which a reader meets them."""
+        return (self,)
+
+
+class ConfigFaults(ConfigError):
+    """Several faults. The text has one line for each; the other attributes are those of the first."""
+
+    def __init__(self, faults: Sequence[ConfigError]) -> None:
+        """Keep the faults in their order."""
+        first = faults[0]
+        super().__init__(first.reason, file=first.file, line=first.line)
+        self.args = ("\n".join(map(str, faults)),)
+        self._faults = tuple(faults)
+
+    @property
+    def faults(self) -> Sequence[ConfigError]:
+        return self._faults
 
 
 class DecodeError(MillpondError):

@@ -39,6 +39,7 @@ The table is shown to users: `docs/generate.py` copies it into docs/reference/re
 | `millpond:{app:agent:partition}:due` | zset | due things, score = their time in ms since the epoch | the agent | until a tick has handled them |
 | `millpond:{number}:confirmed`, on a Redis Cluster with replicas | string | nothing: a write in front of each `WAIT`, so that it covers what other connections wrote | all agents | 1 second |
 | `millpond:{app:agent}:replay` | hash | what of the log a replay has folded into this database: `complete` (0 or 1), `starts` and `ends` by partition, `from`, `cluster_id` | `millpond replay` | until the database is emptied |
+| `millpond:{app}:probe` | string | a random value, by which `millpond replay` finds out whether two addresses are one database | `millpond replay` | a moment, one minute at most |
 | `millpond:{app:agent}:rebuild` | hash | partition → its fence before the rebuild; workers of the agent do not start while this key exists | `millpond rebuild` | until the rebuild is complete |
 """
 
@@ -212,6 +213,11 @@ def private_prefix(app: str, agent: AgentName) -> str:
 def replay_marker(app: str, agent: AgentName) -> str:
     """The hash that marks a database as the target of a replay; see `pipeline/replay/target.py`."""
     return f"{PRIVATE_PREFIX}{{{app}:{agent}}}:replay"
+
+
+def probe(app: str) -> str:
+    """The string that tells whether two connections see one database; see `pipeline/stores/redis/keyspace.py`."""
+    return f"{PRIVATE_PREFIX}{{{app}}}:probe"
 
 
 def rebuild_marker(app: str, agent: AgentName) -> str:

@@ -68,13 +68,16 @@ class DeliveryMachine(TopicPolicy[W]):
         self._due.restore(partition_state)
         self._storage.restore(partition_state, stored, rules)
         self._counters = msgspec.convert(partition_state.get("delivery", {}), Counters)
-        self._members = Members()
+        self._members = Members(self._ignores_wildcards)
         self._windows = self.new_windows()
         self._dead = DeadMessages(self._due, self._counters)
         self._members_cursor: int | None = 0  # None once all of them are known
         self._ahead_reads: dict[ReadIndex, list[str]] = {}
         self._ahead_total = 0
         self.forget_work()
+
+    def _ignores_wildcards(self, topic: str) -> bool:
+        return self._storage.plans.ignores_wildcards(topic)
 
     def partition_state(self) -> dict[str, Any]:
         counters = msgspec.to_builtins(self._counters)
@@ -296,6 +299,7 @@ class DeliveryMachine(TopicPolicy[W]):
                 return self._tick(offset, now_ms)
             case RulesChanged():
                 self._storage.rules_changed(Rules.from_canonical(event.rules))
+                self._members.rules_changed()
                 return [SetRules(event.rules), *self.resume()]
             case _:
                 return ()  # another agent's concern

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
@@ -150,8 +150,9 @@ _decode: Final = msgspec.json.Decoder(Member).decode
 class Members:
     """The members of one partition, by name, by filter, by client."""
 
-    def __init__(self) -> None:
-        """None."""
+    def __init__(self, ignores_wildcards: Callable[[str], bool] = lambda _: False) -> None:
+        """None. `ignores_wildcards` says whether the rule of a topic serves no wildcard, except those of groups."""
+        self._ignores_wildcards = ignores_wildcards
         self._awake: dict[str, Member] = {}  # by name
         self._asleep: dict[str, bytes] = {}  # the other names; all of these are idle
         self._woken: dict[str, bytes] = {}  # of those awake: whom the batch has only looked at
@@ -313,7 +314,18 @@ class Members:
         """The filters that match a topic, and who holds each how."""
         for topic_filter in self.matching(topic):
             for name in self._holders.of(topic_filter):
-                yield topic_filter, name, self[name].filters[topic_filter]
+                if not self.ignores(name, topic_filter, topic):
+                    yield topic_filter, name, self[name].filters[topic_filter]
+
+    def ignores(self, name: str, topic_filter: str, topic: str) -> bool:
+        """True if a member gets nothing of a topic by this filter, though it matches."""
+        wild = has_wildcard(topic_filter) and not is_of_group(name)
+        return wild and self._ignores_wildcards(topic)
+
+    def rules_changed(self) -> None:
+        """Forget which members each topic has: another rule may serve its wildcards."""
+        self._reaches.clear()
+        self.version += 1
 
     def group(self, subscription: str) -> list[str]:
         """The members of a shared subscription, `$share/{group}/{filter}`, by name."""
@@ -324,7 +336,11 @@ class Members:
         member = self.get(name)
         if member is None:
             return []
-        held = [member.filters[each] for each in self.matching(topic) if each in member.filters]
+        held = [
+            member.filters[each]
+            for each in self.matching(topic)
+            if each in member.filters and not self.ignores(name, each, topic)
+        ]
         return [make_reach(name, held)] if held else []
 
     def reaching(self, topic: str) -> list[Reach]:
@@ -425,6 +441,11 @@ def client_of(name: str) -> str:
 def copy_name(key: str, message_id: str) -> str:
     """What a copy of a message of a window is remembered by."""
     return f"{key}\0{message_id}"
+
+
+def is_of_group(name: str) -> bool:
+    """True if a member is one client of a shared subscription's group."""
+    return "\0" in name
 
 
 def member_name(client_id: str, topic_filter: str) -> tuple[str, str]:

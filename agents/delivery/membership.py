@@ -14,12 +14,12 @@ from abc import abstractmethod
 from typing import Final
 
 from millpond.agents.delivery.leasing import Done, W, valid_until
-from millpond.agents.delivery.members import HeldFilter, Member, member_name
+from millpond.agents.delivery.members import HeldFilter, Member, is_of_group, member_name
 from millpond.agents.delivery.silence import Silence
 from millpond.agents.topics.due_times import MEMBER, due_member
 from millpond.schemas.errors import DecodeError
-from millpond.schemas.events import SubscriberJoined, SubscriberLeft
-from millpond.schemas.topics import filter_error, has_wildcard
+from millpond.schemas.events import AgentName, SubscriberJoined, SubscriberLeft
+from millpond.schemas.topics import filter_error, has_wildcard, intersects
 
 # How long a member that has gone is remembered, so that late words of it are known to be old.
 FORGET_MS: Final = 600_000
@@ -27,6 +27,8 @@ FORGET_MS: Final = 600_000
 
 class Membership(Silence[W]):
     """The members of one partition."""
+
+    agent: AgentName
 
     def remember(self, name: str, topic_filter: str, event: SubscriberJoined, score: int) -> Done:
         """A member is to be served by a filter, perhaps once more."""
@@ -75,9 +77,21 @@ class Membership(Silence[W]):
         self._members.hold(name, topic_filter, HeldFilter(event.qos, since, event.broker_delivers))
         for key in returned:
             done += self.dispatch(offset, key, now_ms)
-        if rested or has_wildcard(topic_filter) or member.round.active:
-            return [*done, *self.start_round(name, member, everything=has_wildcard(topic_filter))]
+        wild = has_wildcard(topic_filter)
+        everything = wild and self._is_served(name, topic_filter)
+        if rested or everything or member.round.active:
+            return [*done, *self.start_round(name, member, everything=everything)]
+        if wild:
+            return done
         return [*done, *self.dispatch(offset, self.own_key(name, topic_filter), now_ms)]
+
+    def _is_served(self, name: str, topic_filter: str) -> bool:
+        """True if some rule of this agent may serve a member by a filter with a wildcard."""
+        return any(
+            (rule.wildcards == "serve" or is_of_group(name))
+            and intersects(rule.topic_filter, topic_filter)
+            for rule in self._storage.rules.run_by_delivery(self.agent)
+        )
 
     def left(self, offset: int, event: SubscriberLeft, now_ms: int, score: int) -> Done:
         """A client is no longer to be served: by one filter, or, without its session or connection, at all."""

@@ -116,7 +116,8 @@ class Rounds(Membership[W]):
             entries = self._pages[page]
             for entry in entries:
                 topic = self.topic_of(entry)
-                if matches(topic_filter, topic):
+                ignored = self._members.ignores(name, topic_filter, topic)
+                if matches(topic_filter, topic) and not ignored:
                     everything = member.round.everything
                     key = self.key_on_page(name, topic_filter, entry, everything=everything)
                     stops.setdefault(key, Stop(key, topic_filter, topic))

@@ -31,6 +31,7 @@ class DeliveryPlan(Struct, frozen=True):
     dead_on_overflow: bool
     start: Literal["earliest", "latest"]
     offset_retention_ms: int
+    ignores_wildcards: bool
 
 
 class TopicPlan(Struct, frozen=True):
@@ -114,6 +115,7 @@ def _delivery(rule: Rule) -> DeliveryPlan:
         dead_on_overflow=not latest and rule.overflow == "dead_letter",
         start=rule.start,
         offset_retention_ms=rule.offset_retention_s * 1000,
+        ignores_wildcards=rule.wildcards == "ignore",
     )
 
 
@@ -133,6 +135,11 @@ class TopicPlans:
                 self._plans.clear()
             plan = self._plans[topic] = self._plan(topic)
         return plan
+
+    def ignores_wildcards(self, topic: str) -> bool:
+        """True if the delivery rule of a topic serves no wildcard, except those of groups."""
+        delivery = self.of(topic).delivery
+        return delivery is not None and delivery.ignores_wildcards
 
     def _plan(self, topic: str) -> TopicPlan:
         """Return the plan that all topics with the same matching rules share: a million topics need few plans."""

@@ -6,6 +6,7 @@ Answers go to stdout through `console`. Errors, questions and progress go to std
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -49,20 +50,24 @@ YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for con
 # -- arguments ---------------------------------------------------------------------------------------------------------
 
 
-def load_settings(config: Path | None, data: Path) -> tuple[Settings, Rules]:
+def load_settings(
+    config: Path | None, data: Path, warn: Callable[[str], None] = lambda _: None
+) -> tuple[Settings, Rules]:
     """Load `--config`, else the settings of the stack in `--data`, else the defaults and the environment.
+
+    `warn` gets a sentence for each thing that the user wrote and that has no effect.
 
     Raises:
         ConfigError: `--data` is given, and holds no stack. Defaults would lead to another one.
     """
     if config is not None:
-        return load(config)
+        return load(config, warn=warn)
     of_stack = data / STACK_FILE
     if of_stack.exists():
-        return load(of_stack)
+        return load(of_stack, warn=warn)
     if data != DEFAULT_DATA:
         raise no_stack(data)
-    return load(None)
+    return load(None, warn=warn)
 
 
 def no_stack(data: Path) -> ConfigError:

@@ -86,7 +86,8 @@ def main() -> None:
     try:
         app(prog_name="millpond")
     except ConfigError as error:
-        _fail(str(error), USAGE_EXIT_CODE)
+        # One line for each fault, so that a user mends a file in one round.
+        _fail("\nmillpond: ".join(map(str, error.faults)), USAGE_EXIT_CODE)
     except MillpondError as error:
         _fail(str(error), FAILURE_EXIT_CODE)
     except KafkaError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,8 +24,12 @@ from millpond.pipeline.kafka import topics as kafka_topics
 from millpond.pipeline.process.extras import extra
 from millpond.pipeline.process.logs import log_to_stderr
 from millpond.pipeline.process.signals import run as run_command
+from millpond.pipeline.settings import Settings
 from millpond.schemas import keys
 from millpond.schemas.errors import ConfigError
+from millpond.schemas.rules import Rules
+
+logger = logging.getLogger(__name__)
 
 kafka = typer.Typer(help="Create and check the Kafka topics.", no_args_is_help=True)
 config = typer.Typer(help="Check settings and rules.", no_args_is_help=True)
@@ -38,8 +44,7 @@ def worker(
     from millpond.pipeline.worker.worker import run  # noqa: PLC0415  Faust is slow to import
 
     name = agent_named(agent)
-    settings, rules = load_settings(config, data)
-    log_to_stderr(settings.log, f"worker {name}")
+    settings, rules = _load_and_log(config, data, f"worker {name}")
     run(name, settings, rules)
 
 
@@ -59,8 +64,7 @@ def bridge(
     """
     if (topics is not None) != (broker == "emqx-kafka"):
         raise ConfigError("the bridge emqx-kafka needs --topics, and no other bridge takes it")
-    settings, rules = load_settings(config, data)
-    log_to_stderr(settings.log, f"bridge {broker}")
+    settings, rules = _load_and_log(config, data, f"bridge {broker}")
     if broker == "embedded":
         with extra("local", "`millpond bridge embedded`"):
             from millpond.pipeline.brokers.embedded.bridge import run_embedded  # noqa: PLC0415
@@ -77,6 +81,16 @@ def bridge(
         run_emqx_kafka(settings, rules, _source_topics(topics))
     else:
         raise ConfigError(f"no bridge {broker!r}: there are embedded, emqx, emqx-kafka")
+
+
+def _load_and_log(config: Path | None, data: Path, process: str) -> tuple[Settings, Rules]:
+    """Load settings and rules, begin the log as they say, and log what in them has no effect."""
+    warnings: list[str] = []
+    settings, rules = load_settings(config, data, warnings.append)
+    log_to_stderr(settings.log, process)
+    for warning in warnings:
+        logger.warning("%s", warning)
+    return settings, rules
 
 
 def _source_topics(text: str) -> list[str]:
@@ -117,11 +131,20 @@ def kafka_check(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) ->
 
 
 @config.command("check")
-def config_check(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) -> None:
-    """Load settings and rules as a worker does, show the rules, and note what weakens a guarantee."""
-    from millpond.pipeline.operate.config_warnings import weaknesses  # noqa: PLC0415
+def config_check(
+    config: ConfigOption = None,
+    data: DataOption = DEFAULT_DATA,
+    *,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Check the files alone, and ask no server.")
+    ] = False,
+) -> None:
+    """Load settings and rules as a worker does, show the rules, and try what the processes will do.
 
-    settings, rules = load_settings(config, data)
+    It reads the files that the settings name, logs in, and asks each server. The exit code is 1 if something would not
+    run, and 2 if the files are wrong.
+    """
+    settings, rules = load_settings(config, data, lambda line: say(f"warning: {line}"))
     table = Table("hook", "topic", "action", "expires", "agent", box=None)
     for column in table.columns:
         column.overflow = "fold"
@@ -139,6 +162,14 @@ def config_check(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) -
             ", ".join(agents),
         )
     console.print(table)
-    for line in run_command(weaknesses(settings, rules)):
-        say(f"note: {line}")
+    if not offline:
+        from millpond.pipeline.operate.config_warnings import examine  # noqa: PLC0415  not for --offline
+
+        found = run_command(examine(settings, rules))
+        for line in found.notes:
+            say(f"note: {line}")
+        for line in found.errors:
+            say(f"error: {line}")
+        if found.errors:
+            raise typer.Exit(1)
     console.print("the configuration is valid")

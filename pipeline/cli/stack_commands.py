@@ -167,14 +167,14 @@ def _detach(directory: Any, arguments: list[str]) -> None:
             " `millpond down`"
         )
     _wait_for_last_line(log)
-    console.print(log.read_text(errors="replace").rstrip(), markup=False, soft_wrap=True)
+    console.print(log.read_text("utf-8", "replace").rstrip(), markup=False, soft_wrap=True)
 
 
 def _wait_for_last_line(log: Path) -> None:
     # The state says ready a moment before the last line is in the log.
     deadline = time.monotonic() + 5
     while (
-        "millpond is ready" not in log.read_text(errors="replace") and time.monotonic() < deadline
+        "millpond is ready" not in log.read_text("utf-8", "replace") and time.monotonic() < deadline
     ):
         time.sleep(0.05)
 

@@ -14,6 +14,7 @@ from millpond.agents.pubsub.state import (
     unpack_subscriber,
 )
 from millpond.agents.reads import ReadStates
+from millpond.agents.topics.plans import TopicPlans
 from millpond.pipeline.explain.message_states import SubscriberView
 from millpond.pipeline.operate.state_pages import pages
 from millpond.pipeline.stores.redis.reader import StoreReader
@@ -33,11 +34,11 @@ class MemberOf(NamedTuple):
 
 
 async def members_of(
-    reader: StoreReader, partition: Partition, topics: list[str]
+    reader: StoreReader, partition: Partition, topics: list[str], plans: TopicPlans
 ) -> AsyncIterator[tuple[str, MemberOf]]:
     """Read the online members of these topics of the partition. Each comes with its topic, once for each topic."""
     async for page in pages(reader, partition, "members"):
-        members = Members()
+        members = Members(plans.ignores_wildcards)
         members.supply_all(page)
         for topic in topics:
             subscribers: dict[str, dict[str, None]] = {}

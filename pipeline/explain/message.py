@@ -23,7 +23,7 @@ from millpond.agents.queue.state import QueueWindow
 from millpond.agents.queue.state import unpack as unpack_queue
 from millpond.agents.reads import ReadBody, ReadEntry, ReadStates
 from millpond.agents.topics import storage
-from millpond.agents.topics.plans import make_plan
+from millpond.agents.topics.plans import TopicPlans, make_plan
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.explain import log_search, message_states, sentences
 from millpond.pipeline.explain.agent_states import (
@@ -338,7 +338,12 @@ async def _states(
         yield message_states.of_message(known)
         return
     async with StoreReader(rules.pool(view.agent)) as reader:
-        members = [each async for _, each in members_of(reader, view.partition, [view.topic])]
+        members = [
+            each
+            async for _, each in members_of(
+                reader, view.partition, [view.topic], TopicPlans(view.rules)
+            )
+        ]
         if view.window is not None:
             names = {each.reach.name for each in members}
             yield message_states.of_queue(known, view.window, len(names))

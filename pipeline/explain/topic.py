@@ -105,7 +105,7 @@ class _TopicQuery:
         rules = configured if text is None else Rules.from_canonical(text)
         plans, rule = TopicPlans(rules), rules.delivery_rule(topic)
         plan = plans.of(topic)
-        members = await self._members() if agent != "messages" else {}
+        members = await self._members(plans) if agent != "messages" else {}
         facts = [_member_facts(each, plan) for each in members.values()]
         queue = unpack_queue(windows[topic]) if agent == "queue" else None
         log = unpack_log(logs[topic]) if agent == "pubsub" else None
@@ -150,9 +150,9 @@ class _TopicQuery:
 
     # -- members
 
-    async def _members(self) -> dict[str, MemberOf]:
+    async def _members(self, plans: TopicPlans) -> dict[str, MemberOf]:
         found = {}
-        async for _, member in members_of(self._reader, self._partition, [self._topic]):
+        async for _, member in members_of(self._reader, self._partition, [self._topic], plans):
             found[member.reach.name] = member
         return dict(sorted(found.items()))
 

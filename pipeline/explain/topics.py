@@ -236,7 +236,7 @@ async def _details(
     (kept,) = await reader.read(partition, [ReadStates(tuple(topics))])
     readers = {topic: _Readers() for topic in topics}
     if partition.agent == "queue":
-        async for topic, member in members_of(reader, partition, topics):
+        async for topic, member in members_of(reader, partition, topics, TopicPlans(rules)):
             readers[topic].names[member.reach.name] = None
     if partition.agent == "pubsub":
         await _add_subscribers(reader, partition, rules, readers)

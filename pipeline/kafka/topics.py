@@ -13,6 +13,8 @@ from millpond.pipeline.settings import KafkaSettings
 from millpond.schemas import keys
 from millpond.schemas.errors import ConfigError, MillpondError
 
+MISSING: Final = "does not exist: run `millpond kafka init`"
+PARTITIONS: Final = "partitions"
 TOPIC_EXISTS: Final = 36  # Kafka's error code TOPIC_ALREADY_EXISTS
 # INVALID_PARTITIONS, INVALID_REPLICATION_FACTOR, INVALID_CONFIG, POLICY_VIOLATION: the settings of the topics are wrong.
 REFUSED_SETTINGS: Final = (37, 38, 40, 44)
@@ -64,6 +66,11 @@ async def create(settings: KafkaSettings) -> list[str]:
     return created
 
 
+def stops_workers(deviation: str) -> bool:
+    """True if workers do not start with this deviation. With any other they run, with a weaker guarantee."""
+    return deviation.endswith(MISSING) or f": {PARTITIONS} is " in deviation
+
+
 async def check(settings: KafkaSettings) -> list[str]:
     """Return the deviations of the topics from the settings, one sentence each.
 
@@ -84,17 +91,17 @@ async def check(settings: KafkaSettings) -> list[str]:
     for topic in described:
         name, partitions = topic["topic"], topic["partitions"]
         if topic["error_code"]:
-            deviations.append(f"{name} does not exist: run `millpond kafka init`")
+            deviations.append(f"{name} {MISSING}")
             continue
         replicas = min(len(partition["replicas"]) for partition in partitions)
         found = {
             **configs.get(name, {}),
-            "partitions": str(len(partitions)),
+            PARTITIONS: str(len(partitions)),
             "replication factor": str(replicas),
         }
         expected = {
             **wanted(settings),
-            "partitions": str(settings.partitions),
+            PARTITIONS: str(settings.partitions),
             "replication factor": str(settings.replication_factor),
         }
         deviations += [

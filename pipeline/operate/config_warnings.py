@@ -1,24 +1,28 @@
-"""Settings of Millpond, Kafka and Redis that weaken a guarantee.
+"""What `millpond config check` finds: what would not run, and what weakens a guarantee.
 
-`millpond config check` prints them as notes. Each is a choice of the user, so none is an error.
+The second is a choice of the user, so it is a note. The first is found by trying it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from pathlib import Path
+from typing import Final, NamedTuple
 
 from hiredis import ReplyError
+from msgspec import structs
 
 from millpond.agents.registry import AGENT_NAMES
 from millpond.pipeline.kafka import topics
 from millpond.pipeline.settings import KafkaSettings, Settings
 from millpond.pipeline.stores.redis.cluster_check import cluster_weaknesses
 from millpond.pipeline.stores.redis.command_check import check_commands
+from millpond.pipeline.stores.redis.trial import try_pool
 from millpond.pipeline.stores.registry import connector
-from millpond.schemas.errors import MillpondError, StoreError
+from millpond.pipeline.text_files import read_text
+from millpond.schemas.errors import ConfigError, MillpondError, StoreDown, StoreError
 from millpond.schemas.keys import SOURCE_TOPIC
-from millpond.schemas.rules import Rules
+from millpond.schemas.rules import Rules, default_rules
 from millpond.schemas.rules.pool import Pool
 from millpond.schemas.rules.rule import Rule
 from millpond.schemas.topics import covers
@@ -30,16 +34,22 @@ NAMED_MAX: Final = 5  # topic filters in one note
 REDIS_SETTINGS: Final = ("maxmemory-policy", "appendonly", "save", "hash-max-listpack-value")
 
 
-async def weaknesses(settings: Settings, rules: Rules) -> list[str]:
-    """Find all weaknesses, one sentence each. A server that does not answer is one.
+class Findings(NamedTuple):
+    """`errors`: what would not run. `notes`: what runs, and weakens a guarantee."""
 
-    Raises:
-        ConfigError: the server does not know a user command, or a rule must not use it.
-    """
-    found = [*_missing_agents(rules), *_kafka_settings(settings.kafka, rules)]
-    found += await _kafka(settings.kafka)
+    errors: list[str]
+    notes: list[str]
+
+
+async def examine(settings: Settings, rules: Rules) -> Findings:
+    """Try what the processes will do with these settings: read files, log in, select, subscribe. Change nothing."""
+    found = Findings([], [*_missing_agents(rules), *_kafka_settings(settings.kafka, rules)])
+    found.errors.extend(_unreadable(settings))
+    await _kafka(settings.kafka, found)
+    # `millpond up` starts a Redis of its own for these.
+    own_redis = settings.redis is None and rules == default_rules()
     for pool in rules.pools:
-        found += await _redis(pool, rules)
+        await _redis(pool, settings.app, rules, found, own=own_redis)
     return found
 
 
@@ -92,26 +102,61 @@ def _for_ever(rule: Rule, rules: Rules) -> bool:
     )  # fmt: skip
 
 
-async def _kafka(settings: KafkaSettings) -> list[str]:
-    """The differences between the Kafka topics and the settings."""
+def _unreadable(settings: Settings) -> list[str]:
+    """The files that the settings name and that cannot be read. Those of Kafka and of pools are read when they are used."""
+    found = []
+    for table in (settings.bridge, settings.web):
+        section = f"[{type(table).__name__.removesuffix('Settings').lower()}]"
+        for name, path in structs.asdict(table).items():
+            if name.endswith("_file") and path is not None:
+                try:
+                    read_text(Path(path))
+                except OSError as error:
+                    found.append(f"{section} {name}: cannot read {path}: {error.strerror}")
+                except ValueError as error:
+                    found.append(f"{section} {name}: {path}: {error}")
+    return found
+
+
+async def _kafka(settings: KafkaSettings, found: Findings) -> None:
+    """Connect, and compare the Kafka topics with the settings."""
     try:
-        return await topics.check(settings)
+        deviations = await topics.check(settings)
+    except ConfigError as error:
+        found.errors.extend(map(str, error.faults))
+        return
     except MillpondError as error:
-        return [str(error)]
+        if settings.bootstrap_servers == KafkaSettings().bootstrap_servers:
+            found.notes.append(f"{error}; `millpond up` starts a Kafka of its own")
+        else:
+            found.errors.append(str(error))
+        return
+    found.errors.extend(each for each in deviations if topics.stops_workers(each))
+    found.notes.extend(each for each in deviations if not topics.stops_workers(each))
 
 
-async def _redis(pool: Pool, rules: Rules) -> list[str]:
+async def _redis(pool: Pool, app: str, rules: Rules, found: Findings, *, own: bool) -> None:
+    """Do what the workers of a pool will do at their start."""
     where = f"[pool.{pool.name}]"
+    agents = [agent for agent in AGENT_NAMES if rules.pool(agent) == pool]
     try:
+        found.errors.extend(f"{where} {refused}" for refused in await try_pool(pool, app, agents))
         await check_commands(pool, rules)
-        found = [f"{where} {weakness}" for weakness in await cluster_weaknesses(pool)]
+        weaknesses = await cluster_weaknesses(pool)
         answers = await _server_settings(pool)
+    except ConfigError as error:
+        found.errors.extend(map(str, error.faults))
+    except StoreDown as error:
+        if own:
+            found.notes.append(f"{where} {error}; `millpond up` starts a Redis of its own")
+        else:
+            found.errors.append(f"{where} {error}")
     except StoreError as error:
-        return [f"{where} {error}"]
-    if answers is None:
-        unread = "CONFIG GET is not allowed: check maxmemory-policy, appendonly and save yourself"
-        return [*found, f"{where} {unread}"]
-    return [*found, *(f"{where} {reason}" for reason in _redis_weaknesses(answers))]
+        found.errors.append(f"{where} {error}")
+    else:
+        unknown = "CONFIG GET is not allowed: check maxmemory-policy, appendonly and save yourself"
+        weaknesses += [unknown] if answers is None else _redis_weaknesses(answers)
+        found.notes.extend(f"{where} {weakness}" for weakness in weaknesses)
 
 
 async def _server_settings(pool: Pool) -> dict[str, str] | None:

@@ -134,7 +134,7 @@ class Replay:
             self.rules.pool(agent).name: self.rules.pool(agent) for agent in self.request.agents
         }
         live = [*pools.values(), *([] if self.request.live is None else [self.request.live])]
-        await check_not_live(target, self.request.into, live)
+        await check_not_live(target, self.request.into, live, self.settings.app)
 
     async def _claim(
         self, kafka: LogExtents, target: Keyspace, live: Keyspace | None

@@ -129,23 +129,22 @@ def _not_empty(space: Keyspace, agent: AgentName, page: Sequence[bytes]) -> str:
     )
 
 
-async def check_not_live(space: Keyspace, into: Pool, live: Sequence[Pool]) -> None:
+async def check_not_live(space: Keyspace, into: Pool, live: Sequence[Pool], app: str) -> None:
     """Check that a database is none of the live ones.
 
-    Servers are compared by their run id, so that a second address of the same server is noticed. A live server that is
-    down has no run id: its address counts alone.
+    A value written to one and read from the other tells, so that a second address of the same server is noticed. Of a
+    live server that is down the address counts alone.
 
     Raises:
         MillpondError: it is one of them.
     """
-    target = await space.identity()
     for pool in live:
         # A cluster names several servers, and has one database.
         same = into.servers[0] in pool.servers and into.database == pool.database
         if pool.type != "cluster" and not same:
             try:
                 async with keyspace(pool) as other:
-                    same = await other.identity() == target
+                    same = await space.is_same_database(other, app)
             except StoreDown:
                 same = False
         if same:

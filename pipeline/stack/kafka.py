@@ -64,7 +64,7 @@ def fetched_jars() -> list[Path] | None:
     listing = cache_directory() / f"kafka-{KAFKA_VERSION}.jars"
     if not listing.exists():
         return None
-    jars = [Path(line) for line in listing.read_text().splitlines()]
+    jars = [Path(line) for line in listing.read_text("utf-8").splitlines()]
     return jars if jars and all(jar.exists() for jar in jars) else None
 
 
@@ -90,7 +90,7 @@ def fetch_jars() -> list[Path]:
     jars = [*sorted(kafka.rglob("*.jar")), *logging.rglob(LOGGING_BRIDGE)]
     listing = cache_directory() / f"kafka-{KAFKA_VERSION}.jars"
     partial = listing.with_suffix(".partial")
-    partial.write_text("\n".join(map(str, jars)))
+    partial.write_text("\n".join(map(str, jars)), "utf-8")
     partial.rename(listing)
     return jars
 
@@ -142,9 +142,9 @@ class KafkaServer:
         self.directory.mkdir(parents=True, exist_ok=True)
         configuration = self.directory / "server.properties"
         lines = [f"{name}={value}" for name, value in self.properties().items()]
-        configuration.write_text("\n".join(lines) + "\n")
+        configuration.write_text("\n".join(lines) + "\n", "utf-8")
         logging = self.directory / "log4j2.properties"
-        logging.write_text(LOG_CONFIGURATION)
+        logging.write_text(LOG_CONFIGURATION, "utf-8")
         command = [
             java(),
             f"-Xmx{self._heap_mib}m",

@@ -78,7 +78,7 @@ class Stack:
             )
         if before is not None:
             stop_children(before)  # their supervisor was killed, and they still have our ports
-        settings, rules = load(options.config)
+        settings, rules = load(options.config, warn=lambda line: say(f"warning: {line}"))
         self._options = options
         self.own_kafka = options.kafka is None and _same_kafka(settings.kafka, KafkaSettings())
         self._own_redis = options.redis == EMBEDDED or (

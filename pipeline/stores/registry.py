@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from hiredis import ReplyError
-from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
-from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
 
 from millpond.agents.ports import Store
+from millpond.pipeline.settings import read_secret
 from millpond.pipeline.stores.redis.cluster_store import ClusterStore
 from millpond.pipeline.stores.redis.connection import (
     Access,
@@ -22,8 +18,9 @@ from millpond.pipeline.stores.redis.connection import (
     checked,
     error_code,
 )
+from millpond.pipeline.stores.redis.sentinels import primary_of
 from millpond.pipeline.stores.redis.store import RedisStore
-from millpond.schemas.errors import ConfigError, StoreDown, StoreRefused
+from millpond.schemas.errors import ConfigError, StoreDown
 from millpond.schemas.keys import Partition
 from millpond.schemas.rules.pool import Pool
 
@@ -51,14 +48,13 @@ def access_of(pool: Pool) -> Access:
         ConfigError: the password file or certificate file cannot be read.
     """
     password = pool.password
+    if pool.password_file is not None:
+        password = read_secret(pool.password_file, f"[pool.{pool.name}] password_file")
     try:
-        if pool.password_file is not None:
-            # The first line counts, so that an editor's final newline does no harm.
-            password = Path(pool.password_file).read_text(encoding="utf-8").split("\n", 1)[0]
         tls = ssl.create_default_context(cafile=pool.ca_file) if pool.tls else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"pool {pool.name!r}: {error}") from error
-    return Access(pool.username, password and password.rstrip("\r"), pool.database, tls)
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(f"[pool.{pool.name}] ca_file: {pool.ca_file}: {error}") from error
+    return Access(pool.username, password, pool.database, tls)
 
 
 def connector(pool: Pool) -> Callable[[], Awaitable[Connection]]:
@@ -120,25 +116,16 @@ async def _sees_the_cluster(node: Address, access: Access) -> bool:
 
 
 async def primary(pool: Pool, access: Access) -> Address:
-    """Ask the sentinels for the primary's address.
+    """Ask the sentinels for the primary's address. They have credentials of their own, or none.
 
     Raises:
+        ConfigError: the password file for the sentinels cannot be read.
         StoreDown: no sentinel answers, or none knows a primary that is up.
-        StoreRefused: a sentinel wants a password. Millpond sends none to sentinels.
+        StoreRefused: a sentinel refuses the credentials.
     """
-    tls = {"ssl": True, "ssl_ca_certs": pool.ca_file} if pool.tls else {}
-    settings = {"socket_timeout": access.connect_timeout_s, "retry": Retry(NoBackoff(), 0), **tls}
-    sentinel = Sentinel(list(pool.servers), sentinel_kwargs=settings)  # type: ignore[no-untyped-call]
-    servers = ", ".join(map(str, addresses(pool)))
-    try:
-        host, port = await sentinel.discover_master(pool.sentinel or "")
-    except (AuthenticationError, AuthorizationError) as error:
-        raise StoreRefused(f"the sentinels {servers} refuse: {error}") from error
-    except (RedisError, OSError) as error:
-        raise StoreDown(
-            f"the sentinels {servers} name no primary of {pool.sentinel!r}: {error}"
-        ) from error
-    finally:
-        for client in sentinel.sentinels:
-            await client.aclose()
-    return Address(host.decode() if isinstance(host, bytes) else host, int(port))
+    password = None
+    if pool.sentinel_password_file is not None:
+        setting = f"[pool.{pool.name}] sentinel_password_file"
+        password = read_secret(pool.sentinel_password_file, setting)
+    own = access._replace(username=pool.sentinel_username, password=password, database=0)
+    return await primary_of(addresses(pool), pool.sentinel or "", own)

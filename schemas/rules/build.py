@@ -1,22 +1,23 @@
-"""Build rules and pools from drafts. The first fault becomes a ConfigError with file and line.
+"""Build rules and pools from drafts. Every fault is collected, with file and line.
 
 A draft is one table as the user wrote it. Both file formats become drafts, so both get the same checks and messages.
+What is left of a faulty draft is checked as far as its faults allow. A fault that follows from another is not reported.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple, get_args, get_origin
 
 import msgspec
 from msgspec import structs
 
 from millpond.schemas.errors import ConfigError
-from millpond.schemas.rules.check import check_together
+from millpond.schemas.rules.check import faults_together
+from millpond.schemas.rules.faults import Faults, hint
 from millpond.schemas.rules.pool import REDIS_PORT, SENTINEL_PORT, Pool
-from millpond.schemas.rules.rule import DELIVERY_AGENTS, HOOKS, Action, Rule, rule_error
+from millpond.schemas.rules.rule import DELIVERY_AGENTS, HOOKS, Action, Rule, rule_errors
 from millpond.schemas.rules.ruleset import Rules
 
 PORT_MAX: Final = 65_535
@@ -30,6 +31,7 @@ SETTING_ACTIONS: Final[Mapping[str, frozenset[Action]]] = {
     "overflow": frozenset({"on_message_fetch_for_queue"}),
     "start": frozenset({"on_message_fetch_for_pubsub"}),
     "offset_retention_s": frozenset({"on_message_fetch_for_pubsub"}),
+    "wildcards": frozenset(DELIVERY_AGENTS),
     "store_qos0": frozenset({*DELIVERY_AGENTS, "on_message_publish"}),
 }
 
@@ -42,6 +44,9 @@ _POOL_TYPES: Final = {
     for field in structs.fields(Pool)
     if field.name not in ("name", "servers")
 } | {"server": str | tuple[str, ...]}
+POOL_KEYS: Final = tuple(_POOL_TYPES)
+
+_OTHER_HOOKS: Final = tuple(hook for hook in HOOKS if hook != "session.subscribed")
 
 # host, host:port, [IPv6] or [IPv6]:port
 _ADDRESS: Final = re.compile(r"(?:\[([^\]\s]+)\]|([^\s:/@\[\]]+))(?::([0-9]{1,5}))?")
@@ -54,80 +59,111 @@ class DraftTable(NamedTuple):
     line: Returns the line of a key. None asks for the line of the table.
     file: The name of the file, for messages.
     strict: False if every value is text. Numbers and booleans are then read from the text.
+    warn: Gets what has no effect, if that is no fault.
     """
 
     values: Mapping[str, object]
     line: Callable[[str | None], int]
     file: str
     strict: bool = True
+    warn: Callable[[str], None] | None = None
 
     def fault(self, reason: str, key: str | None = None) -> ConfigError:
         """Make the error about this table, at the line of `key` if the table has it."""
         line = self.line(key if key in self.values else None)
         return ConfigError(reason, file=self.file, line=line)
 
-    def converted(self, types: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the values, each converted to its type.
+    def converted(self, types: Mapping[str, Any], faults: Faults) -> dict[str, Any]:
+        """Return the values, each converted to its type, without those that are at fault.
 
-        Raises:
-            ConfigError: A key is unknown, or a value has another type or is outside its limits.
+        A key may be unknown, or a value have another type or be outside its limits.
         """
-        return {key: self._convert(key, value, types) for key, value in self.values.items()}
+        values = {}
+        for key, value in self.values.items():
+            with faults.collect():
+                values[key] = self._convert(key, value, types)
+        return values
 
     def _convert(self, key: str, value: object, types: Mapping[str, Any]) -> Any:
         if key not in types:
-            raise self.fault(f"unknown key {key!r}: {_hint(key, types)}", key)
+            raise self.fault(f"unknown key {key!r}: {hint(key, types)}", key)
         choices = _choices(types[key])
         if choices and isinstance(value, str) and value not in choices:
-            raise self.fault(f"unknown {key} {value!r}: {_hint(value, choices)}", key)
+            raise self.fault(f"unknown {key} {value!r}: {hint(value, choices)}", key)
         try:
             return msgspec.convert(value, types[key], strict=self.strict)
         except msgspec.ValidationError as error:
             raise self.fault(f"{key}: {str(error).replace('Expected', 'expected')}", key) from error
 
 
-def build_rules(pools: Mapping[str, DraftTable], rules: Sequence[DraftTable]) -> Rules:
+def build_rules(
+    pools: Mapping[str, DraftTable], rules: Sequence[DraftTable], faults: Faults
+) -> Rules:
     """Build all rules and pools, and check them alone and together.
 
     Raises:
-        ConfigError: The first fault.
+        ConfigError: All faults of the file: those that were found before, and those that are found here.
     """
-    built_pools = tuple(build_pool(name, draft) for name, draft in pools.items())
-    built = Rules(tuple(build_rule(draft, tuple(pools)) for draft in rules), built_pools)
-    check_together(built)
+    complete = not faults
+    built_pools = [build_pool(name, draft, faults) for name, draft in pools.items()]
+    built_rules = [build_rule(draft, tuple(pools), faults) for draft in rules]
+    # Rules that cannot be built are left out. The others may still contradict each other.
+    built = Rules(tuple(filter(None, built_rules)), tuple(filter(None, built_pools)))
+    for draft, rule in zip(rules, built_rules, strict=True):
+        complete = complete and (rule is not None or draft.values.get("hook") in _OTHER_HOOKS)
+    for fault in faults_together(built, complete=complete):
+        faults.add(fault)
+    faults.raise_any()
     return built
 
 
-def build_rule(draft: DraftTable, pools: Sequence[str]) -> Rule:
-    """Build one rule. It needs no pool if the file defines exactly one.
+def build_rule(draft: DraftTable, pools: Sequence[str], faults: Faults) -> Rule | None:
+    """Build one rule, or None if it is at fault: invalid, or with a setting that has no effect.
 
-    Raises:
-        ConfigError: The rule is invalid, or has a setting without effect.
+    A rule needs no pool if the file defines exactly one.
     """
-    values = draft.converted(_RULE_TYPES)
-    if "hook" not in values:
-        raise draft.fault(f"the rule names no hook: known are {', '.join(HOOKS)}")
-    if "pool" not in values and len(pools) == 1:
-        values["pool"] = pools[0]
-    defined = ", ".join(pools) or "none"
-    if "pool" not in values:
-        raise draft.fault(f"the rule names no pool; defined pools: {defined}")
-    if values["pool"] not in pools:
-        raise draft.fault(
-            f"the pool {values['pool']!r} is not defined; defined pools: {defined}", "pool"
-        )
+    before = len(faults)
+    values = draft.converted(_RULE_TYPES, faults)
+    _find_pool(draft, values, pools, faults)
     if values.get("commands") == ():
-        raise draft.fault("commands is empty", "commands")
+        faults.add(draft.fault("commands is empty", "commands"))
+    if "hook" not in draft.values:
+        faults.add(draft.fault(f"the rule names no hook: known are {', '.join(HOOKS)}"))
+    if "hook" not in values:
+        return None
     values["commands"] = tuple(tuple(command.split(" ")) for command in values.get("commands", ()))
     rule = Rule(**values, file=draft.file, line=draft.line(None))
-    error = rule_error(rule)
-    if error is not None:
-        key, reason = error
-        raise draft.fault(reason, key)
-    for key in draft.values:
-        if not _has_effect(rule, key):
-            raise draft.fault(f"{key} has no effect with {rule.summary}: remove it", key)
-    return rule
+    # With one of the two keys, a lack of it follows from another fault.
+    has_one = ("action" in draft.values) != ("commands" in draft.values)
+    does_something = bool(rule.action or rule.commands)
+    for key, reason in rule_errors(rule):
+        if does_something or not has_one or key == "topic":
+            faults.add(draft.fault(reason, key))
+    for key in draft.values if does_something else ():
+        if key in values and not _has_effect(rule, key):
+            useless = draft.fault(f"{key} has no effect with {rule.summary}: remove it", key)
+            if draft.warn is None:
+                faults.add(useless)
+            else:
+                draft.warn(str(useless))
+    return rule if len(faults) == before else None
+
+
+def _find_pool(
+    draft: DraftTable, values: dict[str, Any], pools: Sequence[str], faults: Faults
+) -> None:
+    """Check the pool of a rule, and put it into the values. Of a rule at fault it is an empty name."""
+    defined = ", ".join(pools) or "none"
+    if "pool" not in draft.values and len(pools) == 1:
+        values["pool"] = pools[0]
+    elif "pool" not in draft.values:
+        faults.add(draft.fault(f"the rule names no pool; defined pools: {defined}"))
+    elif "pool" in values and values["pool"] not in pools:
+        name = values["pool"]
+        faults.add(
+            draft.fault(f"the pool {name!r} is not defined; defined pools: {defined}", "pool")
+        )
+    values.setdefault("pool", "")
 
 
 def _has_effect(rule: Rule, key: str) -> bool:
@@ -136,24 +172,36 @@ def _has_effect(rule: Rule, key: str) -> bool:
     return key not in SETTING_ACTIONS or rule.action in SETTING_ACTIONS[key]
 
 
-def build_pool(name: str, draft: DraftTable) -> Pool:
-    """Build one pool. Without `type` it is a single server.
-
-    Raises:
-        ConfigError: The pool is invalid.
-    """
-    values = draft.converted(_POOL_TYPES)
-    kind = values.get("type", "single")
+def build_pool(name: str, draft: DraftTable, faults: Faults) -> Pool | None:
+    """Build one pool, or None if it is at fault. Without `type` it is a single server, or has the name of a primary."""
+    before = len(faults)
+    values = draft.converted(_POOL_TYPES, faults)
+    # What follows from one of these that could not be read is not reported.
+    decisive = {"server", "type", "sentinel", "sentinel_password_file", "tls"}
+    unread = decisive & (draft.values.keys() - values.keys())
+    kind = values.setdefault("type", "sentinel" if values.get("sentinel") else "single")
     servers = values.pop("server", ())
     texts = servers.split(",") if isinstance(servers, str) else servers
     default_port = SENTINEL_PORT if kind == "sentinel" else REDIS_PORT
-    addresses = tuple(_address(draft, text.strip(), default_port) for text in texts)
-    pool = Pool(name=name, servers=addresses, **values)
+    addresses = []
+    for text in texts:
+        with faults.collect():
+            addresses.append(_address(draft, text.strip(), default_port))
+    pool = Pool(name=name, servers=tuple(addresses), **values)
     for wrong, key, reason in (
-        (not addresses, "server", "needs a server, as host:port"),
+        (not texts, "server", "needs a server, as host:port"),
         (kind == "single" and len(addresses) > 1, "server", "is single, but names several servers"),
         (kind == "sentinel" and not pool.sentinel, "type", "needs sentinel, the primary's name"),
         (kind != "sentinel" and pool.sentinel, "sentinel", 'has sentinel: set type = "sentinel"'),
+        *(
+            (kind != "sentinel" and getattr(pool, key), key, f'has {key}: set type = "sentinel"')
+            for key in ("sentinel_username", "sentinel_password_file")
+        ),
+        (
+            pool.sentinel_username and not pool.sentinel_password_file,
+            "sentinel_username",
+            "has a sentinel_username: it needs a sentinel_password_file",
+        ),
         (
             kind == "cluster" and pool.database,
             "database",
@@ -166,9 +214,9 @@ def build_pool(name: str, draft: DraftTable) -> Pool:
         ),
         (pool.ca_file and not pool.tls, "ca_file", "has a ca_file: set tls = true"),
     ):
-        if wrong:
-            raise draft.fault(f"the pool {name!r} {reason}", key)
-    return pool
+        if wrong and not unread:
+            faults.add(draft.fault(f"the pool {name!r} {reason}", key))
+    return pool if len(faults) == before else None
 
 
 def _address(draft: DraftTable, text: str, default_port: int) -> tuple[str, int]:
@@ -183,8 +231,3 @@ def _choices(kind: Any) -> tuple[str, ...]:
     """Return the words that a type allows, if it is a Literal, or a Literal or None."""
     options = (kind, *get_args(kind))
     return next((get_args(option) for option in options if get_origin(option) is Literal), ())
-
-
-def _hint(wrong: str, known: Iterable[str]) -> str:
-    close = get_close_matches(wrong, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"

@@ -19,6 +19,7 @@ class Pool(Struct, frozen=True, kw_only=True):
 
     servers: (host, port) of the single server, of the sentinels, or of some nodes of the Cluster.
     sentinel: The name by which the sentinels know the primary. Only with the type `sentinel`.
+    sentinel_username, sentinel_password_file: For AUTH at the sentinels. Without them Millpond sends none there.
     password, password_file: At most one of them. The first line of the file is the password.
     pool_size: Accepted for old files. Millpond opens one connection for each partition.
     channel: The control channel: applications publish subscribe and unsubscribe orders on it.
@@ -28,6 +29,8 @@ class Pool(Struct, frozen=True, kw_only=True):
     servers: tuple[tuple[str, int], ...]
     type: Literal["single", "sentinel", "cluster"] = "single"
     sentinel: str | None = None
+    sentinel_username: str | None = None
+    sentinel_password_file: str | None = None
     database: Annotated[int, Meta(ge=0, le=DATABASE_MAX)] = 0
     username: str | None = None
     password: str | None = None

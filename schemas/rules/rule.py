@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Final, Literal, TypeAlias, get_args
 
 from msgspec import Meta, Struct
@@ -89,6 +90,7 @@ class Rule(Struct, frozen=True, kw_only=True):
     start: Where a new subscriber of a pubsub topic begins.
     store_qos0: True if QoS 0 publishes are stored as well.
     offset_retention_s: How long a read offset outlives the session of its subscriber, in s.
+    wildcards: Whether a client's filter with a wildcard gets messages of this rule's topics. A shared one always does.
     file, line: Where the user wrote the rule. They are not part of its canonical form.
 
     The names of the other fields are: they are stored in Kafka and Redis.
@@ -108,6 +110,7 @@ class Rule(Struct, frozen=True, kw_only=True):
     start: Literal["earliest", "latest"] = "earliest"
     store_qos0: bool = False
     offset_retention_s: Annotated[int, Meta(ge=60, le=EXPIRED_TIME_S_MAX)] = OFFSET_RETENTION_S
+    wildcards: Literal["serve", "ignore"] = "serve"
     file: str | None = None
     line: int | None = None
 
@@ -136,17 +139,23 @@ class Rule(Struct, frozen=True, kw_only=True):
 
 def rule_error(rule: Rule) -> tuple[str, str] | None:
     """Return the key that makes this rule invalid, and the reason. None if the rule by itself is valid."""
+    return next(rule_errors(rule), None)
+
+
+def rule_errors(rule: Rule) -> Iterator[tuple[str, str]]:
+    """Find each key that makes this rule invalid, and the reason."""
     if (rule.action is None) == (not rule.commands):
-        return "action", "a rule needs either an action or commands"
-    if rule.action is not None and rule.hook not in ACTION_HOOKS[rule.action]:
+        yield "action", "a rule needs either an action or commands"
+    elif rule.action is not None and rule.hook not in ACTION_HOOKS[rule.action]:
         hooks = " or ".join(ACTION_HOOKS[rule.action])
-        return "action", f"{rule.action} is valid with {hooks}, not with {rule.hook}"
+        yield "action", f"{rule.action} is valid with {hooks}, not with {rule.hook}"
     for fields in rule.commands:
         reason = command_error(rule.hook, fields)
         if reason is not None:
-            return "commands", reason
+            yield "commands", reason
     reason = _topic_error(rule)
-    return None if reason is None else ("topic", reason)
+    if reason is not None:
+        yield "topic", reason
 
 
 def _topic_error(rule: Rule) -> str | None:

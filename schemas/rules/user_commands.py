@@ -7,7 +7,9 @@ Three checks protect the store:
 
 1. ON reading a rule: `command_error` refuses forbidden commands, unknown variables and private keys.
 2. ON the start of a worker: the server is asked about each command (`pipeline/stores/redis/command_check.py`).
-3. ON an event: `forbidden_key` refuses arguments that became private keys by a value.
+3. ON an event: `forbidden_key` refuses keys that became private keys by a value.
+
+Checks 1 and 3 judge only the fields that are keys (`command_keys.py`). Any other field may hold any value.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from millpond.schemas.events import (
     SessionUnsubscribed,
 )
 from millpond.schemas.keys import PRIVATE_PREFIX
+from millpond.schemas.rules.command_keys import key_fields
 
 Values = Mapping[str, str | bytes]
 
@@ -71,6 +74,7 @@ FORBIDDEN: Final[Mapping[str, str]] = {
     "works on the whole keyspace": "DBSIZE FLUSHALL FLUSHDB KEYS MIGRATE RANDOMKEY SCAN SWAPDB",
 }
 
+_PRIVATE: Final = PRIVATE_PREFIX.encode()
 _VARIABLE: Final = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -93,8 +97,9 @@ def command_error(hook: str, fields: Sequence[str]) -> str | None:
                 return f"{hook} has no ${{{variable}}}, only {known}"
         if "${" in _VARIABLE.sub("", field):
             return f"'${{' is not closed in {field!r}"
-        if field.startswith(PRIVATE_PREFIX):
-            return f"{field!r} begins with {PRIVATE_PREFIX!r}, which is Millpond's own"
+    for at in key_fields(tuple(fields)):
+        if fields[at].startswith(PRIVATE_PREFIX):
+            return f"{fields[at]!r} begins with {PRIVATE_PREFIX!r}, which is Millpond's own"
     return None
 
 
@@ -139,14 +144,12 @@ def _fill(part: bytes | str, values: Values) -> bytes:
     return value if isinstance(value, bytes) else value.encode()
 
 
-def forbidden_key(arguments: Sequence[bytes]) -> str | None:
+def forbidden_key(fields: Sequence[str], arguments: Sequence[bytes]) -> str | None:
     """Explain why a command must not run with these arguments. None if it may.
 
-    A client could publish to a topic that is spelled like a private key. Which argument is a key depends on the
-    command, so no argument may begin like a private key.
+    A client could publish to a topic that is spelled like a private key. So no key may begin like a private one.
     """
-    for argument in arguments[1:]:
-        if argument.startswith(PRIVATE_PREFIX.encode()):
-            name = arguments[0].decode()
-            return f"an argument of {name} begins with {PRIVATE_PREFIX!r}, which is Millpond's own"
+    for at in key_fields(tuple(fields)):
+        if arguments[at].startswith(_PRIVATE):
+            return f"a key of {fields[0]} begins with {PRIVATE_PREFIX!r}, which is Millpond's own"
     return None

@@ -64,6 +64,23 @@ def test_every_file_says_what_lives_there(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
+@pytest.mark.parametrize("path", SHIPPED, ids=named)
+def test_no_text_depends_on_the_locale(path: Path) -> None:
+    """A text file is read and written with the name of its encoding."""
+    unnamed = [
+        f"line {node.lineno}: {node.func.attr}"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and (
+            (node.func.attr == "read_text" and not node.args)
+            or (node.func.attr == "write_text" and len(node.args) < 2)
+        )
+        and not any(each.arg == "encoding" for each in node.keywords)
+    ]
+    assert unnamed == []
+
+
 # Bases that say nothing of a class's methods.
 PLAIN = {"ABC", "Exception", "Generic", "IntEnum", "NamedTuple", "Protocol", "Struct"}
 

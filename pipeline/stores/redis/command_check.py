@@ -9,6 +9,13 @@ from typing import Any, Final
 
 from millpond.pipeline.stores.redis.connection import checked, pack
 from millpond.pipeline.stores.registry import connector
+from millpond.schemas.rules.command_keys import (
+    holds_payload,
+    is_known,
+    keys_at,
+    known_commands,
+)
+from millpond.schemas.rules.faults import Faults, did_you_mean
 from millpond.schemas.rules.pool import Pool
 from millpond.schemas.rules.rule import Rule
 from millpond.schemas.rules.ruleset import Rules
@@ -29,7 +36,7 @@ async def check_commands(pool: Pool, rules: Rules) -> None:
     """Check that the server knows each command of the pool's rules, and takes as many arguments.
 
     Raises:
-        ConfigError: a command is unknown, forbidden or has too few or many arguments; or a file cannot be read.
+        ConfigError: commands are unknown, forbidden or have too few or many arguments; or a file cannot be read.
         StoreDown, StoreRefused: the server is down, or refuses the user.
     """
     used = [
@@ -43,8 +50,11 @@ async def check_commands(pool: Pool, rules: Rules) -> None:
         (infos,) = checked(await connection.send(pack(command), 1), connection.address)
     finally:
         await connection.close()
+    faults = Faults()
     for (rule, fields), info in zip(used, infos, strict=True):
-        _check(rule, fields, info)
+        with faults.collect():
+            _check(rule, fields, info)
+    faults.raise_any()
 
 
 def _check(rule: Rule, fields: tuple[str, ...], info: list[Any] | None) -> None:
@@ -54,11 +64,14 @@ def _check(rule: Rule, fields: tuple[str, ...], info: list[Any] | None) -> None:
         ConfigError: the command cannot run, or must not.
     """
     name = fields[0]
-    info = _subcommand(fields, info or None)
+    if not info:
+        meant = "" if is_known(name) else did_you_mean(name.upper(), known_commands())
+        raise rule.fault(f"the server does not know the command {name}{meant}")
+    info = _subcommand(fields, info)
     if info is None:
-        raise rule.fault(f"the server does not know the command {' '.join(fields[:2])}")
+        raise rule.fault(f"the server does not know the command {name} {fields[1]}")
     # https://redis.io/docs/latest/commands/command/: name, arity, flags, keys (3), categories, …
-    _, arity, flags, _, _, _, categories, *_ = info
+    _, arity, flags, first, last, step, categories, *_ = info
     for forbidden, reason in FORBIDDEN.items():
         if forbidden in flags or forbidden in categories:
             raise rule.fault(f"the command {name} {reason}: a rule must not do that")
@@ -67,14 +80,21 @@ def _check(rule: Rule, fields: tuple[str, ...], info: list[Any] | None) -> None:
     if count != arity if arity >= 0 else count < -arity:
         wanted = f"{arity - 1}" if arity >= 0 else f"at least {-arity - 1}"
         raise rule.fault(f"the command {name} takes {wanted} arguments, not {count - 1}")
+    # Millpond does not judge the payloads of a command that only the server knows: none of them may be a key.
+    movable = b"movablekeys" in flags
+    places = range(1, count) if movable else keys_at((first, last, step), count)
+    if not is_known(name) and any(holds_payload(fields[at]) for at in places):
+        raise rule.fault(
+            f"the command {name} would use a payload as a key: a rule must not do that"
+        )
 
 
-def _subcommand(fields: tuple[str, ...], info: list[Any] | None) -> list[Any] | None:
+def _subcommand(fields: tuple[str, ...], info: list[Any]) -> list[Any] | None:
     """Return the description of a subcommand such as `XGROUP CREATE`, if the server describes subcommands.
 
     Redis 7 does, as tenth element. Redis 6 does not: then the description of the command has to do.
     """
-    subcommands = info[9] if info is not None and len(info) > 9 else []
+    subcommands = info[9] if len(info) > 9 else []
     if not subcommands or len(fields) < 2:
         return info
     name = "|".join(fields[:2]).lower().encode()

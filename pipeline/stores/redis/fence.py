@@ -48,6 +48,7 @@ from millpond.pipeline.stores.redis.connection import (
 )
 from millpond.pipeline.stores.redis.nodes import CONFIRMATION_REPLIES, check_confirmed
 from millpond.pipeline.stores.redis.packing import decode_applied, decode_outputs, decode_seen
+from millpond.pipeline.stores.redis.role import is_replica
 from millpond.schemas import keys
 from millpond.schemas.errors import Fenced, StoreDown, StoreRefused
 from millpond.schemas.keys import Partition
@@ -89,7 +90,8 @@ class Fence:
             StoreDown: the connection is lost, or the server is not ready or a replica.
             StoreRefused: the server refuses the user, or the keys hold data that Millpond did not write.
         """
-        await self._check_server()
+        if await is_replica(self._connection):
+            raise StoreDown(f"{self._connection.address} is a replica")
         name = self._partition
         data = self._watch + b"".join(
             pack(command)
@@ -119,17 +121,6 @@ class Fence:
             raise self._foreign_keys(str(error)) from error
         self._seen = stored.applied
         return stored, journal
-
-    async def _check_server(self) -> None:
-        """Check that the user may run transactions, and that the server is a primary."""
-        probe = pack(("MULTI",)) + pack(("DISCARD",)) + pack(("ROLE",))
-        *transaction, role = await self._connection.send(probe, 3)
-        checked(transaction, self._connection.address)
-        if isinstance(role, list) and role[0] != b"master":
-            raise StoreDown(f"{self._connection.address} is a replica")
-        # A user without permission for ROLE may still write. Its transactions then find out whether this is a replica.
-        if isinstance(role, ReplyError) and error_code(role) not in BAD_COMMAND_CODES:
-            checked([role], self._connection.address)
 
     def _foreign_keys(self, reason: str) -> StoreRefused:
         prefix = keys.applied(self._partition).rpartition(":")[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from secrets import token_hex
 from typing import Any, Final, cast
 
 import msgspec
@@ -19,6 +20,7 @@ from millpond.pipeline.stores.redis.connection import (
     store_error,
 )
 from millpond.pipeline.stores.redis.packing import decode_applied
+from millpond.pipeline.stores.redis.role import is_replica
 from millpond.pipeline.stores.registry import connector
 from millpond.schemas import keys
 from millpond.schemas.errors import MillpondError, StoreRefused
@@ -26,6 +28,9 @@ from millpond.schemas.keys import Partition
 from millpond.schemas.rules.pool import Pool
 
 SCAN_COUNT: Final = 1_000  # keys of one page, about
+PROBE_LIFETIME_MS: Final = (
+    60_000  # of a key that a killed process leaves behind; a slow answer comes sooner
+)
 
 
 class Keyspace:
@@ -78,17 +83,17 @@ class Keyspace:
             if int(cursor) == 0:
                 return
 
-    async def identity(self) -> tuple[str, int]:
-        """Return the server's run id and the database number. They are the same under every address of the server."""
-        info = (await self.call("INFO", "server")).decode()
-        run_id = next(
-            line.partition(":")[2].strip()
-            for line in info.splitlines()
-            if line.startswith("run_id:")
-        )
-        client = (await self.call("CLIENT", "INFO")).decode()
-        database = next(part[3:] for part in client.split() if part.startswith("db="))
-        return run_id, int(database)
+    async def is_same_database(self, other: Keyspace, app: str) -> bool:
+        """True if both are one database of one server, under any two addresses.
+
+        A value that one writes and the other reads tells. It needs no permission that Millpond does not need anyway.
+        """
+        name, value = keys.probe(app), token_hex(16).encode()
+        await self.call("SET", name, value, "PX", PROBE_LIFETIME_MS)
+        try:
+            return bool(await other.call("GET", name) == value)
+        finally:
+            await self.call("DEL", name)
 
     async def check_primary(self) -> None:
         """Check that the server takes writes.
@@ -96,8 +101,7 @@ class Keyspace:
         Raises:
             StoreRefused: it is a replica.
         """
-        role = await self.call("ROLE")
-        if role[0] != b"master":
+        if await is_replica(self._connection):
             raise StoreRefused(f"{self.where} is a replica: name its primary")
 
     def decode_fence(self, partition: Partition, reply: Any) -> Applied:

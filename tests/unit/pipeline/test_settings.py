@@ -86,7 +86,8 @@ def test_a_path_in_a_file_is_relative_to_that_file(
     (tmp_path / "elsewhere").mkdir()
     written(
         tmp_path / "rules",
-        '[pool.store]\nserver = "127.0.0.1:7000"\npassword_file = "password"\n',
+        '[pool.store]\nserver = "127.0.0.1:7000"\nsentinel = "primary"\n'
+        'password_file = "password"\nsentinel_password_file = "asked"\n',
         "rules.toml",
     )
     written(
@@ -99,17 +100,12 @@ def test_a_path_in_a_file_is_relative_to_that_file(
     assert Path(str(settings.kafka.key_file)).resolve() == tmp_path / "key"
     assert Path(settings.bridge.spool_directory).resolve() == tmp_path / "spool"
     assert settings.kafka.ca_file == "/etc/ca.pem"
-    password_file = rules.pool("messages").password_file
-    assert password_file is not None
-    assert Path(password_file).resolve() == tmp_path / "rules" / "password"
+    pool = rules.pool("messages")
+    assert Path(str(pool.password_file)).resolve() == tmp_path / "rules" / "password"
+    assert Path(str(pool.sentinel_password_file)).resolve() == tmp_path / "rules" / "asked"
     assert (
         settings.web.token_file == "token"
     )  # a variable's path is relative to the working directory
-
-
-def test_a_file_that_names_itself_as_its_rules_file_does_not_loop(tmp_path: Path) -> None:
-    path = written(tmp_path, 'rules_file = "millpond.toml"\n')
-    assert load(path, {})[1] == default_rules()
 
 
 def test_one_address_can_replace_the_addresses_of_all_pools(tmp_path: Path) -> None:
@@ -124,15 +120,20 @@ def test_one_address_can_replace_the_addresses_of_all_pools(tmp_path: Path) -> N
     ("text", "line", "reason"),
     [
         ("[kafka\n", 1, "not TOML"),
-        ("kafak = 1\n", 1, "unknown field `kafak`"),
-        ('app = "x"\n\n[kafka]\nparts = 2\n', 4, "unknown field `parts`"),
-        ('[kafka]\n# how many\npartitions = "24"\n', 3, "Expected `int`, got `str`"),
-        ("[kafka]\npartitions = 0\n", 2, "Expected `int` >= 1"),
-        ("[worker]\nsession_timeout_s = 91\n", 2, "Expected `float` <= 90"),
-        ("[stack]\nmqtt_port = 65536\n", 2, "Expected `int` <= 65535"),
-        ("[kafka]\nbootstrap_servers = [1]\n", 2, "Expected `str`, got `int`"),
+        ("kafak = 1\n", 1, "unknown key 'kafak': did you mean 'kafka'?"),
+        ('app = "x"\n\n[kafka]\nparts = 2\n', 4, "unknown key 'parts': did you mean 'partitions'?"),
+        ('[[rules]]\nhook = "message.publish"\n', 1, "did you mean 'rule'?"),
+        ("partitions = 6\n", 1, "partitions is a setting of [kafka]: write it below that line"),
+        ("mqtt_port = 6\n", 1, "a setting of [stack] or [bridge]"),
+        ("\nkafka = 6\n", 2, "kafka is written as a table, [kafka]"),
+        ('[kafka]\n# how many\npartitions = "24"\n', 3, "partitions: expected `int`, got `str`"),
+        ("[kafka]\npartitions = 0\n", 2, "expected `int` >= 1"),
+        ("[worker]\nsession_timeout_s = 91\n", 2, "expected `float` <= 90"),
+        ("[stack]\nmqtt_port = 65536\n", 2, "expected `int` <= 65535"),
+        ("[kafka]\nbootstrap_servers = [1]\n", 2, "expected `str`, got `int`"),
         ('app = "a b"\n', 1, "matching regex"),
-        ('[kafka]\nsasl_mechanism = "GSSAPI"\n', 2, "Invalid enum value 'GSSAPI'"),
+        ('[kafka]\nsasl_mechanism = "GSSAPI"\n', 2, "unknown sasl_mechanism 'GSSAPI': known are"),
+        ('[log]\nlevel = "warn"\n', 2, "did you mean 'warning'?"),
     ],
 )
 def test_an_error_in_a_file_names_the_line(
@@ -161,6 +162,67 @@ def test_an_error_in_the_environment_names_the_variable_or_setting(
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
         load(None, environment)
+
+
+def test_all_mistakes_of_settings_rules_and_environment_are_reported_in_one_run(
+    tmp_path: Path,
+) -> None:
+    rules = written(tmp_path, "hello\nbackend.redis.p.sever = h\n", "old.conf")
+    text = f"""rules_file = "{rules}"
+[kafak]
+partitions = 2
+[worker]
+batch_records = 5
+session_timeout_s = "x"
+"""
+    path = written(tmp_path, text)
+    environment = {"MILLPOND_KAFKA_PARTITION": "7", "MILLPOND_LOG_LEVEL": "loud"}
+    with pytest.raises(ConfigError) as caught:
+        load(path, environment)
+    found = [(fault.file, fault.line) for fault in caught.value.faults]
+    assert found == [
+        (str(path), 2), (str(path), 5), (str(path), 6), (None, None), (None, None),
+        (str(rules), 1), (str(rules), 2), (str(rules), 2),
+    ]  # fmt: skip
+    shown = str(caught.value)
+    for meant in ("'kafka'", "'batch_records_max'", "MILLPOND_KAFKA_PARTITIONS", "'server'"):
+        assert f"did you mean {meant}?" in shown
+
+
+def test_faults_of_rules_and_settings_of_one_file_are_in_the_order_of_its_lines(
+    tmp_path: Path,
+) -> None:
+    path = written(tmp_path, "[pool.a]\nx = 1\n[kafka]\ny = 1\n[[rule]]\nz = 1\n")
+    with pytest.raises(ConfigError) as caught:
+        load(path, {})
+    assert [fault.line for fault in caught.value.faults] == [1, 2, 4, 5, 6]
+
+
+def test_an_unknown_variable_that_resembles_no_setting_is_a_warning() -> None:
+    said: list[str] = []
+    load(None, {"MILLPOND_VERSION": "1", "MILLPOND_READY_FILE": "/x", "OTHER": "1"}, said.append)
+    (line,) = said
+    assert "MILLPOND_VERSION" in line
+
+
+def test_the_variables_that_kubernetes_sets_for_services_are_ignored() -> None:
+    said: list[str] = []
+    of_services = {
+        "MILLPOND_WEB_PORT": "tcp://10.0.0.1:8080",
+        "MILLPOND_WEB_PORT_8080_TCP": "tcp://10.0.0.1:8080",
+        "MILLPOND_WEB_SERVICE_HOST": "10.0.0.1",
+        "MILLPOND_WEB_SERVICE_PORT": "8080",
+        "MILLPOND_WEB_SERVICE_PORT_HTTP": "8080",
+    }
+    assert load(None, of_services, said.append)[0] == Settings()
+    assert said == []
+
+
+def test_a_rules_file_that_names_itself_or_another_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "millpond.toml"
+    path.write_text(f'rules_file = "{path}"\n')
+    with pytest.raises(ConfigError, match="its rules_file is not read"):
+        load(path, {})
 
 
 def test_a_password_in_a_url_is_not_repeated_in_the_error() -> None:

@@ -35,6 +35,7 @@ def test_keys_have_their_documented_names() -> None:
     assert keys.private_prefix("mill", "queue") == "millpond:{mill:queue:"
     assert keys.replay_marker("mill", "queue") == "millpond:{mill:queue}:replay"
     assert keys.rebuild_marker("mill", "queue") == "millpond:{mill:queue}:rebuild"
+    assert keys.probe("mill") == "millpond:{mill}:probe"
 
 
 def test_every_built_key_has_a_row_in_the_table() -> None:

@@ -329,6 +329,13 @@ def test_a_command_that_would_write_millponds_own_keys_becomes_a_dead_letter() -
     assert "millpond:" in effects[0].reason
 
 
+def test_a_payload_is_never_judged_as_a_key() -> None:
+    running = Running(given.command("SET last ${payload}"))
+    assert running.fold(given.published(payload="millpond:{x}:applied")) == [
+        RunCommand(0, (b"SET", b"last", b"millpond:{x}:applied"))
+    ]
+
+
 # -- ticks ----------------------------------------------------------------------------------------------
 
 

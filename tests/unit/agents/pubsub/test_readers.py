@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from millpond.agents.delivery import leasing
@@ -355,3 +357,33 @@ def test_what_a_client_of_a_group_has_in_hand_goes_to_another_when_no_bridge_del
     assert world.take() == []
     world.at(world.now_ms + COMMAND_VALID_FOR_S * 1000 - ACK_TIMEOUT_MS)
     assert world.hand_over() == [("b", "m1")]
+
+
+def test_a_wildcard_that_the_rule_ignores_has_no_reader() -> None:
+    world = Pubsub(wildcards="ignore")
+    world.publish("m1")
+    world.join("explorer", "#", qos=0)
+    world.join("b", "$share/g/pubsub/#")
+    for _ in range(3):
+        world.tick()
+    world.publish("m2")
+    assert world.hand_over() == [("b", "m1"), ("b", "m2")]
+    assert not [key for key in world.server.values if "mqtt:acked:explorer" in key]
+    world.join("explorer")
+    assert world.hand_over() == [("explorer", "m1"), ("explorer", "m2")]
+
+
+def test_one_wildcard_may_be_served_by_one_pubsub_rule_and_ignored_by_another() -> None:
+    world = Pubsub(wildcards="ignore")
+    world.rules = given.rules(given.pubsub(wildcards="ignore"), given.pubsub("open/#"))
+    world.restart()
+    world.publish("m1")
+    world.publish("m2", topic="open/a")
+    world.join("a", "#")
+    for _ in range(3):
+        world.tick()
+    world.publish("m3")
+    world.publish("m4", topic="open/a")
+    assert world.hand_over() == [("a", "m2"), ("a", "m4")]
+    readers: Any = world.server.values[keys.index(world.partition, "readers")]
+    assert list(readers) == ["a\0open/a"]

@@ -357,3 +357,65 @@ def test_a_member_that_the_store_tells_of_twice_is_one() -> None:
     for _ in range(2):
         held.supply_all(world.table("members"))
     assert [name for name, _ in held.of_client("a")] == ["a"]
+
+
+# -- wildcards that a rule ignores
+
+
+def test_a_wildcard_that_the_rule_ignores_gets_nothing_and_empties_no_queue() -> None:
+    world = a_queue(wildcards="ignore")
+    world.publish("m1")
+    world.join("explorer", "#", qos=0)
+    world.publish("m2")
+    for _ in range(3):
+        world.tick()
+    assert world.taken() == []
+    world.join("a", "queue/a")
+    assert world.hand_over() == [("a", "m1"), ("a", "m2")]
+    world.publish("m3")
+    assert world.hand_over() == [("a", "m3")]
+
+
+def test_a_group_is_served_by_a_wildcard_that_the_rule_ignores() -> None:
+    world = a_queue(wildcards="ignore")
+    world.publish("m1")
+    world.join("a", "$share/g/queue/#")
+    world.publish("m2")
+    world.tick()
+    assert world.hand_over() == [("a", "m1"), ("a", "m2")]
+
+
+def test_of_two_filters_only_the_one_that_is_served_counts() -> None:
+    world = a_queue(wildcards="ignore")
+    world.join("a", "queue/a", qos=1)
+    world.join("a", "queue/#", qos=2)
+    world.publish("m1", qos=2)
+    assert [each.qos for each in world.take()] == [1]
+
+
+def test_one_wildcard_may_be_served_by_one_rule_and_ignored_by_another() -> None:
+    world = Delivering("queue", given.queue("queue/#", wildcards="ignore"), given.queue("open/#"))
+    world.publish("m1")
+    world.publish("m2", topic="open/a")
+    world.join("a", "#")
+    for _ in range(3):
+        world.tick()
+    world.publish("m3")
+    world.publish("m4", topic="open/a")
+    assert world.hand_over() == [("a", "m2"), ("a", "m4")]
+
+
+def test_new_rules_decide_at_once_whether_a_wildcard_is_served() -> None:
+    world = a_queue()
+    world.join("a", "queue/#")
+    world.publish("m1")
+    assert world.hand_over() == [("a", "m1")]
+    new_rules(world, given.queue(wildcards="ignore"))
+    world.publish("m2")
+    world.tick()
+    assert world.take() == []
+    new_rules(world, given.queue())
+    for _ in range(3):
+        world.tick()
+    world.publish("m3")
+    assert world.hand_over() == [("a", "m2"), ("a", "m3")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from millpond.schemas.errors import ConfigError
@@ -61,7 +63,12 @@ def fails(text: str, line: int, *words: str) -> None:
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_the_documented_file_means_the_default_rules(newline: str) -> None:
     given = parse(DOCUMENTED.replace("\n", newline))
-    assert given.canonical() == default_rules().canonical()
+    # The old backend fetched nothing for a wildcard.
+    assert [rule.wildcards for rule in given.delivery_rules()] == ["ignore", "ignore"]
+    assert json.loads(given.canonical()) == [
+        {**rule, "wildcards": "ignore" if "_fetch_" in str(rule["action"]) else "serve"}
+        for rule in json.loads(default_rules().canonical())
+    ]
     assert given.pools == default_rules().pools
     assert [rule.line for rule in given.rules] == list(range(9, 21))
     assert {rule.file for rule in given.rules} == {"emqx_backend_redis.conf"}
@@ -149,7 +156,8 @@ RULE = "backend.redis.hook.message.publish.1 = "
         ("hello", ["neither a comment nor"]),
         ("backend.redis.pool1.database", ["neither a comment nor"]),
         ("backend.mysql.pool1.server = h", ["unknown setting 'backend.mysql.pool1.server'"]),
-        ("backend.redis.server = h", ["unknown setting"]),
+        ("backend.redis.server = h", ["has the pool's name", "backend.redis.pool1.server"]),
+        ('backend.redis.rule.1 = {"action": "on_client_connected"}', ["backend.redis.hook."]),
         ("backend.redis.msg.other = 1", ["unknown setting"]),
         ("backend.redis.hook.message = 1", ["unknown setting"]),
         ("backend.redis.hook.message.publish = {}", ["unknown setting"]),
@@ -161,7 +169,9 @@ RULE = "backend.redis.hook.message.publish.1 = "
         ("backend.redis.pool2.database = 1", ["'pool2' needs a server"]),
         ("backend.redis.msg.expired_after = 1h", ["seconds", "'1h'"]),
         ("backend.redis.msg.expired_after = 3155760001", ["at most 3155760000"]),
-        ("backend.redis.hook.message.deliver.1 = {}", ["unknown hook 'message.deliver'", "known"]),
+        ("backend.redis.hook.message.del.1 = {}", ["unknown hook 'message.del'"]),
+        ("backend.redis.pool1.sentinell = m", ["unknown key 'sentinell'", "'sentinel'?"]),
+        ("backend.redis.pool1.ssl.enable = maybe", ["ssl.enable is on or off, not 'maybe'"]),
         ("backend.redis.hook.message.publish.x = {}", ["needs a number"]),
         ("backend.redis.hook.message.publish.01 = {}", ["needs a number"]),
         (RULE, ["not a JSON object"]),
@@ -188,7 +198,7 @@ RULE = "backend.redis.hook.message.publish.1 = "
         (RULE + '{"topic": 5, "action": {"commands": ["TIME"]}}', ["topic: expected"]),
         (RULE + '{"tpic": "#", "action": {"commands": ["TIME"]}}', ["unknown key 'tpic'"]),
         (RULE + '{"pool": "p2", "action": {"commands": ["TIME"]}}', ["'p2' is not defined"]),
-        (RULE + '{"expired_time": -1, "action": {"commands": ["TIME"]}}', ["expired_time", ">= 1"]),
+        (RULE + '{"expired_time": 1.5, "action": {"commands": ["TIME"]}}', ["got `float`"]),
     ],
 )
 def test_an_invalid_line_is_refused(text: str, words: list[str]) -> None:
@@ -214,3 +224,111 @@ def test_all_rules_of_an_agent_need_the_same_pool() -> None:
         "'pool1'",
         "agent sessions",
     )
+
+
+def test_all_faults_of_a_file_are_reported_in_one_run() -> None:
+    text = """
+        hello
+        backend.redis.pool1.sever = h
+        backend.redis.pool1.server = h:x
+        backend.redis.msg.expired_after = 1h
+        backend.redis.hook.message.publsh.1 = {}
+        backend.redis.hook.message.publish.2 = {"action": {"function": "on_message_publsh"}, "pool": "pool1"}
+        backend.redis.hook.message.publish.1 = {
+        backend.redis.hook.client.connected.1 = {"topic": "#", "action": {"commands": ["KEYS *"]}}
+        """
+    with pytest.raises(ConfigError) as caught:
+        parse(text)
+    assert [fault.line for fault in caught.value.faults] == [2, 3, 4, 5, 6, 7, 8, 9]
+    shown = str(caught.value)
+    for meant in ("'server'?", "'message.publish'?", "'on_message_publish'?"):
+        assert f"did you mean {meant}" in shown
+
+
+# -- old files as they are
+
+CONNECTED = "backend.redis.hook.client.connected.1 = "
+
+
+def warned(text: str) -> tuple[Rules, list[str]]:
+    said: list[str] = []
+    return parse_conf(text, "a.conf", said.append), said
+
+
+def test_a_sentinel_without_a_type_is_a_set_of_sentinels() -> None:
+    given = parse("backend.redis.p.server = h\nbackend.redis.p.sentinel = mymaster\n")
+    assert given.pools == (
+        Pool(name="p", type="sentinel", sentinel="mymaster", servers=(("h", 26379),)),
+    )
+
+
+def test_a_sentinel_beside_another_type_is_ignored_with_a_warning() -> None:
+    text = "backend.redis.p.server = h\nbackend.redis.p.sentinel = m\nbackend.redis.p.type = {}\n"
+    for kind in ("single", "cluster"):
+        given, said = warned(text.format(kind))
+        assert (given.pools[0].type, given.pools[0].sentinel) == (kind, None)
+        assert said == [f"a.conf:2: sentinel has no effect with type = {kind}"]
+
+
+def test_the_hook_message_deliver_is_message_delivered() -> None:
+    line = 'backend.redis.hook.message.{}.1 = {{"topic": "a", "action": {{"commands": ["INCR {}"]}}}}\n'
+    given = parse(POOL + line.format("deliver", "old") + line.format("delivered", "new"))
+    assert [(rule.hook, rule.commands[0][1]) for rule in given.rules] == [
+        ("message.delivered", "old"),
+        ("message.delivered", "new"),
+    ]
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_an_expired_time_that_is_not_positive_means_the_default(value: int) -> None:
+    own = PUBLISH.replace('"pool"', f'"expired_time": {value}, "pool"')
+    assert [rule.expired_time for rule in parse(POOL + own).rules] == [None]
+    default = "backend.redis.msg.expired_after = 60\n"
+    assert [rule.expired_time for rule in parse(POOL + own + default).rules] == [60]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("backend.redis.pool1.auto_reconnect = 1", "auto_reconnect has no effect"),
+        ("backend.redis.pool1.query_timeout = 5s", "query_timeout has no effect"),
+        ("backend.redis.pool1.ssl.verify = verify_peer", "ssl.verify has no effect"),
+        ("backend.redis.time_range = 2h", "backend.redis.time_range has no effect"),
+        ("backend.redis.max_returned_count = 500", "max_returned_count has no effect"),
+        (
+            CONNECTED
+            + '{"topic": "#", "expired_time": 5, "action": {"function": "on_client_connected"}}',
+            "has no topic",
+        ),
+        (
+            CONNECTED + '{"expired_time": 5, "action": {"function": "on_client_connected"}}',
+            "expired_time has no effect with on_client_connected",
+        ),
+    ],
+)
+def test_what_was_valid_and_means_nothing_here_is_a_warning(line: str, words: str) -> None:
+    given, said = warned(f"{POOL}\n{line}\n")
+    assert given.pools == parse(POOL).pools
+    assert said[0].startswith("a.conf:3: ")
+    assert words in said[0]
+
+
+def test_an_empty_value_needs_no_warning() -> None:
+    assert warned(POOL + "backend.redis.pool1.auto_reconnect =\n")[1] == []
+
+
+def test_tls_of_an_old_file_is_tls() -> None:
+    given, said = warned(
+        POOL + "backend.redis.pool1.ssl.enable = on\nbackend.redis.pool1.ssl.cacertfile = ca.pem\n"
+    )
+    assert (given.pools[0].tls, given.pools[0].ca_file, said) == (True, "ca.pem", [])
+    given, said = warned(
+        POOL + "backend.redis.pool1.ssl = off\nbackend.redis.pool1.cacertfile = ca.pem\n"
+    )
+    assert (given.pools[0].tls, given.pools[0].ca_file, said) == (False, None, [])
+
+
+def test_an_old_file_may_ask_for_wildcards() -> None:
+    line = 'backend.redis.hook.session.subscribed.1 = {"topic": "q/#", "wildcards": "serve", '
+    given = parse(POOL + line + '"action": {"function": "on_message_fetch_for_queue"}}\n')
+    assert [rule.wildcards for rule in given.rules] == ["serve"]

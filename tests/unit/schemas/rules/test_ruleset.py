@@ -130,7 +130,7 @@ def test_the_canonical_form_has_every_setting_and_no_place() -> None:
         "hook": "message.publish", "topic": "a/#", "action": "on_message_publish", "commands": [],
         "pool": "pool1", "expired_time": 60, "max_inflight": 32, "ack_timeout_s": 30,
         "max_deliveries": 5, "max_length": None, "overflow": "drop_oldest", "start": "earliest",
-        "store_qos0": False, "offset_retention_s": 2_592_000,
+        "store_qos0": False, "offset_retention_s": 2_592_000, "wildcards": "serve",
     }  # fmt: skip
 
 

@@ -121,7 +121,13 @@ def test_a_file_with_another_structure_is_refused(text: str, line: int | None, w
         ('\nserver = "h1,h2"', 3, ["several servers"]),
         ('server = "h"\ntype = "sentinel"', 3, ["needs sentinel"]),
         ('server = "h"\ntype = "sentinal"', 3, ["unknown type 'sentinal'", "'sentinel'?"]),
-        ('server = "h"\nsentinel = "m"', 3, ['type = "sentinel"']),
+        ('server = "h"\ntype = "single"\nsentinel = "m"', 4, ['type = "sentinel"']),
+        ('server = "h"\nsentinel_password_file = "f"', 3, ['type = "sentinel"']),
+        (
+            'server = "h"\nsentinel = "m"\nsentinel_username = "u"',
+            4,
+            ["needs a sentinel_password_file"],
+        ),
         ('server = "h"\ntype = "cluster"\ndatabase = 1', 4, ["database 0"]),
         ('server = "h"\ndatabase = -1', 3, ["database: expected `int` >= 0"]),
         ('server = "h"\npool_size = 0', 3, ["pool_size: expected `int` >= 1"]),
@@ -166,7 +172,7 @@ RULE = '[[rule]]\nhook = "message.publish"\n'  # lines 4 and 5
         (RULE + 'commands = ["SET millpond:x 1"]\n', 6, ["Millpond's own"]),
         (RULE + 'topic = "a/#/b"\naction = "on_message_publish"\n', 6, ["'#'", "'a/#/b'"]),
         (RULE + 'topic = ""\naction = "on_message_publish"\n', 6, ["empty"]),
-        (RULE + "topic = 1\n", 6, ["topic: expected"]),
+        (RULE + 'topic = 1\ncommands = ["TIME"]\n', 6, ["topic: expected"]),
         (RULE + 'topic = "$share/g/a"\ncommands = ["TIME"]\n', 6, ["plain filter"]),
         (RULE + 'topic = "$SYS/#"\naction = "on_message_publish"\n', 6, ["$SYS/", "never"]),
         (RULE + 'topic = "$millpond/x"\ncommands = ["TIME"]\n', 6, ["$millpond/", "never"]),
@@ -299,3 +305,97 @@ def test_different_agents_may_have_different_pools() -> None:
 def test_a_companion_without_its_delivery_rule_is_refused(hook: str, action: str) -> None:
     beside = f'[[rule]]\nhook = "{hook}"\ntopic = "jobs/#"\naction = "{action}"\n'
     fails(POOL + QUEUE + beside, 8, f"{action} for 'jobs/#' has no effect", "on_message_fetch_for_")
+
+
+EVERY_FAULT = """\
+[pool.one]
+server = 5
+sever = "h"
+type = "sentinal"
+[pool.two]
+server = "h, h:x, :1"
+[[rule]]
+hook = "message.publsh"
+topic = "a/#/b"
+[[rule]]
+hok = "message.acked"
+pool = "two"
+[[rule]]
+hook = "message.acked"
+topic = "a/#/b"
+action = "on_message_receit"
+max_inflight = 0
+pool = "three"
+[[rule]]
+hook = "message.publish"
+topic = "$SYS/#"
+commands = ["FLUSHALL", "SET k ${x}"]
+start = "latest"
+pool = "one"
+[[rule]]
+hook = "message.acked"
+topic = "queue/#"
+action = "on_message_acked_for_queue"
+pool = "one"
+[[rule]]
+hook = "session.subscribed"
+topic = "pubsub/#"
+action = "on_message_fetch_for_pubsub"
+pool = "one"
+[[rule]]
+hook = "session.subscribed"
+topic = "#"
+action = "on_message_fetch_for_pubsub"
+pool = "two"
+"""
+
+
+def faults(text: str) -> list[tuple[int | None, str]]:
+    with pytest.raises(ConfigError) as caught:
+        parse(text)
+    lines = str(caught.value).splitlines()
+    assert lines == [str(fault) for fault in caught.value.faults]
+    return [(fault.line, fault.reason) for fault in caught.value.faults]
+
+
+def test_all_faults_of_a_file_are_reported_in_one_run_in_the_order_of_its_lines() -> None:
+    expected = [
+        (2, "server: expected"),
+        (3, "'server'?"),
+        (4, "'sentinel'?"),
+        (6, "'h:x' is not"),
+        (6, "':1' is not"),
+        (7, "names no pool"),
+        (8, "'message.publish'?"),
+        (10, "names no hook"),
+        (11, "'hook'?"),
+        (15, "'#' stands only at the end"),
+        (16, "'on_message_receipt'?"),
+        (17, "max_inflight: expected"),
+        (18, "'three' is not defined"),
+        (21, "never stored"),
+        (22, "FLUSHALL"),
+        (22, "no ${x}"),
+        (23, "start has no effect"),
+        (35, "(line 30) can both match"),
+        (35, "'two', but"),
+    ]
+    found = faults(EVERY_FAULT)
+    assert [line for line, _ in found] == [line for line, _ in expected]
+    for (_, reason), (_, words) in zip(found, expected, strict=True):
+        assert words in reason
+
+
+def test_a_companion_is_blamed_unless_its_delivery_rule_may_be_one_that_cannot_be_read() -> None:
+    companion = (
+        '[[rule]]\nhook = "message.acked"\ntopic = "q/#"\naction = "on_message_acked_for_queue"\n'
+    )
+    wrong = '[[rule]]\nhook = "message.publish"\naction = "x"\n'
+    assert len(faults(POOL + companion + wrong)) == 2
+    unread = wrong.replace("message.publish", "session.subscribed")
+    assert [line for line, _ in faults(POOL + companion + unread)] == [10]
+
+
+def test_structures_that_are_wrong_do_not_hide_each_other() -> None:
+    assert [line for line, _ in faults("rule = [1]\n[pool]\nx = 5\n")] == [1, 3]
+    assert [line for line, _ in faults("pool = 1\n[rule]\n")] == [1, 2]

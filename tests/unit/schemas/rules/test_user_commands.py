@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from millpond.schemas import events
 from millpond.schemas.codec import encode
+from millpond.schemas.rules.command_keys import is_known, known_commands
 from millpond.schemas.rules.rule import HOOKS
 from millpond.schemas.rules.user_commands import (
     FORBIDDEN,
@@ -62,6 +63,8 @@ def test_an_absent_username_is_missing_and_other_events_have_no_values() -> None
         "DEL mqtt:acked:${clientid}:${topic}",
         "incr seen:${msgid}",
         "SET $x {y} $ a}b ${qos}${qos}",
+        "SET k millpond:",
+        "GET",
         "TIME",
     ],
 )
@@ -83,7 +86,8 @@ def test_a_command_on_named_keys_is_allowed(command: str) -> None:
         ("SET k ${topic", "not closed"),
         ("SET k ${client id}", "not closed"),
         ("SET millpond:{a} v", "Millpond's own"),
-        ("SET k millpond:", "Millpond's own"),
+        ("mset k v millpond: v", "Millpond's own"),
+        ("JSON.MGET a millpond:{a} $", "Millpond's own"),
         ("flushall", "flushall works on the whole keyspace"),
         ("KEYS *", "whole keyspace"),
         ("SCAN 0", "whole keyspace"),
@@ -120,8 +124,57 @@ def test_any_payload_stays_one_argument(payload: bytes) -> None:
     assert arguments == [b"SET", b"<" + payload + b">", payload]
 
 
-def test_an_argument_that_became_a_private_key_is_refused() -> None:
-    fields = ["SET", "${topic}", "1"]
-    injected = substitute(fields, {"topic": "millpond:{app:queue:7}:applied"})
-    assert "argument of SET" in str(forbidden_key(injected))
-    assert forbidden_key(substitute(fields, {"topic": "a/millpond:"})) is None
+PRIVATE = "millpond:{app:queue:7}:applied"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "SET ${topic} 1",
+        "set ${topic} 1",
+        "RENAME a ${topic}",
+        "MSET a 1 ${topic} 2",
+        "DEL a b ${topic}",
+        "BITOP AND a ${topic}",
+        "XGROUP CREATE ${topic} g $",
+        "ZUNIONSTORE a 1 ${topic}",
+        "SORT a STORE ${payload}",
+        "SET ${payload} 1",
+        "JSON.MGET a ${topic} $",
+    ],
+)
+def test_a_key_that_became_a_private_key_is_refused(command: str) -> None:
+    fields = command.split(" ")
+    values: Values = {"topic": PRIVATE, "payload": PRIVATE.encode()}
+    assert f"key of {fields[0]} begins" in str(forbidden_key(fields, substitute(fields, values)))
+    harmless: Values = {"topic": "a/millpond:", "payload": b"p"}
+    assert forbidden_key(fields, substitute(fields, harmless)) is None
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "SET last ${payload}",
+        "HSET last:${topic} ${clientid} ${payload}",
+        "hset last ${topic} ${topic}",
+        "MSET a ${payload} b ${topic}",
+        "LPUSH log ${payload} ${topic}",
+        "XADD log * ${topic} ${payload}",
+        "BITOP ${topic} a b",
+        "SMOVE a b ${payload}",
+        "JSON.SET doc $ ${payload}",
+        "TIME",
+    ],
+)
+def test_a_value_that_is_no_key_is_never_judged(command: str) -> None:
+    fields = command.split(" ")
+    values: Values = {"topic": PRIVATE, "payload": PRIVATE.encode(), "clientid": PRIVATE}
+    assert forbidden_key(fields, substitute(fields, values)) is None
+
+
+def test_each_command_of_the_table_stands_there_once() -> None:
+    names = known_commands()
+    assert len(names) == len(set(names))
+    assert all(is_known(name) and is_known(name.lower()) for name in names)
+    assert not is_known("JSON.SET")
+    assert not any(command_error("message.acked", (name, "k")) for name in names)
