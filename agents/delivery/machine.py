@@ -178,12 +178,14 @@ class DeliveryMachine(TopicPolicy[W]):
         self, event: SubscriberJoined | SubscriberLeft
     ) -> Iterator[tuple[str, int]]:
         name, topic_filter = member_name(event.client_id, event.topic_filter)
-        member = self._members.get(name)
-        if member is not None:
-            yield from ((key, 0) for key in member.leases.values())
-        if isinstance(event, SubscriberJoined) and not has_wildcard(topic_filter):
-            delivery = self._storage.plans.of(topic_filter).delivery
-            yield self.own_key(name, topic_filter), delivery.max_inflight if delivery else 0
+        joins, member = isinstance(event, SubscriberJoined), self._members.get(name)
+        keys = {} if member is None else dict.fromkeys(member.leases.values())
+        if joins and not has_wildcard(topic_filter):
+            keys[self.own_key(name, topic_filter)] = None
+        for key in keys:
+            # One that comes back may be served at once where it had something in hand.
+            delivery = self.delivery(key) if joins else None
+            yield key, delivery.max_inflight if delivery else 0
 
     def room(self, key: str) -> int:
         """How many messages of a window its members could take now."""

@@ -131,6 +131,18 @@ FOUND: dict[str, Found] = {
             (10_000, given.acked("m2", "t/0", client_id="b")),
         ],
     ),
+    "a member that came back was served at once from where its room was not read for": Found(
+        "queue", given.queue("t/#", max_inflight=2, max_length=4), [
+            (10_000, given.joined("a", "t/0", source_offset=1)),
+            *stored("m1", "m2", "m3", "m4", at=10_000),
+            (10_000, DeliveriesSent(**AT, agent="queue", sent=(
+                Sent("queue/0/1", "a", "m1", None, 1), Sent("queue/0/2", "a", "m2", None, 1),
+            ))),
+            *stored("m5", at=10_000),
+            (80_000, given.left("a", "t/0", reason="unsubscribed", source_offset=2)),
+            (80_000, given.joined("a", "t/+", source_offset=3)),
+        ],
+    ),
 }  # fmt: skip
 
 
