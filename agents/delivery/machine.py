@@ -179,7 +179,10 @@ class DeliveryMachine(TopicPolicy[W]):
     ) -> Iterator[tuple[str, int]]:
         name, topic_filter = member_name(event.client_id, event.topic_filter)
         joins, member = isinstance(event, SubscriberJoined), self._members.get(name)
-        keys = {} if member is None else dict.fromkeys(member.leases.values())
+        keys: dict[str, None] = {}
+        if member is not None:
+            left = (copy.key for copy in member.left.values())
+            keys = dict.fromkeys((*member.leases.values(), *left))
         if joins and not has_wildcard(topic_filter):
             keys[self.own_key(name, topic_filter)] = None
         for key in keys:

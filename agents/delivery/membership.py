@@ -76,7 +76,7 @@ class Membership(Silence[W]):
         member.served = 0  # more may wait for it than did
         self._members.hold(name, topic_filter, HeldFilter(event.qos, since, event.broker_delivers))
         for key in returned:
-            done += self.dispatch(offset, key, now_ms)
+            done += self.freed(offset, key, (name,), now_ms)
         wild = has_wildcard(topic_filter)
         everything = wild and self._is_served(name, topic_filter)
         if rested or everything or member.round.active:
@@ -159,10 +159,10 @@ class Membership(Silence[W]):
     ) -> tuple[dict[str, None], Done]:
         """A session goes on over a new connection. Its broker sends again what it has: the clocks of these copies start
         now. Copies that nobody has reported end with their validity; so did those of a client that was away for longer.
-        The windows of these.
+        The windows in which the member has room by that.
         """
         done: Done = []
-        returned: dict[str, None] = {}
+        returned = dict.fromkeys(copy.key for copy in member.left.values())
         member.left.clear()
         was_away = not member.filters
         for key in dict.fromkeys(member.leases.values()):

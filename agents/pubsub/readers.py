@@ -233,19 +233,26 @@ class Readers(DeliveryMachine[Reader]):
 
     def read_from(self, key: str) -> int:
         """See `DeliveryMachine`. A reader that is yet to be made will start where its subscriber does."""
-        reader, (subscriber, topic) = self._windows[key], split_reader(key)
+        reader = self._windows[key]
         if reader.made_at is not None or reader.read_to:
             return reader.read_to
         self._unmade[key] = None
-        floor, delivery = self._logs[topic].cursor, self.delivery(key)
+        return min(self.starts(key))
+
+    def starts(self, key: str) -> list[int]:
+        """Where a reader that is yet to be made may begin, as far as its batch and what is known tell."""
+        (subscriber, topic), delivery = split_reader(key), self.delivery(key)
+        log = self._logs[topic]
         if delivery is None or delivery.start == "earliest":
-            return floor
+            return [log.cursor]
         known = self._subscribers.get(subscriber)
         times = [] if known is None else [known.since(topic)]
         times += [
-            since for wanted, since in self._joining.get(subscriber, ()) if matches(wanted, topic)
+            since or log.last  # a join that does not tell is itself the place
+            for wanted, since in self._joining.get(subscriber, ())
+            if matches(wanted, topic)
         ]
-        return max(floor, min((each for each in times if each is not None), default=floor))
+        return [max(log.cursor, each) for each in times if each is not None] or [log.cursor]
 
     def _make(self, key: str, reader: Reader, subscriber: Subscriber | None, log: TopicLog) -> None:
         topic = self.topic_of(key)

@@ -131,11 +131,15 @@ class Trimming(Forgetting):
         return self._too_long(self.topic_of(key), publishes)
 
     def want_ahead(self, reads: list[Read], key: str, need: int) -> None:
-        """See `DeliveryMachine`: not what was trimmed or a tick takes away, and one more, which tells whether anything
-        waits.
+        """See `DeliveryMachine`: not what was trimmed, lies before a reader's start or goes in a tick; and one more,
+        which tells whether anything waits.
         """
         topic = self.topic_of(key)
-        self._windows[key].forget_trimmed(self._logs[topic].cursor)
+        reader = self._windows[key]
+        reader.forget_trimmed(self._logs[topic].cursor)
+        if reader.made_at is None:
+            latest = max(self.starts(key))
+            need += sum(score <= latest for score in reader.ahead.values())
         lifetime = self._storage.plans.of(topic).index_lifetime_ms
         if topic in self._oldest and lifetime is not None:
             need += len(expired_entries(*self._oldest[topic], lifetime, self._now_ms)[0])

@@ -30,7 +30,14 @@ from typing import NamedTuple
 import pytest
 
 from millpond.agents.ports import Record
-from millpond.schemas.events import AgentName, DeliveriesSent, Event, RulesChanged, Sent
+from millpond.schemas.events import (
+    AgentName,
+    DeliveriesSent,
+    DeliveryFailed,
+    Event,
+    RulesChanged,
+    Sent,
+)
 from millpond.schemas.rules import Rules
 from tests.simulation import borders
 from tests.simulation.borders import Scene, differs, judge_seed
@@ -141,6 +148,31 @@ FOUND: dict[str, Found] = {
             *stored("m5", at=10_000),
             (80_000, given.left("a", "t/0", reason="unsubscribed", source_offset=2)),
             (80_000, given.joined("a", "t/+", source_offset=3)),
+        ],
+    ),
+    "a new connection made room, and what waited elsewhere was not looked for": Found(
+        "queue", given.queue("t/#", max_inflight=1), [
+            (10_000, given.joined("a", "t/1", source_offset=1)),
+            (10_000, given.joined("b", "#", source_offset=2)),
+            (10_000, given.joined("b", "t/1", source_offset=3)),
+            *((10_000, given.tick("queue")) for _ in range(3)),
+            *stored("m1", at=10_000, topic="t/1"),
+            (10_000, DeliveryFailed(
+                **AT, agent="queue", lease="queue/0/1", client_id="a", message_id="m1", reason="no_client",
+            )),
+            (10_000, DeliveriesSent(**AT, agent="queue", sent=(Sent("queue/0/2", "b", "m1", None, 1),))),
+            (10_000, given.acked("m1", "t/1", client_id="a")),
+            *stored("m2", at=10_000),
+            (10_000, given.joined("b", "t/1", source_offset=4)),
+            *stored("m3", at=10_000),
+        ],
+    ),
+    "a reader was read ahead for from the earlier of two joins, and began at the later": Found(
+        "pubsub", given.pubsub("t/#", max_inflight=3, start="latest"), [
+            *stored("m1", "m2", "m3", "m4", "m5", at=10_000),
+            *stored("m6", "m7", "m8", at=24_000),
+            (24_000, given.joined("c", "$share/h/t/0", source_offset=1, subscribed_at=24_000)),
+            (24_000, given.joined("c", "$share/h/t/0", source_offset=2)),
         ],
     ),
 }  # fmt: skip
