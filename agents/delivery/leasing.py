@@ -131,13 +131,18 @@ class Leasing(ABC, Generic[W]):
 
     # -- handing out --------------------------------------------------------------------------------------
 
+    def served_by_ticks(self, key: str) -> bool:
+        """True if a window hands out to members on their round only."""
+        return False
+
     def dispatch(self, offset: int, key: str, now_ms: int) -> Done:
         """Hand out what a window has to those who have room, in turn."""
         done: Done = []
         window, delivery = self.window(offset, key), self.delivery(key)
         reaches = self.reaching(key) if delivery is not None else []
-        while reaches and delivery is not None and (window.silent or window.next() is not None):
-            found = self._in_turn(done, key, reaches, delivery, now_ms)
+        takers = [] if self.served_by_ticks(key) else reaches
+        while takers and delivery is not None and (window.silent or window.next() is not None):
+            found = self._in_turn(done, key, takers, delivery, now_ms)
             if found is None:
                 break
             reach, waiting = found

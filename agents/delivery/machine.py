@@ -42,6 +42,7 @@ from millpond.schemas.events import (
     OperatorRequeue,
     OperatorRewind,
     RulesChanged,
+    Sent,
     SubscriberJoined,
     SubscriberLeft,
     Tick,
@@ -128,7 +129,7 @@ class DeliveryMachine(TopicPolicy[W]):
         if reads:
             return reads
         appended = Counter(key for x in events for key in self._appended_to(x))
-        reported = self._reported_early(events)
+        reported = len(self.reported_early(events))
         for key, count in freed.items():
             room = self.room(key) + count + reported
             need = min(room, self.unread(key) + len(self._windows[key].ahead))
@@ -144,11 +145,16 @@ class DeliveryMachine(TopicPolicy[W]):
             case _:
                 return ()
 
-    def _reported_early(self, events: Sequence[Event]) -> int:
-        """How many reports there are of leases that these events are yet to bring, as in a replay."""
-        names = [x.lease for x in events if isinstance(x, DeliveryFailed)]
-        names += [each.lease for x in events if isinstance(x, DeliveriesSent) for each in x.sent]
-        return sum(lease_number(name) > self._counters.lease for name in names)
+    def reported_early(self, events: Sequence[Event]) -> list[Sent | DeliveryFailed]:
+        """The reports of leases that these events are yet to bring, as in a replay."""
+        reports: list[Sent | DeliveryFailed] = []
+        for event in events:
+            match event:
+                case DeliveryFailed():
+                    reports.append(event)
+                case DeliveriesSent():
+                    reports += event.sent
+        return [each for each in reports if lease_number(each.lease) > self._counters.lease]
 
     def unknown(self, keys: Iterable[str]) -> list[ReadStates]:
         """The reads for windows, and for what their topics retain, where they are not known."""
@@ -232,10 +238,12 @@ class DeliveryMachine(TopicPolicy[W]):
             need[key] += (
                 self.room(key) + len(self._windows[key].leases) + self.leaving(key, overdue)
             )
-        limit = self.inflight_max()
+        limit, names = self.inflight_max(), {name for name, _ in self._work or ()}
         for key, member in work:
             if member is None:
-                need[key] += self.room(key)
+                # A member whose round ends in the same tick is served here, too.
+                ending = sum(reach.name in names for reach in self.reaching(key))
+                need[key] += self.room(key) + limit * ending
             else:
                 # What is overdue in the same tick may be in its hands no more.
                 kept = sum(leased not in due for leased in member.leases.values())

@@ -101,12 +101,26 @@ class Readers(DeliveryMachine[Reader]):
         """See `Leasing`. A reader that begins anew has nothing in memory: a tick reads for it."""
         done, reader = super().dispatch(offset, key, now_ms), self._windows[key]
         delivery = self.delivery(key)
-        if delivery is None or reader.next() is not None or not self.unread(key) or self.pauses():
+        if self.served_by_ticks(key):
+            left = reader.waits
+        else:
+            left = reader.next() is None and self.unread(key) > 0
+        if delivery is None or not left or self.pauses():
             return done
         for reach in self.reaching(key):
             if self._members.room(reach.name, delivery.max_inflight):
                 done += self.start_round(reach.name, self._members[reach.name])
         return done
+
+    def served_by_ticks(self, key: str) -> bool:
+        """See `Leasing`. While its subscriber forgets readers like it, an event of a batch may have it begin anew, and
+        the next event finds nothing in memory. Only a tick has read for it.
+        """
+        if not self._counters.forgetting:
+            return False
+        subscriber, topic = split_reader(key)
+        state = self._subscribers.get(subscriber)
+        return state is not None and any(matches(each, topic) for each in state.given_up)
 
     # -- what `agents/delivery/` asks -----------------------------------------------------------------------
 

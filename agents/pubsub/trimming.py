@@ -170,7 +170,8 @@ class Trimming(Forgetting):
             if isinstance(event, SubscriberJoined | SubscriberLeft | DeliveryFailed):
                 for _, member in self._members.of_client(event.client_id):
                     keys.update(dict.fromkeys(member.leases.values()))
-        return self._leased(keys)
+        early = (report.message_id for report in self.reported_early(events))
+        return [*self._leased(keys), *early]
 
     def _leased(self, keys: Iterable[str]) -> list[str]:
         windows = (self._windows.get(key) for key in keys)

@@ -35,6 +35,7 @@ from millpond.schemas.events import (
     DeliveriesSent,
     DeliveryFailed,
     Event,
+    OperatorRequeue,
     RulesChanged,
     Sent,
 )
@@ -76,7 +77,14 @@ def stored(*names: str, at: int, topic: str = "t/0") -> list[tuple[int, Event]]:
     return [(at, given.published(name, topic)) for name in names]
 
 
+def too_large(lease: str, client: str, name: str) -> Event:
+    return DeliveryFailed(
+        **AT, agent="pubsub", lease=lease, client_id=client, message_id=name, reason="too_large"
+    )
+
+
 LATEST: Rules = given.rules(given.pubsub("t/#", max_inflight=2, start="latest"))
+WIDER: Rules = given.rules(given.queue("t/#", max_inflight=2))
 SHARED = "$share/g/t/+"
 FOUND: dict[str, Found] = {
     "two members on their round in one tick took from what was read for one of them": Found(
@@ -173,6 +181,36 @@ FOUND: dict[str, Found] = {
             *stored("m6", "m7", "m8", at=24_000),
             (24_000, given.joined("c", "$share/h/t/0", source_offset=1, subscribed_at=24_000)),
             (24_000, given.joined("c", "$share/h/t/0", source_offset=2)),
+        ],
+    ),
+    "a resumption served a member whose round ended in the same tick": Found(
+        "queue", given.queue("t/0", max_inflight=1) + given.queue("t/1", max_inflight=3), [
+            *stored("m1", "m2", at=10_000),
+            (10_000, given.joined("a", "t/+", source_offset=1)),
+            (10_000, given.tick("queue")),
+            (10_000, RulesChanged(**AT, agent="queue", rules=WIDER.canonical())),
+            (10_000, given.tick("queue")),
+        ], {f"{module}.PAGE_MAX": 1 for module in borders.PAGES},
+    ),
+    "a message was leased and died in one batch, and had been dead before": Found(
+        "pubsub", given.pubsub("t/#", max_inflight=1), [
+            *stored("m1", "m2", at=10_000),
+            (10_000, given.joined("b", "$share/g/t/0", source_offset=1)),
+            (10_000, too_large("pubsub/0/1", "b", "m1")),
+            (10_000, OperatorRequeue(**AT, topic="t/0", message_id="m1")),
+            (10_000, DeliveriesSent(**AT, agent="pubsub", sent=(Sent("pubsub/0/2", "b", "m2", None, 0),))),
+            (10_000, too_large("pubsub/0/3", "b", "m1")),
+        ],
+    ),
+    "a reader was forgotten by one event of a batch, and began anew by the next": Found(
+        "pubsub", given.pubsub("t/#"), [
+            *stored("m1", at=10_000),
+            (10_000, given.joined("d", "#", source_offset=1)),
+            (10_000, given.tick("pubsub")),
+            (10_000, given.acked("m1", "t/0", client_id="d")),
+            (10_000, given.left("d", "#", reason="unsubscribed", source_offset=2)),
+            (10_000, given.acked("m1", "t/0", client_id="d")),
+            (10_000, given.joined("d", "t/0", source_offset=3)),
         ],
     ),
 }  # fmt: skip
