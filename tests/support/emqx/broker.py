@@ -172,7 +172,7 @@ class Client:
             return len(self.received) >= count
 
         await until(enough, f"{count} copies at {self.client_id!r}, not {len(self.received)}")
-        assert len(self.received) == count
+        assert len(self.received) == count, self.payloads
         return self.received
 
     @property

@@ -78,7 +78,10 @@ def config(world: World) -> Path:
 
 
 async def kafka_content(bootstrap: str) -> tuple[dict[str, int], list[Any]]:
-    """Return the number of records of each output topic, and the consumer groups."""
+    """Return the number of records of each output topic, and the consumer groups of this application.
+
+    Kafka removes empty groups of other tests after a while.
+    """
     admin, reader = (
         AIOKafkaAdminClient(bootstrap_servers=bootstrap),
         AIOKafkaConsumer(bootstrap_servers=bootstrap),
@@ -96,7 +99,8 @@ async def kafka_content(bootstrap: str) -> tuple[dict[str, int], list[Any]]:
             )
             for topic in (keys.DELIVERIES_TOPIC, keys.DEAD_LETTERS_TOPIC)
         }
-        return ends, sorted(await admin.list_consumer_groups())
+        groups = await admin.list_consumer_groups()
+        return ends, sorted(group for group in groups if group[0].startswith(f"{APP}."))
     finally:
         await reader.stop()
         await admin.close()
