@@ -7,7 +7,9 @@ Invariants:
 
 1. Every record below a committed offset is finished. So a crash repeats records, and loses none.
 2. The unfinished records of a partition are bounded. A full partition is paused until enough of them finish.
-3. After a rebalance no offset of an earlier assignment is committed. The next owner reads those records again.
+3. A rebalance ends every assignment, also of partitions that stay here. No offset of it is committed afterwards.
+4. A record that nothing was done about when its assignment ended is left to the next owner. Before that owner reads, what
+   is under way is finished and committed, if this takes less than `SETTLE_TIMEOUT_S`. So a rebalance repeats few records.
 
 Each round reads, hands over, pauses full partitions, and commits if a commit is due.
 """
@@ -16,9 +18,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
-from typing import Any, Final, NoReturn, TypeAlias
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple, NoReturn, TypeAlias
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import KafkaError
@@ -36,19 +37,44 @@ COMMIT_INTERVAL_S: Final = 0.1
 STOP_TIMEOUT_S: Final = (
     1.0  # for the last commit; without it the next owner reads the records again
 )
+# At the end of an assignment: how long the group waits for this member
+SETTLE_TIMEOUT_S: Final = 2.0
 
-# Takes a record, and a function to call when the record is finished. Must not raise.
-HandleRecord: TypeAlias = Callable[[Any, Callable[[], None]], Awaitable[None]]
+
+class RecordClaim(NamedTuple):
+    """A record that a member of the group has read and not finished."""
+
+    tracker: OffsetTracker
+    offset: int
+
+    def finish(self) -> None:
+        """Allow the commit of the record. After a rebalance this changes nothing."""
+        self.tracker.finish(self.offset)
+
+    def is_revoked(self) -> bool:
+        """True if the next owner of the partition reads the record, too: only finish what is under way."""
+        return self.tracker.revoked
+
+
+# Takes a record and the claim to it. Must not raise.
+HandleRecord: TypeAlias = Callable[[Any, RecordClaim], Awaitable[None]]
+# Waits until nothing is under way. It is called when all claims are revoked.
+Settle: TypeAlias = Callable[[], Awaitable[None]]
 
 
 class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships no types
     """One member of a consumer group. Uncommitted records are read again after a stop or rebalance."""
 
     def __init__(
-        self, settings: Settings, group_id: str, topics: Sequence[str], handle: HandleRecord
+        self,
+        settings: Settings,
+        group_id: str,
+        topics: Sequence[str],
+        handle: HandleRecord,
+        settle: Settle,
     ) -> None:
         self._settings, self._group_id, self._topics = settings, group_id, topics
-        self._handle = handle
+        self._handle, self._settle = handle, settle
         self._trackers: dict[TopicPartition, OffsetTracker] = {}
         self._commit_at = 0.0
 
@@ -82,17 +108,19 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
         fetched = await persist(
             lambda: self._consumer.getmany(timeout_ms=POLL_TIMEOUT_MS, max_records=RECORDS_MAX)
         )
-        # Track all partitions before the first await. A rebalance during an await drops the trackers. A tracker made
-        # after that would hold records of the earlier assignment, and their offsets would be committed.
+        # Track all partitions before the first await: aiokafka returns no records of an assignment that has ended, but
+        # this one may end during an await. Then nothing more of it is handed over.
         tracked = [self._track(partition, records) for partition, records in fetched.items()]
         for tracker, records in tracked:
             for record in records:
-                await self._handle(record, partial(tracker.finish, record.offset))
+                if tracker.revoked:
+                    break
+                await self._handle(record, RecordClaim(tracker, record.offset))
         self._pause_full_partitions()
         now_s = asyncio.get_running_loop().time()
         if now_s >= self._commit_at:
             self._commit_at = now_s + COMMIT_INTERVAL_S
-            await self._commit()
+            await self._commit(self._trackers)
 
     def _track(
         self, partition: TopicPartition, records: Sequence[Any]
@@ -111,17 +139,15 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
             else:
                 self._consumer.resume(partition)
 
-    async def _commit(self) -> None:
+    async def _commit(self, trackers: Mapping[TopicPartition, OffsetTracker]) -> None:
         """Commit the offsets of finished records. A commit that fails is logged, and tried again in the next round."""
-        assigned = self._consumer.assignment()
         offsets = {
             partition: offset
-            for partition, tracker in self._trackers.items()
-            if partition in assigned and (offset := tracker.offset_to_commit()) is not None
+            for partition, tracker in trackers.items()
+            if (offset := tracker.offset_to_commit()) is not None
         }
         if not offsets:
             return
-        trackers = {partition: self._trackers[partition] for partition in offsets}
         try:
             await self._consumer.commit(offsets)
         except KafkaError as error:
@@ -133,7 +159,7 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
     async def _stop(self) -> None:
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
-                await self._commit()
+                await self._commit(self._trackers)
         except TimeoutError:
             logger.warning(
                 "%s: Kafka did not take the last commit within %.0f s: the next owner handles those records again",
@@ -142,9 +168,21 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
             )
         await self._consumer.stop()
 
-    def on_partitions_revoked(self, revoked: Any) -> None:
-        """Drop all trackers. aiokafka revokes every partition at each rebalance, also those that stay here."""
-        self._trackers.clear()
+    async def on_partitions_revoked(self, revoked: Any) -> None:
+        """Revoke all claims, finish what is under way, and commit. The group waits for this call."""
+        trackers, self._trackers = self._trackers, {}
+        for tracker in trackers.values():
+            tracker.revoked = True
+        try:
+            async with asyncio.timeout(SETTLE_TIMEOUT_S):
+                await self._settle()
+                await self._commit(trackers)
+        except TimeoutError:
+            logger.warning(
+                "%s: some records are still under way %g s after their partitions were revoked: the next owner repeats them",
+                self._group_id,
+                SETTLE_TIMEOUT_S,
+            )
 
     def on_partitions_assigned(self, assigned: Any) -> None:
         """Do nothing: aiokafka continues at the committed offsets."""

@@ -6,6 +6,7 @@ State:
 - `_bytes`: the sum of those sizes.
 - `_end`: the offset behind the last record that began. The log may have gaps, so it is no count.
 - `_committed`: the last offset that Kafka has as committed; at first the start.
+- `revoked`: the assignment has ended. The next owner of the partition reads the unfinished records again.
 
 Invariant: every record below `offset_to_commit()` is finished. It never goes back.
 """
@@ -27,6 +28,7 @@ class OffsetTracker:
         self._unfinished: dict[int, int] = {}  # offset → bytes, in order
         self._bytes = 0
         self._end = self._committed = start
+        self.revoked = False
 
     def begin(self, offset: int, size: int) -> None:
         """Note that the record at `offset` was read; `size` is in bytes."""

@@ -55,6 +55,11 @@ class Producer:
         if self._producer is not None:
             await self._producer.stop()
 
+    async def flush(self) -> None:
+        """Wait until Kafka has acknowledged or refused every record sent so far."""
+        assert self._producer is not None, "start() comes first"
+        await self._producer.flush()
+
     async def why_unreachable(self, timeout_s: float) -> str | None:
         """Ask Kafka for metadata. Return why it does not answer within `timeout_s`, or None if it answers."""
         if self._producer is None:

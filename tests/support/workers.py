@@ -28,14 +28,16 @@ PARTITIONS = 4
 WAIT_S = 60.0  # for a condition to become true; generous, because machines are shared
 
 
-async def until(condition: Callable[[], Awaitable[Any]], what: str) -> Any:
+async def until(condition: Callable[[], Awaitable[Any]], what: str | Callable[[], str]) -> Any:
     """Poll a condition, and return its first true answer."""
     deadline = time.monotonic() + WAIT_S
     while True:
         answer = await condition()
         if answer:
             return answer
-        assert time.monotonic() < deadline, f"waited {WAIT_S:.0f} s for: {what}"
+        assert time.monotonic() < deadline, (
+            f"waited {WAIT_S:.0f} s for: {what if isinstance(what, str) else what()}"
+        )
         await asyncio.sleep(0.05)
 
 

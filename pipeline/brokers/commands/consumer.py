@@ -11,7 +11,7 @@ from millpond.agents.driver.dead_letters import headers_of
 from millpond.pipeline.brokers.commands.deliveries import Deliveries
 from millpond.pipeline.brokers.commands.pending import PendingCommand
 from millpond.pipeline.clock import now_ms
-from millpond.pipeline.kafka.consumer import GroupConsumer
+from millpond.pipeline.kafka.consumer import GroupConsumer, RecordClaim
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.telemetry.histogram import SHORT_S, Histogram
@@ -29,8 +29,12 @@ class CommandHandler(Protocol):
     async def take(self, pending: PendingCommand, command: Command) -> None:
         """Queue a command behind the earlier ones of its client.
 
-        The handler finishes it later: it reports the result to `Deliveries`, or calls `pending.done`.
+        The handler finishes it later: it reports the result to `Deliveries`, or calls `pending.done`. Before it carries a
+        command out it asks `Deliveries.drop_if_over`.
         """
+
+    async def settle(self) -> None:
+        """Wait until no command is under way. Those that only wait were revoked."""
 
 
 class CommandConsumer:
@@ -48,7 +52,9 @@ class CommandConsumer:
         self._broker, self._deliveries, self._producer = broker, deliveries, producer
         self._settings = settings
         group_id = keys.bridge_group_id(settings.app)
-        self._source = GroupConsumer(settings, group_id, [keys.DELIVERIES_TOPIC], self._carry_out)
+        self._source = GroupConsumer(
+            settings, group_id, [keys.DELIVERIES_TOPIC], self._carry_out, self._settle
+        )
         # Commands read, by type; "unreadable" for dead letters
         self.taken: Counter[str] = Counter()
         self.seconds = Histogram(SHORT_S)  # from a command's log time until it is finished
@@ -64,18 +70,22 @@ class CommandConsumer:
 
     # -- commands
 
-    async def _carry_out(self, record: Any, finished: Callable[[], None]) -> None:
-        done: Callable[[], None] = partial(self._finish, finished, record.timestamp)
+    async def _settle(self) -> None:
+        await self._broker.settle()
+        await self._deliveries.reports.settle()
+
+    async def _carry_out(self, record: Any, claim: RecordClaim) -> None:
+        done: Callable[[], None] = partial(self._finish, claim, record.timestamp)
         try:
             command = codec.decode_command(record.value)
             done = self._traced(record, command, done)
-            pending = self._pending(command, record.timestamp, done)
+            pending = self._pending(command, record.timestamp, done, claim)
         except DecodeError as error:
             await self._send_dead_letter(record, str(error), done)
             self.taken["unreadable"] += 1
             return
         self.taken[str(command.__struct_config__.tag)] += 1
-        if self._deliveries.fail_if_stale(pending):
+        if self._deliveries.drop_if_over(pending):
             return
         if isinstance(command, Deliver) and topic_name_error(command.topic) is not None:
             self._deliveries.fail(pending, "bridge")
@@ -98,11 +108,13 @@ class CommandConsumer:
 
         return finish
 
-    def _finish(self, finished: Callable[[], None], log_ms: int) -> None:
+    def _finish(self, claim: RecordClaim, log_ms: int) -> None:
         self.seconds.add(max(now_ms() - log_ms, 0) / 1000)
-        finished()
+        claim.finish()
 
-    def _pending(self, command: Command, log_ms: int, done: Callable[[], None]) -> PendingCommand:
+    def _pending(
+        self, command: Command, log_ms: int, done: Callable[[], None], claim: RecordClaim
+    ) -> PendingCommand:
         """Make the unfinished command.
 
         Raises:
@@ -110,13 +122,15 @@ class CommandConsumer:
         """
         valid_until_ms = log_ms + command.valid_for_s * 1000
         if not isinstance(command, Deliver):
-            return PendingCommand(command.client_id, None, 0, "", valid_until_ms, done)
+            return PendingCommand(
+                command.client_id, None, 0, "", valid_until_ms, done, claim.is_revoked
+            )
         for end_ms in (command.valid_until, command.expires_at):
             if end_ms is not None:
                 valid_until_ms = min(valid_until_ms, end_ms)
         return PendingCommand(
             command.client_id, self._lease(command.lease), command.epoch, command.message_id,
-            valid_until_ms, done,
+            valid_until_ms, done, claim.is_revoked,
         )  # fmt: skip
 
     def _lease(self, name: str) -> LeaseName | None:

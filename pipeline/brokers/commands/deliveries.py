@@ -81,8 +81,13 @@ class Deliveries:
         # By agent: from the publish of a message until its copy is handed to the client.
         self.delivery_s: dict[str, Histogram] = {}
 
-    def fail_if_stale(self, pending: PendingCommand) -> bool:
-        """True if the command has expired, or follows a failed one of its epoch. Then report it as stale."""
+    def drop_if_over(self, pending: PendingCommand) -> bool:
+        """True if the command must not be carried out, or not any more.
+
+        It was revoked, or it is stale: it has expired, or follows a failed one of its epoch. A stale one is reported.
+        """
+        if pending.is_revoked():
+            return True
         lease = pending.lease
         if now_ms() > pending.valid_until_ms or (
             lease is not None and self._failed.holds(pending.client_id, lease, pending.epoch)
@@ -92,7 +97,12 @@ class Deliveries:
         return False
 
     def fail(self, pending: PendingCommand, reason: Failure) -> None:
-        """Report a command that the bridge does not carry out. Without a lease the log is the report."""
+        """Report a command that the bridge does not carry out. Without a lease the log is the report.
+
+        A revoked command is not reported: the next owner carries it out.
+        """
+        if pending.is_revoked():
+            return
         lease = pending.lease
         self.outcomes[NO_AGENT if lease is None else lease.agent, reason] += 1
         if lease is None:

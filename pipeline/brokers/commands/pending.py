@@ -16,6 +16,7 @@ class PendingCommand(NamedTuple):
     epoch: int  # 0 without a lease
     message_id: str  # "" unless the command is a `deliver`
     valid_until_ms: int  # wall clock; after it the command fails as stale
-    done: Callable[
-        [], None
-    ]  # call it once, when the result is stored: the command may be committed
+    # Call it once, when the result is stored: the command may be committed.
+    done: Callable[[], None]
+    # True after a rebalance: the next owner of the partition carries the command out.
+    is_revoked: Callable[[], bool]

@@ -84,6 +84,7 @@ class Reports:
         self._reports: deque[Report] = deque()
         self._added = asyncio.Event()
         self._flushing = asyncio.Lock()
+        self._unanswered: set[asyncio.Future[Any]] = set()
 
     def add(self, entry: ReportEntry) -> None:
         """Report this with the next flush."""
@@ -108,6 +109,12 @@ class Reports:
                 await self._enter(self._reports[0])
                 self._reports.popleft()
 
+    async def settle(self) -> None:
+        """Produce everything added so far, and wait until each record is stored or refused."""
+        await self.flush()
+        if self._unanswered:
+            await asyncio.wait(set(self._unanswered))
+
     async def _enter(self, report: Report) -> None:
         try:
             acknowledged = await self._event_producer.enter(report.event, report.partition)
@@ -117,10 +124,12 @@ class Reports:
             logger.error("%s: %r", why, error)  # noqa: TRY400  no traceback
             _call(report.on_kept)
         else:
+            self._unanswered.add(acknowledged)
             acknowledged.add_done_callback(partial(self._answered, report))
         _call(report.on_entered)
 
     def _answered(self, report: Report, acknowledged: asyncio.Future[Any]) -> None:
+        self._unanswered.discard(acknowledged)
         if acknowledged.cancelled():
             return
         if acknowledged.exception() is None:

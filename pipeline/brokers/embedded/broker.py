@@ -354,6 +354,10 @@ class EmbeddedBroker(ListeningBroker):
         else:
             self._deliveries.fail(pending, "no_client")
 
+    async def settle(self) -> None:
+        """A copy is written and reported at once. Only the events of changes are under way."""
+        await self._event_producer.drain()
+
     async def change(self, change: OutgoingChange) -> None:
         """Carry out what concerns a client's subscriptions; with its session they are gone."""
         pending, command = change
@@ -370,7 +374,7 @@ class EmbeddedBroker(ListeningBroker):
     def drop_stale(self) -> None:
         """Commands that wait for a slow client do not wait for ever."""
         for handler in self._handlers():
-            handler.outgoing.drop_stale(self._deliveries.fail_if_stale)
+            handler.outgoing.drop_stale(self._deliveries.drop_if_over)
 
     # -- messages
 

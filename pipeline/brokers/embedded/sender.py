@@ -68,7 +68,7 @@ class ConnectionSender:
                 await self._write(lambda: self._writer.write(pubrel_packet(packet_id)))
             case OutgoingChange():
                 self._in_hand = step
-                if not self._deliveries.fail_if_stale(step.pending):
+                if not self._deliveries.drop_if_over(step.pending):
                     await self._change(step)
                 self._in_hand = None
             case OutgoingCopy() if step.packet_id:
@@ -105,7 +105,7 @@ class ConnectionSender:
             self._deliveries.sent(copy.pending, copy.qos)
 
     def _still_good(self, copy: OutgoingCopy) -> bool:
-        valid = copy.pending is None or not self._deliveries.fail_if_stale(copy.pending)
+        valid = copy.pending is None or not self._deliveries.drop_if_over(copy.pending)
         if not valid:
             self._in_hand = None
         return valid

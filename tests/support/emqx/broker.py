@@ -171,7 +171,9 @@ class Client:
         async def enough() -> bool:
             return len(self.received) >= count
 
-        await until(enough, f"{count} copies at {self.client_id!r}, not {len(self.received)}")
+        await until(
+            enough, lambda: f"{count} copies at {self.client_id!r}, not {len(self.received)}"
+        )
         assert len(self.received) == count, self.payloads
         return self.received
 
@@ -356,7 +358,9 @@ class Emqx:
         async def enough() -> bool:
             return self.held(client_id) >= count
 
-        await until(enough, f"{count} copies held for {client_id!r}, not {self.held(client_id)}")
+        await until(
+            enough, lambda: f"{count} copies held for {client_id!r}, not {self.held(client_id)}"
+        )
 
 
 @contextlib.asynccontextmanager

@@ -82,6 +82,7 @@ class Scene:
         deliveries = Deliveries(NODE, self.reports)
         self.sender = BulkSender(rest, deliveries, RETURNING, mountpoint)
         self.done: list[int] = []  # numbers of the commands that are finished
+        self.revoked = False
 
     # -- commands
 
@@ -92,7 +93,7 @@ class Scene:
         pending = PendingCommand(
             command.client_id, lease, getattr(command, "epoch", 0),
             getattr(command, "message_id", ""), now_ms() + int(valid_for_s * 1000),
-            lambda: self.done.append(number),
+            lambda: self.done.append(number), lambda: self.revoked,
         )  # fmt: skip
         await self.sender.take(pending, command)
 

@@ -100,18 +100,38 @@ async def test_a_gap_reaches_the_process_that_takes_snapshots(directory: Path) -
         assert two.gaps == 0
 
 
-async def test_a_process_that_starts_later_is_found(
+async def test_a_process_that_starts_later_is_known_at_once(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peers_module, "SEARCH_INTERVAL_S", 0.01)
+    """Until it is known it hears of no acknowledgement, and windows of its clients stay full."""
+    monkeypatch.setattr(peers_module, "SEARCH_INTERVAL_S", 3_600)
     one, two = Sender(), Sender("b")
     async with process(directory, 0, one, first=True) as peers, process(directory, 1, two):
 
+        async def known() -> bool:
+            return bool(peers._peers)
+
+        await until(known, "the greeting of the later process")
+        peers.acked("b", "B")
+
         async def arrived() -> bool:
-            peers.acked("b", "B")
             return bool(two.acks)
 
         await until(arrived, "the note at the later process")
+
+
+async def test_a_process_whose_greeting_was_lost_is_found(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers_module, "SEARCH_INTERVAL_S", 0.01)
+    async with process(directory, 0, Sender(), first=True) as peers:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+            other.bind(str(directory / NAME.format(1)))
+
+            async def known() -> bool:
+                return bool(peers._peers)
+
+            await until(known, "the other process")
 
 
 async def test_the_socket_of_a_killed_process_is_replaced(directory: Path) -> None:

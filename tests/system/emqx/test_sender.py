@@ -69,6 +69,23 @@ async def test_a_qos_0_copy_is_reported_as_sent_after_the_answer_of_rest(scene: 
     assert numbers(client) == [1]
 
 
+async def test_revoked_commands_are_neither_sent_nor_reported(scene: Scene) -> None:
+    """Another process has the partition now. What EMQX has is finished, what waits for room is left to that process."""
+    client = await a_subscriber(scene, answers=False)
+    await scene.deliver("c", *range(WINDOW + 50))
+    await scene.until_done(*range(WINDOW))
+    scene.revoked = True
+    await scene.sender.settle()
+    await client.disconnect()  # the session ends: what waited would fail
+    scene.revoked = False
+    other = await a_subscriber(scene, "other")
+    await scene.deliver("other", WINDOW + 50)
+    await other.until_received(1)
+    await scene.until_done(*range(WINDOW), WINDOW + 50)
+    assert sum(len(bulk) for bulk in scene.server.bulks) == WINDOW + 1
+    assert scene.failed("no_client") == []
+
+
 async def test_a_copy_without_a_lease_is_not_reported(scene: Scene) -> None:
     client = await a_subscriber(scene)
     await scene.deliver("c", 1, lease="", retain=True)

@@ -4,6 +4,8 @@ Kafka assigns a client's commands to one process. EMQX's calls for that client m
 that learns of an acknowledgement sends a note to the others. Notes are datagrams through Unix sockets in the spool
 directory, `process-{number}.socket`; only this user may write there.
 
+A process that starts sends an empty datagram to the others, so they know it before it carries out commands.
+
 A note may get lost. A lost acknowledgement takes room in the client's window until the copy expires. A lost gap delays
 the correction until the next snapshot.
 """
@@ -29,7 +31,8 @@ ATTEMPTS_MAX: Final = 20  # to send a datagram to a peer whose buffer is full, `
 DATAGRAM_BYTES_MAX: Final = 64 * 1024
 RECEIVE_BYTES_MAX: Final = 1024 * 1024
 PENDING_MAX: Final = 10_000  # notes that wait to be sent; later ones are lost
-SEARCH_INTERVAL_S: Final = 2.0  # the delay with which a new peer is noticed, at most
+SEARCH_INTERVAL_S: Final = 2.0  # for peers whose greeting was lost, and for peers that have ended
+GREETING: Final = b"[]"
 NAME: Final = "process-{}.socket"
 
 # ("acked", client id, alias of the copy), ("ended", client id, "") or ("gap", node, "").
@@ -86,6 +89,8 @@ class PeerProcesses:
         """Exchange notes with the peers, until cancelled."""
         self._open()
         self._find_peers()
+        for peer in self._peers:
+            await self._send(GREETING, peer)
         # Calls before this start may have had no answer, so their events may be missing.
         self.gap()
         try:
@@ -159,7 +164,9 @@ class PeerProcesses:
         assert self._socket is not None, "the loop reads an open socket"
         with contextlib.suppress(BlockingIOError):
             while True:
-                datagram = self._socket.recv(RECEIVE_BYTES_MAX)
+                datagram, peer = self._socket.recvfrom(RECEIVE_BYTES_MAX)
+                if peer and peer not in self._peers:
+                    self._peers.append(peer)
                 for note in _notes(datagram):
                     self._received(*note)
 

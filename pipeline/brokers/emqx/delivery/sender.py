@@ -108,10 +108,10 @@ class BulkSender:
         return self._mountpoint.can_serve(pending.client_id)
 
     def acked(self, client_id: str, alias: str) -> bool:
-        """Free the room of an acknowledged copy. True if this process carries out the client's commands."""
-        known = self._windows.acked(client_id, alias)
+        """Free the room of an acknowledged copy. True if no other process can have sent the copy."""
+        ours = self._windows.acked(client_id, alias)
         self._wake.set()
-        return known
+        return ours
 
     def session_ended(self, client_id: str) -> None:
         """Fail the waiting copies of a client whose session ended, because EMQX holds nothing for it any more."""
@@ -145,6 +145,9 @@ class BulkSender:
     async def finish(self) -> None:
         """Start no more requests, and wait for the running ones: their results must be reported."""
         self._finishing = True
+        await self.settle()
+
+    async def settle(self) -> None:
         await self._idle.wait()
 
     def _slots(self) -> int:
@@ -156,9 +159,7 @@ class BulkSender:
         """Fail commands that have waited too long for a slow client, or for EMQX."""
         while True:
             await asyncio.sleep(STALE_CHECK_INTERVAL_S)
-            self._windows.drop_stale(
-                STALE_CHECK_ITEMS_MAX, now_ms(), self._deliveries.fail_if_stale
-            )
+            self._windows.drop_stale(STALE_CHECK_ITEMS_MAX, now_ms(), self._deliveries.drop_if_over)
             self._wake.set()
 
     async def _carry_out(self, step: Bulk | SubscriptionChange) -> None:
@@ -180,7 +181,7 @@ class BulkSender:
         valid = [
             part._replace(
                 copies=[
-                    copy for copy in part.copies if not self._deliveries.fail_if_stale(copy.pending)
+                    copy for copy in part.copies if not self._deliveries.drop_if_over(copy.pending)
                 ]
             )
             for part in bulk
@@ -266,7 +267,7 @@ class BulkSender:
 
     async def _change(self, change: SubscriptionChange) -> None:
         pending = change.pending
-        if self._deliveries.fail_if_stale(pending):
+        if self._deliveries.drop_if_over(pending):
             self._windows.settle_change(change, again=False)
             return
         try:

@@ -310,18 +310,22 @@ class DeliveryWindows:
             self._ready.pop(client_id, None)
 
     def acked(self, client_id: str, alias: str) -> bool:
-        """Free the room of an acknowledged copy. True if the client has a queue here, so the copy may be ours."""
+        """Free the room of an acknowledged copy. True if the copy was in flight here, so no other process sent it.
+
+        A client may have copies of two processes: its partition has moved from one to the other.
+        """
         queue = self._queues.get(client_id)
         if queue is None:
             return False
-        if queue.in_flight.pop(alias, None) is None:
+        in_flight = queue.in_flight.pop(alias, None) is not None
+        if not in_flight:
             if queue.busy and len(queue.early) < EARLY_MAX:
                 queue.early[alias] = None
             else:
                 queue.free_unclear()
         self._ready[client_id] = None
         self._remove_if_idle(client_id, queue)
-        return True
+        return in_flight
 
     # -- ended sessions and stale commands
 

@@ -20,7 +20,7 @@ from millpond.agents.driver.dead_letters import REASON_LENGTH_MAX, headers_of
 from millpond.pipeline.brokers.bridge_rules import BridgeRules
 from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint
 from millpond.pipeline.brokers.emqx.rule_events.translation import read
-from millpond.pipeline.kafka.consumer import GroupConsumer
+from millpond.pipeline.kafka.consumer import GroupConsumer, RecordClaim
 from millpond.pipeline.kafka.diagnosis import unreachable
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.process.event_loop import use_uvloop
@@ -64,17 +64,17 @@ class KafkaBridge:
         self._refused: asyncio.Queue[TranslatedRecord] = asyncio.Queue()
         self._dead_letters = 0
 
-    async def handle(self, record: Any, done: Callable[[], None]) -> None:
-        """Translate one record of EMQX, and produce its events. Call `done` when Kafka has acknowledged all of them."""
+    async def handle(self, record: Any, claim: RecordClaim) -> None:
+        """Translate one record of EMQX, and produce its events. Finish it when Kafka has acknowledged all of them."""
         try:
             events = [each for each in read(record.value, self._mountpoint) if self._wants(each)]
         except DecodeError as error:
-            await self._send_dead_letter(record, str(error), done)
+            await self._send_dead_letter(record, str(error), claim.finish)
             return
         if not events:
-            done()
+            claim.finish()
             return
-        on_acknowledged = _after(len(events), done)
+        on_acknowledged = _after(len(events), claim.finish)
         for event in events:
             key, value = keys.record_key(event).encode(), codec.encode(event)
             await self._send(
@@ -252,7 +252,9 @@ async def _serve(
     template = settings.bridge.mountpoint
     mountpoint = None if template is None else Mountpoint(template)
     bridge = KafkaBridge(producer, BridgeRules(rules), mountpoint)
-    source = GroupConsumer(settings, keys.rule_events_group_id(settings.app), topics, bridge.handle)
+    source = GroupConsumer(
+        settings, keys.rule_events_group_id(settings.app), topics, bridge.handle, producer.flush
+    )
     say_ready(f"bridge {NAME}")
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(source.run())

@@ -61,10 +61,10 @@ async def test_a_group_consumer_that_is_cancelled_while_it_starts_is_stopped(
     consumer = Consumer(waits)
     monkeypatch.setattr(group_consumer, "AIOKafkaConsumer", lambda **_: consumer)
 
-    async def handle(record: object, finished: object) -> None:
+    async def unused(*_: object) -> None:
         raise AssertionError("no record")
 
-    running = asyncio.ensure_future(GroupConsumer(Settings(), "g", ["t"], handle).run())
+    running = asyncio.ensure_future(GroupConsumer(Settings(), "g", ["t"], unused, unused).run())
     while not consumer.starts:
         await asyncio.sleep(0)
     running.cancel()

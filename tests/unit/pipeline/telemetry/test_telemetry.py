@@ -465,9 +465,9 @@ def test_the_time_of_a_publish_comes_from_its_message_id() -> None:
 
 def test_copies_without_a_lease_are_counted_too() -> None:
     deliveries = Deliveries("n", Reports(SimpleNamespace(node="n")))
-    pending = PendingCommand("c", None, 0, "", 0, lambda: None)
+    pending = PendingCommand("c", None, 0, "", 0, lambda: None, lambda: False)
     deliveries.sent(pending, 0)
-    assert deliveries.fail_if_stale(pending)
+    assert deliveries.drop_if_over(pending)
     assert deliveries.outcomes == {("none", "sent"): 1, ("none", "stale"): 1}
 
 

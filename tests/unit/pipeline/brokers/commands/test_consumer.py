@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from millpond.pipeline.brokers.commands.consumer import CommandConsumer
+from millpond.pipeline.kafka.consumer import RecordClaim
+from millpond.pipeline.kafka.offsets import OffsetTracker
 from millpond.pipeline.settings import Settings
 from millpond.schemas.commands import Command, Deliver, Unsubscribe
 
@@ -33,5 +35,6 @@ COPY: dict[str, Any] = {
 def test_a_command_is_valid_until_the_earliest_of_its_ends(command: Command, until: int) -> None:
     """A command that reached Kafka late was valid for longer than its lease was its client's."""
     consumer = CommandConsumer(Settings(), NOTHING, NOTHING, NOTHING)
-    pending = consumer._pending(command, LOG_MS, lambda: None)
+    claim = RecordClaim(OffsetTracker(0), 0)
+    pending = consumer._pending(command, LOG_MS, claim.finish, claim)
     assert pending.valid_until_ms == until

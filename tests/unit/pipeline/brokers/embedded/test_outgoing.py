@@ -26,7 +26,7 @@ NOW_MS = 1_000
 
 
 def a_pending_command(valid_until_ms: int = NOW_MS) -> PendingCommand:
-    return PendingCommand("c", None, 0, "m", valid_until_ms, lambda: None)
+    return PendingCommand("c", None, 0, "m", valid_until_ms, lambda: None, lambda: False)
 
 
 def a_copy(name: str = "m", qos: int = 1, payload: bytes = b"", **fields: Any) -> OutgoingCopy:
