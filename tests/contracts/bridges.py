@@ -33,7 +33,11 @@ class Client(ABC):
 
     @abstractmethod
     async def copies(self, count: int) -> list[tuple[str, bytes]]:
-        """Topic and payload of the next copies. Each is acknowledged."""
+        """Topic and payload of the next copies. Each is acknowledged, unless the client answers nothing by itself."""
+
+    @abstractmethod
+    async def ack(self, payload: bytes) -> None:
+        """Acknowledge a copy that came and was not acknowledged."""
 
     @abstractmethod
     async def disconnect(self) -> None: ...
@@ -46,7 +50,9 @@ class Played(ABC):
     commands: Commands
 
     @abstractmethod
-    async def connect(self, client_id: str, *, clean: bool = True) -> Client: ...
+    async def connect(
+        self, client_id: str, *, clean: bool = True, answers: bool = True
+    ) -> Client: ...
 
     # -- what the bridge reports of copies
 
@@ -77,8 +83,9 @@ class Played(ABC):
 
 
 class EmbeddedClient(Client):
-    def __init__(self, client_id: str, connection: mqtt.Client) -> None:
-        self.client_id, self._connection = client_id, connection
+    def __init__(self, client_id: str, connection: mqtt.Client, answers: bool) -> None:
+        self.client_id, self._connection, self._answers = client_id, connection, answers
+        self._packet_ids: dict[bytes, int] = {}  # payload → packet id, not acknowledged
 
     async def subscribe(self, topic_filter: str, qos: int = 1) -> None:
         assert await self._connection.subscribe(topic_filter, qos) == qos
@@ -101,10 +108,15 @@ class EmbeddedClient(Client):
         for _ in range(count):
             topic, payload, qos, packet_id = delivered(await self._connection.next(PUBLISH))
             assert qos < 2
-            if qos:
+            if qos and self._answers:
                 self._connection.answer(PUBACK, packet_id)
+            elif qos:
+                self._packet_ids[payload] = packet_id
             found.append((topic, payload))
         return found
+
+    async def ack(self, payload: bytes) -> None:
+        self._connection.answer(PUBACK, self._packet_ids.pop(payload))
 
     async def disconnect(self) -> None:
         await self._connection.disconnect()
@@ -114,8 +126,9 @@ class Embedded(Played):
     def __init__(self, bridge: Bridge, log: Log, commands: Commands) -> None:
         self._bridge, self.log, self.commands = bridge, log, commands
 
-    async def connect(self, client_id: str, *, clean: bool = True) -> Client:
-        return EmbeddedClient(client_id, await self._bridge.connect(client_id, clean=clean))
+    async def connect(self, client_id: str, *, clean: bool = True, answers: bool = True) -> Client:
+        connection = await self._bridge.connect(client_id, clean=clean)
+        return EmbeddedClient(client_id, connection, answers)
 
 
 @contextlib.asynccontextmanager
@@ -147,6 +160,10 @@ class EmqxClient(Client):
         new, self._taken = found[self._taken :], len(found)
         return [(message.topic, message.payload) for message in new]
 
+    async def ack(self, payload: bytes) -> None:
+        (message,) = [each for each in self._connection.received if each.payload == payload]
+        await self._connection.ack(message)
+
     async def disconnect(self) -> None:
         await self._connection.disconnect()
 
@@ -155,9 +172,11 @@ class AnEmqx(Played):
     def __init__(self, world: EmqxWorld, log: Log, commands: Commands) -> None:
         self._world, self.log, self.commands = world, log, commands
 
-    async def connect(self, client_id: str, *, clean: bool = True) -> Client:
+    async def connect(self, client_id: str, *, clean: bool = True, answers: bool = True) -> Client:
         expiry_s = 0 if clean else 3_600
-        connection = await self._world.emqx.connect(client_id, clean_start=clean, expiry_s=expiry_s)
+        connection = await self._world.emqx.connect(
+            client_id, clean_start=clean, expiry_s=expiry_s, answers=answers
+        )
         return EmqxClient(client_id, connection)
 
 

@@ -11,6 +11,7 @@ import pytest_asyncio
 from millpond.schemas.events import (
     ClientConnected,
     ClientDisconnected,
+    MembersActive,
     SessionCreated,
     SessionResumed,
     SessionSubscribed,
@@ -18,12 +19,13 @@ from millpond.schemas.events import (
     SessionTerminated,
     SessionUnsubscribed,
 )
+from millpond.schemas.leases import LeaseName
 from tests.contracts.bridges import Played, an_emqx, embedded
 from tests.support import given
 from tests.support.embedded_bridge import running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-RULES = (given.store(), given.queue("queue/#"))
+RULES = (given.store(), given.queue("queue/#"), given.queue("active/#", ack_timeout_s=1))
 BINARY = bytes(range(256))
 
 
@@ -168,6 +170,35 @@ async def test_a_copy_of_qos_0_is_reported_as_sent(played: Played) -> None:
     await played.log.until(lambda: played.sent("qos-0"), "a report")
     assert [each.qos for each in played.sent("qos-0")] == [0]
     assert played.acked("qos-0") == []
+
+
+async def test_a_client_that_is_busy_with_other_partitions_is_reported_as_active(
+    played: Played,
+) -> None:
+    client = await played.connect("busy", answers=False)
+    await client.subscribe("active/#")
+    for number in range(4):
+        lease = str(LeaseName("queue", number % 2, number))
+        await played.commands.deliver("busy", number, topic=f"active/{number}", lease=lease)
+    await client.copies(4)
+
+    def active() -> list[tuple[str, int]]:
+        return [
+            (record.event.agent, record.partition)
+            for record in played.log.records
+            if isinstance(record.event, MembersActive) and "busy" in record.event.client_ids
+        ]
+
+    await client.ack(b"0")
+    await played.log.until(active, "the first report")
+    assert active() == [("queue", 1)]
+    await client.ack(b"1")
+    await played.log.until(lambda: len(active()) == 2, "the second report")
+    assert active()[1] == ("queue", 0)
+    await client.ack(b"2")
+    await client.ack(b"3")
+    await played.log.until(lambda: len(played.acked("busy")) == 4, "all acknowledged")
+    await client.disconnect()
 
 
 async def test_a_copy_for_an_offline_client_fails(played: Played) -> None:

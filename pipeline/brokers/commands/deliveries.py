@@ -12,8 +12,9 @@ import time
 from collections import Counter, OrderedDict
 from typing import Final, Literal, TypeAlias
 
+from millpond.pipeline.brokers.commands.active_members import ActiveMembers
 from millpond.pipeline.brokers.commands.pending import PendingCommand
-from millpond.pipeline.brokers.commands.reports import ReportEntry, Reports
+from millpond.pipeline.brokers.commands.reports import Call, ReportEntry, Reports
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.telemetry.histogram import LONG_S, Histogram, histogram_of
 from millpond.schemas.events import DeliveryFailed, Sent
@@ -74,6 +75,7 @@ class Deliveries:
     def __init__(self, node: str, reports: Reports) -> None:
         """Report in the name of `node`."""
         self.reports = reports
+        self.active_members = ActiveMembers(node, reports)
         self._node = node
         self._failed = FailedEpochs()
         # By agent (`NO_AGENT` without a lease) and outcome: "sent", or the reason of the failure.
@@ -109,12 +111,22 @@ class Deliveries:
             logger.info("%s: the bridge drops a command: %s", pending.client_id, reason)
             pending.done()
             return
+        self._report_failed(pending, lease, reason, pending.done)
+
+    def expired(self, pending: PendingCommand) -> None:
+        """Report a copy that was sent: its connection ended, and it expired before the client came back."""
+        if pending.lease is not None:
+            self._report_failed(pending, pending.lease, "stale", None)
+
+    def _report_failed(
+        self, pending: PendingCommand, lease: LeaseName, reason: Failure, on_kept: Call | None
+    ) -> None:
         self._failed.add(pending.client_id, lease, pending.epoch)
         event = DeliveryFailed(
             at=now_ms(), node=self._node, agent=lease.agent, lease=str(lease),
             client_id=pending.client_id, message_id=pending.message_id, reason=reason,
         )  # fmt: skip
-        self.reports.add(ReportEntry(event, lease, on_kept=pending.done))
+        self.reports.add(ReportEntry(event, lease, on_kept=on_kept))
 
     def sent(self, pending: PendingCommand, qos: int) -> None:
         """Report a copy that was handed to its client's connection with this QoS."""

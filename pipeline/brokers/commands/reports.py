@@ -17,12 +17,18 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Final, NamedTuple, NoReturn, Protocol
+from typing import Any, Final, NamedTuple, NoReturn, Protocol, TypeAlias
 
 from aiokafka.errors import KafkaError
 
 from millpond.pipeline.clock import now_ms
-from millpond.schemas.events import DeliveriesSent, DeliveryFailed, MessageAcked, Sent
+from millpond.schemas.events import (
+    DeliveriesSent,
+    DeliveryFailed,
+    MembersActive,
+    MessageAcked,
+    Sent,
+)
 from millpond.schemas.leases import LeaseName
 
 logger = logging.getLogger(__name__)
@@ -36,6 +42,7 @@ SENT_MAX: Final = 500  # copies in one record
 SENT_BYTES_MAX: Final = 64 * 1024
 
 Call = Callable[[], None]
+ReportedEvent: TypeAlias = DeliveriesSent | DeliveryFailed | MessageAcked | MembersActive
 
 
 class EventSink(Protocol):
@@ -44,7 +51,7 @@ class EventSink(Protocol):
     node: str
 
     async def enter(
-        self, event: DeliveriesSent | DeliveryFailed | MessageAcked, partition: int | None = None
+        self, event: ReportedEvent, partition: int | None = None
     ) -> asyncio.Future[Any]:
         """Produce an event. The order of calls is the order in the log. The future is done when the event is stored.
 
@@ -66,7 +73,7 @@ class ReportEntry(NamedTuple):
 class Report(NamedTuple):
     """One record, before it is produced."""
 
-    event: DeliveriesSent | DeliveryFailed | MessageAcked
+    event: ReportedEvent
     partition: int | None
     on_entered: tuple[Call, ...]
     on_kept: tuple[Call, ...]
@@ -89,6 +96,11 @@ class Reports:
     def add(self, entry: ReportEntry) -> None:
         """Report this with the next flush."""
         self._entries.append(entry)
+        self._added.set()
+
+    def add_event(self, event: MembersActive, partition: int) -> None:
+        """Produce this with the next flush."""
+        self._reports.append(Report(event, partition, (), ()))
         self._added.set()
 
     async def run(self) -> NoReturn:

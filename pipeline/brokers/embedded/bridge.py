@@ -9,6 +9,7 @@ from typing import Final, NamedTuple, NoReturn
 
 from aiokafka.errors import KafkaError
 
+from millpond.pipeline.brokers.commands.active_members import ActiveMembers, report_interval_s
 from millpond.pipeline.brokers.commands.consumer import CommandConsumer
 from millpond.pipeline.brokers.commands.deliveries import Deliveries
 from millpond.pipeline.brokers.commands.reports import Reports
@@ -54,11 +55,13 @@ async def _run_embedded(settings: Settings, rules: Rules) -> None:
     broker = EmbeddedBroker(settings.bridge, event_producer, deliveries, settings.web.port)
     command_consumer = CommandConsumer(settings, broker, deliveries, producer, tracing)
     # Every step of `_serve` may wait for Kafka without a limit. So it runs as a task that a signal can cancel.
-    parts = _Parts(producer, event_producer, reports, broker, command_consumer)
+    parts = _Parts(
+        producer, event_producer, reports, deliveries.active_members, broker, command_consumer
+    )
     shown = (ProducerMetrics(event_producer), CommandMetrics(command_consumer, deliveries))
     health = BridgeHealth(stop.is_set, producer, partial(_complaints, broker))
     async with telemetry(settings.telemetry.listen, "bridge embedded", shown, health):
-        serving = asyncio.create_task(_serve(settings, parts))
+        serving = asyncio.create_task(_serve(settings, rules, parts))
         try:
             await until_asked(serving, stop)
             serving.cancel()
@@ -72,6 +75,7 @@ class _Parts(NamedTuple):
     producer: Producer
     event_producer: EventProducer
     reports: Reports
+    active_members: ActiveMembers
     broker: EmbeddedBroker
     command_consumer: CommandConsumer
 
@@ -80,7 +84,7 @@ def _complaints(broker: EmbeddedBroker) -> list[str]:
     return [] if broker.transitions.is_started() else ["the broker does not listen yet"]
 
 
-async def _serve(settings: Settings, parts: _Parts) -> NoReturn:
+async def _serve(settings: Settings, rules: Rules, parts: _Parts) -> NoReturn:
     try:
         await parts.producer.start()
     except KafkaError as error:
@@ -92,6 +96,9 @@ async def _serve(settings: Settings, parts: _Parts) -> NoReturn:
         tasks.create_task(parts.reports.run())
         tasks.create_task(parts.command_consumer.run())
         tasks.create_task(_drop_stale(parts.broker))
+        tasks.create_task(
+            parts.active_members.run(report_interval_s(rules), parts.broker.unacknowledged)
+        )
         tasks.create_task(_take_snapshots(settings, parts.broker))
     raise AssertionError("the tasks run until they are cancelled")
 

@@ -47,6 +47,7 @@ from millpond.schemas.events import (
     SessionTerminated,
     SessionUnsubscribed,
 )
+from millpond.schemas.leases import LeaseName
 from millpond.schemas.topics import filter_error
 
 logger = logging.getLogger(__name__)
@@ -370,6 +371,11 @@ class EmbeddedBroker(ListeningBroker):
                 if self._del_subscription(topic_filter, session):
                     await self._tell_unsubscribed(session, topic_filter)
         self._event_producer.when_kept(pending.done)
+
+    def unacknowledged(self, client_id: str) -> list[LeaseName]:
+        """The leases of the copies that a client has and has not acknowledged."""
+        _, handler = self._sessions.get(client_id, (None, None))
+        return handler.outgoing.unacknowledged() if isinstance(handler, ConnectionHandler) else []
 
     def drop_stale(self) -> None:
         """Commands that wait for a slow client do not wait for ever."""

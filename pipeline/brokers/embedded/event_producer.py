@@ -26,6 +26,7 @@ from millpond.schemas.events import (
     DeliveriesSent,
     DeliveryFailed,
     Event,
+    MembersActive,
     MessageAcked,
     MessageDelivered,
     MessagePublished,
@@ -53,7 +54,7 @@ ClientEvent = (
     | type[SessionSubscribed] | type[SessionUnsubscribed] | type[SessionTerminated]
     | type[SessionDiscarded] | type[SessionTakenOver] | type[ClientConnected]
 )  # fmt: skip
-MessageEvent = MessageDelivered | MessageAcked | DeliveriesSent | DeliveryFailed
+MessageEvent = MessageDelivered | MessageAcked | DeliveriesSent | DeliveryFailed | MembersActive
 NodeEvent = type[NodeStarted] | type[NodeStopped] | type[NodeSyncStarted] | type[NodeSyncCompleted]
 
 

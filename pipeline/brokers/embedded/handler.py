@@ -354,9 +354,10 @@ class ConnectionHandler(BrokerProtocolHandler):
         if copy is None:
             logger.debug("%s acknowledges packet %d, which is not open", self.client_id, packet_id)
             return
-        leased = copy.pending is not None and copy.pending.lease is not None
+        lease = None if copy.pending is None else copy.pending.lease
+        self._deliveries.active_members.acked(self.client_id, lease)
         event = self._event_producer.acknowledgement(
-            copy.message, self.client_id, copy.qos, leased=leased
+            copy.message, self.client_id, copy.qos, leased=lease is not None
         )
         if event is None:
             self.outgoing.entered(copy)

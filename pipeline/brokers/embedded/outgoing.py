@@ -16,6 +16,7 @@ from millpond.pipeline.brokers.commands.pending import PendingCommand
 from millpond.pipeline.brokers.embedded.wire import publish_packet
 from millpond.schemas.codec import payload_bytes
 from millpond.schemas.commands import Command, Deliver, Subscribe, Unsubscribe
+from millpond.schemas.leases import LeaseName
 
 # Un-acked copies of one client, of each lane. A client that is a millisecond away is served at over 100,000 a second
 # with that; more would only be sent again after a broken connection.
@@ -88,8 +89,14 @@ class Release(NamedTuple):
     packet_id: int
 
 
+class Expired(NamedTuple):
+    """A launched copy that expired before the client came back: it is gone, and is to be reported."""
+
+    pending: PendingCommand
+
+
 Ordered: TypeAlias = OutgoingCopy | OutgoingChange
-Step: TypeAlias = OutgoingCopy | OutgoingChange | Release
+Step: TypeAlias = OutgoingCopy | OutgoingChange | Release | Expired
 
 
 class Lane:
@@ -177,9 +184,10 @@ class Outgoing:
             copy = self._again.popleft()
             if not self.is_open(copy):
                 continue  # acknowledged meanwhile
-            if not expired(copy, now_ms):
+            if copy.pending is None or now_ms <= copy.pending.valid_until_ms:
                 return copy
             self._drop(copy)
+            return Expired(copy.pending)
         lanes = (self.routed, self.ordered) if self._routed_turn else (self.ordered, self.routed)
         for lane in lanes:
             if lane.ready():
@@ -205,6 +213,14 @@ class Outgoing:
     def is_open(self, copy: OutgoingCopy) -> bool:
         """Whether a launched copy is not acknowledged."""
         return self._sent.get(copy.packet_id) is copy
+
+    def unacknowledged(self) -> list[LeaseName]:
+        """The leases of the launched copies that are not acknowledged."""
+        return [
+            copy.pending.lease
+            for copy in self._sent.values()
+            if copy.pending is not None and copy.pending.lease is not None
+        ]
 
     def _free_id(self) -> int:
         """[MQTT-2.3.1-4]: of all ids, few are taken."""
@@ -297,11 +313,6 @@ class Outgoing:
             if len(self._burnt) >= BURNT_IDS_MAX:
                 del self._burnt[next(iter(self._burnt))]
             self._burnt[copy.packet_id] = None
-
-
-def expired(copy: OutgoingCopy, now_ms: int) -> bool:
-    """True if the validity of its command has ended."""
-    return copy.pending is not None and now_ms > copy.pending.valid_until_ms
 
 
 def _nobody() -> None:

@@ -11,6 +11,7 @@ from amqtt.adapters import WriterAdapter
 from millpond.pipeline.brokers.commands.deliveries import Deliveries
 from millpond.pipeline.brokers.embedded.event_producer import EventProducer
 from millpond.pipeline.brokers.embedded.outgoing import (
+    Expired,
     Ordered,
     Outgoing,
     OutgoingChange,
@@ -66,6 +67,8 @@ class ConnectionSender:
         match step:
             case Release(packet_id):
                 await self._write(lambda: self._writer.write(pubrel_packet(packet_id)))
+            case Expired(pending):
+                self._deliveries.expired(pending)
             case OutgoingChange():
                 self._in_hand = step
                 if not self._deliveries.drop_if_over(step.pending):

@@ -15,9 +15,10 @@ import logging
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from millpond.pipeline.brokers.commands.active_members import report_interval_s
 from millpond.pipeline.brokers.commands.consumer import CommandConsumer
 from millpond.pipeline.brokers.commands.deliveries import Deliveries
-from millpond.pipeline.brokers.commands.reports import Reports
+from millpond.pipeline.brokers.commands.reports import ReportedEvent, Reports
 from millpond.pipeline.brokers.emqx.copy_topic import CopyTopic
 from millpond.pipeline.brokers.emqx.delivery.peers import PeerProcesses
 from millpond.pipeline.brokers.emqx.delivery.sender import BulkSender
@@ -45,7 +46,6 @@ from millpond.pipeline.telemetry.http import serving as telemetry
 from millpond.pipeline.telemetry.tracers import bridge_tracing
 from millpond.schemas import keys
 from millpond.schemas.errors import ConfigError
-from millpond.schemas.events import DeliveriesSent, DeliveryFailed, MessageAcked
 from millpond.schemas.rules import Rules
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class _SpooledReports:
         self._durable_producer, self.node = durable_producer, node
 
     async def enter(
-        self, event: DeliveriesSent | DeliveryFailed | MessageAcked, partition: int | None = None
+        self, event: ReportedEvent, partition: int | None = None
     ) -> asyncio.Future[Any]:
         return self._durable_producer.enter(keys.MESSAGES_TOPIC, event, partition, hook="reports")
 
@@ -119,6 +119,9 @@ class EmqxBridge:
         self._durable_producer = DurableProducer(self._producer, self._spool)
         self._reports = Reports(_SpooledReports(self._durable_producer, keys.AGENT_NODE))
         deliveries = Deliveries(keys.AGENT_NODE, self._reports)
+        self._active_members, self._active_interval_s = (
+            deliveries.active_members, report_interval_s(rules),
+        )  # fmt: skip
         self._sender = BulkSender(self._rest, deliveries, copy_topic, mountpoint)
         self._snapshots = Snapshots(
             self._rest, self._durable_producer, Translator(mountpoint), settings.kafka.partitions,
@@ -171,6 +174,9 @@ class EmqxBridge:
                 self._durable_producer, self._server, self._reports, self._sender, self._peers, self._lookups,
             ):  # fmt: skip
                 tasks.create_task(part.run())
+            tasks.create_task(
+                self._active_members.run(self._active_interval_s, self._sender.unacknowledged)
+            )
             if self._snapshots is not None:
                 tasks.create_task(self._snapshots.run())
             await self._durable_producer.connected.wait()

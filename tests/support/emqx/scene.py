@@ -11,7 +11,7 @@ from typing import Any
 
 from millpond.pipeline.brokers.commands.deliveries import Deliveries
 from millpond.pipeline.brokers.commands.pending import PendingCommand
-from millpond.pipeline.brokers.commands.reports import Reports
+from millpond.pipeline.brokers.commands.reports import ReportedEvent, Reports
 from millpond.pipeline.brokers.emqx.copy_topic import CopyTopic
 from millpond.pipeline.brokers.emqx.delivery.sender import BulkSender
 from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint
@@ -19,7 +19,7 @@ from millpond.pipeline.brokers.emqx.rest.client import RestClient
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.settings import BridgeSettings
 from millpond.schemas.commands import Command, Deliver, Subscribe, Unsubscribe
-from millpond.schemas.events import DeliveriesSent, DeliveryFailed, MessageAcked
+from millpond.schemas.events import DeliveriesSent, DeliveryFailed
 from millpond.schemas.leases import LeaseName
 from tests.support.emqx.broker import MOUNTPOINT, NODE, Client, Emqx, Message, NoHooks
 from tests.support.emqx.rest import SECRET, EmqxRest
@@ -34,10 +34,10 @@ class ReportsInMemory:
     node = NODE
 
     def __init__(self) -> None:
-        self.events: list[DeliveriesSent | DeliveryFailed | MessageAcked] = []
+        self.events: list[ReportedEvent] = []
 
     async def enter(
-        self, event: DeliveriesSent | DeliveryFailed | MessageAcked, partition: int | None = None
+        self, event: ReportedEvent, partition: int | None = None
     ) -> asyncio.Future[Any]:
         stored: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.events.append(event)

@@ -366,6 +366,8 @@ async def test_a_session_that_goes_on_gets_what_it_has_not_acknowledged_again_an
     assert [is_repeated(copy) for copy in again] == [True, True, True, False]
     assert [delivered(copy)[3] for copy in again[:3]] == [ids[2], ids[4], ids[6]]
     assert delivered(again[3])[3] not in ids.values()
+    # And what has expired is reported
+    await until_failed(log, client_id, (5, "stale"))
     # And their acknowledgements count
     ack(second, again[0])
     second.answer(PUBREC, ids[4])

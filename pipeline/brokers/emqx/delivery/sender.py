@@ -54,6 +54,7 @@ from millpond.pipeline.brokers.emqx.rest.responses import (
 from millpond.pipeline.clock import now_ms
 from millpond.schemas.codec import payload_bytes
 from millpond.schemas.commands import Command, Deliver, Subscribe
+from millpond.schemas.leases import LeaseName
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +110,15 @@ class BulkSender:
 
     def acked(self, client_id: str, alias: str) -> bool:
         """Free the room of an acknowledged copy. True if no other process can have sent the copy."""
-        ours = self._windows.acked(client_id, alias)
+        pending = self._windows.acked(client_id, alias)
+        lease = None if pending is None else pending.lease
+        self._deliveries.active_members.acked(client_id, lease)
         self._wake.set()
-        return ours
+        return pending is not None
+
+    def unacknowledged(self, client_id: str) -> list[LeaseName]:
+        """The leases of the copies that EMQX has for a client."""
+        return self._windows.unacknowledged(client_id)
 
     def session_ended(self, client_id: str) -> None:
         """Fail the waiting copies of a client whose session ended, because EMQX holds nothing for it any more."""

@@ -36,7 +36,7 @@ State
 | `waiting` | copies and changes in their order; the first is the next |
 | `busy` | a step of the client is under way |
 | `careful` | the outcome of the last bulk was unclear |
-| `in_flight` | alias → end of validity in ms |
+| `in_flight` | alias → command |
 | `unclear` | ends of validity in ms, the oldest copy first |
 | `early` | aliases acknowledged during the current step |
 
@@ -82,6 +82,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 
 from millpond.pipeline.brokers.commands.pending import PendingCommand
 from millpond.schemas.commands import Deliver, Subscribe, Unsubscribe
+from millpond.schemas.leases import LeaseName
 
 WINDOW: Final = 100  # unacknowledged copies of one client; see rule 2
 BULK_MIN: Final = 16  # copies; smaller bulks would cost more requests than they save waiting
@@ -129,7 +130,7 @@ class _Queue:
     waiting: deque[QueuedItem] = field(default_factory=deque)
     busy: bool = False
     careful: bool = False
-    in_flight: dict[str, int] = field(default_factory=dict)
+    in_flight: dict[str, PendingCommand] = field(default_factory=dict)
     unclear: deque[int] = field(default_factory=deque)
     early: dict[str, None] = field(default_factory=dict)
 
@@ -147,7 +148,11 @@ class _Queue:
 
     def expire(self, now_ms: int) -> None:
         """Remove copies whose validity has ended: EMQX has discarded them."""
-        self.in_flight = {alias: end for alias, end in self.in_flight.items() if end >= now_ms}
+        self.in_flight = {
+            alias: pending
+            for alias, pending in self.in_flight.items()
+            if pending.valid_until_ms >= now_ms
+        }
         self.unclear = deque(end for end in self.unclear if end >= now_ms)
 
     def free_unclear(self) -> None:
@@ -269,17 +274,16 @@ class DeliveryWindows:
         queue = self._queues[part.client_id]
         again: list[QueuedItem] = []
         for copy, outcome in zip(part.copies, outcomes, strict=True):
-            end = copy.pending.valid_until_ms
             if outcome in REPEATED:
                 again.append(copy)
             if not copy.command.qos:
                 continue
             if outcome == "unknown":
-                queue.unclear.append(end)
+                queue.unclear.append(copy.pending.valid_until_ms)
             elif isinstance(outcome, Accepted) and outcome.alias in queue.early:
                 del queue.early[outcome.alias]
             elif isinstance(outcome, Accepted):
-                queue.in_flight[outcome.alias] = end
+                queue.in_flight[outcome.alias] = copy.pending
         # Acknowledgements that belong to no copy of this step.
         for _ in queue.early:
             queue.free_unclear()
@@ -309,23 +313,29 @@ class DeliveryWindows:
             del self._queues[client_id]
             self._ready.pop(client_id, None)
 
-    def acked(self, client_id: str, alias: str) -> bool:
-        """Free the room of an acknowledged copy. True if the copy was in flight here, so no other process sent it.
+    def unacknowledged(self, client_id: str) -> list[LeaseName]:
+        """The leases of a client's copies in flight."""
+        queue = self._queues.get(client_id)
+        in_flight = {} if queue is None else queue.in_flight
+        return [pending.lease for pending in in_flight.values() if pending.lease is not None]
 
-        A client may have copies of two processes: its partition has moved from one to the other.
+    def acked(self, client_id: str, alias: str) -> PendingCommand | None:
+        """Free the room of an acknowledged copy. Returns its command if it was in flight here.
+
+        Otherwise another process may have sent the copy. A client may have copies of two processes: its partition has moved from one to the other.
         """
         queue = self._queues.get(client_id)
         if queue is None:
-            return False
-        in_flight = queue.in_flight.pop(alias, None) is not None
-        if not in_flight:
+            return None
+        pending = queue.in_flight.pop(alias, None)
+        if pending is None:
             if queue.busy and len(queue.early) < EARLY_MAX:
                 queue.early[alias] = None
             else:
                 queue.free_unclear()
         self._ready[client_id] = None
         self._remove_if_idle(client_id, queue)
-        return in_flight
+        return pending
 
     # -- ended sessions and stale commands
 

@@ -12,7 +12,14 @@ from millpond.pipeline.brokers.commands.reports import (
     ReportEntry,
     collected,
 )
-from millpond.schemas.events import AgentName, DeliveriesSent, DeliveryFailed, MessageAcked, Sent
+from millpond.schemas.events import (
+    AgentName,
+    DeliveriesSent,
+    DeliveryFailed,
+    MembersActive,
+    MessageAcked,
+    Sent,
+)
 from millpond.schemas.leases import LeaseName
 
 
@@ -55,6 +62,8 @@ def short(report: Report) -> str:
         case MessageAcked(message_id=message_id):
             assert report.partition is None
             return f"{message_id} acked"
+        case MembersActive(client_ids=client_ids):
+            return f"{','.join(client_ids)} active"
 
 
 def test_copies_of_one_agent_and_partition_share_a_record() -> None:

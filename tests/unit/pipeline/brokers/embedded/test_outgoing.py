@@ -14,6 +14,7 @@ from millpond.pipeline.brokers.embedded.outgoing import (
     AWAY_MAX,
     DELIVERY_WINDOW,
     IN_FLIGHT_BYTES_MAX,
+    Expired,
     Outgoing,
     OutgoingChange,
     OutgoingCopy,
@@ -233,6 +234,10 @@ def test_a_copy_past_its_validity_is_not_sent_again_and_gives_its_room_back(qos:
     out.resume()
     late = NOW_MS + 1
     assert out.next(NOW_MS) is copies[0]
+    expired = [out.next(late) for _ in copies[1:-1]]
+    assert [step.pending for step in expired if isinstance(step, Expired)] == [
+        copy.pending for copy in copies[1:-1]
+    ]
     assert out.next(late) is copies[-1]
     out.launch(copies[-1])
     assert not out.is_open(copies[1])
@@ -248,7 +253,8 @@ def test_a_dropped_qos_2_packet_id_is_not_used_again_before_the_client_lets_go_o
     put(out, *(a_copy(qos=2) for _ in range(3)))
     send_all(out)
     out.resume()
-    assert out.next(NOW_MS + 1) is None  # all three are dropped, of which two are remembered
+    assert all(isinstance(out.next(NOW_MS + 1), Expired) for _ in range(3))  # two are remembered
+    assert out.next(NOW_MS + 1) is None
     again = put(out, a_copy(), a_copy())
     send_all(out)
     assert [copy.packet_id for copy in again] == [4, 1]

@@ -110,6 +110,16 @@ def test_a_window_is_never_exceeded_and_an_acknowledgement_makes_room() -> None:
     assert shown(bulk(made)) == {"a": [WINDOW]}
 
 
+def test_the_copies_that_a_client_has_not_acknowledged_are_known_by_their_leases() -> None:
+    made = windows(*copies("a", 1, 2, 3))
+    (part,) = bulk(made)
+    aliases = accept(made, part)
+    acked = made.acked("a", aliases[1])
+    assert acked is part.copies[1].pending
+    assert [lease.number for lease in made.unacknowledged("a")] == [1, 3]
+    assert made.unacknowledged("stranger") == []
+
+
 def test_a_full_window_does_not_delay_other_clients() -> None:
     made = windows(*copies("a", *range(WINDOW + 1)), *copies("b", 900))
     (part,) = bulk(made)
