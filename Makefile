@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SITE := _site
 DOCS_PORT ?= 8000
 
-.PHONY: up down lean install lint check chromium docs docs-check test test-pythons soak bench clean
+.PHONY: up down lean install lint check chromium docs docs-check test test-pythons test-failover soak bench clean
 
 up: lean
 	$(BIN)/millpond up
@@ -82,8 +82,12 @@ test: lint docs-check chromium test-pythons
 	$(BIN)/pytest $(LONGEST:%=tests/system/%.py) tests/contracts tests/system \
 		--numprocesses 3 --dist loadfile --no-loadscope-reorder
 
-# Long simulations: more seeds than CI has time for.
-soak: install
+# Sentinel, a Redis Cluster, three Kafka brokers: servers with redundancy fail under load, for some minutes.
+test-failover: install
+	$(BIN)/pytest tests/failover
+
+# Long simulations, and failovers: more than CI has time for.
+soak: install test-failover
 	$(BIN)/python -m tests.simulation
 
 bench: install

@@ -105,11 +105,15 @@ class KafkaServer:
         controller_port: int,
         overrides: Mapping[str, str] | None = None,
         heap_mib: int = 512,
+        cluster_id: str | None = None,
     ) -> None:
-        """The broker listens on 127.0.0.1. Tests set other broker properties in `overrides`."""
+        """The broker listens on 127.0.0.1. Tests set other broker properties in `overrides`.
+
+        `cluster_id` is 22 characters long; None for a random one.
+        """
         self.directory, self.port = directory, port
         self._overrides, self._heap_mib = overrides or {}, heap_mib
-        self._controller_port = controller_port
+        self._controller_port, self._cluster_id = controller_port, cluster_id
 
     def properties(self) -> dict[str, str]:
         """The broker's configuration."""
@@ -154,13 +158,13 @@ class KafkaServer:
             ":".join(map(str, fetch_jars())),
         ]
         if not (self.directory / "data" / "meta.properties").exists():
-            cluster_id = _cluster_id()
+            cluster_id = self._cluster_id or _random_cluster_id()
             tool = ["kafka.tools.StorageTool", "format", "-t", cluster_id, "-c", str(configuration)]
             _run([*command, *tool])
         return [*command, "kafka.Kafka", str(configuration)]
 
 
-def _cluster_id() -> str:
+def _random_cluster_id() -> str:
     """A random cluster id: 22 characters of URL-safe base64."""
     # An id that begins with a dash would look like an option to Kafka's tool.
     return "m" + base64.urlsafe_b64encode(uuid4().bytes).decode().rstrip("=")[1:]

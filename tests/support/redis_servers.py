@@ -167,6 +167,12 @@ class Shard:
         self.replica.client.execute_command("CLUSTER", "FAILOVER", "TAKEOVER")
         until(lambda: self.replica.client.role()[0] == b"master", "the replica takes over")
 
+    def rejoin(self) -> None:
+        """Start the killed primary again, as the replica of the one that took its place."""
+        self.primary.start()
+        self.primary, self.replica = self.replica, self.primary
+        until(self.in_sync, "the former primary is a replica")
+
 
 def _cluster(stack: ExitStack, directory: Path, primaries: int, nodes: int) -> list[RedisProcess]:
     processes = [

@@ -1,0 +1,1 @@
+"""A whole system whose servers fail, under load: `make test-failover`."""
