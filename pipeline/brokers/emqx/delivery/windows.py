@@ -39,6 +39,7 @@ State
 | `in_flight` | alias → command |
 | `unclear` | ends of validity in ms, the oldest copy first |
 | `early` | aliases acknowledged during the current step |
+| `ended` | the session ended during the current step |
 
 `_ready`: the clients that may have a next step, in the order of their turns. A client that cannot proceed is removed,
 and comes back when something changes for it. `_unchecked`: the clients that `drop_stale` has yet to check in this round.
@@ -56,16 +57,18 @@ ON settle, for each copy:
   1. unsent, unknown: put it back to the front.
   2. unknown, QoS 1 or 2: it is unclear now.
   3. Accepted: it is in flight, unless its acknowledgement was early.
-  Then each early acknowledgement that belongs to no accepted copy frees the oldest unclear copy: it may be an earlier
-  attempt that REST never answered.
+  4. The session ended meanwhile: none of them takes room.
+
+ON the end of any step: each early acknowledgement that belongs to no accepted copy frees the oldest unclear copy. It may
+  be an earlier attempt that REST never answered.
 
 ON acked:
   1. The alias is in flight: the copy is gone.
   2. A step is under way: note the acknowledgement as early.
   3. Otherwise free the oldest unclear copy.
 
-ON session_ended: EMQX has discarded what it held. Return what waits, so that the sender fails it. When can a step be
-  under way? If the call of the hook overtakes REST's answer. Then its copies take room until their validity ends.
+ON session_ended: EMQX has discarded what it held. Return what waits, so that the sender fails it. A step may be under
+  way, if the call of the hook overtakes REST's answer. EMQX discards the copies of that step, too.
 
 ON drop_stale: remove stale commands and expired copies, a limited number of items in each call.
 
@@ -133,6 +136,7 @@ class _Queue:
     in_flight: dict[str, PendingCommand] = field(default_factory=dict)
     unclear: deque[int] = field(default_factory=deque)
     early: dict[str, None] = field(default_factory=dict)
+    ended: bool = False
 
     @property
     def idle(self) -> bool:
@@ -276,7 +280,7 @@ class DeliveryWindows:
         for copy, outcome in zip(part.copies, outcomes, strict=True):
             if outcome in REPEATED:
                 again.append(copy)
-            if not copy.command.qos:
+            if not copy.command.qos or queue.ended:
                 continue
             if outcome == "unknown":
                 queue.unclear.append(copy.pending.valid_until_ms)
@@ -284,9 +288,6 @@ class DeliveryWindows:
                 del queue.early[outcome.alias]
             elif isinstance(outcome, Accepted):
                 queue.in_flight[outcome.alias] = copy.pending
-        # Acknowledgements that belong to no copy of this step.
-        for _ in queue.early:
-            queue.free_unclear()
         if "unknown" in outcomes:
             queue.careful = True
         elif "unsent" not in outcomes:
@@ -303,8 +304,11 @@ class DeliveryWindows:
         self._end_step(client_id, queue)
 
     def _end_step(self, client_id: str, queue: _Queue) -> None:
-        queue.busy = False
+        # Acknowledgements that belong to no copy of this step.
+        for _ in queue.early:
+            queue.free_unclear()
         queue.early.clear()
+        queue.busy = queue.ended = False
         self._ready[client_id] = None
         self._remove_if_idle(client_id, queue)
 
@@ -348,6 +352,7 @@ class DeliveryWindows:
         queue.waiting.clear()
         queue.in_flight.clear()
         queue.unclear.clear()
+        queue.ended = queue.busy
         self._remove_if_idle(client_id, queue)
         return ended
 

@@ -211,6 +211,28 @@ def test_the_end_of_a_session_frees_its_room_and_returns_what_waits() -> None:
     assert made.session_ended("a") == []
 
 
+def test_copies_that_are_accepted_after_the_end_of_their_session_take_no_room() -> None:
+    made = windows(*copies("a", 1, 2))
+    (part,) = bulk(made)
+    assert made.session_ended("a") == []
+    accept(made, part)
+    assert len(made) == 0
+
+
+def test_an_acknowledgement_during_a_change_frees_the_room_of_an_unclear_copy() -> None:
+    made = windows(*copies("a", *range(WINDOW)))
+    (part,) = bulk(made)
+    made.settle(part, ["unknown"] * WINDOW)
+    made.drop_stale(WINDOW + 1, NOW, lambda pending: True)
+    change = a_change("a")
+    made.put(change)
+    made.put(a_copy("a", 900))
+    assert made.next(1, NOW) is change
+    made.acked("a", "an earlier attempt")
+    made.settle_change(change, again=False)
+    assert shown(bulk(made)) == {"a": [900]}
+
+
 def test_a_bulk_is_limited_in_copies_and_in_bytes() -> None:
     many = windows(*(a_copy(f"c{number}", number) for number in range(BULK_MAX + 1)))
     assert len(bulk(many)) == BULK_MAX
