@@ -20,6 +20,7 @@ ACK_TIMEOUT_S = 3_600  # longer than any test: whatever comes back has another r
 RULES = (
     given.queue("queue/#", max_inflight=IN_FLIGHT, ack_timeout_s=ACK_TIMEOUT_S),
     given.queue("poison/#", ack_timeout_s=1, max_deliveries=2),
+    given.queue("slow/#", ack_timeout_s=2, max_deliveries=2, max_inflight=IN_FLIGHT),
 )
 
 
@@ -172,6 +173,53 @@ async def test_when_a_consumer_vanishes_another_gets_what_it_had(world: World) -
     repeated = [got.payload for got in working.got if got.repeated]
     assert repeated == holding.payloads()
     await working.leave()
+
+
+# -- who takes long
+
+
+async def test_a_consumer_that_works_through_what_it_has_keeps_it_however_long_it_takes(
+    world: World,
+) -> None:
+    """Its last copies wait three times as long as an acknowledgement may take, and most of them in other partitions."""
+    topics = [f"slow/{number}" for number in range(4)]
+    slow = await Consumer(world, "slow", "slow/#", acks=False).come()
+    for topic in topics:
+        await publish(world, topic, *(f"{topic} {number}" for number in range(16)))
+    await slow.until_got(64)
+    # Another consumer with room gets what falls silent
+    other = await Consumer(world, "idle", "slow/#").come()
+    for got in sorted(slow.got, key=lambda got: got.topic):
+        await asyncio.sleep(0.1)  # the work itself
+        slow.ack(got)
+    await world.until_nothing_is_left(*topics)
+    assert len(slow.got) == 64
+    assert other.got == []
+    await slow.leave()
+    await other.leave()
+
+
+async def test_what_a_frozen_consumer_has_goes_to_another_one_and_is_no_dead_letter(
+    world: World,
+) -> None:
+    topic = "slow/frozen"
+    frozen = await Consumer(world, "frozen", topic, acks=False).come()
+    await publish(world, topic, *numbered(0, 10))
+    await frozen.until_got(10)
+    other = await Consumer(world, "awake", topic).come()
+    await other.until_got(10)
+    await world.until_nothing_is_left(topic)
+    assert other.payloads() == numbered(0, 10)
+    # What it acknowledges when it continues changes nothing, and it gets new messages
+    frozen.ack(*frozen.got)
+    await other.leave()
+    await publish(world, topic, *numbered(10, 10))
+    await frozen.until_got(20)
+    frozen.ack(*frozen.got[10:])
+    await world.until_nothing_is_left(topic)
+    # Some may have been meant for the consumer that has just left
+    assert sorted(frozen.payloads(), key=int) == numbered(0, 20)
+    await frozen.leave()
 
 
 # -- what fails
