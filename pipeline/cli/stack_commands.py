@@ -81,10 +81,13 @@ def up(
         redis_port=redis_port,
         web_port=web_port,
     )
-    # With --detach the child makes it again. Made here, its errors come before a download.
-    stack = Stack(
-        directory, options, lambda line: console.print(line, markup=False, soft_wrap=True)
-    )
+
+    def say(line: str) -> None:
+        if not detach:
+            console.print(line, markup=False, soft_wrap=True)
+
+    # With --detach the child makes it again, and says the same. Made here, its errors come before a download.
+    stack = Stack(directory, options, say)
     if stack.own_kafka:
         _fetch_kafka()
     if detach:

@@ -256,8 +256,9 @@ def test_stored_messages_survive_ctrl_c_and_a_killed_supervisor(tmp_path: Path) 
 
 
 def test_a_kafka_and_a_redis_of_the_user_replace_ours(
-    own_kafka: Server, own_redis: Server, tmp_path: Path
+    own_kafka: Server, own_redis: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("MILLPOND_NO_SUCH_SETTING", "1")
     home = Home(tmp_path / "data")
     # The file of the user is in the data directory, and stays as it is.
     home.data.mkdir()
@@ -268,7 +269,8 @@ def test_a_kafka_and_a_redis_of_the_user_replace_ours(
     config.write_text(written)
     with ExitStack() as stack:
         stack.callback(home.run, "down")
-        home.says("up", "--detach", *FREE_PORTS, "--config", str(config))
+        said = home.says("up", "--detach", *FREE_PORTS, "--config", str(config))
+        assert said.count("warning: ") == 1
         assert config.read_text() == written
         assert list(home.pids()) == ["bridge embedded", *WORKERS, "web"]
         addresses = home.status()["addresses"]
