@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, Final
 
 import msgspec
@@ -15,6 +16,7 @@ from millpond.agents.delivery.dead_messages import DeadMessages
 from millpond.agents.delivery.leasing import Counters, Done, W
 from millpond.agents.delivery.members import Members, member_name
 from millpond.agents.delivery.policy import TopicPolicy
+from millpond.agents.delivery.window import Window
 from millpond.agents.effects import Effect, Output, SetDue, SetRules, SetState
 from millpond.agents.ports import LoadedState
 from millpond.agents.reads import (
@@ -52,7 +54,8 @@ from millpond.schemas.rules import Rules
 from millpond.schemas.topics import has_wildcard, intersects
 
 READ_MIN: Final = 256  # entries of an index read at once, when any are needed
-# Entries of indexes in memory, of all windows: 20 MiB or so. Beyond that all are forgotten, and read again as needed.
+# Entries of indexes in memory, of all windows: 20 MiB or so. Beyond that, those of the windows that were used the longest
+# ago are forgotten, until half of the limit is left: so counting them is rare. They are read again as needed.
 AHEAD_TOTAL_MAX: Final = 131_072
 
 
@@ -309,7 +312,7 @@ class DeliveryMachine(TopicPolicy[W]):
             case OperatorRequeue() | OperatorDrop() | OperatorRewind():
                 return self._ordered(offset, event, now_ms, score)
             case Tick():
-                return self._tick(offset, now_ms)
+                return self._tick(offset, now_ms, score)
             case RulesChanged():
                 self._storage.rules_changed(Rules.from_canonical(event.rules))
                 self._members.rules_changed()
@@ -335,11 +338,26 @@ class DeliveryMachine(TopicPolicy[W]):
             effects.append(SetState(key, self.packed(window), "windows"))
             window.trim()
         effects += [*self._members.finish(), *self._dead.finish(), *self._storage.finish()]
-        if self._ahead_total > AHEAD_TOTAL_MAX:
-            self._ahead_total = 0
-            for window in self._windows.values():
-                window.forget_ahead()
+        self._forget_far_ahead()
         return effects
+
+    def reading_ahead(self) -> Iterator[Iterable[Window]]:
+        """What has entries of indexes in memory, the least recently used first in each group."""
+        yield self._windows.values()
+
+    def _forget_far_ahead(self) -> None:
+        """Keep the entries of indexes that are in memory within their limit."""
+        if self._ahead_total <= AHEAD_TOTAL_MAX:
+            return
+        # It only counts what comes: this is what is there.
+        self._ahead_total = sum(len(x.ahead) for group in self.reading_ahead() for x in group)
+        if self._ahead_total <= AHEAD_TOTAL_MAX:
+            return
+        for window in chain.from_iterable(self.reading_ahead()):
+            if self._ahead_total <= AHEAD_TOTAL_MAX // 2:
+                break
+            self._ahead_total -= len(window.ahead)
+            window.forget_ahead()
 
     def settled(self) -> None:
         self._windows.settled()
@@ -371,7 +389,7 @@ class DeliveryMachine(TopicPolicy[W]):
         self._storage.let_go(topic, message_id)
         return done
 
-    def _tick(self, offset: int, now_ms: int) -> Done:
+    def _tick(self, offset: int, now_ms: int, score: int) -> Done:
         done: Done = []
         waits = self._counters.waits
         for due in self._due.take(now_ms):
@@ -384,7 +402,7 @@ class DeliveryMachine(TopicPolicy[W]):
             elif kind == RETAINED:
                 done += self._storage.sweep_retained(key, now_ms)
             else:
-                done += self.came_due(offset, kind, key, message_id, now_ms)
+                done += self.came_due(offset, kind, key, message_id, now_ms, score)
         return [*done, *self.do_work(offset, now_ms, waits)]
 
 

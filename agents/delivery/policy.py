@@ -79,5 +79,7 @@ class TopicPolicy(Rounds[W]):
         raise DecodeError("only a subscriber of a pubsub topic can be rewound")
 
     @abstractmethod
-    def came_due(self, offset: int, kind: str, key: str, message_id: str, now_ms: int) -> Done:
+    def came_due(
+        self, offset: int, kind: str, key: str, message_id: str, now_ms: int, score: int
+    ) -> Done:
         """ON tick: one thing that is due, and that only this agent knows of."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from millpond.agents.delivery.leasing import Done
 from millpond.agents.delivery.rounds import BESIDES, PAGE_MAX
-from millpond.agents.pubsub.readers import READERS, Readers, since_of
+from millpond.agents.pubsub.readers import READERS, Readers, known_by
 from millpond.agents.pubsub.state import Reader, reader_key, shown, split_reader, subscriber_of
 from millpond.agents.reads import Read, ReadNames
 from millpond.agents.topics.due_times import SUBSCRIBER, due_member
@@ -27,7 +27,7 @@ class Forgetting(Readers):
     def remember(self, name: str, topic_filter: str, event: SubscriberJoined, score: int) -> Done:
         key = subscriber_of(name, topic_filter)
         subscriber = self._subscribers.touch(event.source_offset, key)
-        subscriber.known.setdefault(topic_filter, since_of(event, score))
+        subscriber.known.setdefault(topic_filter, known_by(event, score))
         subscriber.gone_at = None
         return []
 
@@ -60,7 +60,7 @@ class Forgetting(Readers):
         rules = self.rules.run_by_delivery(self.agent)
         return max((each.offset_retention_s * 1000 for each in rules), default=0)
 
-    def subscriber_due(self, offset: int, key: str, now_ms: int) -> Done:
+    def subscriber_due(self, offset: int, key: str, now_ms: int, score: int) -> Done:
         """A subscriber that has gone for good may have been away for too long."""
         subscriber = self._subscribers.touch(offset, key)
         if subscriber.gone_at is None:
@@ -68,7 +68,6 @@ class Forgetting(Readers):
         end = subscriber.gone_at + self._retention_ms()
         if end > now_ms:
             return [self._due.falls_due(due_member(SUBSCRIBER, key), end)]
-        score = now_ms * 1000
         subscriber.given_up.update((each, score) for each in subscriber.known)
         subscriber.known.clear()
         return self._start_forgetting(offset, key, self.leased((), (key,)), now_ms, score)

@@ -129,7 +129,6 @@ class PubsubMachine(Trimming):
         waiting = reader.returned_as(message_id)
         if waiting is not None and holds(waiting.holders, client_id):
             reader.remove(message_id)
-            reader.finish(waiting.score, message_id)
             return self.note_waiting(key, reader)
         if found is not None:
             return self._taken_back(offset, event, split_reader(key)[0])
@@ -149,13 +148,12 @@ class PubsubMachine(Trimming):
         return self.dropped(offset, event.topic, dead.message_id)
 
     def acknowledged(self, offset: int, key: str, message_id: str, score: int) -> Done:
-        self._windows[key].finish(score, message_id)
+        """See `Leasing`: the reader is done with it, since it has it no more."""
         return []
 
     def given_up(self, offset: int, key: str, waiting: Waiting, reason: str, now_ms: int) -> Done:
         """See `Leasing`: for this subscriber the message is dead; the others go on with it."""
         subscriber, topic = split_reader(key)
-        self._windows[key].finish(waiting.score, waiting.message_id)
         before = self._dead.held.get(waiting.message_id)
         known = () if before is None else before.subscribers
         others = tuple(each for each in known if each != subscriber)
@@ -187,9 +185,11 @@ class PubsubMachine(Trimming):
             self._storage.let_go(topic, message_id)
         return done
 
-    def came_due(self, offset: int, kind: str, key: str, message_id: str, now_ms: int) -> Done:
+    def came_due(
+        self, offset: int, kind: str, key: str, message_id: str, now_ms: int, score: int
+    ) -> Done:
         if kind == SUBSCRIBER:
-            return self.subscriber_due(offset, key, now_ms)
+            return self.subscriber_due(offset, key, now_ms, score)
         if kind == DEAD:
             return self.dropped(offset, key, message_id)
         if kind == MESSAGE:
@@ -245,7 +245,7 @@ class PubsubMachine(Trimming):
         reader.clear()
         reader.made_at, reader.turn, reader.lost = made_at, turn, lost
         reader.cursor = reader.read_offset = min(max(event.after, log.cursor), log.last)
-        reader.message_id = event.message_id or ""
+        reader.message_id = reader.cursor_id = event.message_id or ""
         reader.number = log.number if reader.cursor >= log.last else log.gone
         reader.forget_ahead()
         done += self.note_waiting(key, reader)

@@ -12,10 +12,12 @@ from millpond.agents.delivery.leasing import WAITING, Done
 from millpond.agents.delivery.machine import DeliveryMachine
 from millpond.agents.delivery.members import HeldFilter, Reach, make_reach, member_name
 from millpond.agents.delivery.rounds import PAGE_MAX, literal_prefix
+from millpond.agents.delivery.window import Window
 from millpond.agents.effects import Effect, Output, SetIndex, SetState, ShowOffset
 from millpond.agents.ports import LoadedState
 from millpond.agents.pubsub.state import (
     GROUP,
+    KnownFilter,
     Reader,
     Subscriber,
     TopicLog,
@@ -58,7 +60,7 @@ class Readers(DeliveryMachine[Reader]):
     def _forget_memory(self) -> None:
         self._logs: StateCache[TopicLog] = StateCache(unpack_log)
         self._subscribers: StateCache[Subscriber] = StateCache(unpack_subscriber)
-        # Who joins in the batch by which filters, since when; and the readers of plain ones, by topic.
+        # Who joins in the batch by which filters, with their starts; and the readers of plain ones, by topic.
         self._joining: dict[str, dict[tuple[str, int], None]] = {}
         self._expected: dict[str, dict[str, None]] = {}
         self._made: dict[
@@ -260,22 +262,23 @@ class Readers(DeliveryMachine[Reader]):
         if delivery is None or delivery.start == "earliest":
             return [log.cursor]
         known = self._subscribers.get(subscriber)
-        times = [] if known is None else [known.since(topic)]
-        times += [
-            since or log.last  # a join that does not tell is itself the place
-            for wanted, since in self._joining.get(subscriber, ())
+        wants = None if known is None else known.wants(topic)
+        places = [] if wants is None else [wants.start]
+        places += [
+            min(start or log.last, log.last)  # if not before the join, then at it: see `known_by`
+            for wanted, start in self._joining.get(subscriber, ())
             if matches(wanted, topic)
         ]
-        return [max(log.cursor, each) for each in times if each is not None] or [log.cursor]
+        return [max(log.cursor, each) for each in places] or [log.cursor]
 
     def _make(self, key: str, reader: Reader, subscriber: Subscriber | None, log: TopicLog) -> None:
         topic = self.topic_of(key)
-        since = None if subscriber is None else subscriber.since(topic)
+        known = None if subscriber is None else subscriber.wants(topic)
         delivery = self.delivery(key)
-        if since is None or delivery is None:
+        if known is None or delivery is None:
             return  # nobody of that name reads it
-        start = log.cursor if delivery.start == "earliest" else max(since, log.cursor)
-        reader.made_at = since
+        start = log.cursor if delivery.start == "earliest" else max(known.start, log.cursor)
+        reader.made_at = known.since
         reader.number = log.gone if start == log.cursor else log.number
         reader.start(start)
         self._made[key] = 0
@@ -313,7 +316,7 @@ class Readers(DeliveryMachine[Reader]):
             if isinstance(event, SubscriberJoined):
                 name, topic_filter = member_name(event.client_id, event.topic_filter)
                 subscriber = subscriber_of(name, topic_filter)
-                self._joining.setdefault(subscriber, {})[topic_filter, since_of(event, 0)] = None
+                self._joining.setdefault(subscriber, {})[topic_filter, start_of(event)] = None
                 key = reader_key(subscriber, topic_filter)
                 self._expected.setdefault(topic_filter, {})[key] = None
 
@@ -362,6 +365,11 @@ class Readers(DeliveryMachine[Reader]):
 
     # -- the end of a batch ---------------------------------------------------------------------------------
 
+    def reading_ahead(self) -> Iterator[Iterable[Window]]:
+        """See `DeliveryMachine`: logs that are too long read their oldest messages."""
+        yield self._logs.values()
+        yield from super().reading_ahead()
+
     def finish(self) -> Sequence[Effect]:
         effects = [each for each in self._besides if not isinstance(each, Output)]
         self._besides = []
@@ -391,6 +399,18 @@ class Readers(DeliveryMachine[Reader]):
         self._subscribers.settled()
 
 
-def since_of(event: SubscriberJoined, score: int) -> int:
-    """The place in the log behind which all is that was published after the subscription; `score` if that is not told."""
-    return event.subscribed_at * 1000 - 1 if event.subscribed_at else score
+def known_by(event: SubscriberJoined, score: int) -> KnownFilter:
+    """How a subscriber is known by a join at this place in the log.
+
+    Its subscription came before its join. So a start behind the join is a fault of the clock that stamped the
+    subscription, and messages behind the join would be passed.
+    """
+    return KnownFilter(score, min(start_of(event) or score, score))
+
+
+def start_of(event: SubscriberJoined) -> int:
+    """The place in the log behind which all is that was published after the subscription; 0 if that is not told.
+
+    Clients and messages have different logs, so only a time can tell. What is of the same millisecond is behind it.
+    """
+    return event.subscribed_at * 1000 - 1 if event.subscribed_at else 0

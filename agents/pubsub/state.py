@@ -5,8 +5,7 @@ A subscriber is a client, or a group of clients with one shared subscription; th
 
 from __future__ import annotations
 
-from bisect import insort
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 from msgspec import Struct, field
@@ -66,28 +65,41 @@ class TopicLog(Window, array_like=True, dict=True):
         return self.read_to >= self.last
 
 
+class Unfinished(NamedTuple):
+    """A message that a reader has handed out, and that is not done: its place, and place and id of the one handed out before
+    it. That one is what the read offset shows while this one is the oldest.
+    """
+
+    score: int
+    before: int
+    before_id: str
+
+
 class Reader(Window, array_like=True, dict=True):
     """One subscriber's way through one topic.
 
-    `done` are messages that are done with, ahead of the read offset: it moves over them once all before are. `number` is
-    that of the message at the cursor, `lost` counts those that had gone before they were done with, and that are in
-    nobody's hands. `made_at` is when (a score) it was made; None if it was not yet. `requeued` are dead messages that come
-    once more, whatever the log and the offset are at.
+    `unfinished` are the messages that were handed out and are not done, in log order: they are leased or returned. All
+    others up to the cursor are done, so the read offset follows from these two, and nothing has to remember what is done
+    ahead of it. `cursor_id` is the message at the cursor, if that is known. `number` is that of the message at the cursor,
+    `lost` counts those that had gone before they were done with, and that are in nobody's hands. `made_at` is the
+    `since` by which it was made; None if it was not yet. `requeued` are dead messages that come once more, whatever the
+    log and the offset are at.
     """
 
     read_offset: int = 0
     message_id: str = ""
-    done: list[tuple[int, str]] = field(default_factory=list)
+    unfinished: dict[str, Unfinished] = field(default_factory=dict)  # by message id
     number: int = 0
     lost: int = 0
     made_at: int | None = None
     requeued: list[str] = field(default_factory=list)
+    cursor_id: str = ""
 
     def clear(self) -> None:
         """It was never made."""
         self.cursor = self.read_offset = self.number = self.lost = 0
-        self.message_id = self.turn = ""
-        self.returned, self.leases, self.done, self.requeued = [], {}, [], []
+        self.message_id = self.cursor_id = self.turn = ""
+        self.returned, self.leases, self.unfinished, self.requeued = [], {}, {}, []
         self.made_at = self.due = None
         self.stored_leases = 0
         self.aliases, self.silent = {}, []
@@ -107,35 +119,29 @@ class Reader(Window, array_like=True, dict=True):
             self.read_to = max(self.read_to, floor)
 
     def take(self, waiting: Waiting) -> None:
-        self.number += waiting.score > self.cursor
+        before = self.cursor
         super().take(waiting)
+        if self.cursor > before:  # not one that had come back
+            self.number += 1
+            handed_out = Unfinished(waiting.score, before, self.cursor_id)
+            self.unfinished.setdefault(waiting.message_id, handed_out)
+            self.cursor_id = waiting.message_id
 
     def remove(self, message_id: str) -> None:
         super().remove(message_id)
         if message_id in self.requeued:
             self.requeued.remove(message_id)
-
-    def finish(self, score: int, message_id: str) -> None:
-        """A message is done with. One before the read offset was for a second time."""
-        if score > self.read_offset and (score, message_id) not in self.done:
-            insort(self.done, (score, message_id))
-            self.advance()
+        self.unfinished.pop(message_id, None)
+        self.advance()
 
     def advance(self) -> None:
-        """Move the read offset over the unbroken run of messages that are done with."""
-        leased = ((message_id, lease.score) for message_id, lease in self.leases.items())
-        returned = ((each.message_id, each.score) for each in self.returned)
-        first = min(
-            (score for each, score in (*leased, *returned) if each not in self.requeued),
-            default=None,
+        """Move the read offset up to the oldest message that is not done."""
+        oldest = next(iter(self.unfinished.values()), None)
+        score, message_id = (
+            (self.cursor, self.cursor_id) if oldest is None else (oldest.before, oldest.before_id)
         )
-        count = 0
-        for score, message_id in self.done:
-            if first is not None and score > first:
-                break
+        if score > self.read_offset:
             self.read_offset, self.message_id = score, message_id or self.message_id
-            count += 1
-        del self.done[:count]
 
     def move_up(self, log: TopicLog) -> None:
         """Move up to what the log still has. What is leased is its holder's alone."""
@@ -151,33 +157,49 @@ class Reader(Window, array_like=True, dict=True):
             self.forget_trimmed(floor)
             self.lost += max(log.gone - self.number, 0)
             self.number = max(log.gone, self.number)
-            self.cursor = floor
+            self.cursor, self.cursor_id = floor, log.floor_id or self.cursor_id
             self.read_to = max(self.read_to, floor)
-        if self.read_offset < floor and floor not in (score for score, _ in self.done):
-            insort(self.done, (floor, log.floor_id))
+        oldest = next(iter(self.unfinished), None)
+        if oldest is not None:
+            score, before, before_id = self.unfinished[oldest]
+            if score > floor > before:
+                self.unfinished[oldest] = Unfinished(score, floor, log.floor_id or before_id)
         self.advance()
 
 
-class Subscriber(Struct, array_like=True):
-    """Since when (a score) a subscriber is known by each of its filters, without `$share/{group}/`; when (ms) it has gone
-    for good; the filters that it gave up, and when (a score), whose readers are still to be forgotten.
+class KnownFilter(NamedTuple):
+    """How a subscriber is known by a filter. Both are places in the log of this partition (scores).
+
+    `since` is the place of the announcement: it tells which of announcements, readers and unsubscribes came first. `start`
+    is where `latest` begins. That place comes from a time of the clients' log, so it orders nothing else.
     """
 
-    known: dict[str, int] = field(default_factory=dict)
+    since: int
+    start: int
+
+
+class Subscriber(Struct, array_like=True):
+    """How a subscriber is known by each of its filters, without `$share/{group}/`; when (ms) it has gone for good; the
+    filters that it gave up, and where in the log (a score), whose readers are still to be forgotten.
+    """
+
+    known: dict[str, KnownFilter] = field(default_factory=dict)
     gone_at: int | None = None
     given_up: dict[str, int] = field(default_factory=dict)
 
-    def since(self, topic: str) -> int | None:
-        """Since when it is known to want a topic; None if it does not."""
-        times = [at for each, at in self.known.items() if matches(each, topic)]
-        return min(times, default=None)
+    def wants(self, topic: str) -> KnownFilter | None:
+        """How it is known to want a topic, by the first of all filters that match; None if it does not."""
+        wanting = [known for each, known in self.known.items() if matches(each, topic)]
+        if not wanting:
+            return None
+        return KnownFilter(min(each.since for each in wanting), min(each.start for each in wanting))
 
     def has_given_up(self, topic: str, made_at: int) -> bool:
         """Whether a reader of a topic is to be forgotten: its filter was given up since, and no other one goes on."""
         for topic_filter, at in self.given_up.items():
             if made_at < at and matches(topic_filter, topic):
-                since = self.since(topic)
-                if since is None or since > at:
+                known = self.wants(topic)
+                if known is None or known.since > at:
                     return True
         return False
 

@@ -214,6 +214,7 @@ class Trimming(Forgetting):
             case ReadIndex() if read in self._heads:
                 log = self._logs[self._heads.pop(read)]
                 log.supply(answer, read.limit, log.last)
+                self._ahead_total += len(answer)
             case ReadIndex():
                 self._oldest[read.topic] = answer, read.limit
             case _:

@@ -288,7 +288,9 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
 
     # -- tick -----------------------------------------------------------------------------------------------
 
-    def came_due(self, offset: int, kind: str, key: str, message_id: str, now_ms: int) -> Done:
+    def came_due(
+        self, offset: int, kind: str, key: str, message_id: str, now_ms: int, score: int
+    ) -> Done:
         if kind == DEAD:
             return self.dropped(offset, key, message_id)
         if kind == MESSAGE:

@@ -81,11 +81,15 @@ class Connections(Struct, array_like=True):
 
     def ended(self, connection_id: str, at: int, reason: str) -> bool:
         """Fold the end of a connection. True if it was live until now."""
-        live, handed_over = self.live.get(connection_id), reason in HANDED_OVER
+        live = self.live.get(connection_id)
         if live is not None and live.connected_at > at:
             # The id is node and peer address: this is the late end of an earlier connection from the same address.
             return False
-        self.live.pop(connection_id, None)
+        self._end(connection_id, at, handed_over=reason in HANDED_OVER)
+        return live is not None
+
+    def _end(self, connection_id: str, at: int, *, handed_over: bool) -> None:
+        live = self.live.pop(connection_id, None)
         # Removed first, so that the dict's order is the order of the ends.
         self.ended_ids.pop(connection_id, None)
         self.ended_ids[connection_id] = at, handed_over
@@ -93,7 +97,6 @@ class Connections(Struct, array_like=True):
             del self.ended_ids[next(iter(self.ended_ids))]
         if live is not None:
             self._note_end(live, at, handed_over, was_live=True)
-        return live is not None
 
     def _note_end(
         self, live: LiveConnection, at: int, handed_over: bool, *, was_live: bool
@@ -117,7 +120,9 @@ class Connections(Struct, array_like=True):
             if live.node == node and live.seen < before
         ]
         for connection_id in unseen:
-            self.ended(connection_id, at, "unseen")
+            # The offsets have decided: `at` and `connected_at` may come from two clocks.
+            ended_at = max(at, self.live[connection_id].connected_at)
+            self._end(connection_id, ended_at, handed_over=False)
         last = self.last
         if last is not None and last.handed_over and last.node == node and last.seen < before:
             # The handed-over connection still waits for its successor, which never came.

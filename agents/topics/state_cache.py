@@ -1,11 +1,13 @@
 """The states that a machine has in memory, by key, and which of them a batch has changed.
 
 Only the owner of a partition changes its states. So a state that was read once stays right until the next reload.
+
+Beyond a limit, the states that no batch has asked for the longest are forgotten. They are in the store.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, Generic, NamedTuple, TypeVar
 
@@ -30,7 +32,8 @@ class StateCache(Generic[State]):
     def __init__(self, unpack: Callable[[bytes | None], State]) -> None:
         """`unpack` makes a state from its stored bytes, and from None the state of a key without stored bytes."""
         self._unpack = unpack
-        self._states: dict[str, State] = {}
+        # In the order of their last use: every batch asks for its states, by `unknown` or with a change.
+        self._states: OrderedDict[str, State] = OrderedDict()
         # Changed in this batch: key → last offset, and the state before the batch.
         self._replaced: dict[str, tuple[int, State]] = {}
         self._in_place: dict[str, int] = {}  # key → last offset
@@ -45,12 +48,16 @@ class StateCache(Generic[State]):
         return self._states.get(key)
 
     def values(self) -> Iterable[State]:
-        """Return all states in memory."""
+        """Return all states in memory, the least recently used first."""
         return self._states.values()
 
     def unknown(self, keys: Iterable[str]) -> tuple[str, ...]:
-        """Return those of the keys whose state is not in memory, each once."""
-        return tuple(dict.fromkeys(key for key in keys if key not in self._states))
+        """Return those of the keys whose state is not in memory, each once. The others are in use."""
+        asked = dict.fromkeys(keys)
+        for key in asked:
+            if key in self._states:
+                self._states.move_to_end(key)
+        return tuple(key for key in asked if key not in self._states)
 
     def supply(self, packed: Mapping[str, bytes | None]) -> None:
         """Take states that were read from the store."""
@@ -78,9 +85,20 @@ class StateCache(Generic[State]):
         for key, (offset, before) in replaced.items():
             if self._states[key] != before:
                 yield ChangedState(offset, key, before, self._states[key])
-        if len(self._states) > STATES_HELD_MAX:
-            # A state of a batch in flight cannot be read from the store yet, so it has to stay.
-            self._states = {key: self._states[key] for batch in self._unsettled for key in batch}
+        self._forget_unused()
+
+    def _forget_unused(self) -> None:
+        """Forget what was used the longest ago. A state of a batch in flight cannot be read from the store: it stays."""
+        if len(self._states) <= STATES_HELD_MAX:
+            return
+        staying = {key: None for batch in self._unsettled for key in batch}
+        limit = max(STATES_HELD_MAX, len(staying))
+        while len(self._states) > limit:
+            key = next(iter(self._states))
+            if key in staying:
+                self._states.move_to_end(key)
+            else:
+                del self._states[key]
 
     def settled(self) -> None:
         """Note that the store has applied the oldest unsettled batch."""

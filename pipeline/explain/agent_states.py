@@ -76,7 +76,7 @@ async def subscribers_of(
         names = [
             name
             for name, each in known.items()
-            if name in dead_for or each.since(topic) is not None
+            if name in dead_for or each.wants(topic) is not None
         ]
         seen.update(dict.fromkeys(names))
         keys = tuple(reader_key(name, topic) for name in names)

@@ -229,7 +229,7 @@ def of_log(known: Known, log: TopicLog) -> MessageState:
 class SubscriberView(Struct, frozen=True, kw_only=True):
     """One subscriber and its place in one topic.
 
-    - `known`: since when the subscriber has each filter.
+    - `known`: how the subscriber is known by each filter.
     - `reader`: its cursor, leases and read offset in the topic. `reader.made_at` is None before the first delivery.
     - `online`: how many of its members are online. `clients` are their client ids.
     """
@@ -248,10 +248,10 @@ class SubscriberView(Struct, frozen=True, kw_only=True):
 
 def start_of(view: SubscriberView, topic: str, log: TopicLog, plan: TopicPlan) -> int | None:
     """The score after which a subscriber without a place will begin; None if it does not want the topic."""
-    since = view.known.since(topic)
-    if since is None or plan.delivery is None:
+    known = view.known.wants(topic)
+    if known is None or plan.delivery is None:
         return None
-    return log.cursor if plan.delivery.start == "earliest" else max(since, log.cursor)
+    return log.cursor if plan.delivery.start == "earliest" else max(known.start, log.cursor)
 
 
 def is_stored(log: TopicLog, reader: Reader, message_id: str, score: int) -> bool:
@@ -285,7 +285,7 @@ def _of_pubsub(
     dead = known.dead
     if dead is not None and view.subscriber in dead.subscribers:
         return _dead(dead, view.subscriber)
-    if any(message_id == each for _, each in reader.done):
+    if known.score is not None and reader.read_offset < known.score <= reader.cursor:
         reason = "ahead of the read offset: an earlier message is not done"
         return structs.replace(_passed(known, view), state="acked", reason=reason)
     cursor: int | None = reader.cursor

@@ -185,9 +185,21 @@ class _TopicQuery:
             of_topic = [(self._topic, view) for view in views]
             logs = {self._topic: log}
             ready = await ready_for(self._reader, self._partition, of_topic, logs, plans)
-            for view, number in zip(views, ready, strict=True):
+            done = await self._done_ahead([view.reader for view in views], log)
+            for view, ready_count, done_count in zip(views, ready, done, strict=True):
                 leases = list(self._leases(view.reader, shown(view.subscriber)))
-                yield _subscriber_facts(view, log, number), leases
+                yield _subscriber_facts(view, log, ready_count, done_count), leases
+
+    async def _done_ahead(self, readers: Sequence[Reader], log: TopicLog) -> list[int]:
+        """Count the stored messages that each reader is done with, ahead of its read offset."""
+        reads = [
+            CountBetween(self._topic, max(each.read_offset, log.cursor), each.cursor)
+            for each in readers
+        ]
+        handed_out = await self._reader.read(self._partition, reads)
+        return [
+            count - _unfinished(each, log) for count, each in zip(handed_out, readers, strict=True)
+        ]
 
 
 def _member_facts(found: MemberOf, plan: TopicPlan) -> MemberFacts:
@@ -202,7 +214,9 @@ def _member_facts(found: MemberOf, plan: TopicPlan) -> MemberFacts:
     )  # fmt: skip
 
 
-def _subscriber_facts(view: SubscriberView, log: TopicLog, ready: int) -> SubscriberFacts:
+def _subscriber_facts(
+    view: SubscriberView, log: TopicLog, ready: int, done_ahead: int
+) -> SubscriberFacts:
     reader = view.reader
     return SubscriberFacts(
         subscriber=shown(view.subscriber),
@@ -213,7 +227,7 @@ def _subscriber_facts(view: SubscriberView, log: TopicLog, ready: int) -> Subscr
         ready=ready,
         returned=_returned(reader, log),
         leased=len(reader.leases),
-        done_ahead=len(reader.done),
+        done_ahead=done_ahead,
         lost=reader.lost,
         gone_at=view.known.gone_at,
     )
@@ -225,6 +239,14 @@ def _returned(reader: Reader, log: TopicLog) -> int:
         message_states.is_stored(log, reader, each.message_id, each.score)
         for each in reader.returned
     )
+
+
+def _unfinished(reader: Reader, log: TopicLog) -> int:
+    """How many stored messages a reader was handed out and is not done with."""
+    leased = [x for x in reader.leases if reader.leases[x].stored]
+    returned = [each.message_id for each in reader.returned]
+    places = [reader.unfinished[x].score for x in (*leased, *returned) if x in reader.unfinished]
+    return sum(score > log.cursor for score in places)
 
 
 async def ready_for(

@@ -53,6 +53,8 @@ CLIENTS: Final = ("a", "b", "c", "d")
 EXACT: Final = ("t/0", "t/0", "t/1", "$share/g/t/0", "$share/g/t/0", "$share/h/t/1", "t/2")
 WILD: Final = ("t/+", "#", "t/#", "$share/g/t/+", "$share/g/t/+", "$share/h/#")
 ACK_MS, EXPIRY_MS, SEND_MS = 2_000, 5_000, 7_000
+# How far the clock of the clients' log is ahead of this one.
+SKEWS_MS: Final = (-4_000, -1, 0, 0, 0, 1, 4_000)
 WAITS_MS: Final = (
     1, 500, 999, 1_000, 1_001, ACK_MS - 1, ACK_MS, ACK_MS + 1, EXPIRY_MS, SEND_MS, 20_000, 61_000,
 )  # fmt: skip
@@ -387,14 +389,14 @@ def check_same(scene: Scene, one: Folded, other: Folded) -> None:
 
 # How often what happens, by what the time is like.
 USUAL: Final = {
-    "publish": 10, "join": 5, "join wild": 4, "resume": 2, "unsubscribe": 1, "disconnect": 2, "end": 1, "sent": 10,
+    "publish": 10, "join": 5, "join wild": 4, "resume": 2, "unsubscribe": 1, "resubscribe": 1, "disconnect": 2, "end": 1, "sent": 10,
     "sent again": 2, "fail": 3, "fail late": 2, "gone": 1, "too large": 1, "ack": 10, "foreign ack": 1, "early ack": 1, "tick": 8,
     "wait": 3, "requeue": 1, "drop": 1, "rewind": 1, "rules": 1, "broker retains": 1, "repeat": 1,
 }  # fmt: skip
 TIMES: Final[dict[str, dict[str, int]]] = {
     "usual": USUAL,
     "backlog": {"publish": 20, "disconnect": 1, "tick": 1},
-    "arrival": {"join": 6, "join wild": 8, "tick": 4, "resume": 2},
+    "arrival": {"resubscribe": 4, "join": 6, "join wild": 8, "tick": 4, "resume": 2},
     "drain": {"sent": 12, "ack": 14, "tick": 8, "publish": 1},
     "trouble": {
         "fail": 10, "fail late": 4, "sent again": 5, "sent": 4, "resume": 4, "disconnect": 3, "end": 2, "tick": 8, "wait": 3,
@@ -480,6 +482,8 @@ class Player:
                 return self._joined(client_id, client.filters)
             case "unsubscribe" | "disconnect" | "end":
                 return self._leave(kind, client_id)
+            case "resubscribe" if self.clients[client_id].filters:
+                return self._subscribe_again(client_id)
             case "sent" | "sent again":
                 return self._sent(again=kind == "sent again")
             case "fail" | "fail late" | "gone" | "too large":
@@ -522,11 +526,17 @@ class Player:
         client.online = True
         return self._joined(client_id, held)
 
+    def _subscribe_again(self, client_id: str) -> list[Event]:
+        """UNSUBSCRIBE and SUBSCRIBE at once."""
+        before = dict(self.clients[client_id].filters)
+        left = self._leave("unsubscribe", client_id)
+        (topic_filter,) = before.keys() - self.clients[client_id].filters.keys()
+        return [*left, *self._join(client_id, topic_filter)]
+
     def _joined(self, client_id: str, held: dict[str, int]) -> list[Event]:
         self._source += 1
-        marks: dict[str, Any] = (
-            {"subscribed_at": self.now_ms - self._source % 2} if self._source % 5 else {}
-        )
+        subscribed_at = self.now_ms + self.random.choice(SKEWS_MS)
+        marks: dict[str, Any] = {"subscribed_at": subscribed_at} if self._source % 5 else {}
         return [
             SubscriberJoined(
                 **AT, client_id=client_id, topic_filter=topic_filter, qos=qos,

@@ -38,9 +38,10 @@ from millpond.schemas.events import (
     MessageAcked,
     OperatorRequeue,
     OperatorRewind,
+    SubscriberLeft,
 )
 from millpond.schemas.keys import Partition
-from millpond.schemas.topics import matches
+from millpond.schemas.topics import matches, split_share
 from tests.support.partition import Driver
 
 if TYPE_CHECKING:
@@ -136,10 +137,13 @@ def check_readers(server: MemoryServer) -> None:
     for key, reader in every.items():
         subscriber, topic = split_reader(key)
         assert reader.read_offset <= reader.cursor, key
-        assert reader.done == sorted(set(reader.done)), key
-        assert all(score > reader.read_offset for score, _ in reader.done), key
+        open_ones = {x.message_id for x in reader.returned} | set(reader.leases)
+        assert set(reader.unfinished) == open_ones - set(reader.requeued), key
+        places = [each.score for each in reader.unfinished.values()]
+        assert places == sorted(set(places)), key
+        assert all(each.before < each.score for each in reader.unfinished.values()), key
         unsafe = [*(x.score for x in reader.leases.values()), *(x.score for x in reader.returned)]
-        assert set(reader.requeued) <= {x.message_id for x in reader.returned} | set(reader.leases)
+        assert set(reader.requeued) <= open_ones
         assert reader.returned == sorted(reader.returned), key
         assert len({x.message_id for x in reader.returned}) == len(reader.returned), key
         assert not {x.message_id for x in reader.returned} & set(reader.leases), key
@@ -148,7 +152,7 @@ def check_readers(server: MemoryServer) -> None:
             views[keys.read_offset(shown(subscriber), topic)] = reader.message_id.encode()
         known = subscribers(server).get(subscriber)
         assert known is not None, f"{key!r} has no subscriber"
-        assert known.since(topic) is not None or known.given_up, f"{key!r} has no filter"
+        assert known.wants(topic) is not None or known.given_up, f"{key!r} has no filter"
     shown_keys = {
         x: v for x, v in server.values.items() if x.startswith(keys.read_offset("", "")[:11])
     }
@@ -236,9 +240,9 @@ def _left(
     stored: Zset, reader: Reader | None, known: Subscriber, topic: str, start: str
 ) -> list[str]:
     if reader is None:
-        since = known.since(topic)
-        assert since is not None, (known, topic)
-        begin = 0 if start == "earliest" else since
+        wants = known.wants(topic)
+        assert wants is not None, (known, topic)
+        begin = 0 if start == "earliest" else wants.start
         return [name for name, score in stored.items() if score > begin]
     ahead = [name for name, score in stored.items() if score > reader.cursor]
     return [*(each.message_id for each in reader.returned), *ahead]
@@ -256,6 +260,11 @@ def rewound_key(event: OperatorRewind) -> str:
     return reader_key(group + event.subscriber, event.topic)
 
 
+def is_group(topic_filter: str) -> bool:
+    """True if a filter is a shared subscription."""
+    return split_share(topic_filter)[0] is not None
+
+
 class Watcher:
     """Checks step by step that offsets pass finished messages only, and that first deliveries are in order.
 
@@ -264,6 +273,7 @@ class Watcher:
     - `_first`: reader → message id → score of the messages that were delivered to it.
     - `_events`: the events since the last check.
     - `_requeued`: message ids of requeued dead letters. They have a new place in the log.
+    - `_given_up`: reader → its `made_at`, of readers that an unsubscribe ended.
     """
 
     def __init__(self, world: Pubsub) -> None:
@@ -273,6 +283,7 @@ class Watcher:
         self._first: dict[str, dict[str, int]] = {}
         self._events: list[Event] = []
         self._requeued: set[str] = set()
+        self._given_up: dict[str, int | None] = {}
         self._scores: dict[str, int] = {}
 
     def record(self, events: Iterable[Event]) -> None:
@@ -292,6 +303,28 @@ class Watcher:
                     self._done.add((event.client_id, event.message_id))
                 case OperatorRequeue():
                     self._requeued.add(event.message_id)
+                case SubscriberLeft(reason="unsubscribed"):
+                    self._unsubscribed(event)
+
+    def _unsubscribed(self, event: SubscriberLeft) -> None:
+        """Note the readers that end by this event: those of a single client that no other filter of it matches."""
+        if is_group(event.topic_filter):
+            return
+        held = self._world.clients[event.client_id].filters
+        others = [x for x in held if x != event.topic_filter and not is_group(x)]
+        for key, reader in self._before.items():
+            subscriber, topic = split_reader(key)
+            ends = subscriber == event.client_id and matches(event.topic_filter, topic)
+            if ends and not any(matches(each, topic) for each in others):
+                self._given_up[key] = reader.made_at
+
+    def _check_given_up(self, now: Mapping[str, Reader]) -> None:
+        """Check, once ticks have done their work, that no reader goes on after its subscription was given up."""
+        if counters(self._world.server).forgetting:
+            return
+        for key, made_at in self._given_up.items():
+            assert key not in now or now[key].made_at != made_at, f"{key!r} was given up"
+        self._given_up.clear()
 
     def check(self, commands: Sequence[Deliver]) -> None:
         """Check the readers and the new commands after a step."""
@@ -310,6 +343,7 @@ class Watcher:
             assert after.lost >= before.lost
             self._check_passed(key, before, after)
         self._check_order(commands, now)
+        self._check_given_up(now)
         self._before = now
 
     def _check_passed(self, key: str, before: Reader, after: Reader) -> None:

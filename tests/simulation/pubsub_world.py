@@ -54,11 +54,13 @@ RULES = tuple(
     )
 )
 KINDS = {
-    "publish": 16, "join": 8, "unsubscribe": 3, "disconnect": 2, "end": 2, "resume": 2, "sent": 10,
+    "publish": 16, "join": 8, "unsubscribe": 3, "resubscribe": 3, "disconnect": 2, "end": 2, "resume": 2, "sent": 10,
     "fail": 2, "lose": 1, "ack": 10, "tick": 6, "wait": 3, "rewind": 2, "requeue": 1, "drop": 1,
     "rules": 1, "restart": 1, "again": 2, "active": 2,
 }  # fmt: skip
 WAITS_MS = (0, 1, 999, 1_000, 1_001, 1_999, LIMIT_MS, 60_000, 61_000, 600_001)
+# How far the clock of the clients' log is ahead of this one.
+SKEWS_MS = (0, -1, 0, 4_000, -4_000)
 
 
 class Step(NamedTuple):
@@ -160,6 +162,12 @@ class Pubsub(World):
                 topic_filter = sorted(client.filters)[other % len(client.filters)]
                 del client.filters[topic_filter]
                 return self._leave(client_id, [topic_filter], "unsubscribed")
+            case "resubscribe" if client.online and client.filters:
+                # At once: the time of the new subscription is that of the unsubscribe, or older.
+                topic_filter = sorted(client.filters)[other % len(client.filters)]
+                qos = client.filters[topic_filter]
+                left = self._leave(client_id, [topic_filter], "unsubscribed")
+                return [*left, *self._joined(client_id, client, {topic_filter: qos})]
             case "disconnect" if client.online:
                 client.online = False
                 return self._leave(client_id, client.filters, "disconnected")
@@ -229,7 +237,7 @@ class Pubsub(World):
             SubscriberJoined(
                 **AT, client_id=client_id, topic_filter=topic_filter, qos=qos,
                 session=client.session, source_offset=self._source,
-                subscribed_at=self.now_ms - self._source % 2,
+                subscribed_at=self.now_ms + SKEWS_MS[self._source % len(SKEWS_MS)],
             )
             for topic_filter, qos in filters.items()
         ]  # fmt: skip

@@ -91,9 +91,13 @@ class World:
         assert tick is not None
         run(_wait(self.log.produce([tick])))
 
+    def new_store(self) -> MemoryStore:
+        """Return the store of a new owner."""
+        return MemoryStore(self.partition, self.server)
+
     def owner(self, rules: Rules | None = None) -> Driver:
         """Return a new owner of the partition."""
-        store = MemoryStore(self.partition, self.server)
+        store = self.new_store()
         machine = MACHINES[self.partition.agent]()
         configured = self.rules if rules is None else rules
         return PartitionDriver(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from millpond.agents.delivery.dead_messages import DEAD_LETTER_RETENTION_MS
-from millpond.schemas.events import SubscriberJoined, SubscriberLeft
+from millpond.schemas.events import Event, SubscriberJoined, SubscriberLeft
 from tests.simulation import pubsub_judge as judge
 from tests.unit.agents.pubsub.test_machine import TOPIC, Pubsub
 from tests.unit.agents.pubsub.test_readers import SHARED, read_all, reader
@@ -54,40 +54,53 @@ def test_unsubscribing_from_a_wildcard_forgets_page_by_page(
 
 
 @pytest.mark.parametrize("topic_filter", [TOPIC, "pubsub/#"])
-def test_who_subscribes_again_before_the_tick_that_forgets_begins_anew(topic_filter: str) -> None:
+@pytest.mark.parametrize("subscribed_ms", [None, -7, 0, 7])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_who_subscribes_again_before_the_tick_that_forgets_begins_anew(
+    topic_filter: str, subscribed_ms: int | None, at_once: bool
+) -> None:
     world = Pubsub()
     world.join("a", topic_filter)
     world.publish("m1")
     world.hand_over()
     world.ack("a", "m1")
-    world.append(
-        *(
-            event
-            for event in (
-                SubscriberLeft(
-                    at=0, node="n", client_id="a", topic_filter=topic_filter, reason="unsubscribed",
-                    session=1, source_offset=50,
-                ),
-                SubscriberJoined(
-                    at=0, node="n", client_id="a", topic_filter=topic_filter, qos=1, session=1,
-                    source_offset=51,
-                ),
-            )
-        )
-    )  # fmt: skip
+    assert world.shown("a") == "m1"
+    # UNSUBSCRIBE, UNSUBACK, SUBSCRIBE: the time of the subscription is one of another log.
+    events: list[Event] = [
+        SubscriberLeft(
+            at=0, node="n", client_id="a", topic_filter=topic_filter, reason="unsubscribed",
+            session=1, source_offset=50,
+        ),
+        SubscriberJoined(
+            at=0, node="n", client_id="a", topic_filter=topic_filter, qos=1, session=1,
+            source_offset=51,
+            subscribed_at=0 if subscribed_ms is None else world.now_ms + subscribed_ms,
+        ),
+    ]  # fmt: skip
+    if at_once:
+        world.append(*events)
+    else:
+        for event in events:
+            world.tell_unticked(event)
     world.settle()
+    assert world.shown("a") is None
     assert world.hand_over() == [("a", "m1")]
+    world.ack("a", "m1")
+    assert world.shown("a") == "m1"
 
 
-def test_who_gives_up_a_filter_has_room_for_what_waits_elsewhere() -> None:
-    world = Pubsub(max_inflight=1)
-    world.join("a")
-    world.join("a", "pubsub/b")
+def test_what_was_announced_twice_is_forgotten_once() -> None:
+    world = Pubsub()
+    world.join("a", source_offset=10)
     world.publish("m1")
-    world.publish("m2", topic="pubsub/b")
-    assert world.hand_over() == [("a", "m1")]
-    world.leave("a", TOPIC, "unsubscribed")
-    assert world.hand_over() == [("a", "m2")]
+    world.hand_over()
+    world.ack("a", "m1")
+    for _ in range(2):  # by two owners of the clients' partition
+        world.leave("a", TOPIC, "unsubscribed", source_offset=11)
+        world.join("a", source_offset=12, subscribed_at=world.now_ms - 5)
+        assert world.hand_over() in ([("a", "m1")], [])
+        world.ack("a", "m1")
+    assert world.shown("a") == "m1"
 
 
 def test_disconnecting_keeps_for_ever() -> None:

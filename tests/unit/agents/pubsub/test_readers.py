@@ -66,6 +66,20 @@ def test_latest_skips_nothing_that_is_published_after_the_subscription(
     assert read_all(world)[0] == first
 
 
+def test_latest_passes_nothing_that_is_published_after_the_join_though_the_clients_clock_is_ahead() -> (
+    None
+):
+    world = Pubsub(start="latest")
+    world.publish("m1")
+    world.join("a", subscribed_at=world.now_ms + 5_000)
+    world.leave("a", TOPIC, "disconnected")
+    world.restart()
+    world.publish("m2", "m3")
+    world.restart()
+    world.join("a", subscribed_at=world.now_ms + 5_000)
+    assert read_all(world) == ["m2", "m3"]
+
+
 def test_latest_without_a_time_of_subscription_begins_at_the_join() -> None:
     world = Pubsub(start="latest")
     world.publish("m1")

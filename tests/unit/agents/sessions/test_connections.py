@@ -127,6 +127,16 @@ def test_connections_that_a_snapshot_does_not_show_end() -> None:
     assert connections.seen_on() == {}
 
 
+def test_a_snapshot_ends_what_it_does_not_show_though_its_clock_is_behind_that_of_the_connection() -> (
+    None
+):
+    connections = fold(("+", "1", 10))
+    assert connections.close_unseen(A, 1, 5)
+    assert connections.presence() == Presence(False, 10, 10, None)
+    assert connections.seen_on() == {}
+    assert not connections.opened("1", LiveConnection(A, 10, 0)), "a repeat of its connect"
+
+
 def test_a_snapshot_ends_the_wait_for_a_successor_that_never_came() -> None:
     connections = fold(("+", "1", 10), ("-", "1", 20, "takenover"))
     assert connections.seen_on() == {A: 0}
