@@ -102,6 +102,9 @@ from millpond.schemas.topics import filter_error
 # an announcement with a wildcard is a record in each partition.
 SWEEP_CLIENTS_MAX: Final = 256
 SWEEP_OUTPUTS_MAX: Final = 256
+# Snapshots on their way at once. A node that ends within its snapshot leaves one behind, and a new container may be a new
+# node. They are in the fence, which every transaction writes: 15 KiB.
+SYNCS_MAX: Final = 256
 ANNOUNCED: Final = "announced"  # the index of clients with subscriptions, by `announced_by`
 
 
@@ -223,7 +226,7 @@ class SessionsMachine:
             case events.NodeStarted() | events.NodeStopped():
                 self._queue_sweep("restarted", event.node, offset, event.at)
             case events.NodeSyncStarted():
-                self._partition.syncs[event.node] = Sync(event.sync_id, offset)
+                self._sync_started(event, offset)
             case events.NodeSyncCompleted():
                 sync = self._partition.syncs.get(event.node)
                 if sync is not None and sync.sync_id == event.sync_id:
@@ -332,13 +335,13 @@ class SessionsMachine:
     def _rules_changed(self, offset: int, event: events.RulesChanged) -> Sequence[Effect]:
         self._rules = SessionRules(Rules.from_canonical(event.rules))
         self._partition.rules_offset = offset
-        self._partition.sweeps.append(Sweep("announce", "", offset, event.at))
+        self._queue_sweep("announce", "", offset, event.at)
         return (SetRules(event.rules),)
 
     # -- sweeps -----------------------------------------------------------------------------------------
 
     def _queue_sweep(
-        self, kind: Literal["restarted", "unseen"], node: str, before: int, at: int
+        self, kind: Literal["restarted", "unseen", "announce"], node: str, before: int, at: int
     ) -> None:
         new = Sweep(kind, node, before, at)
         # A later sweep of the same kind covers everything that an earlier one would have changed.
@@ -346,6 +349,14 @@ class SessionsMachine:
             each for each in self._partition.sweeps if (each.kind, each.node) != (kind, node)
         ]
         self._partition.sweeps = [*waiting, new]
+
+    def _sync_started(self, event: events.NodeSyncStarted, offset: int) -> None:
+        """Note a snapshot. Those of nodes that never completed theirs go first."""
+        syncs = self._partition.syncs
+        syncs.pop(event.node, None)  # it is the newest now
+        syncs[event.node] = Sync(event.sync_id, offset)
+        if len(syncs) > SYNCS_MAX:
+            del syncs[next(iter(syncs))]
 
     def _tick(self, offset: int) -> Sequence[Effect | Output]:
         """Do a piece of the first sweep."""

@@ -51,12 +51,13 @@ LIMIT, LATENCY, MEMORY, PRESENCE, REGISTRY = "limit", "latency", "memory", "pres
 RULES = "rule-events"
 SPOOL = "spool"
 QUEUE, HAND_OUT, BACKLOG, PUBSUB, IDLE = "queue", "queue-latency", "backlog", "pubsub", "idle"
+GAP: Final = "gap"
 REPLAY: Final = "replay"
 HOOKS, HOOK_LATENCY = "hooks", "hook-latency"
 RACERS: Final = (*SCRIPTS, TWO)
 PARTS: Final = (
     LIMIT, *(each.name for each in RACERS), LATENCY, MEMORY, PRESENCE, REGISTRY,
-    RULES, QUEUE, HAND_OUT, BACKLOG, PUBSUB, IDLE, SPOOL, HOOKS, HOOK_LATENCY, REPLAY,
+    RULES, QUEUE, HAND_OUT, BACKLOG, PUBSUB, GAP, IDLE, SPOOL, HOOKS, HOOK_LATENCY, REPLAY,
 )  # fmt: skip
 
 
@@ -106,6 +107,8 @@ def _delivery_rows(asked: Sequence[str], arguments: argparse.Namespace) -> list[
         rows += delivery.backlog_rows()
     if PUBSUB in asked:
         rows += delivery.pubsub_rows(arguments.rounds)
+    if GAP in asked:
+        rows += delivery.gap_rows()
     if IDLE in asked:
         rows += delivery.idle_rows()
     if HOOKS in asked:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Final
 
-from tests.benchmarks import limit, pubsubs, queue_backlog, queue_latency, queues
+from millpond.schemas.events import AgentName
+from tests.benchmarks import gaps, limit, pubsubs, queue_backlog, queue_latency, queues
 from tests.benchmarks.latency import Latency
 from tests.benchmarks.neighbours import undisturbed
 from tests.benchmarks.table import Row, least_row, most_row, progress, ratio_row, thousands
@@ -16,6 +17,8 @@ SUBSCRIBERS: Final = (1, 10, 100)
 FEW, MANY = 100, 100_000  # idle subscribers
 EVENTS_BESIDE_IDLE: Final = 200_000
 SHORT, LONG = 1_000, 1_000_000  # messages of a backlog
+GAPS: Final = (1_000, 10_000)  # messages that are acknowledged ahead of a held one
+MESSAGES_BEHIND_A_GAP: Final = 30_000
 
 
 def queue_rows(rounds: int) -> list[Row]:
@@ -68,6 +71,21 @@ def pubsub_rows(rounds: int) -> list[Row]:
             rates.append(rate)
         what = f"pubsub: delivery and ack, {subscribers} subscriber{'s'[: subscribers > 1]} a topic"
         rows.append(least_row(what, rates, LEAST))
+    return rows
+
+
+def gap_rows() -> list[Row]:
+    """What an event costs behind messages that were acknowledged ahead of a held one."""
+    rows = []
+    agents: tuple[AgentName, ...] = ("queue", "pubsub")
+    for agent in agents:
+        none = gaps.cost(agent, 0, MESSAGES_BEHIND_A_GAP)
+        for gap in GAPS:
+            found = gaps.cost(agent, gap, MESSAGES_BEHIND_A_GAP)
+            progress(f"{agent}: {found:.1f} µs with a gap of {gap:,}, {none:.1f} µs without")
+            what = f"{agent}: {gap:,} acknowledged ahead of a held message : 0, cost of an event"
+            figures = f"{found:.0f} µs : {none:.0f} µs"
+            rows.append(most_row(what, figures, found / none, 1.2, "x"))
     return rows
 
 

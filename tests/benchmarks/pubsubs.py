@@ -171,16 +171,16 @@ def idle(subscribers: int, topics: int, events: int, *, online: bool = False) ->
                 asyncio.run(fill(address, keys.MESSAGES_TOPIC, beside))
             wanted = len(came) + int(events * START_SHARE)
             _, first = until_applied(process, redis, APP, "pubsub", wanted)
-            before = _processor_s(process, redis)
+            before = processor_s(process, redis)
             _, last = until_applied(process, redis, APP, "pubsub", len(came) + events)
-            spent = _processor_s(process, redis) - before
+            spent = processor_s(process, redis) - before
             rss = psutil.Process(process.pid).memory_info().rss / 2**20
         finally:
             process.kill()
     return Idle(spent / (last - first) * 1e6, rss)
 
 
-def _processor_s(process: scene.Process, redis: Redis) -> float:
+def processor_s(process: scene.Process, redis: Redis) -> float:
     """What both have used so far: it hardly depends on what else runs on the machine."""
     worker, server = psutil.Process(process.pid).cpu_times(), redis.info("cpu")
     of_redis = float(server["used_cpu_user"]) + float(server["used_cpu_sys"])

@@ -87,8 +87,8 @@ PUBSUB_OVERFLOW: Final = ("millpond.agents.pubsub.machine", "millpond.agents.pub
 MEMORY: Final[dict[tuple[str, ...], Sequence[int]]] = {
     (f"{DELIVERY}.machine.READ_MIN", "millpond.agents.pubsub.trimming.READ_MIN"): (1, 1, 2, 5, 256),
     (f"{DELIVERY}.window.AHEAD_MAX", "millpond.agents.pubsub.trimming.AHEAD_MAX"): (1, 2, 4, 1_024),
-    (f"{DELIVERY}.machine.AHEAD_TOTAL_MAX",): (0, 5, 20, 131_072),
-    (f"{TOPIC_STATES}.state_cache.STATES_HELD_MAX",): (0, 1, 3, 2_000),
+    (f"{DELIVERY}.machine.AHEAD_TOTAL_MAX",): (0, 5, 12, 20, 131_072),
+    (f"{TOPIC_STATES}.state_cache.STATES_HELD_MAX",): (0, 1, 3, 6, 2_000),
     (f"{DELIVERY}.members.AWAKE_MAX",): (0, 1, 2, 2_000),
     (f"{DELIVERY}.members.TOPICS_REMEMBERED_MAX",): (1, 2, 10_000),
 }

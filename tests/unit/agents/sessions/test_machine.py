@@ -394,6 +394,40 @@ def test_several_snapshots_that_wait_are_one_sweep(monkeypatch: pytest.MonkeyPat
     assert world.state() == "0"
 
 
+def test_new_rules_that_wait_are_one_sweep() -> None:
+    world = Sessions(*PRESENCE)
+    world.settle()
+    world.fold(world.connected(), world.subscribed("queue/a"))
+    rules = given.rules(*PRESENCE, QUEUE).canonical()
+    for _ in range(50):
+        world.append(
+            events.RulesChanged(at=next(world.at), node=NODE, agent="sessions", rules=rules)
+        )
+    world.feed(world.driver)
+    assert world.applied is not None
+    assert len(world.applied.machine["sweeps"]) == 1
+    world.settle()
+    assert world.changes() == [("+", "queue/a", 1)]
+
+
+def test_snapshots_of_nodes_that_never_completed_them_are_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sessions, "SYNCS_MAX", 3)
+    world = Sessions(*PRESENCE)
+    world.fold(world.connected())
+    world.fold(world.of_node(events.NodeSyncStarted, sync_id="1"))
+    for node in ("gone@1", "gone@2"):
+        world.fold(world.of_node(events.NodeSyncStarted, sync_id="1", node=node))
+    world.fold(world.of_node(events.NodeSyncStarted, sync_id="2"))
+    for node in ("gone@3", "gone@4"):
+        world.fold(world.of_node(events.NodeSyncStarted, sync_id="1", node=node))
+    assert world.applied is not None
+    assert list(world.applied.machine["syncs"]) == [NODE, "gone@3", "gone@4"]
+    world.fold(world.of_node(events.NodeSyncCompleted, sync_id="2"))
+    assert world.state() == "0"
+
+
 def test_a_tick_announces_a_bounded_number_of_members(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions, "SWEEP_OUTPUTS_MAX", 2)
     world = Sessions(QUEUE)
