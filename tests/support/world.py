@@ -213,9 +213,10 @@ class Consumer:
             return False
         self._client, self.online = client, True
         self._task = asyncio.create_task(self._read(client))
-        return not subscribe or client.session_present or await self._subscribe()
+        return not subscribe or client.session_present or await self.subscribe()
 
-    async def _subscribe(self) -> bool:
+    async def subscribe(self) -> bool:
+        """Subscribe to all filters. True if the broker answered before the connection ended."""
         fields = b"".join(text(each) + bytes((self.qos,)) for each in self.filters)
         return await self._ask(8, fields)
 

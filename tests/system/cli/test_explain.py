@@ -143,6 +143,8 @@ async def test_a_pubsub_message_has_a_state_for_each_subscriber(pipeline: Pipeli
     assert {each.subscriber: (each.ready, each.leased) for each in facts.subscribers} == {
         "done": (0, 1), "sent": (0, 2), "waiting": (1, 2), "away": (3, 0),
     }  # fmt: skip
+    done_ahead = {each.subscriber: each.done_ahead for each in facts.subscribers}
+    assert done_ahead == {"done": 0, "sent": 1, "waiting": 0, "away": 0}
     (one,) = (await topic_of(pipeline, topic, "away")).subscribers
     assert (one.read_offset, one.online) == (None, 0)
     shown = (await run(pipeline, "explain", "m1")).stdout

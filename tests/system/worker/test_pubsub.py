@@ -19,6 +19,8 @@ SETTINGS = {"max_inflight": IN_FLIGHT, "ack_timeout_s": ACK_TIMEOUT_S}
 RULES = (
     given.pubsub("pubsub/#", **SETTINGS),
     given.pubsub("latest/#", start="latest", **SETTINGS),
+    # As in old files: the view goes at once.
+    given.command("DEL mqtt:acked:${clientid}:${topic}", "session.unsubscribed", "pubsub/at-once"),
 )
 
 
@@ -102,6 +104,21 @@ async def test_who_unsubscribes_is_forgotten_and_begins_anew(world: World) -> No
     await consumer.come()
     await until_read_to(world, "forgets", topic, 19)
     assert consumer.payloads() == [*numbered(0, 10), *numbered(0, 20)]
+    await consumer.leave()
+
+
+async def test_who_subscribes_again_at_once_begins_anew_each_time(world: World) -> None:
+    topic, rounds = "pubsub/at-once", 6
+    consumer = await Consumer(world, "at-once", topic).come()
+    await publish(world, topic, *numbered(0, 3))
+    for number in range(1, rounds + 1):
+        await consumer.until_got(3 * number)
+        await until_read_to(world, "at-once", topic, 2)
+        await consumer.unsubscribe(topic)
+        assert await consumer.subscribe()
+    await consumer.until_got(3 * (rounds + 1))
+    await until_read_to(world, "at-once", topic, 2)
+    assert consumer.payloads() == numbered(0, 3) * (rounds + 1)
     await consumer.leave()
 
 
