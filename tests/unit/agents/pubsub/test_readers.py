@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from millpond.agents.delivery import leasing
 from millpond.agents.effects import Refusal
 from millpond.agents.pubsub.machine import PubsubMachine
-from millpond.agents.pubsub.state import Reader
+from millpond.agents.pubsub.state import Reader, unpack_reader, unpack_subscriber
 from millpond.pipeline.stores.memory.server import Hash
 from millpond.schemas import keys
 from millpond.schemas.commands import COMMAND_VALID_FOR_S
@@ -334,6 +336,20 @@ def test_a_foreign_key_in_the_place_of_a_message_is_passed() -> None:
     assert judge.logs(world.server)[TOPIC].length == 1
     machine = world.driver.machine
     assert not machine.refused(given.acked("m1", TOPIC), Refusal(9, "receipt", ""))
+
+
+@pytest.mark.parametrize(
+    ("unpack", "packed"),
+    [
+        (unpack_reader, b'[0,[],{},"",null,false,5,"m1",[],1,0,5,[]]'),
+        (unpack_subscriber, b'[{"pubsub/a":5},null,{}]'),
+    ],
+)
+def test_a_state_of_the_format_before_is_refused_and_not_misread(
+    unpack: Callable[[bytes], Any], packed: bytes
+) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        unpack(packed)
 
 
 def test_a_restart_in_every_state_changes_nothing() -> None:
