@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Final, Self
 
 from millpond.agents.reads import Read
-from millpond.pipeline.stores.redis.connection import Address, RedisCommand, pack
+from millpond.pipeline.stores.redis.connection import COMMAND_TIMEOUT_S, Address, RedisCommand, pack
 from millpond.pipeline.stores.redis.foreign_keys import foreign_key, is_wrong_type
 from millpond.pipeline.stores.redis.inspection import (
     InspectionRead,
@@ -34,7 +34,8 @@ class StoreReader:
 
     def __init__(self, pool: Pool) -> None:
         """Nothing connects before the context is entered."""
-        self._pool, self._access = pool, access_of(pool)
+        self._pool = pool
+        self._access = access_of(pool)._replace(reply_timeout_s=COMMAND_TIMEOUT_S)
         self._nodes = Nodes(addresses(pool), self._access)
         # None for a cluster: `_nodes` then finds the server of each key.
         self._server: Address | None = None
