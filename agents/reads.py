@@ -4,7 +4,10 @@ A read says *what* it asks for. A store says how. Each docstring below says what
 
 - A **table** is a hash of packed states, an **index** a zset of names. Both belong to the partition that reads.
   The **due set** is a zset of names with a time.
-- A **topic's index** is the public zset of its stored messages. A public key of a foreign type counts as empty.
+- A **topic's index** is the public zset of its stored messages.
+- A public key may have a **foreign type**, because another program wrote it. What a user's application wrote for Millpond to
+  read (subscriptions), and what a client waits for (retained messages), is answered by `WrongType`: it becomes a dead letter.
+  Elsewhere such a key counts as empty, and the store names it in its log.
 - A **score** is a place in the log. "Behind" a score means above it.
 - A **page** is a limited answer in order. The reader asks for the next page behind the last entry.
 
@@ -26,6 +29,13 @@ from typing import Final, NamedTuple, TypeAlias
 
 from millpond.agents.effects import Table
 from millpond.schemas.keys import Partition
+
+
+class WrongType(NamedTuple):
+    """The answer about a public key that another program wrote, with another type. `reason` is the store's."""
+
+    key: str
+    reason: str
 
 
 class ReadStates(NamedTuple):
@@ -103,7 +113,7 @@ class ReadLast(NamedTuple):
 class ReadSubscriptions(NamedTuple):
     """The subscriptions that the user's applications wrote for a client.
 
-    Answer: `dict[bytes, bytes]`, topic filter → QoS, both unchecked.
+    Answer: `dict[bytes, bytes]`, topic filter → QoS, both unchecked; or `WrongType`.
     """
 
     client_id: str
@@ -126,7 +136,7 @@ class ReadNames(NamedTuple):
 class ReadRetained(NamedTuple):
     """The id of a topic's retained message.
 
-    Answer: `str | None`.
+    Answer: `str | None`, or `WrongType`.
     """
 
     topic: str

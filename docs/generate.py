@@ -24,6 +24,7 @@ from millpond.pipeline.cli.main import app
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.telemetry.bridge import (
     CommandMetrics,
+    DeadLetterMetrics,
     HookMetrics,
     ProducerMetrics,
     SpoolMetrics,
@@ -334,9 +335,11 @@ def bridge_families() -> dict[str, dict[str, Metric]]:
     inlet: Any = SimpleNamespace(
         entered={}, lost={}, spooled={}, spooling=False, depth=(0, 0), complaint=None
     )
+    letters: Any = DeadLetterMetrics(SimpleNamespace(reader="bridge", counts={}))  # type: ignore[arg-type]
     return {
-        "embedded": families([ProducerMetrics(recorder), commands]),
-        "emqx": families([HookMetrics({}), SpoolMetrics(inlet), commands]),
+        "embedded": families([ProducerMetrics(recorder), commands, letters]),
+        "emqx": families([HookMetrics({}), SpoolMetrics(inlet), commands, letters]),
+        "emqx-kafka": families([letters]),
     }
 
 
@@ -372,7 +375,8 @@ def bridge_metrics() -> Table:
     rows: list[tuple[str, ...]] = [
         (*measured(name, family), " ".join(code(each) for each in bridges if name in bridges[each]))
         for name, family in merged.items()
-        if name not in worker_families()
+        # What every worker and bridge shows is in the table of workers alone.
+        if name != "millpond_build_info"
     ]
     return Table(("metric", "type", "labels", "bridge", "meaning"), rows)
 

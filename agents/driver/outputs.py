@@ -23,7 +23,14 @@ from millpond.agents.effects import (
     SendCommand,
 )
 from millpond.agents.ports import OutgoingRecord, Record
-from millpond.agents.reads import Read, ReadBody, ReadNames, ReadRetained, ReadSubscriptions
+from millpond.agents.reads import (
+    Read,
+    ReadBody,
+    ReadNames,
+    ReadRetained,
+    ReadSubscriptions,
+    WrongType,
+)
 from millpond.schemas import codec, keys
 from millpond.schemas.commands import COMMAND_VALID_FOR_S, SUBSCRIPTIONS_MAX, Deliver, Subscribe
 from millpond.schemas.events import SubscriberJoined, SubscriberLeft
@@ -44,7 +51,7 @@ def needs_source(output: Output) -> bool:
     """True if making the output's Kafka record needs the record that the output came from."""
     if isinstance(output, DeliverMessage):
         return not output.stored
-    return isinstance(output, DeadLetter | LookUpSubscriptions)
+    return isinstance(output, DeadLetter | LookUpSubscriptions | LookUpRetained)
 
 
 class Outputs:
@@ -90,8 +97,8 @@ class Outputs:
                     yield record
             case _:
                 assert isinstance(output, LookUpRetained), "`records` handles the others"
-                async for deliver in self._retained(output):
-                    yield to_bridge(deliver)
+                async for record in self._retained(output, source):
+                    yield record
 
     def _announcements(self, event: SubscriberJoined | SubscriberLeft) -> list[OutgoingRecord]:
         """Return one record for a plain filter, and one for each partition if the filter has a wildcard.
@@ -109,6 +116,12 @@ class Outputs:
     ) -> list[OutgoingRecord]:
         """Return one command with the client's subscriptions in the store, and one dead letter for invalid ones."""
         (table,) = await self._read([ReadSubscriptions(output.client_id)])
+        if isinstance(table, WrongType):
+            reason = (
+                f"{table.key} is no hash of topic filters, so no subscriptions are read for the client: {table.reason};"
+                " delete the key, and write it with HSET"
+            )
+            return [self._look_up_failed("subscriptions", output.offset, reason, source)]
         filters, invalid = [], []
         for name, qos in sorted(table.items()):
             topic_filter = name.decode("utf-8", "replace")
@@ -127,21 +140,34 @@ class Outputs:
         if invalid:
             key = keys.subscriptions(output.client_id)
             reason = f"{key} holds invalid subscriptions: {', '.join(invalid)}"
-            self._observer.dead_letter("subscriptions")
-            dead_letter = DeadLetter(output.offset, reason)
-            records.append(dead_letter_record(self._partition, dead_letter, source))
+            records.append(self._look_up_failed("subscriptions", output.offset, reason, source))
         return records
 
-    async def _retained(self, output: LookUpRetained) -> AsyncIterator[Deliver]:
+    def _look_up_failed(
+        self, kind: str, offset: int, reason: str, source: Record | None
+    ) -> OutgoingRecord:
+        self._observer.dead_letter(kind)
+        return dead_letter_record(self._partition, DeadLetter(offset, reason), source)
+
+    async def _retained(
+        self, output: LookUpRetained, source: Record | None
+    ) -> AsyncIterator[OutgoingRecord]:
+        """Yield a command for each retained message, and one dead letter for all keys of another type."""
         topics = await self._retained_topics(output.topic_filter)
+        foreign: list[WrongType] = []
         for first in range(0, len(topics), BODIES_READ_MAX):
             chunk = topics[first : first + BODIES_READ_MAX]
             found = await self._read([ReadRetained(topic) for topic in chunk])
-            ids = [message_id for message_id in found if message_id is not None]
+            foreign += [each for each in found if isinstance(each, WrongType)]
+            ids = [message_id for message_id in found if isinstance(message_id, str)]
             for body in await self._read([ReadBody(message_id) for message_id in ids]):
                 deliver = _delivery(output, body)
                 if deliver is not None:
-                    yield deliver
+                    yield to_bridge(deliver)
+        if foreign:
+            named = ", ".join(each.key for each in foreign)
+            reason = f"a retained message cannot be read: {foreign[0].reason}; delete {named}"
+            yield self._look_up_failed("retained", output.offset, reason, source)
 
     async def _retained_topics(self, topic_filter: str) -> list[str]:
         """Return the topics that match a filter, sorted, at most `RETAINED_MAX`.

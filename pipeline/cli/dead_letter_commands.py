@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -23,17 +24,20 @@ from millpond.pipeline.cli.common import (
     confirm,
     console,
     errors,
+    listing,
     load_settings,
     print_json,
     printable,
     say,
+    show,
     utc_time,
 )
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.explain.sentences import count
-from millpond.pipeline.operate import dead_letters, operator_events
+from millpond.pipeline.operate import dead_letters, operator_events, unreadable
 from millpond.pipeline.operate.dead_letter_snapshot import DeadLetterSnapshot
 from millpond.pipeline.operate.dead_letters import FoundDeadLetter, StoredMessage
+from millpond.pipeline.operate.unreadable import Unreadable
 from millpond.pipeline.process.signals import run
 from millpond.schemas import keys
 from millpond.schemas.errors import ConfigError
@@ -41,6 +45,7 @@ from millpond.schemas.events import OperatorDrop, OperatorRequeue
 from millpond.schemas.topics import filter_error, split_share
 
 LISTED_MAX: Final = 100  # without --limit
+SHOWN_BYTES: Final = 60  # of the value of an unreadable record; --json has more
 WIDE_COLUMNS_MIN: Final = 110  # from this width on, topics and reasons have columns of their own
 
 commands = typer.Typer(help="List, requeue and drop dead letters.", no_args_is_help=True)
@@ -64,12 +69,23 @@ def list_dead_letters(
         int, typer.Option("--limit", min=1, help="How many to list, the newest.")
     ] = LISTED_MAX,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
+    only_unreadable: Annotated[
+        bool,
+        typer.Option(
+            "--unreadable", help="List the records that could not be read or stored instead."
+        ),
+    ] = False,
     config: ConfigOption = None,
     data: DataOption = DEFAULT_DATA,
 ) -> None:
     """List the newest dead letters, the newest last."""
     _check_filter(topic)
+    if only_unreadable and topic is not None:
+        raise ConfigError("--topic: a record that could not be read has no known topic")
     settings, rules = load_settings(config, data)
+    if only_unreadable:
+        _list_unreadable(run(unreadable.newest(settings, limit)), as_json=as_json)
+        return
 
     async def read(snapshot: DeadLetterSnapshot) -> None:
         async for found in dead_letters.scan(settings, rules, topic):
@@ -89,6 +105,28 @@ def list_dead_letters(
     elif listed:
         Console(width=PIPED_WIDTH, highlight=False).print(_table(listed, wide=True))
     say(_summary(len(listed), total, topic))
+
+
+def _list_unreadable(found: Unreadable, *, as_json: bool) -> None:
+    total = count(len(found.records), "record")
+    summary = f"{total} that could not be read or stored"
+    if not found.whole:
+        summary = f"the newest {summary}; older ones are in {keys.DEAD_LETTERS_TOPIC}: --limit N lists more"
+    if as_json:
+        print_json(found.records)
+        if not found.whole:
+            errors.print(summary, markup=False, soft_wrap=True)
+        return
+    table = listing("when", "from", "by", "bytes", "begins with", "reason")
+    for each in found.records:
+        begin = b64decode(each.value)[:SHOWN_BYTES]
+        table.add_row(
+            utc_time(each.at), cell(each.source), cell(each.reader), str(each.size),
+            cell(begin.decode("utf-8", "backslashreplace")), cell(each.reason),
+        )  # fmt: skip
+    if found.records:
+        show(table)
+    say(summary)
 
 
 def _table(listed: list[FoundDeadLetter], *, wide: bool) -> Table:

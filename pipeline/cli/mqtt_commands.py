@@ -20,6 +20,7 @@ from millpond.schemas.errors import ConfigError, MillpondError
 from millpond.schemas.topics import filter_error, topic_name_error
 
 PAYLOAD_BYTES_MAX: Final = 268_435_455  # the largest Remaining Length (MQTT 3.1.1, 2.2.3)
+ANSWER_TIMEOUT_S: Final = 5.0  # for CONNACK, SUBACK, and the acknowledgement of a publish
 REFUSED: Final = 0x80  # the least reason code of a refusal (MQTT 3.1.1, 3.9.3)
 IN_FLIGHT_MAX: Final = (
     20  # publishes that wait for an acknowledgement; a usual default of MQTT clients
@@ -61,14 +62,14 @@ def _address(
 
 
 def _login(username: str | None, password: str | None, file: str | None) -> dict[str, Any]:
-    """Return the client's arguments for a user name and a password."""
+    """Return the client's arguments for a user name and a password, and its time-out."""
     if password is not None and file is not None:
         raise ConfigError("--password and --password-file exclude each other")
     if username is None and (password is not None or file is not None):
         raise ConfigError("a password needs a --username")
     if file is not None:
         password = read_secret(file, "--password-file")
-    return {"username": username, "password": password}
+    return {"username": username, "password": password, "timeout": ANSWER_TIMEOUT_S}
 
 
 async def _unless_closed(client: Any, work: Coroutine[Any, Any, None], closed: str) -> None:
@@ -95,7 +96,7 @@ async def _unless_closed(client: Any, work: Coroutine[Any, Any, None], closed: s
 def _failed(address: tuple[str, int], error: BaseException) -> MillpondError:
     reason = str(error)
     if reason == "Operation timed out":  # aiomqtt's sentence, without a subject
-        reason = "the broker does not answer"
+        reason = f"the broker has not answered for {ANSWER_TIMEOUT_S:g} s; it waits while Kafka does not answer"
     return MillpondError(f"MQTT at {address[0]}:{address[1]}: {reason}")
 
 

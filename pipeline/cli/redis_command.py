@@ -5,48 +5,53 @@ The output has the form that redis-cli writes to a pipe.
 
 from __future__ import annotations
 
-import asyncio
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
-from redis import Redis
-from redis.exceptions import RedisError, ResponseError
+from hiredis import ReplyError
 
 from millpond.pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, load_settings
-from millpond.pipeline.settings import read_secret
-from millpond.pipeline.stores.registry import access_of, locate
+from millpond.pipeline.process.signals import run
+from millpond.pipeline.stores.redis.connection import COMMAND_TIMEOUT_S
+from millpond.pipeline.stores.registry import connector
 from millpond.schemas.errors import MillpondError
+from millpond.schemas.rules.pool import Pool
+
+NEVER_S: Final = float("inf")
 
 
 def redis(
     command: Annotated[
         list[str], typer.Argument(metavar="COMMAND", help="A Redis command, as in redis-cli.")
     ],
+    timeout: Annotated[
+        float,
+        typer.Option(
+            "--timeout",
+            min=0,
+            help="Seconds to wait for the reply; 0 waits for a BLPOP or a BGSAVE.",
+        ),
+    ] = COMMAND_TIMEOUT_S,
     config: ConfigOption = None,
     data: DataOption = DEFAULT_DATA,
 ) -> None:
     """Run one Redis command, for example: `millpond redis ZRANGE mqtt:msg:t 0 -1`."""
     _, rules = load_settings(config, data)
-    pool = rules.pool("messages")
-    host, port = asyncio.run(locate(pool, access_of(pool)))
-    password = pool.password
-    if pool.password_file is not None:
-        password = read_secret(pool.password_file, f"[pool.{pool.name}] password_file")
-    client = Redis(
-        host=host, port=port, db=pool.database, username=pool.username, password=password,
-        ssl=pool.tls, ssl_ca_certs=pool.ca_file,
-    )  # fmt: skip
-    try:
-        # The callbacks would turn the replies of some commands into Python objects.
-        client.response_callbacks.clear()
-        reply: Any = client.execute_command(*command)  # type: ignore[no-untyped-call]
-    except ResponseError as error:
-        raise MillpondError(f"(error) {error}") from error
-    except (RedisError, OSError) as error:
-        raise MillpondError(f"Redis at {host}:{port}: {error}") from error
+    reply = run(_ask(rules.pool("messages"), command, timeout or NEVER_S))
+    if isinstance(reply, ReplyError):
+        raise MillpondError(f"(error) {reply}")
     for line in _lines(reply):
         sys.stdout.buffer.write(line + b"\n")
+
+
+async def _ask(pool: Pool, command: list[str], timeout_s: float) -> Any:
+    connection = await connector(pool, timeout_s)()
+    try:
+        (reply,) = await connection.call(*command)
+    finally:
+        await connection.close()
+    return reply
 
 
 def _lines(reply: Any) -> list[bytes]:
@@ -55,11 +60,7 @@ def _lines(reply: Any) -> list[bytes]:
             return [b""]
         case bytes():
             return [reply]
-        case dict():
-            return [line for pair in reply.items() for item in pair for line in _lines(item)]
-        case list() | tuple() | set():
+        case list():
             return [line for item in reply for line in _lines(item)]
-        case float():  # a score: redis-cli prints no ".0"
-            return [repr(reply).removesuffix(".0").encode()]
         case _:
             return [str(reply).encode()]

@@ -29,8 +29,15 @@ from millpond.pipeline.cli.common import (
 from millpond.pipeline.operate.lag import LagReader
 from millpond.pipeline.process.child import MILLPOND, USAGE_EXIT_CODE
 from millpond.pipeline.process.extras import extra
-from millpond.pipeline.settings import PORT_MAX, load
+from millpond.pipeline.process.signals import run
+from millpond.pipeline.settings import PORT_MAX, Settings, load
+from millpond.pipeline.stores.redis.inspection import ReadFence
+from millpond.pipeline.stores.redis.reader import StoreReader
 from millpond.schemas.errors import ConfigError, MillpondError
+from millpond.schemas.events import AgentName
+from millpond.schemas.keys import Partition
+from millpond.schemas.rules import Rules
+from millpond.schemas.rules.pool import Pool
 
 KAFKA_SIZE = "about 60 MB"
 DETACHED_READY_TIMEOUT_S = 600.0  # long enough for a first start, which downloads Kafka
@@ -226,18 +233,11 @@ def _status(data: Path) -> dict[str, Any]:
             "processes": [],
             "uncommitted": {},
         }
-    settings, _ = load(directory.configuration)
+    settings, rules = load(directory.configuration)
 
-    async def lags() -> dict[str, int | None]:
-        try:
-            async with LagReader(settings.kafka, settings.app) as offsets:
-                return {each.agent: each.uncommitted for each in await offsets.of(AGENT_NAMES)}
-        except (KafkaError, MillpondError) as error:
-            errors.print(
-                f"millpond: Kafka does not answer, so the lag is unknown: {error}", markup=False
-            )
-            return dict.fromkeys(AGENT_NAMES)
-
+    uncommitted, complaints = run(_ask_servers(settings, rules))
+    for complaint in complaints:
+        errors.print(f"millpond: {complaint}", markup=False, soft_wrap=True)
     processes = [
         {
             "name": child.name,
@@ -250,12 +250,40 @@ def _status(data: Path) -> dict[str, Any]:
     ]
     return {
         "running": True,
-        "ready": state.ready and all(process["ready"] for process in processes),
+        # What was ready once may hang now with the server that does not answer.
+        "ready": state.ready and not complaints and all(each["ready"] for each in processes),
         "addresses": state.addresses,
         "processes": processes,
-        "uncommitted": asyncio.run(lags()),
+        "uncommitted": uncommitted,
         "supervisor": msgspec.to_builtins(state.supervisor),
     }
+
+
+async def _ask_servers(
+    settings: Settings, rules: Rules
+) -> tuple[dict[AgentName, int | None], list[str]]:
+    """The records that each agent has not committed, None if that is unknown; and which server does not answer."""
+    uncommitted: dict[AgentName, int | None] = dict.fromkeys(AGENT_NAMES)
+    complaints: list[str] = []
+
+    async def ask_kafka() -> None:
+        try:
+            async with LagReader(settings.kafka, settings.app) as offsets:
+                uncommitted.update(
+                    {each.agent: each.uncommitted for each in await offsets.of(AGENT_NAMES)}
+                )
+        except (KafkaError, MillpondError) as error:
+            complaints.append(f"the lag is unknown: {error}")
+
+    async def ask_redis(pool: Pool) -> None:
+        try:
+            async with StoreReader(pool) as reader:
+                await reader.read(Partition(settings.app, "sessions", 0), [ReadFence()])
+        except MillpondError as error:
+            complaints.append(str(error))
+
+    await asyncio.gather(ask_kafka(), *map(ask_redis, rules.pools))
+    return uncommitted, complaints
 
 
 def _pid(found: dict[str, Any], name: str) -> int:

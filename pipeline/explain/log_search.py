@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from typing import Any, Final, Self
 
 import msgspec
 from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError
 from msgspec import Struct, field, structs
 
 from millpond.agents.topics.dedup import DEDUP_WINDOW_MS
 from millpond.pipeline.explain.results import EventKind, LogEvent, Searched
-from millpond.pipeline.kafka.diagnosis import unreachable
+from millpond.pipeline.kafka.answers import answer, command_options, connected
 from millpond.pipeline.settings import KafkaSettings
 from millpond.schemas import codec, keys
 from millpond.schemas.errors import DecodeError, MillpondError
@@ -42,7 +42,7 @@ CHUNK_RECORDS: Final = 50_000  # of one step backwards
 RUN_RECORDS: Final = 5_000  # of one fetch
 FETCH_BYTES: Final = 4 * 1024 * 1024
 # How long Kafka may send no record although the log has more. A new leader is elected in less.
-SILENCE_S: Final = 30.0
+SILENCE_S: Final = 15.0
 
 _KINDS: Final[Mapping[type[Any], EventKind]] = {
     MessageAcked: "acked",
@@ -68,31 +68,30 @@ class LogReader:
         self._settings = settings
         self._consumer = AIOKafkaConsumer(
             enable_auto_commit=False, auto_offset_reset="earliest",
-            max_partition_fetch_bytes=FETCH_BYTES, **settings.client_options(),
+            max_partition_fetch_bytes=FETCH_BYTES, **command_options(settings),
         )  # fmt: skip
+        self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
-        try:
-            await self._consumer.start()
-            known = await self._consumer.topics()
-        except KafkaError as error:
-            await self._consumer.stop()
-            raise await unreachable(self._settings) from error
-        missing = {keys.MESSAGES_TOPIC, keys.DEAD_LETTERS_TOPIC} - known
-        if missing:
-            await self._consumer.stop()
-            raise MillpondError(f"Kafka has no topic {min(missing)}: run `millpond kafka init`")
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(connected(self._settings, self._consumer))
+            known = await answer(self._settings, "list the topics", self._consumer.topics())
+            missing = {keys.MESSAGES_TOPIC, keys.DEAD_LETTERS_TOPIC} - known
+            if missing:
+                raise MillpondError(f"Kafka has no topic {min(missing)}: run `millpond kafka init`")
+            self._stack = stack.pop_all()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._consumer.stop()
+        await self._stack.aclose()
 
     async def bounds(self, partitions: Sequence[TopicPartition]) -> list[Searched]:
         """The bounds of partitions, with nothing searched: `first` and `stop` are at the end of the log."""
         self._consumer.assign(partitions)
         self._consumer.pause(*partitions)
-        starts = await self._consumer.beginning_offsets(partitions)
-        ends = await self._consumer.end_offsets(partitions)
+        starts, ends = await answer(
+            self._settings, "read the bounds of the log", self._starts_and_ends(partitions)
+        )
         return [
             Searched(
                 kafka_topic=each.topic, partition=each.partition,
@@ -101,10 +100,15 @@ class LogReader:
             for each in partitions
         ]  # fmt: skip
 
+    async def _starts_and_ends(self, partitions: Sequence[TopicPartition]) -> tuple[Any, Any]:
+        starts = await self._consumer.beginning_offsets(partitions)
+        return starts, await self._consumer.end_offsets(partitions)
+
     async def first_since(self, bounds: Searched, at_ms: int) -> int:
         """The first offset whose record is as late as this time, or later."""
         partition = _partition(bounds)
-        found = (await self._consumer.offsets_for_times({partition: max(at_ms, 0)}))[partition]
+        asked = self._consumer.offsets_for_times({partition: max(at_ms, 0)})
+        found = (await answer(self._settings, "find a time in the log", asked))[partition]
         return bounds.end if found is None else int(found.offset)
 
     async def read(self, bounds: Searched, first: int, stop: int) -> AsyncIterator[Sequence[Any]]:

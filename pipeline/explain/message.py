@@ -150,7 +150,7 @@ class _StoreView(Struct, frozen=True, kw_only=True):
     """What Redis has of a message of a topic, and its agent's state, from one round trip.
 
     `rules` are the rules in force in the partition. `before` counts the index entries before the message. `window` is
-    read for a queue, `log` for a pubsub topic.
+    read for a queue, `log` for a pubsub topic. `foreign` has a sentence for each public key of another type.
     """
 
     message_id: str
@@ -168,6 +168,7 @@ class _StoreView(Struct, frozen=True, kw_only=True):
     dead: DeadMessage | None
     window: QueueWindow | None
     log: TopicLog | None
+    foreign: list[str]
 
     def blank(self) -> bool:
         """True if Redis has nothing of the message."""
@@ -245,7 +246,9 @@ async def _read_store(settings: Settings, rules: Rules, message_id: str, topic: 
         (
             applied, in_force, score, before, body, lifetime, receipts, kept, dead, windows, logs,
         ) = await reader.read(partition, reads)  # fmt: skip
+        foreign = list(reader.foreign_keys.values())
     return _StoreView(
+        foreign=foreign,
         message_id=message_id,
         topic=topic,
         agent=agent,
@@ -291,6 +294,7 @@ async def _facts(
         notes.append(
             f"this configuration gives its topic to {view.agent}, but the rules in force in {view.partition} do not"
         )
+    notes += view.foreign
     if view.applied is None:
         notes.append(f"Redis has no state of {view.partition}: the agent has not run there")
     notes += [

@@ -71,8 +71,9 @@ async def explain(
             f"{client!r} neither reads {topic!r} nor has a lease of it, in the state of {partition}"
         )
     if not _exists(found):
+        foreign = "".join(f"; {each}" for each in reader.foreign_keys.values())
         raise MillpondError(
-            f"nothing is known of the topic {topic!r}: it has no stored, retained or dead message, and no subscriber"
+            f"nothing is known of the topic {topic!r}{foreign}: it has no stored, retained or dead message, and no subscriber"
             f" (its agent is {partition.agent}, its partition {partition.number})"
         )
     return found
@@ -131,7 +132,7 @@ class _TopicQuery:
         )  # fmt: skip
 
     def _notes(self, configured: Rules, rules: Rules, applied: Any) -> list[str]:
-        notes = []
+        notes = list(self._reader.foreign_keys.values())
         if applied is None:
             notes.append(f"Redis has no state of {self._partition}: the agent has not run there")
         if rules.canonical() != configured.canonical():

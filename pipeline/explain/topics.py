@@ -73,7 +73,7 @@ async def deepest(settings: Settings, rules: Rules, limit: int = LISTED_MAX) -> 
     Raises:
         StoreDown, StoreRefused: Redis does not answer, or refuses.
     """
-    top, topics, messages = Top(limit), 0, 0
+    top, topics, messages, foreign = Top(limit), 0, 0, dict[str, str]()
     for agent in OWNERS:
         async with StoreReader(rules.pool(agent)) as reader:
             for number in range(settings.kafka.partitions):
@@ -86,7 +86,9 @@ async def deepest(settings: Settings, rules: Rules, limit: int = LISTED_MAX) -> 
                 # A row outside the partition's own top cannot be in the top of all.
                 for row in await _details(reader, partition, rules, of_partition.rows()):
                     top.add(row)
-    return TopicList(rows=top.rows(), topics=topics, messages=messages, notes=_notes(rules))
+            foreign |= reader.foreign_keys
+    notes = [*_notes(rules), *foreign.values()]
+    return TopicList(rows=top.rows(), topics=topics, messages=messages, notes=notes)
 
 
 def _notes(rules: Rules) -> list[str]:

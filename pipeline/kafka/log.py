@@ -16,6 +16,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
 from millpond.agents.ports import LogBounds, OutgoingRecord, Record
+from millpond.pipeline.kafka.dead_letters import marks_alone
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.kafka.range_reader import RangeReader
 from millpond.pipeline.kafka.retrying import persist
@@ -131,9 +132,7 @@ class KafkaLog:
             # A dead letter that is too large was counted when it was made.
             if self._on_dead_letter is not None and topic != keys.DEAD_LETTERS_TOPIC:
                 self._on_dead_letter("too_large")
-            reason = f"for {topic}, but too large: {error}".encode()
-            headers = (*record.headers, ("not-produced", reason))
-            letter = OutgoingRecord(keys.DEAD_LETTERS_TOPIC, record.key, b"", headers)
+            letter = marks_alone(record, error)
             report = _too_large_report(record)
             stand_ins = [letter] if report is None else [report, letter]
             return [await self._buffer(each) for each in stand_ins]

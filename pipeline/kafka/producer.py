@@ -6,6 +6,8 @@ What it adds to aiokafka's producer, and why:
    key would then overtake it. Here it waits without limit. The publish behind it is not acknowledged until then.
 2. **A full buffer makes `send` wait.** This is how back-pressure reaches the caller.
 3. **A refused record does not stop its partition.** See `_renew_if_refused`.
+4. **A record can have a batch of its own.** Kafka refuses a whole batch because of one record, and the producer is shared.
+   Only the answer to a batch of one record is an answer about that record. See `send_alone`.
 
 1 and 3 touch private parts of aiokafka. tests/contracts/test_faust.py watches those of 1.
 """
@@ -14,17 +16,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from collections.abc import Sequence
 from typing import Any, Final
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError, KafkaTimeoutError
+from aiokafka.errors import (
+    KafkaError,
+    KafkaTimeoutError,
+    MessageSizeTooLargeError,
+    ProducerClosed,
+    ProducerFenced,
+    RecordListTooLargeError,
+)
 from aiokafka.producer.transaction_manager import NO_PRODUCER_EPOCH, NO_PRODUCER_ID, PidAndEpoch
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
+
+from millpond.pipeline.kafka.partitioning import partition_of
 
 # A record waits this long for others to share its request. Kafka takes about as long to acknowledge one.
 LINGER_MS: Final = 1
 BATCH_BYTES_MAX: Final = 256 * 1024
 NEVER_S: Final = float("inf")
+# About a record that was sent alone, these are for ever: the producer's own limit, and two answers of Kafka.
+TOO_LARGE: Final = (MessageSizeTooLargeError, RecordListTooLargeError)
 
 
 class Producer:
@@ -99,6 +114,41 @@ class Producer:
                 acknowledged.add_done_callback(self._renew_if_refused)
                 return acknowledged
 
+    async def send_alone(
+        self,
+        topic: str,
+        key: bytes | None,
+        value: bytes | None,
+        partition: int | None = None,
+        headers: Sequence[tuple[str, bytes]] = (),
+    ) -> None:
+        """Produce one record in a batch of its own, and wait until Kafka has it.
+
+        Raises:
+            KafkaError: Kafka refuses this record. One of `TOO_LARGE`: it would do so at every attempt.
+        """
+        assert self._producer is not None, "start() comes first"
+        if key is None and value is None:
+            value = b""
+        size = DefaultRecordBatchBuilder.estimate_size_in_bytes(key, value, list(headers))
+        if size > self.message_bytes_max:
+            raise MessageSizeTooLargeError(
+                f"a record of {size} bytes, and the limit is {self.message_bytes_max}"
+            )
+        acknowledged = None
+        while acknowledged is None:
+            # As in `send`.
+            with contextlib.suppress(KafkaTimeoutError):
+                numbers = sorted(await self._producer.partitions_for(topic))
+                batch = self._producer.create_batch()
+                batch.append(timestamp=None, key=key, value=value, headers=list(headers))
+                batch.close()
+                acknowledged = await self._producer.send_batch(
+                    batch, topic, partition=_number(key, partition, numbers)
+                )
+        acknowledged.add_done_callback(self._renew_if_refused)
+        await acknowledged
+
     def _renew_if_refused(self, acknowledged: asyncio.Future[Any]) -> None:
         """Take a new producer id after Kafka refused a record.
 
@@ -113,3 +163,18 @@ class Producer:
         numbers._pid_and_epoch = PidAndEpoch(NO_PRODUCER_ID, NO_PRODUCER_EPOCH)  # noqa: SLF001
         numbers._pid_waiter = asyncio.get_running_loop().create_future()  # noqa: SLF001
         numbers._sequence_numbers.clear()  # noqa: SLF001
+
+
+def _number(key: bytes | None, partition: int | None, numbers: Sequence[int]) -> int:
+    """The partition of a record: the one that is named, that of the key, or any of `numbers`."""
+    if partition is not None:
+        return partition
+    if key is None:
+        return random.choice(numbers)  # noqa: S311  no secret
+    return partition_of(key, len(numbers))
+
+
+def has_ended(error: BaseException) -> bool:
+    """True if the producer raises this for every record from now on: the process must start again."""
+    # aiokafka's sender ends with a plain KafkaError.
+    return type(error) is KafkaError or isinstance(error, ProducerClosed | ProducerFenced)

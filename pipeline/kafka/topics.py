@@ -6,15 +6,16 @@ from typing import Any, Final
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import KafkaError, for_code
+from aiokafka.errors import for_code
 
-from millpond.pipeline.kafka.diagnosis import unreachable
+from millpond.pipeline.kafka.answers import answer, command_options, connected
 from millpond.pipeline.settings import KafkaSettings
 from millpond.schemas import keys
 from millpond.schemas.errors import ConfigError, MillpondError
 
 MISSING: Final = "does not exist: run `millpond kafka init`"
 PARTITIONS: Final = "partitions"
+CREATE_TIMEOUT_S: Final = 30.0  # Kafka answers when all partitions have a leader
 TOPIC_EXISTS: Final = 36  # Kafka's error code TOPIC_ALREADY_EXISTS
 # INVALID_PARTITIONS, INVALID_REPLICATION_FACTOR, INVALID_CONFIG, POLICY_VIOLATION: the settings of the topics are wrong.
 REFUSED_SETTINGS: Final = (37, 38, 40, 44)
@@ -40,8 +41,9 @@ async def create(settings: KafkaSettings) -> list[str]:
         ConfigError: Kafka refuses the settings of the connection or of a topic.
         MillpondError: Kafka cannot be reached, or failed.
     """
-    admin = await _admin(settings)
-    try:
+    options = {**command_options(settings), "request_timeout_ms": int(CREATE_TIMEOUT_S * 1000)}
+    admin = AIOKafkaAdminClient(**options)
+    async with connected(settings, admin):
         topics = [
             NewTopic(
                 name,
@@ -51,11 +53,8 @@ async def create(settings: KafkaSettings) -> list[str]:
             )
             for name in keys.TOPICS
         ]
-        response = await admin.create_topics(topics)
-    except KafkaError as error:
-        raise MillpondError(f"Kafka: {error}") from error
-    finally:
-        await admin.close()
+        creating = admin.create_topics(topics)
+        response = await answer(settings, "create the topics", creating, CREATE_TIMEOUT_S)
     created = []
     for name, code, reason in response.topic_errors:
         if code == 0:
@@ -77,15 +76,13 @@ async def check(settings: KafkaSettings) -> list[str]:
     Raises:
         MillpondError: Kafka cannot be reached, or failed.
     """
-    admin = await _admin(settings)
-    try:
-        described = await admin.describe_topics(list(keys.TOPICS))
+    admin = AIOKafkaAdminClient(**command_options(settings))
+    async with connected(settings, admin):
+        describing = admin.describe_topics(list(keys.TOPICS))
+        described = await answer(settings, "describe the topics", describing)
         resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in keys.TOPICS]
-        configured = await admin.describe_configs(resources)
-    except KafkaError as error:
-        raise MillpondError(f"Kafka: {error}") from error
-    finally:
-        await admin.close()
+        reading = admin.describe_configs(resources)
+        configured = await answer(settings, "read the settings of the topics", reading)
     configs = _configs(configured)
     deviations: list[str] = []
     for topic in described:
@@ -118,13 +115,3 @@ def _configs(responses: Any) -> dict[str, dict[str, str]]:
         for response in responses
         for _, _, _, name, entries in response.resources
     }
-
-
-async def _admin(settings: KafkaSettings) -> AIOKafkaAdminClient:
-    admin = AIOKafkaAdminClient(**settings.client_options())
-    try:
-        await admin.start()
-    except KafkaError as error:
-        await admin.close()
-        raise await unreachable(settings) from error
-    return admin

@@ -17,6 +17,7 @@ from millpond.pipeline.kafka import topics
 from millpond.pipeline.settings import KafkaSettings, Settings
 from millpond.pipeline.stores.redis.cluster_check import cluster_weaknesses
 from millpond.pipeline.stores.redis.command_check import check_commands
+from millpond.pipeline.stores.redis.connection import COMMAND_TIMEOUT_S
 from millpond.pipeline.stores.redis.trial import try_pool
 from millpond.pipeline.stores.registry import connector
 from millpond.pipeline.text_files import read_text
@@ -161,7 +162,7 @@ async def _redis(pool: Pool, app: str, rules: Rules, found: Findings, *, own: bo
 
 async def _server_settings(pool: Pool) -> dict[str, str] | None:
     """The settings of the Redis server; None if CONFIG GET is not allowed."""
-    connection = await connector(pool)()
+    connection = await connector(pool, COMMAND_TIMEOUT_S)()
     answers: dict[str, str] = {}
     try:
         for name in REDIS_SETTINGS:

@@ -23,7 +23,12 @@ from aiokafka.errors import KafkaError
 from msgspec import Struct, structs
 
 from millpond.agents.registry import AGENT_NAMES
-from millpond.pipeline.kafka.diagnosis import unreachable
+from millpond.pipeline.kafka.answers import (
+    ANSWER_TIMEOUT_S,
+    answer,
+    command_options,
+    connected,
+)
 from millpond.pipeline.settings import KafkaSettings, Settings
 from millpond.pipeline.stores.redis.inspection import ReadFence
 from millpond.pipeline.stores.redis.reader import StoreReader
@@ -32,7 +37,8 @@ from millpond.schemas.events import AgentName
 from millpond.schemas.keys import Partition
 from millpond.schemas.rules import Rules
 
-REQUEST_TIMEOUT_MS: Final = 10_000  # short: a user waits for the answer
+# Shorter than the time for an answer, so that the error is Kafka's own.
+RETRIED_S: Final = ANSWER_TIMEOUT_S - 1
 RETRY_INTERVAL_S: Final = 0.2
 FETCH_BYTES: Final = 1  # Kafka answers with at least one batch, however large: one is enough
 FIRST_RECORDS_TIMEOUT_S: Final = 5.0  # to read one record of each partition
@@ -108,30 +114,23 @@ class LagReader:
     """Reads the offsets of the agents' consumer groups from Kafka. A context manager.
 
     Raises:
-        MillpondError: Kafka cannot be reached.
-        KafkaError: Kafka stopped answering later.
+        MillpondError: Kafka cannot be reached, or does not answer.
     """
 
     def __init__(self, settings: KafkaSettings, app: str) -> None:
         """It connects when it is entered."""
         self._settings, self._app = settings, app
-        options = settings.client_options()
-        self._admin = AIOKafkaAdminClient(request_timeout_ms=REQUEST_TIMEOUT_MS, **options)
+        options = command_options(settings)
+        self._admin = AIOKafkaAdminClient(**options)
         self._consumer = AIOKafkaConsumer(
             enable_auto_commit=False, auto_offset_reset="earliest",
-            request_timeout_ms=REQUEST_TIMEOUT_MS, max_partition_fetch_bytes=FETCH_BYTES, **options,
+            max_partition_fetch_bytes=FETCH_BYTES, **options,
         )  # fmt: skip
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
-        self._stack.push_async_callback(self._admin.close)
-        self._stack.push_async_callback(self._consumer.stop)
-        try:
-            await self._admin.start()
-            await self._consumer.start()
-        except KafkaError as error:
-            await self._stack.aclose()
-            raise await unreachable(self._settings) from error
+        clients = connected(self._settings, self._admin, self._consumer)
+        await self._stack.enter_async_context(clients)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -139,7 +138,10 @@ class LagReader:
 
     async def of(self, agents: Iterable[AgentName]) -> list[AgentLag]:
         """Read the offsets of each agent's partitions. What Redis has applied is not part of them."""
-        return [await self._of(agent) for agent in agents]
+        return [
+            await answer(self._settings, f"read the offsets of {agent}", self._of(agent))
+            for agent in agents
+        ]
 
     async def _of(self, agent: AgentName) -> AgentLag:
         partitions = await self._partitions(keys.SOURCE_TOPIC[agent])
@@ -197,7 +199,7 @@ class LagReader:
 
 async def _retried(call: Callable[[], Awaitable[Answer]]) -> Answer:
     """Repeat a call while it fails with a retriable error. A Kafka that has just started may do that."""
-    deadline = asyncio.get_running_loop().time() + REQUEST_TIMEOUT_MS / 1000
+    deadline = asyncio.get_running_loop().time() + RETRIED_S
     while True:
         try:
             return await call()
@@ -213,7 +215,7 @@ async def lags(
     """Read the lag of each agent from Kafka and Redis.
 
     Raises:
-        KafkaError: Kafka does not answer.
+        MillpondError: Kafka does not answer.
         StoreDown, StoreRefused: Redis does not answer, or refuses.
     """
     found = []

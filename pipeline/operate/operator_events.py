@@ -10,7 +10,7 @@ from typing import Final, TypeAlias
 
 from aiokafka.errors import KafkaError
 
-from millpond.pipeline.kafka.diagnosis import unreachable
+from millpond.pipeline.kafka.answers import started
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.settings import KafkaSettings
 from millpond.schemas import codec, keys
@@ -20,8 +20,8 @@ from millpond.schemas.events import OperatorDrop, OperatorRequeue, OperatorRewin
 OperatorEvent: TypeAlias = OperatorRequeue | OperatorDrop | OperatorRewind
 
 WRITTEN_AT_ONCE: Final = 1_000  # orders of one batch
-ACKNOWLEDGED_TIMEOUT_S: Final = 60.0  # for a batch; Kafka elects a new leader in less
-STOP_TIMEOUT_S: Final = 5.0
+ACKNOWLEDGED_TIMEOUT_S: Final = 15.0  # for a batch; Kafka elects a new leader in less
+STOP_TIMEOUT_S: Final = 1.0  # all that was sent is acknowledged, or given up
 
 
 async def write(settings: KafkaSettings, orders: Iterable[OperatorEvent]) -> int:
@@ -34,10 +34,7 @@ async def write(settings: KafkaSettings, orders: Iterable[OperatorEvent]) -> int
     producer = Producer(settings.client_options(), settings.message_bytes_max)
     written, remaining = 0, iter(orders)
     try:
-        try:
-            await producer.start()
-        except KafkaError as error:
-            raise await unreachable(settings) from error
+        await started(settings, producer.start())
         while batch := list(islice(remaining, WRITTEN_AT_ONCE)):
             async with asyncio.timeout(ACKNOWLEDGED_TIMEOUT_S):
                 await _write_batch(producer, batch)
@@ -45,7 +42,7 @@ async def write(settings: KafkaSettings, orders: Iterable[OperatorEvent]) -> int
     except (KafkaError, TimeoutError) as error:
         reason = str(error) or f"no acknowledgement for {ACKNOWLEDGED_TIMEOUT_S:g} s"
         raise MillpondError(
-            f"Kafka acknowledged {written} orders and then failed: {reason}; repeat the command when Kafka works again:"
+            f"Kafka at {', '.join(settings.bootstrap_servers)} acknowledged {written} orders and then failed: {reason}; repeat the command when Kafka works again:"
             " it finds only the dead letters that are left"
         ) from error
     finally:

@@ -57,6 +57,7 @@ async def find_place(
         after = min(max(after, log.cursor), log.last)
         (before,) = await reader.read(partition, [ReadLast(topic, after)])
         messages = await _count(reader, partition, topic, after)
+        _check(reader)
     order = OperatorRewind(
         at=now_ms(), node=keys.AGENT_NODE, topic=topic, subscriber=subscriber,
         after=after, message_id=before[0][0] if before and before[0][1] > log.cursor else None,
@@ -70,6 +71,7 @@ async def _after(reader: StoreReader, partition: Partition, topic: str, to: str,
     if to == "latest":
         return last
     (score,) = await reader.read(partition, [ReadEntry(topic, to)])
+    _check(reader)
     if score is not None:
         return int(score) - 1
     try:
@@ -82,6 +84,16 @@ async def _after(reader: StoreReader, partition: Partition, topic: str, to: str,
             f"--to: {to!r} is not earliest, latest, an ISO time, or the id of a stored message of {topic!r}"
         ) from error
     return round(at_s * 1_000_000) - 1
+
+
+def _check(reader: StoreReader) -> None:
+    """Refuse to compute a place from a key that counts as empty.
+
+    Raises:
+        MillpondError: the topic's index has another type.
+    """
+    if reader.foreign_keys:
+        raise MillpondError(next(iter(reader.foreign_keys.values())))
 
 
 async def _count(reader: StoreReader, partition: Partition, topic: str, after: int) -> int:

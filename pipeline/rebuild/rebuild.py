@@ -37,6 +37,7 @@ from millpond.agents.effects import Refusal, RunCommand
 from millpond.agents.ports import Applied, LoadedState, Log, Store, Transaction
 from millpond.agents.reads import Read
 from millpond.agents.registry import MACHINES
+from millpond.pipeline.kafka.answers import answer, command_options, connected
 from millpond.pipeline.kafka.log import KafkaLog
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.rebuild.removal import Removal
@@ -155,12 +156,11 @@ class Rebuild:
 
     async def _check_stopped(self) -> None:
         group = keys.group_id(self._settings.app, self.agent)
-        admin = AIOKafkaAdminClient(**self._settings.kafka.client_options())
-        try:
-            await admin.start()
-            responses = await admin.describe_consumer_groups([group])
-        finally:
-            await admin.close()
+        kafka = self._settings.kafka
+        admin = AIOKafkaAdminClient(**command_options(kafka))
+        async with connected(kafka, admin):
+            asked = admin.describe_consumer_groups([group])
+            responses = await answer(kafka, f"describe the consumer group {group}", asked)
         # The sixth element of a described group is its list of members.
         members = [
             member for response in responses for found in response.groups for member in found[5]

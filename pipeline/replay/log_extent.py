@@ -10,15 +10,14 @@ from typing import Any, Final, NamedTuple
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import KafkaError
 
-from millpond.pipeline.kafka.diagnosis import unreachable
+from millpond.pipeline.kafka.answers import answer, command_options, connected
 from millpond.pipeline.settings import KafkaSettings
 from millpond.schemas import keys
 from millpond.schemas.errors import ConfigError, MillpondError
 from millpond.schemas.events import AgentName
 
-FIRST_RECORD_TIMEOUT_S: Final = 30.0
+FIRST_RECORD_TIMEOUT_S: Final = 15.0  # a new leader is elected in less
 
 
 class LogExtent(NamedTuple):
@@ -36,8 +35,9 @@ class LogExtent(NamedTuple):
 class LogExtents:
     """Asks one Kafka cluster for the extents of its topics, without a consumer group."""
 
-    def __init__(self, reader: AIOKafkaConsumer, cluster_id: str, count: int) -> None:
-        self._reader, self.cluster_id, self.count = reader, cluster_id, count
+    def __init__(self, reader: AIOKafkaConsumer, cluster_id: str, settings: KafkaSettings) -> None:
+        self._reader, self.cluster_id, self._settings = reader, cluster_id, settings
+        self.count = settings.partitions
 
     def _partitions(self, topic: str) -> list[TopicPartition]:
         return [TopicPartition(topic, number) for number in range(self.count)]
@@ -48,9 +48,10 @@ class LogExtents:
         Raises:
             MillpondError: Kafka does not return the first record of a partition in time.
         """
-        partitions = self._partitions(topic)
-        starts = await self._reader.beginning_offsets(partitions)
-        ends = await self._reader.end_offsets(partitions)
+        partitions, reader = self._partitions(topic), self._reader
+        what = f"read the bounds of {topic}"
+        starts = await answer(self._settings, what, reader.beginning_offsets(partitions))
+        ends = await answer(self._settings, what, reader.end_offsets(partitions))
         cut = [each for each in partitions if 0 < starts[each] < ends[each]]
         times = await self._first_times(cut)
         return {
@@ -79,8 +80,10 @@ class LogExtents:
     async def offsets_at(self, topic: str, time_ms: int) -> dict[int, int]:
         """Return the offset of each partition's first record at or after a time; without such a record, its end."""
         partitions = self._partitions(topic)
-        found = await self._reader.offsets_for_times(dict.fromkeys(partitions, time_ms))
-        ends = await self._reader.end_offsets(partitions)
+        what, reader = f"find a time in {topic}", self._reader
+        finding = reader.offsets_for_times(dict.fromkeys(partitions, time_ms))
+        found = await answer(self._settings, what, finding)
+        ends = await answer(self._settings, what, reader.end_offsets(partitions))
         return {
             each.partition: ends[each] if found.get(each) is None else found[each].offset
             for each in partitions
@@ -95,22 +98,15 @@ async def open_extents(settings: KafkaSettings) -> AsyncIterator[LogExtents]:
         ConfigError: a topic is missing, or its partition count is not that of the settings.
         MillpondError: Kafka cannot be reached.
     """
-    options = settings.client_options()
+    options = command_options(settings)
     admin = AIOKafkaAdminClient(**options)
     reader = AIOKafkaConsumer(enable_auto_commit=False, **options)
-    try:
-        try:
-            await admin.start()
-            await reader.start()
-            cluster = await admin.describe_cluster()
-            described = await admin.describe_topics([keys.CLIENTS_TOPIC, keys.MESSAGES_TOPIC])
-        except KafkaError as error:
-            raise await unreachable(settings) from error
+    async with connected(settings, admin, reader):
+        cluster = await answer(settings, "describe the cluster", admin.describe_cluster())
+        describing = admin.describe_topics([keys.CLIENTS_TOPIC, keys.MESSAGES_TOPIC])
+        described = await answer(settings, "describe the topics", describing)
         _check_topics(described, settings)
-        yield LogExtents(reader, str(cluster["cluster_id"]), settings.partitions)
-    finally:
-        await reader.stop()
-        await admin.close()
+        yield LogExtents(reader, str(cluster["cluster_id"]), settings)
 
 
 def _check_topics(described: list[dict[str, Any]], settings: KafkaSettings) -> None:

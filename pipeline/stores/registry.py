@@ -57,9 +57,13 @@ def access_of(pool: Pool) -> Access:
     return Access(pool.username, password, pool.database, tls)
 
 
-def connector(pool: Pool) -> Callable[[], Awaitable[Connection]]:
+def connector(
+    pool: Pool, reply_timeout_s: float | None = None
+) -> Callable[[], Awaitable[Connection]]:
     """Return a function that connects to the server of a pool that takes writes; of a cluster, to one of its nodes."""
     access = access_of(pool)
+    if reply_timeout_s is not None:
+        access = access._replace(reply_timeout_s=reply_timeout_s)
 
     async def connect() -> Connection:
         return await Connection.open(await locate(pool, access), access)

@@ -20,7 +20,8 @@ from millpond.schemas.events import DeliveriesSent, DeliveryFailed, MessagePubli
 UNREADABLE: Final = "unreadable"  # the type of a record that does not decode
 # Shown with 0 from the start. Prometheus cannot see an increase of a series that did not exist.
 LETTERS: Final = (
-    "unreadable", "failed", "refused", "given_up", "too_large", "subscriptions", "invalid_order",
+    "unreadable", "failed", "refused", "given_up", "too_large", "subscriptions", "retained",
+    "invalid_order",
 )  # fmt: skip
 OPERATIONS: Final = ("load", "read", "commit", "check")
 _event_of: Final = attrgetter("event")

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from millpond.pipeline.kafka.dead_letters import DeadLetters
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.telemetry.families import Metric, counter, gauge, histogram
 from millpond.pipeline.telemetry.histogram import Histogram, histogram_of
@@ -150,6 +151,22 @@ class ProducerMetrics:
             *entered_metrics(event_producer),
             gauge("millpond_bridge_events_unacknowledged", "Events that Kafka has not acknowledged yet.", (), {(): len(event_producer.unacknowledged)}),
             histogram("millpond_bridge_event_duration_seconds", "Until Kafka has an event, and so until a publisher gets its acknowledgement.", (), {(): event_producer.kept_s}),
+        ]
+        # fmt: on
+
+
+class DeadLetterMetrics:
+    """The dead letters that a bridge makes itself. Workers count theirs under the same name."""
+
+    def __init__(self, dead_letters: DeadLetters) -> None:
+        self._dead_letters = dead_letters
+
+    def metrics(self) -> Sequence[Metric]:
+        reader, counts = self._dead_letters.reader, self._dead_letters.counts
+        values = {(reader, reason): count for reason, count in counts.items()}
+        # fmt: off
+        return [
+            counter("millpond_dead_letters_total", "Records that the bridge gave up.", ("agent", "reason"), values),
         ]
         # fmt: on
 

@@ -8,6 +8,7 @@
 | `GET /api/topic?name=T` | the facts of one topic; `members`, `subscribers` and `leases`, and `…_total` of each |
 | `GET /api/clients?contains=PART` | `clients` whose id contains `PART`; the totals `total` and `online` |
 | `GET /api/dead-letters` | `dead_letters`, the newest first; `total` |
+| `GET /api/unreadable` | `records` that could not be read or stored, the newest first; `whole`: false if there may be more |
 | `POST /api/operator` | 204 and no body: the token is right |
 | `POST /api/dead-letters/requeue`, `…/drop` | `written`, the number of orders. The body is `{"message_ids": […]}` |
 
@@ -80,6 +81,7 @@ class Api:
             web.get("/api/topic", self._topic),
             web.get("/api/clients", self._clients),
             web.get("/api/dead-letters", self._dead_letters),
+            web.get("/api/unreadable", self._unreadable),
             web.post("/api/operator", self._is_operator),
             web.post("/api/dead-letters/requeue", self._requeue),
             web.post("/api/dead-letters/drop", self._drop),
@@ -115,6 +117,9 @@ class Api:
 
     async def _dead_letters(self, request: web.Request) -> web.Response:
         return _json(await self.lookups.dead_letters.get())
+
+    async def _unreadable(self, request: web.Request) -> web.Response:
+        return _json(await self.lookups.unreadable.get())
 
     # -- orders of an operator
 

@@ -8,6 +8,7 @@ repeated less often: at most a fifth of the time is spent on it.
 from __future__ import annotations
 
 import asyncio
+from base64 import b64decode
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -20,7 +21,7 @@ from millpond.agents.pubsub.state import shown
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.explain.topic import explain
 from millpond.pipeline.explain.topics import deepest
-from millpond.pipeline.operate import dead_letters
+from millpond.pipeline.operate import dead_letters, unreadable
 from millpond.pipeline.operate.clients import clients
 from millpond.pipeline.operate.dead_letter_snapshot import DeadLetterSnapshot
 from millpond.pipeline.operate.dead_letters import FoundDeadLetter
@@ -32,6 +33,9 @@ from millpond.schemas.rules import Rules
 
 LISTED_MAX: Final = 100  # rows of each list
 SUBSCRIPTIONS_MAX: Final = 10  # of each client, and subscribers of each dead letter
+BEGIN_BYTES: Final = 200  # of an unreadable record, as text
+# Each lookup connects to Kafka and reads the end of every partition.
+UNREADABLE_FRESH_S: Final = 10.0
 FRESH_S: Final = 1.0  # the shortest time for which an answer is shared
 REST_RATIO: Final = 4  # an answer is shared for this multiple of the time that it took
 REMEMBERED_MAX: Final = 100  # lookups with a name: one for each open topic or search of clients
@@ -46,9 +50,9 @@ Answer = TypeVar("Answer")
 class SharedLookup(Generic[Answer]):
     """One lookup, shared by all who ask at the same time."""
 
-    def __init__(self, lookup: Callable[[], Awaitable[Answer]]) -> None:
-        """The first `get` runs it."""
-        self._lookup = lookup
+    def __init__(self, lookup: Callable[[], Awaitable[Answer]], fresh_s: float = 0.0) -> None:
+        """The first `get` runs it. An answer is shared for FRESH_S, or for `fresh_s` if that is longer."""
+        self._lookup, self._shared_s = lookup, fresh_s
         self._task: asyncio.Task[Answer] | None = None
         self._fresh_until = 0.0
 
@@ -61,10 +65,10 @@ class SharedLookup(Generic[Answer]):
 
     async def _timed(self) -> Answer:
         clock = asyncio.get_running_loop().time
-        began, rest_s = clock(), FRESH_S
+        began, rest_s = clock(), max(FRESH_S, self._shared_s)
         try:
             answer = await self._lookup()
-            rest_s = max(FRESH_S, REST_RATIO * (clock() - began))
+            rest_s = max(FRESH_S, self._shared_s, REST_RATIO * (clock() - began))
             return answer
         finally:
             self._fresh_until = clock() + rest_s
@@ -181,6 +185,7 @@ class Lookups:
         self.topic = SharedLookups(self._topic)
         self.clients = SharedLookups(self._clients)
         self.dead_letters = SharedLookup(self._dead_letters)
+        self.unreadable = SharedLookup(self._unreadable, UNREADABLE_FRESH_S)
 
     async def close(self) -> None:
         """Disconnect from Kafka."""
@@ -226,6 +231,26 @@ class Lookups:
             for found in (FoundDeadLetter(*each) for each in newest)
         ]
         return {"at": now_ms(), "dead_letters": listed, "total": total}
+
+    async def _unreadable(self) -> dict[str, Any]:
+        """The newest records that could not be read or stored, the newest first."""
+        found = await unreadable.newest(self._settings, LISTED_MAX)
+        listed = [
+            {
+                **msgspec.to_builtins(each),
+                "begin": printable(b64decode(each.value)[:BEGIN_BYTES]),
+            }
+            for each in reversed(found.records)
+        ]
+        return {"at": now_ms(), "records": listed, "whole": found.whole}
+
+
+def printable(value: bytes) -> str:
+    """Bytes as text. What is no UTF-8, or would not be seen, is escaped."""
+    text = value.decode("utf-8", "backslashreplace")
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
 
 
 def _shortened(client: dict[str, Any]) -> dict[str, Any]:

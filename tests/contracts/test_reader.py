@@ -90,7 +90,8 @@ async def test_counts_positions_receipts_and_the_fence_are_read(world: RedisWorl
         assert (cursor, sorted(names)) == (0, ["index\0a*", "index\0b"])
         ((cursor, names),) = await reader.read(PARTITION, [ScanDue(0, "index\0a*")])
         assert names == ["index\0a*"]
-        # A public key of another type counts as empty, like a missing one.
+        assert reader.foreign_keys == {}
+        # A public key of another type counts as empty, like a missing one, and the reader names it.
         world.put("mqtt:msg:text", b"x")
         world.put("mqtt:receipt:text", b"x")
         public: list[InspectionRead] = [
@@ -100,6 +101,8 @@ async def test_counts_positions_receipts_and_the_fence_are_read(world: RedisWorl
             ReadReceipt("text"),
         ]
         assert await reader.read(PARTITION, public) == [0, None, 0, {}]
+        assert list(reader.foreign_keys) == ["mqtt:msg:text", "mqtt:receipt:text"]
+        assert "WRONGTYPE" in reader.foreign_keys["mqtt:msg:text"]
         other = PARTITION._replace(number=99)
         assert await reader.read(other, [ReadFence(), ReadRules()]) == [None, None]
     await store.close()

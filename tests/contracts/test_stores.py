@@ -27,11 +27,13 @@ from millpond.agents.reads import (
     ReadBelow,
     ReadBody,
     ReadDue,
+    ReadEntry,
     ReadIndex,
     ReadNames,
     ReadRetained,
     ReadStates,
     ReadSubscriptions,
+    WrongType,
 )
 from millpond.pipeline.stores.memory.server import StoredValue
 from millpond.pipeline.stores.redis.packing import BODY_GRACE_MS
@@ -432,15 +434,21 @@ async def test_retained_topics_are_found_by_prefix_and_bodies_by_id(
         await each.close()
 
 
-async def test_a_public_key_of_another_type_counts_as_empty(
+async def test_a_public_key_of_another_type_is_named_to_outputs_and_else_counts_as_empty(
     world: World,
 ) -> None:
     store = world.store()
     await store.load()
-    for key in (keys.subscriptions("c"), keys.retained("t"), keys.message_body("m")):
+    for key in (
+        keys.subscriptions("c"), keys.retained("t"), keys.message_body("m"), keys.message_index("t"),
+    ):  # fmt: skip
         world.put(key, b"a string")
-    assert await store.read([ReadSubscriptions("c"), ReadRetained("t"), ReadBody("m")]) == [
-        {}, None, {},
+    subscriptions, retained = await store.read([ReadSubscriptions("c"), ReadRetained("t")])
+    for answer, key in ((subscriptions, "mqtt:sub:c"), (retained, "mqtt:retain:t")):
+        assert isinstance(answer, WrongType)
+        assert (answer.key, answer.reason[:9]) == (key, "WRONGTYPE")
+    assert await store.read([ReadBody("m"), ReadIndex("t", 9), ReadEntry("t", "m")]) == [
+        {}, [], None,
     ]  # fmt: skip
     assert await store.read([ReadSubscriptions("unknown")]) == [{}]
     await store.close()

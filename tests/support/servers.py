@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 from millpond.pipeline.settings import KafkaSettings
 from millpond.pipeline.stack.kafka import KafkaServer
 from millpond.pipeline.stack.ports import HOST, free_port
@@ -99,7 +101,7 @@ class Server:
         self.process = None
 
 
-def pause(process: subprocess.Popen[bytes]) -> None:
+def pause(process: subprocess.Popen[bytes] | psutil.Process) -> None:
     """Stop a process with SIGSTOP, and wait until all of its threads have stopped.
 
     The signal alone is not enough: on a busy machine a thread can answer one more request before it stops.

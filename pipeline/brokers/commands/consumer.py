@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn, Protocol
+from typing import Any, Final, NoReturn, Protocol
 
-from millpond.agents.driver.dead_letters import headers_of
 from millpond.pipeline.brokers.commands.deliveries import Deliveries
 from millpond.pipeline.brokers.commands.pending import PendingCommand
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.kafka.consumer import GroupConsumer, RecordClaim
+from millpond.pipeline.kafka.dead_letters import DeadLetters
+from millpond.pipeline.kafka.persistent_sender import PersistentSender
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.telemetry.histogram import SHORT_S, Histogram
@@ -21,6 +23,8 @@ from millpond.schemas.commands import Command, Deliver
 from millpond.schemas.errors import DecodeError
 from millpond.schemas.leases import LeaseName, parse_lease
 from millpond.schemas.topics import topic_name_error
+
+READER: Final = "bridge"  # in the headers of dead letters
 
 
 class CommandHandler(Protocol):
@@ -49,7 +53,9 @@ class CommandConsumer:
         tracing: BridgeTracing | None = None,
     ) -> None:
         self._tracing = tracing
-        self._broker, self._deliveries, self._producer = broker, deliveries, producer
+        self._broker, self._deliveries = broker, deliveries
+        self._sender = PersistentSender(producer)
+        self.dead_letters = DeadLetters(self._sender, READER)
         self._settings = settings
         group_id = keys.bridge_group_id(settings.app)
         self._source = GroupConsumer(
@@ -66,7 +72,10 @@ class CommandConsumer:
 
     async def run(self) -> NoReturn:
         """Connect, and carry out commands until cancelled."""
-        await self._source.run()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._source.run())
+            tasks.create_task(self._sender.run())
+        raise AssertionError("the tasks run until they are cancelled")
 
     # -- commands
 
@@ -81,7 +90,8 @@ class CommandConsumer:
             done = self._traced(record, command, done)
             pending = self._pending(command, record.timestamp, done, claim)
         except DecodeError as error:
-            await self._send_dead_letter(record, str(error), done)
+            # Only agents write commands. So a newer agent wrote this record, or a foreign producer did.
+            await self.dead_letters.send(record, "unreadable", str(error), done)
             self.taken["unreadable"] += 1
             return
         self.taken[str(command.__struct_config__.tag)] += 1
@@ -143,14 +153,3 @@ class CommandConsumer:
                 f" [kafka] partitions is {self._settings.kafka.partitions}"
             )
         return lease
-
-    async def _send_dead_letter(self, record: Any, reason: str, done: Callable[[], None]) -> None:
-        """Copy an unreadable record to the dead letters.
-
-        Only agents write commands. So a newer agent wrote this record, or a foreign producer did.
-        """
-        headers = headers_of(record.topic, record.partition, record.offset, "bridge", reason)
-        acknowledged = await self._producer.send(
-            keys.DEAD_LETTERS_TOPIC, record.key, record.value, None, headers
-        )
-        acknowledged.add_done_callback(lambda _: done())

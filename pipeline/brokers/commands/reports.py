@@ -8,6 +8,15 @@ Many `sent` of one agent and partition share one record (`deliveries.sent`). The
 
 A report passes two stations, and each can be waited for: `on_entered` (it has its place in the order of events) and
 `on_kept` (Kafka or the spool has stored it).
+
+ON a refusal by Kafka:
+
+1. Enter nothing new, and wait for the answers to all reports that were entered. So the order holds behind the refused one.
+   A batch that is on its way already may overtake it.
+2. Send each refused report alone, in their order, with back-off, until Kafka has it.
+3. If a report alone is too large, halve it. A report of one copy is hardly larger than its command, which Kafka has taken.
+   So only a limit that was lowered since makes it too large. It is then given up, with a line in the log: its agent delivers
+   again after the lease.
 """
 
 from __future__ import annotations
@@ -20,8 +29,11 @@ from functools import partial
 from typing import Any, Final, NamedTuple, NoReturn, Protocol, TypeAlias
 
 from aiokafka.errors import KafkaError
+from msgspec import structs
 
+from millpond.pipeline.brokers.spool.sender import NotStored
 from millpond.pipeline.clock import now_ms
+from millpond.pipeline.kafka.producer import TOO_LARGE, has_ended
 from millpond.schemas.events import (
     DeliveriesSent,
     DeliveryFailed,
@@ -35,7 +47,10 @@ logger = logging.getLogger(__name__)
 
 # How long reports are collected before a flush. An acknowledgement takes as long to reach Kafka anyway.
 COLLECT_S: Final = 0.003
-RETRY_S: Final = 1.0  # before a report that Kafka refused is produced again
+RETRY_FIRST_S: Final = (
+    1.0  # before a refused report is sent again; doubled with each refusal in a row
+)
+RETRY_MAX_S: Final = 30.0  # an operator who mends the topic waits no longer for the effect
 SENT_MAX: Final = 500  # copies in one record
 # Client and message ids in one record. JSON escapes make at most six times as much of them, so a record stays
 # below 1 MiB even with one copy more.
@@ -55,8 +70,14 @@ class EventSink(Protocol):
     ) -> asyncio.Future[Any]:
         """Produce an event. The order of calls is the order in the log. The future is done when the event is stored.
 
+        The call or the future may raise what `enter_alone` raises. Then the event may be refused because of others.
+        """
+
+    async def enter_alone(self, event: ReportedEvent, partition: int | None = None) -> None:
+        """Produce an event that was refused before, with no other in its batch. Return when it is stored.
+
         Raises:
-            KafkaError: Kafka would refuse the event at every attempt, because it is too large.
+            KafkaError, NotStored: Kafka or the spool refuses this event.
         """
 
 
@@ -83,12 +104,20 @@ class Reports:
     """Collects results and produces them as events. One per bridge.
 
     Its memory is bounded from outside: there is one entry for each unfinished command and each unacknowledged copy.
+
+    State:
+
+    - `_entries`: results that no flush has seen.
+    - `_reports`: records that are not entered, in order.
+    - `_unanswered`: the answers to records that were entered, as long as they are awaited.
+    - `_refused`: records that were entered and refused, in order. Nothing is entered while there are any.
     """
 
     def __init__(self, event_producer: EventSink) -> None:
         self._event_producer = event_producer
         self._entries: list[ReportEntry] = []
         self._reports: deque[Report] = deque()
+        self._refused: deque[Report] = deque()
         self._added = asyncio.Event()
         self._flushing = asyncio.Lock()
         self._unanswered: set[asyncio.Future[Any]] = set()
@@ -104,22 +133,32 @@ class Reports:
         self._added.set()
 
     async def run(self) -> NoReturn:
-        """Flush whenever something was added, until cancelled."""
+        """Flush whenever something was added or refused, until cancelled.
+
+        Raises:
+            KafkaError: the producer has ended.
+        """
         while True:
             await self._added.wait()
             await asyncio.sleep(COLLECT_S)
             await self.flush()
 
     async def flush(self) -> None:
-        """Produce everything added so far. This does not wait until it is stored."""
+        """Produce everything added so far, and what was refused. This does not wait for the other answers.
+
+        Raises:
+            KafkaError: the producer has ended.
+        """
         async with self._flushing:
             self._added.clear()
             entries, self._entries = self._entries, []
             self._reports.extend(collected(entries, self._event_producer.node, now_ms()))
-            # A report leaves the queue after it was produced: a flush that is cancelled loses none.
-            while self._reports:
-                await self._enter(self._reports[0])
-                self._reports.popleft()
+            # A report leaves its queue after it was produced: a flush that is cancelled loses none.
+            while self._refused or self._reports:
+                if self._refused:
+                    await self._send_refused()
+                else:
+                    await self._enter_next()
 
     async def settle(self) -> None:
         """Produce everything added so far, and wait until each record is stored or refused."""
@@ -127,33 +166,85 @@ class Reports:
         if self._unanswered:
             await asyncio.wait(set(self._unanswered))
 
-    async def _enter(self, report: Report) -> None:
+    async def _enter_next(self) -> None:
+        report = self._reports[0]
         try:
-            acknowledged = await self._event_producer.enter(report.event, report.partition)
+            answer = await self._event_producer.enter(report.event, report.partition)
         except KafkaError as error:
-            # The report would be too large at every attempt. Its leases expire, and the agent delivers again.
-            why = "a report is dropped, Kafka would never take it; its leases expire and the agent delivers again"
-            logger.error("%s: %r", why, error)  # noqa: TRY400  no traceback
-            _call(report.on_kept)
+            if _is_too_large(error):
+                _halve(self._reports, error)
+                return
+            if has_ended(error):
+                raise
+            self._refused.append(report)
         else:
-            self._unanswered.add(acknowledged)
-            acknowledged.add_done_callback(partial(self._answered, report))
+            self._unanswered.add(answer)
+            answer.add_done_callback(partial(self._note_answer, report))
+        self._reports.popleft()
         _call(report.on_entered)
 
-    def _answered(self, report: Report, acknowledged: asyncio.Future[Any]) -> None:
-        self._unanswered.discard(acknowledged)
-        if acknowledged.cancelled():
+    def _note_answer(self, report: Report, answer: asyncio.Future[Any]) -> None:
+        self._unanswered.discard(answer)
+        if answer.cancelled():
             return
-        if acknowledged.exception() is None:
+        if answer.exception() is None:
             _call(report.on_kept)
         else:
-            # Kafka refuses a whole batch because of one of its records. This report may not be that one: retry it.
-            again = report._replace(on_entered=())
-            asyncio.get_running_loop().call_later(RETRY_S, self._retry, again)
+            # Kafka refuses a whole batch because of one of its records. This report may not be that one.
+            self._refused.append(report)
+            self._added.set()
 
-    def _retry(self, report: Report) -> None:
-        self._reports.append(report)
-        self._added.set()
+    async def _send_refused(self) -> None:
+        if self._unanswered:
+            await asyncio.wait(set(self._unanswered))
+            await asyncio.sleep(0)  # their callbacks run now
+        pause_s = RETRY_FIRST_S
+        while self._refused:
+            report = self._refused[0]
+            try:
+                await self._event_producer.enter_alone(report.event, report.partition)
+            except (KafkaError, NotStored) as error:
+                if _is_too_large(error):
+                    _halve(self._refused, error)
+                    continue
+                if has_ended(error):
+                    raise
+                logger.warning("a report is refused, sending again in %g s: %r", pause_s, error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, RETRY_MAX_S)
+            else:
+                self._refused.popleft()
+                _call(report.on_kept)
+                pause_s = RETRY_FIRST_S
+
+
+def _is_too_large(error: Exception) -> bool:
+    """True if a record that was sent alone would be refused so at every attempt."""
+    if isinstance(error, NotStored):
+        return error.reason == "too_large"
+    return isinstance(error, TOO_LARGE)
+
+
+def _halve(queue: deque[Report], error: Exception) -> None:
+    """Replace the first report, which is too large, by its halves. A report of one result is given up."""
+    report = queue.popleft()
+    event = report.event
+    for name in ("sent", "client_ids"):
+        items = getattr(event, name, ())
+        if len(items) > 1:
+            first = structs.replace(event, **{name: items[: len(items) // 2]})
+            second = structs.replace(event, **{name: items[len(items) // 2 :]})
+            # What waits for the whole waits for the second half: they are stored in order.
+            queue.appendleft(report._replace(event=second))
+            queue.appendleft(report._replace(event=first, on_kept=(), on_entered=()))
+            return
+    logger.error(
+        "a report is dropped, Kafka would never take it: %r; its agent delivers again after the lease;"
+        " raise message_bytes_max in [kafka] and of the topic: %.200r",
+        error, event,
+    )  # fmt: skip
+    _call(report.on_entered)
+    _call(report.on_kept)
 
 
 def _call(calls: Iterable[Call]) -> None:

@@ -21,7 +21,12 @@ from millpond.pipeline.process.event_loop import use_uvloop
 from millpond.pipeline.process.readiness import say_ready
 from millpond.pipeline.process.signals import asked_to_end, until_asked
 from millpond.pipeline.settings import Settings
-from millpond.pipeline.telemetry.bridge import BridgeHealth, CommandMetrics, ProducerMetrics
+from millpond.pipeline.telemetry.bridge import (
+    BridgeHealth,
+    CommandMetrics,
+    DeadLetterMetrics,
+    ProducerMetrics,
+)
 from millpond.pipeline.telemetry.http import serving as telemetry
 from millpond.pipeline.telemetry.tracers import bridge_tracing
 from millpond.schemas.rules import Rules
@@ -58,7 +63,11 @@ async def _run_embedded(settings: Settings, rules: Rules) -> None:
     parts = _Parts(
         producer, event_producer, reports, deliveries.active_members, broker, command_consumer
     )
-    shown = (ProducerMetrics(event_producer), CommandMetrics(command_consumer, deliveries))
+    shown = (
+        ProducerMetrics(event_producer),
+        CommandMetrics(command_consumer, deliveries),
+        DeadLetterMetrics(command_consumer.dead_letters),
+    )
     health = BridgeHealth(stop.is_set, producer, partial(_complaints, broker))
     async with telemetry(settings.telemetry.listen, "bridge embedded", shown, health):
         serving = asyncio.create_task(_serve(settings, rules, parts))

@@ -54,7 +54,7 @@ ClientEvent = (
     | type[SessionSubscribed] | type[SessionUnsubscribed] | type[SessionTerminated]
     | type[SessionDiscarded] | type[SessionTakenOver] | type[ClientConnected]
 )  # fmt: skip
-MessageEvent = MessageDelivered | MessageAcked | DeliveriesSent | DeliveryFailed | MembersActive
+ReportEvent = MessageAcked | DeliveriesSent | DeliveryFailed | MembersActive
 NodeEvent = type[NodeStarted] | type[NodeStopped] | type[NodeSyncStarted] | type[NodeSyncCompleted]
 
 
@@ -124,7 +124,7 @@ class EventProducer:
                 at=now_ms(), node=self.node, message_id=message.message_id, topic=message.topic,
                 client_id=client_id, from_client_id=message.from_client_id, qos=qos,
             )  # fmt: skip
-            await self.enter(event)
+            await self._enter(keys.MESSAGES_TOPIC, event)
 
     def acknowledgement(
         self, message: OutgoingMessage, client_id: str, qos: int, *, leased: bool
@@ -152,17 +152,25 @@ class EventProducer:
 
     # -- into Kafka
 
-    async def enter(self, event: MessageEvent, partition: int | None = None) -> asyncio.Future[Any]:
-        """Produce an event of a message or copy. The future is done when Kafka has acknowledged it.
+    async def enter(self, event: ReportEvent, partition: int | None = None) -> asyncio.Future[Any]:
+        """Produce a report. The future is done when Kafka has acknowledged it. See `EventSink`."""
+        return await self._enter(keys.MESSAGES_TOPIC, event, partition, retried=True)
 
-        Raises:
-            MessageSizeTooLargeError: the event is larger than one Kafka record may be.
-        """
-        return await self._enter(keys.MESSAGES_TOPIC, event, partition)
+    async def enter_alone(self, event: ReportEvent, partition: int | None = None) -> None:
+        """Produce a report that was refused, in a batch of its own. See `EventSink`."""
+        key = keys.record_key(event).encode()
+        await self._producer.send_alone(keys.MESSAGES_TOPIC, key, codec.encode(event), partition)
 
     async def _enter(
-        self, topic: str, event: Event, partition: int | None = None, headers: Headers = ()
+        self,
+        topic: str,
+        event: Event,
+        partition: int | None = None,
+        headers: Headers = (),
+        *,
+        retried: bool = False,
     ) -> asyncio.Future[Any]:
+        """Produce an event. `retried`: the caller sends it again if Kafka refuses it, so it is not lost."""
         key, kind = keys.record_key(event).encode(), str(event.__struct_config__.tag)
         began = time.perf_counter()
         async with self._entering:
@@ -171,7 +179,7 @@ class EventProducer:
             )
         self.unacknowledged.add(acknowledged)
         self.entered[kind] += 1
-        acknowledged.add_done_callback(partial(self._done, kind, began))
+        acknowledged.add_done_callback(partial(self._done, kind, began, retried))
         return acknowledged
 
     async def drain(self) -> None:
@@ -190,12 +198,18 @@ class EventProducer:
         if not waited.cancelled():
             call()
 
-    def _done(self, kind: str, began: float, acknowledged: asyncio.Future[Any]) -> None:
+    def _done(
+        self, kind: str, began: float, retried: bool, acknowledged: asyncio.Future[Any]
+    ) -> None:
         self.unacknowledged.discard(acknowledged)
         if acknowledged.cancelled():
             return
         if acknowledged.exception() is None:
             self.kept_s.add(time.perf_counter() - began)
+        elif retried:
+            logger.warning(
+                "Kafka refused a report, it is sent again: %s: %r", kind, acknowledged.exception()
+            )
         else:
             self.lost[kind] += 1
             logger.error(

@@ -39,6 +39,7 @@ from millpond.pipeline.settings import Settings
 from millpond.pipeline.telemetry.bridge import (
     BridgeHealth,
     CommandMetrics,
+    DeadLetterMetrics,
     HookMetrics,
     SpoolMetrics,
 )
@@ -52,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 # For running requests; the next process repeats those that are cut off
 FINISH_TIMEOUT_S: Final = 2.0
+FLUSH_TIMEOUT_S: Final = 1.0  # for the last reports; entering them takes ms
 STOP_GRACE_S: Final = 2.0  # for running calls
 STOP_TIMEOUT_S: Final = 10.0  # for all of `stop`; `millpond down` waits longer before it kills
 
@@ -93,6 +95,10 @@ class _SpooledReports:
         self, event: ReportedEvent, partition: int | None = None
     ) -> asyncio.Future[Any]:
         return self._durable_producer.enter(keys.MESSAGES_TOPIC, event, partition, hook="reports")
+
+    async def enter_alone(self, event: ReportedEvent, partition: int | None = None) -> None:
+        # The durable producer sends what Kafka refused alone by itself. Its own refusal is about this event.
+        await self._durable_producer.enter(keys.MESSAGES_TOPIC, event, partition, hook="reports")
 
 
 class EmqxBridge:
@@ -150,6 +156,7 @@ class EmqxBridge:
             hooks,
             SpoolMetrics(self._durable_producer),
             CommandMetrics(self._command_consumer, deliveries),
+            DeadLetterMetrics(self._command_consumer.dead_letters),
         )
 
     def complaints(self) -> list[str]:
@@ -194,7 +201,10 @@ class EmqxBridge:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._server.stop(STOP_GRACE_S)
-                await self._reports.flush()
+                # What the spool refuses is carried out again by the next start: its command is not committed.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(FLUSH_TIMEOUT_S):
+                        await self._reports.flush()
                 await self._durable_producer.close()
                 await self._producer.stop()
         await self._rest.stop()

@@ -29,11 +29,7 @@ from aiokafka.errors import (
     InvalidTimestampError,
     InvalidTopicError,
     KafkaError,
-    MessageSizeTooLargeError,
     PolicyViolationError,
-    ProducerClosed,
-    ProducerFenced,
-    RecordListTooLargeError,
     UnknownError,
     UnsupportedForMessageFormatError,
 )
@@ -46,7 +42,7 @@ from millpond.pipeline.brokers.spool.file import (
     SpoolRecord,
     size_of,
 )
-from millpond.pipeline.kafka.producer import Producer
+from millpond.pipeline.kafka.producer import TOO_LARGE, Producer, has_ended
 from millpond.pipeline.telemetry.tracing import Headers
 from millpond.schemas.errors import MillpondError
 
@@ -62,8 +58,8 @@ LOST_IN_THE_SPOOL: Final = "spool"
 
 # If Kafka refuses a record that was sent alone with one of these, it would refuse it for ever.
 PERMANENT_ERRORS: Final = (
-    MessageSizeTooLargeError, RecordListTooLargeError, CorruptRecordException, InvalidTimestampError,
-    InvalidTopicError, PolicyViolationError, UnsupportedForMessageFormatError,
+    *TOO_LARGE, CorruptRecordException, InvalidTimestampError, InvalidTopicError, PolicyViolationError,
+    UnsupportedForMessageFormatError,
 )  # fmt: skip
 # An error that aiokafka does not know may be the record's fault, or may pass. 30 attempts take half a minute.
 UNKNOWN_ERROR_TRIES_MAX: Final = 30
@@ -330,7 +326,7 @@ class SpoolSender:
         sentence = f"Kafka refuses a record for {topic} of {len(value)} bytes, key {key!r}, for ever: {error!r}"
         logger.error("an event is lost: %s", sentence)
         self._lost[hook] += 1
-        too_large = isinstance(error, MessageSizeTooLargeError | RecordListTooLargeError)
+        too_large = isinstance(error, TOO_LARGE)
         entry.resolve(NotStored("too_large" if too_large else "refused", sentence))
         self._settle(entry)
 
@@ -341,7 +337,7 @@ def _is_permanent(error: Exception, entry: PendingEvent) -> bool:
     Raises:
         KafkaError: the producer would refuse every record from now on.
     """
-    if type(error) is KafkaError or isinstance(error, ProducerClosed | ProducerFenced):
+    if has_ended(error):
         raise error
     if isinstance(error, UnknownError):
         return entry.tries >= UNKNOWN_ERROR_TRIES_MAX

@@ -22,8 +22,9 @@ from millpond.agents.reads import (
     ReadRetained,
     ReadStates,
     ReadSubscriptions,
+    WrongType,
 )
-from millpond.pipeline.stores.memory.server import Hash, Kind, MemoryServer, Zset
+from millpond.pipeline.stores.memory.server import Hash, Kind, MemoryServer, RefusedError, Zset
 from millpond.pipeline.stores.memory.writer import EffectWriter
 from millpond.schemas import keys
 from millpond.schemas.errors import Fenced, StoreError
@@ -102,7 +103,9 @@ class MemoryStore:
             case ReadEntry(topic, message_id):
                 return self._public(keys.message_index(topic), Zset).get(message_id)
             case ReadSubscriptions(client_id):
-                filters = self._public(keys.subscriptions(client_id), Hash)
+                filters = self._own_or_foreign(keys.subscriptions(client_id), Hash)
+                if isinstance(filters, WrongType):
+                    return filters
                 return {name.encode(): qos for name, qos in filters.items()}
             case ReadNames(other, index, prefix, after, limit):
                 entries = self._server.of(
@@ -111,9 +114,17 @@ class MemoryStore:
                 rest = [name for name, _ in entries if name.encode() > after.encode()]
                 return [name for name in rest if name.startswith(prefix)][:limit]
             case ReadRetained(topic):
-                return next(iter(self._public(keys.retained(topic), Zset)), None)
+                entry = self._own_or_foreign(keys.retained(topic), Zset)
+                return entry if isinstance(entry, WrongType) else next(iter(entry), None)
             case ReadBody(message_id):
                 return dict(self._public(keys.message_body(message_id), Hash))
+
+    def _own_or_foreign(self, key: str, kind: type[Kind]) -> Kind | WrongType:
+        """Return the value of a public key whose foreign type an output has to know."""
+        try:
+            return self._server.of(key, kind)
+        except RefusedError as error:
+            return WrongType(key, str(error))
 
     def _public(self, key: str, kind: type[Kind]) -> Kind:
         """Return the value of a public key. A key of another type, which another program wrote, counts as empty."""

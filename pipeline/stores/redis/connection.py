@@ -41,6 +41,10 @@ TRANSIENT_CODES: Final = frozenset((
 ACCESS_CODES: Final = frozenset(("NOAUTH", "NOPERM", "WRONGPASS"))
 
 
+# Of silence, for a command: a user waits for the answer. Workers wait longer, and then try again.
+COMMAND_TIMEOUT_S: Final = 5.0
+
+
 class Address(NamedTuple):
     """Host and port of one server."""
 
@@ -143,10 +147,10 @@ class Connection(asyncio.Protocol):
         except TimeoutError as error:
             await connection.close()
             raise StoreDown(
-                f"{address} does not answer within {access.connect_timeout_s:g} s"
+                f"Redis at {address} does not answer within {access.connect_timeout_s:g} s"
             ) from error
         except OSError as error:
-            raise StoreDown(f"cannot connect to {address}: {error}") from error
+            raise StoreDown(f"cannot connect to Redis at {address}: {error}") from error
         except BaseException:
             await connection.close()
             raise
@@ -184,7 +188,7 @@ class Connection(asyncio.Protocol):
         return self.send(pack(arguments), 1)
 
     def _lost_error(self) -> StoreDown:
-        return StoreDown(f"lost the connection to {self.address}: {self._reason}")
+        return StoreDown(f"lost the connection to Redis at {self.address}: {self._reason}")
 
     def _restart_timer(self) -> None:
         """Measure the silence from now on, or not at all if no reply is due."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from hiredis import ReplyError
-
 from millpond.pipeline.stores.redis.connection import (
     RedisCommand,
     checked,
-    error_code,
     escape_glob,
 )
+from millpond.pipeline.stores.redis.foreign_keys import is_wrong_type
 from millpond.pipeline.stores.redis.packing import decode_applied
 from millpond.schemas import keys
 from millpond.schemas.keys import Partition
@@ -81,7 +79,7 @@ InspectionRead: TypeAlias = (
     | ScanDue
 )
 
-# Reads of public keys. Another program may have put a key of another type there, which counts as empty.
+# Reads of public keys. Another program may have put a key of another type there, which counts as empty: `StoreReader` names it.
 PUBLIC: Final = (CountIndex, CountBefore, CountBetween, ReadReceipt)
 
 
@@ -113,11 +111,7 @@ def inspection_answer(read: InspectionRead, reply: Any, where: object) -> Any:
     Raises:
         StoreDown, StoreRefused: the reply is an error. A public key of another type is not: it counts as empty.
     """
-    if (
-        isinstance(reply, ReplyError)
-        and error_code(reply) == "WRONGTYPE"
-        and isinstance(read, PUBLIC)
-    ):
+    if is_wrong_type(reply) and isinstance(read, PUBLIC):
         reply = {CountBefore: None, ReadReceipt: []}.get(type(read), 0)
     checked((reply,), where)
     match read:

@@ -6,10 +6,11 @@ A reader has no fence, changes nothing, and does not wait for a store that is do
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from millpond.agents.reads import Read
-from millpond.pipeline.stores.redis.connection import Address, RedisCommand, pack
+from millpond.pipeline.stores.redis.connection import COMMAND_TIMEOUT_S, Address, RedisCommand, pack
+from millpond.pipeline.stores.redis.foreign_keys import foreign_key, is_wrong_type
 from millpond.pipeline.stores.redis.inspection import (
     InspectionRead,
     inspection_answer,
@@ -21,6 +22,8 @@ from millpond.pipeline.stores.registry import access_of, addresses, locate
 from millpond.schemas.keys import Partition
 from millpond.schemas.rules.pool import Pool
 
+FOREIGN_KEYS_MAX: Final = 20  # remembered by one reader, and so shown in one answer
+
 
 class StoreReader:
     """Answers reads of every partition of one pool. It is a context manager.
@@ -31,10 +34,13 @@ class StoreReader:
 
     def __init__(self, pool: Pool) -> None:
         """Nothing connects before the context is entered."""
-        self._pool, self._access = pool, access_of(pool)
+        self._pool = pool
+        self._access = access_of(pool)._replace(reply_timeout_s=COMMAND_TIMEOUT_S)
         self._nodes = Nodes(addresses(pool), self._access)
         # None for a cluster: `_nodes` then finds the server of each key.
         self._server: Address | None = None
+        # The first public keys of another type that were read: key → what is to be said of it.
+        self.foreign_keys: dict[str, str] = {}
 
     async def __aenter__(self) -> Self:
         if self._pool.type == "cluster":
@@ -55,6 +61,10 @@ class StoreReader:
         else:
             connection = await self._nodes.connection(self._server)
             replies = await connection.send(b"".join(map(pack, commands)), len(commands))
+        for (_, key, *_), reply in zip(commands, replies, strict=True):
+            # A private key of another type is an error below.
+            if is_wrong_type(reply) and len(self.foreign_keys) < FOREIGN_KEYS_MAX:
+                self.foreign_keys[str(key)] = foreign_key(str(key), reply)
         where = self._server or "the cluster"
         return [_answer(read, reply, where) for read, reply in zip(reads, replies, strict=True)]
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from hiredis import ReplyError
-
 from millpond.agents.reads import (
     Read,
     ReadAllStates,
@@ -22,14 +20,22 @@ from millpond.agents.reads import (
     ReadRetained,
     ReadStates,
     ReadSubscriptions,
+    WrongType,
 )
-from millpond.pipeline.stores.redis.connection import RedisCommand, checked, error_code
+from millpond.pipeline.stores.redis.connection import RedisCommand, checked
+from millpond.pipeline.stores.redis.foreign_keys import is_wrong_type, name_foreign_key
 from millpond.schemas import keys
 from millpond.schemas.keys import Partition
 
 SCAN_COUNT: Final = 500  # states of one answer, about
-# Reads of public keys. Another program may have put a key of another type there, which counts as empty.
-PUBLIC: Final = (ReadIndex, ReadEntry, ReadLast, ReadSubscriptions, ReadRetained, ReadBody)
+# Reads of public keys. Another program may have put a key of another type there.
+PUBLIC: Final = (
+    ReadIndex,
+    ReadEntry,
+    ReadLast,
+    ReadBody,
+)  # such a key counts as empty, and the log names it
+ANSWERED: Final = (ReadSubscriptions, ReadRetained)  # its type is the answer
 
 
 def read_command(partition: Partition, read: Read) -> RedisCommand:
@@ -68,18 +74,33 @@ def read_command(partition: Partition, read: Read) -> RedisCommand:
             return ("HGETALL", keys.message_body(message_id))
 
 
+def public_key(
+    read: ReadIndex | ReadEntry | ReadLast | ReadSubscriptions | ReadRetained | ReadBody,
+) -> str:
+    """Return the public key that a read is about."""
+    match read:
+        case ReadSubscriptions(client_id):
+            return keys.subscriptions(client_id)
+        case ReadRetained(topic):
+            return keys.retained(topic)
+        case ReadBody(message_id):
+            return keys.message_body(message_id)
+        case _:
+            return keys.message_index(read.topic)
+
+
 def answer(read: Read, reply: Any, where: object) -> Any:
     """Decode the reply to a read. `where` names the server in errors.
 
     Raises:
-        StoreDown, StoreRefused: the reply is an error. A public key of another type is not: it counts as empty.
+        StoreDown, StoreRefused: the reply is an error. A public key of another type is none.
     """
-    if (
-        isinstance(reply, ReplyError)
-        and error_code(reply) == "WRONGTYPE"
-        and isinstance(read, PUBLIC)
-    ):
-        reply = []
+    if is_wrong_type(reply):
+        if isinstance(read, ANSWERED):
+            return WrongType(public_key(read), str(reply))
+        if isinstance(read, PUBLIC):
+            name_foreign_key(public_key(read), reply)
+            reply = []
     checked((reply,), where)
     match read:
         case ReadStates(names):

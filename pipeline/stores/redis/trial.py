@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from hiredis import ReplyError
 
 from millpond.pipeline.stores.redis.connection import (
+    COMMAND_TIMEOUT_S,
     Connection,
     RedisCommand,
     checked,
@@ -40,7 +41,7 @@ async def try_pool(pool: Pool, app: str, agents: Sequence[AgentName]) -> list[st
     refused: list[str] = []
     if pool.type == "cluster":
         await _try_nodes(pool)
-    connection = await connector(pool)()
+    connection = await connector(pool, COMMAND_TIMEOUT_S)()
     try:
         for agent in agents if pool.type != "cluster" else ():
             await Fence(connection, Partition(app, agent, 0)).load()

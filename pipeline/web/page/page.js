@@ -36,6 +36,7 @@ const panels = [
   { section: element("topic"), url: () => `/api/topic?name=${encodeURIComponent(chosen()[1])}`, show: showTopic },
   { section: element("clients"), url: () => `/api/clients?contains=${encodeURIComponent(part)}`, show: showClients },
   { section: element("dead-letters"), url: () => "/api/dead-letters", show: showDeadLetters },
+  { section: element("unreadable"), url: () => "/api/unreadable", show: showUnreadable },
 ];
 
 function showAgents(section, found) {
@@ -103,6 +104,13 @@ function showDeadLetters(section, found) {
     each.subscribers.join("\n"), actions(each),
   ], ["text", "text", "text", NUMBER]);
   note(section, [shownOf(found.dead_letters.length, found.total, "dead letter")]);
+}
+
+function showUnreadable(section, found) {
+  fill(section.querySelector("table"), found.records, (each) => `${each.partition} ${each.offset}`, (each) => [
+    time(each.at), each.source, each.reader, each.size, each.begin, each.reason,
+  ], ["text", "text", "text", NUMBER]);
+  note(section, [count(found.records.length, "record") + (found.whole ? "" : ", and there may be more")]);
 }
 
 function actions(deadLetter) {

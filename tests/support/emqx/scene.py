@@ -44,6 +44,9 @@ class ReportsInMemory:
         stored.set_result(None)
         return stored
 
+    async def enter_alone(self, event: ReportedEvent, partition: int | None = None) -> None:
+        self.events.append(event)
+
 
 class Provider(NoHooks):
     """Routes copies like the bridge's hooks, and passes acknowledgements on to the sender."""

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -236,6 +236,41 @@ async def test_an_order_that_no_agent_would_apply_is_refused_before_anything_is_
     await until_dead(pipeline, "m1")  # and the refused orders have changed nothing
 
 
+async def test_records_that_could_not_be_read_are_listed_with_their_bytes(
+    pipeline: Pipeline,
+) -> None:
+    # Given a dead message, and records with what would hurt a terminal
+    await pipeline.publish(given.published(f"m{at}", "queue/a") for at in "12")
+    await until_dead(pipeline, "m1")
+    assert await output(pipeline, "list", "--unreadable") == (
+        "no records that could not be read or stored\n"
+    )
+    poison = [b"\x1b[2J[bold]not JSON", b"\xff\xfe" + b"x" * 10_000, None]
+    for value in poison:
+        await pipeline.producer.send_and_wait(keys.MESSAGES_TOPIC, key=b"queue/a", value=value)
+
+    async def all_there() -> list[Any]:
+        found: list[Any] = json.loads(await output(pipeline, "list", "--unreadable", "--json"))
+        return found if len(found) == len(poison) else []
+
+    # Then they are listed as text and as JSON, and the message is not among them
+    first, second, third = await until(all_there, "the unreadable records")
+    assert b64decode(first["value"]) == poison[0]
+    assert (second["size"], b64decode(second["value"])[:3]) == (10_002, b"\xff\xfex")
+    assert (third["size"], third["value"], third["key"]) == (0, "", "queue/a")
+    assert first["source"].startswith(f"{keys.MESSAGES_TOPIC}[")
+    assert all(each["reason"] for each in (first, second, third))
+    lines = (await output(pipeline, "list", "--unreadable")).splitlines()
+    assert "\\x1b[2J[bold]not JSON" in lines[1]
+    assert "\\xff\\xfexxx" in lines[2]
+    assert lines[4:] == ["3 records that could not be read or stored"]
+    lines = (await output(pipeline, "list", "--unreadable", "--limit", "1")).splitlines()
+    assert len(lines) == 3 and "the newest 1 record" in lines[2]
+    assert "--topic" in await refused(
+        pipeline, "list", "--unreadable", "--topic", "queue/#", exit_code=2
+    )
+
+
 async def test_if_kafka_stops_answering_midway_the_error_counts_the_acknowledged_orders(
     own_kafka: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,7 +292,5 @@ async def test_if_kafka_stops_answering_midway_the_error_counts_the_acknowledged
                 own_kafka.pause()
             yield OperatorDrop(at=at, node="n", topic="queue/a", message_id=f"m{at}")
 
-    with pytest.raises(
-        MillpondError, match="Kafka acknowledged 1000 orders and then failed: no ack"
-    ):
+    with pytest.raises(MillpondError, match="acknowledged 1000 orders and then failed: no ack"):
         await operator_events.write(settings, drops())

@@ -187,6 +187,17 @@ def test_an_operator_requeues_and_drops_dead_letters(home: Home, page: Page, url
     assert TOKEN not in (home.data / "log" / "web.log").read_text()
 
 
+def test_what_could_not_be_read_is_on_the_page(home: Home, page: Page, url: str) -> None:
+    home.says("redis", "PUBLISH", "mqtt_channel", ODD)
+    page.goto(f"{url}#dead-letters")
+    cells = page.locator("#unreadable tbody tr").first.get_by_role("cell")
+    expect(cells.nth(0)).to_have_text("mqtt_channel")
+    expect(cells.nth(1)).to_have_text("sessions")
+    expect(cells.nth(3)).to_have_text(ODD)
+    expect(page.locator("#unreadable .note")).to_have_text("1 record")
+    assert page.evaluate("window.hurt") is None
+
+
 def test_the_console_connects_subscribes_publishes_and_shows_messages(
     home: Home, page: Page, url: str
 ) -> None:

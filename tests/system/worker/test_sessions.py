@@ -221,6 +221,22 @@ def shown_subscriptions(pipeline: Pipeline, client_id: str) -> list[str]:
     return [held["topic_filter"] for held in found["subscriptions"]]
 
 
+async def test_subscriptions_that_are_no_hash_are_a_dead_letter_that_names_the_key(
+    pipeline: Pipeline, bridge: Bridge
+) -> None:
+    await pipeline.worker("sessions")
+    await pipeline.redis.set(keys.subscriptions("gw"), "x")
+    await bridge.connect("gw")
+
+    async def given_up() -> list[Any]:
+        return await pipeline.dead_letters()
+
+    (letter,) = await until(given_up, "a dead letter")
+    reason = dict(letter.headers)["reason"].decode()
+    assert "mqtt:sub:gw" in reason and "WRONGTYPE" in reason
+    assert (letter.key, b"client.connected" in letter.value) == (b"gw", True)
+
+
 async def test_a_command_that_cannot_be_read_is_a_dead_letter_and_the_next_is_carried_out(
     pipeline: Pipeline, bridge: Bridge
 ) -> None:

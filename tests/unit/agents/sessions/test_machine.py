@@ -574,9 +574,20 @@ def test_a_client_that_connects_gets_the_subscriptions_in_redis() -> None:
 
 def test_a_client_without_subscriptions_in_redis_gets_no_command() -> None:
     world = Sessions(LOOKUP)
-    world.server.keep(keys.subscriptions("odd"), b"a string")
-    world.fold(world.connected(), world.connected("odd", "p2"))
+    world.fold(world.connected())
     assert (world.commands, world.dead_letters) == ([], [])
+
+
+def test_subscriptions_in_redis_of_another_type_are_a_dead_letter_and_not_none() -> None:
+    world = Sessions(LOOKUP)
+    world.server.keep(keys.subscriptions("c"), b"a string")
+    connected = world.connected()
+    world.fold(connected)
+    assert world.commands == []
+    (dead_letter,) = world.dead_letters
+    reason = dict(dead_letter.headers)["reason"].decode()
+    assert "mqtt:sub:c" in reason and "WRONGTYPE" in reason
+    assert dead_letter.value == codec.encode(connected)
 
 
 def test_filters_above_a_commands_limit_are_named_in_a_dead_letter(
@@ -640,6 +651,20 @@ def test_a_new_subscription_gets_the_retained_messages_that_match(
     assert [each.topic for each in delivers] == found
     assert {(each.qos, each.retain, each.lease) for each in delivers} <= {(0, True, "")}
     assert [each.payload for each in delivers] == [f"of {topic}" for topic in found]
+
+
+def test_retained_keys_of_another_type_are_named_in_one_dead_letter() -> None:
+    world = Sessions(RETAIN_LOOKUP)
+    retaining(world, "a/b", "a/c", "a/d")
+    for topic in ("a/b", "a/d"):
+        world.server.keep(keys.retained(topic), b"a string")
+    subscribed = world.subscribed("a/+")
+    world.fold(world.connected(), subscribed)
+    assert [each.topic for each in world.commands if isinstance(each, Deliver)] == ["a/c"]
+    (dead_letter,) = world.dead_letters
+    reason = dict(dead_letter.headers)["reason"].decode()
+    assert "WRONGTYPE" in reason and "mqtt:retain:a/b, mqtt:retain:a/d" in reason
+    assert dead_letter.value == codec.encode(subscribed)
 
 
 @pytest.mark.parametrize(("handling", "found"), [(0, 2), (1, 1), (2, 0)])

@@ -19,11 +19,13 @@ from millpond.agents.registry import MACHINES
 from millpond.pipeline.brokers.commands.deliveries import Deliveries, published_at_s
 from millpond.pipeline.brokers.commands.pending import PendingCommand
 from millpond.pipeline.brokers.commands.reports import Reports
+from millpond.pipeline.kafka.dead_letters import REASONS, DeadLetters
 from millpond.pipeline.stores.memory.server import Hash
 from millpond.pipeline.stores.memory.store import MemoryStore
 from millpond.pipeline.telemetry.agent import LETTERS, AgentCounts, PartitionObserver
 from millpond.pipeline.telemetry.bridge import (
     CommandMetrics,
+    DeadLetterMetrics,
     HookMetrics,
     ProducerMetrics,
     SpoolMetrics,
@@ -477,6 +479,11 @@ def test_counters_for_alerts_exist_before_the_first_increase() -> None:
     durable_producer.lost = {}
     samples = shown(registry_of("bridge emqx", [SpoolMetrics(durable_producer)]))
     assert value(samples, "millpond_bridge_events_lost_total", type="message.publish") == 0
+    nothing: Any = None  # no dead letter is sent
+    letters = DeadLetterMetrics(DeadLetters(nothing, "bridge"))
+    samples = shown(registry_of("bridge emqx-kafka", [letters]))
+    for reason in REASONS:
+        assert value(samples, "millpond_dead_letters_total", agent="bridge", reason=reason) == 0
     samples = shown(registry_of("worker queue", [worker_telemetry()]))
     for reason in LETTERS:
         assert value(samples, "millpond_dead_letters_total", reason=reason) == 0

@@ -30,6 +30,9 @@ class Log:
         stored.set_result(None)
         return stored
 
+    async def enter_alone(self, event: Any, partition: int | None = None) -> None:
+        await self.enter(event, partition)
+
 
 class Scene:
     """Clients with copies."""
