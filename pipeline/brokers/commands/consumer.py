@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from typing import Any, NoReturn, Protocol
 
-from millpond.agents.driver.dead_letters import headers_of
+from millpond.agents.driver.dead_letters import REASON_LENGTH_MAX, headers_of
 from millpond.pipeline.brokers.commands.deliveries import Deliveries
 from millpond.pipeline.brokers.commands.pending import PendingCommand
 from millpond.pipeline.clock import now_ms
@@ -17,7 +18,7 @@ from millpond.pipeline.settings import Settings
 from millpond.pipeline.telemetry.histogram import SHORT_S, Histogram
 from millpond.pipeline.telemetry.tracing import BridgeTracing
 from millpond.schemas import codec, keys
-from millpond.schemas.commands import Command, Deliver
+from millpond.schemas.commands import Command, Deliver, Subscribe
 from millpond.schemas.errors import DecodeError
 from millpond.schemas.leases import LeaseName, parse_lease
 from millpond.schemas.topics import topic_name_error
@@ -35,6 +36,9 @@ class CommandHandler(Protocol):
 
     async def settle(self) -> None:
         """Wait until no command is under way. Those that only wait were revoked."""
+
+    def filter_refusal(self, topic_filter: str) -> str | None:
+        """Explain why this broker cannot serve a filter, and so subscribes no client to it. None if it can."""
 
 
 class CommandConsumer:
@@ -89,8 +93,25 @@ class CommandConsumer:
             return
         if isinstance(command, Deliver) and topic_name_error(command.topic) is not None:
             self._deliveries.fail(pending, "bridge")
-        else:
-            await self._broker.take(pending, command)
+            return
+        reason = self._refusal(command)
+        if reason is not None:
+            # The command is finished when the rest of it is, and the log has the dead letter.
+            done = _at_call(2, pending.done)
+            pending = pending._replace(done=done)
+            await self._send_dead_letter(record, reason, done)
+        await self._broker.take(pending, command)
+
+    def _refusal(self, command: Command) -> str | None:
+        """Return the reason why some filters of a command cannot be served. None if all can."""
+        if not isinstance(command, Subscribe):
+            return None
+        refusals = [(name, self._broker.filter_refusal(name)) for name, _ in command.topic_filters]
+        refused = [f"{name!r} ({reason})" for name, reason in refusals if reason is not None]
+        if not refused:
+            return None
+        reason = f"{command.client_id!r} cannot be subscribed to {', '.join(refused)}"
+        return reason[:REASON_LENGTH_MAX]
 
     def _traced(
         self, record: Any, command: Command, done: Callable[[], None]
@@ -154,3 +175,14 @@ class CommandConsumer:
             keys.DEAD_LETTERS_TOPIC, record.key, record.value, None, headers
         )
         acknowledged.add_done_callback(lambda _: done())
+
+
+def _at_call(number: int, call: Callable[[], None]) -> Callable[[], None]:
+    """Make what calls `call` when it is called for the `number`th time."""
+    calls = count(1)
+
+    def counted() -> None:
+        if next(calls) == number:
+            call()
+
+    return counted
