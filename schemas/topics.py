@@ -8,6 +8,9 @@ from typing import Final
 from millpond.schemas.events import TEXT_BYTES_MAX
 
 SHARE_PREFIX: Final = "$share/"
+# EMQX's other spelling of a shared subscription: `$queue/{filter}` is `$share/$queue/{filter}`.
+QUEUE_PREFIX: Final = "$queue/"
+QUEUE_GROUP: Final = "$queue"
 WILDCARDS: Final = ("+", "#")
 
 
@@ -29,7 +32,7 @@ def topic_name_error(topic: str) -> str | None:
 
 
 def filter_error(topic_filter: str) -> str | None:
-    """Explain why a client cannot subscribe to a filter, with or without `$share/{group}/`. None if it can."""
+    """Explain why no client can subscribe to a filter, with or without a group. None if its form is right."""
     try:
         length = len(topic_filter.encode())
     except UnicodeEncodeError:
@@ -58,11 +61,23 @@ def filter_error(topic_filter: str) -> str | None:
 
 
 def split_share(topic_filter: str) -> tuple[str | None, str]:
-    """Split `$share/{group}/{filter}` into group and filter. The group of any other filter is None."""
+    """Split `$share/{group}/{filter}`, or `$queue/{filter}`, into group and filter. The group of any other filter is None."""
+    if topic_filter.startswith(QUEUE_PREFIX):
+        return QUEUE_GROUP, topic_filter[len(QUEUE_PREFIX) :]
     if not topic_filter.startswith(SHARE_PREFIX):
         return None, topic_filter
     group, _, plain = topic_filter[len(SHARE_PREFIX) :].partition("/")
     return group, plain
+
+
+def shared(group: str | None, topic_filter: str) -> str:
+    """Return the filter with its group in front, if it has one, in the spelling of MQTT 5.0 (4.8.2)."""
+    return topic_filter if group is None else f"{SHARE_PREFIX}{group}/{topic_filter}"
+
+
+def standard_filter(topic_filter: str) -> str:
+    """Return the filter in the spelling of MQTT 5.0: a subscription has one name, however its client wrote it."""
+    return shared(*split_share(topic_filter))
 
 
 def has_wildcard(topic_filter: str) -> bool:

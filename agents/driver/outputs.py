@@ -35,7 +35,7 @@ from millpond.schemas import codec, keys
 from millpond.schemas.commands import COMMAND_VALID_FOR_S, SUBSCRIPTIONS_MAX, Deliver, Subscribe
 from millpond.schemas.events import SubscriberJoined, SubscriberLeft
 from millpond.schemas.keys import Partition
-from millpond.schemas.topics import WILDCARDS, filter_error, has_wildcard, matches
+from millpond.schemas.topics import WILDCARDS, filter_error, has_wildcard, matches, standard_filter
 
 # Retained messages for one look-up. A client that subscribes to "#" gets so many, and no more.
 RETAINED_MAX: Final = 1_000
@@ -124,11 +124,15 @@ class Outputs:
             return [self._look_up_failed("subscriptions", output.offset, reason, source)]
         filters, invalid = [], []
         for name, qos in sorted(table.items()):
-            topic_filter = name.decode("utf-8", "replace")
-            if filter_error(topic_filter) is None and qos in (b"0", b"1", b"2"):
-                filters.append((topic_filter, int(qos)))
+            # An invalid byte becomes a lone surrogate, so it makes the filter invalid, and the reason shows it.
+            topic_filter = name.decode("utf-8", "surrogateescape")
+            error = filter_error(topic_filter)
+            if error is None and qos not in (b"0", b"1", b"2"):
+                error = "the QoS is not 0, 1 or 2"
+            if error is None:
+                filters.append((standard_filter(topic_filter), int(qos)))
             else:
-                invalid.append(f"{topic_filter!r} → {qos.decode(errors='replace')!r}")
+                invalid.append(f"{topic_filter!r} → {qos.decode(errors='replace')!r} ({error})")
         records = []
         if filters:
             chosen = tuple(filters[:SUBSCRIPTIONS_MAX])

@@ -4,7 +4,7 @@ Rule 1: every transition of a queued message is in this file; leases and members
 besides in `agents/topics/storage.py`. Rule 2: no IO, no clock, no chance.
 
 ON published: unless its id was seen, store, append, hand out. QoS 0 is not stored unless a rule says so: it is handed
-once to one member with room. ON acked, by a client that holds or held a lease of it: delete, also if it is dead by now; hand out. ON tick: what is
+once to one member with room, and waits a few seconds for one. ON acked, by a client that holds or held a lease of it: delete, also if it is dead by now; hand out. ON tick: what is
 due goes: expired messages, overdue leases, dead letters that are too old. ON requeue: a dead message is appended anew.
 A message that expires, overflows or is superseded while it is leased is gone for everyone but the holder, whose ack is
 welcome and whose failure ends it.
@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
+
+from msgspec import structs
 
 from millpond.agents.delivery.dead_messages import DeadMessage, dead_holders
 from millpond.agents.delivery.leasing import WAITING, Done
@@ -42,6 +44,12 @@ from millpond.schemas.rules import Rules
 
 # A publish into a queue that is too long takes out the oldest; after a rule has made it shorter, up to this many.
 OVERFLOW_MAX: Final = 8
+# How long a QoS 0 message waits for a member that can take it. A SUBACK precedes the member's join in the log by milliseconds,
+# or by the seconds for which the sessions agent lags. A message that comes right after the SUBACK must not be lost.
+QOS_0_WAIT_MS: Final = 5_000
+QOS_0_WAITING_MAX: Final = (
+    1_000  # messages that a topic holds; beyond that a QoS 0 message does not wait
+)
 ACKED_EARLY: Final = "acked\0"  # marks an id among those seen: its ack came before its publish
 OVERFLOWED: Final = "the queue was longer than max_length"
 
@@ -133,16 +141,33 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
         acked = ACKED_EARLY + event.message_id in self._storage.seen
         if not expired:
             indexed = (event.qos > 0 or plan.store_qos0) and not acked
-            done += self._storage.published(offset, event, score, indexed=indexed)
+            stored = event
+            passed_on: Done = []
+            if event.qos == 0 and not indexed and not acked:
+                passed_on = self.pass_on(offset, event.topic, event, score)
+                if not passed_on and self._may_wait(event):
+                    indexed, stored = True, _waiting(event, now_ms)
+            done += self._storage.published(offset, stored, score, indexed=indexed)
+            done += passed_on
             if indexed:
-                self._windows[event.topic].expiring |= event.expires_at is not None
+                self._windows[event.topic].expiring |= stored.expires_at is not None
                 done += self._append(offset, event.topic, event.message_id, score, now_ms)
             elif event.qos == 0 and not acked:
-                done += self.pass_on(offset, event.topic, event, score)
                 done += self.note_waiting(event.topic, self._windows[event.topic])
         if plan.commands["message.publish"]:
             done += self._storage.commands(offset, event)
         return done
+
+    def _may_wait(self, event: MessagePublished) -> bool:
+        """True if a QoS 0 message that no member takes now is kept for one. It pushes no other message out of the queue, and a
+        retained entry keeps it anyhow. Where the broker delivers, its subscribers have it.
+        """
+        topic, delivery = event.topic, self.delivery(event.topic)
+        retained = event.retain and self._storage.plans.of(topic).retain
+        if delivery is None or retained or any(each.newest for each in self.reaching(topic)):
+            return False
+        room = QOS_0_WAITING_MAX if delivery.max_length is None else delivery.max_length
+        return self._windows[topic].length < min(room, QOS_0_WAITING_MAX)
 
     def _append(self, offset: int, topic: str, message_id: str, score: int, now_ms: int) -> Done:
         """A stored message is the topic's newest; the oldest go if there are too many."""
@@ -380,3 +405,10 @@ class QueueMachine(DeliveryMachine[QueueWindow]):
             effects = [x for x in self.note_waiting(topic, window) if not isinstance(x, Output)]
             return [*effects, *self._storage.refused(event, refusal)]
         return self._storage.refused(event, refusal)
+
+
+def _waiting(event: MessagePublished, now_ms: int) -> MessagePublished:
+    """A QoS 0 message as it waits: it expires soon."""
+    end = now_ms + QOS_0_WAIT_MS
+    expires_at = end if event.expires_at is None else min(event.expires_at, end)
+    return structs.replace(event, expires_at=expires_at)

@@ -96,7 +96,7 @@ from millpond.schemas.commands import Subscribe, Unsubscribe
 from millpond.schemas.errors import DecodeError
 from millpond.schemas.events import AgentName, Event
 from millpond.schemas.rules import Rules
-from millpond.schemas.topics import filter_error
+from millpond.schemas.topics import filter_error, standard_filter
 
 # A tick sweeps at most this many clients: some ms of Redis. It stops before a client once so many outputs are decided:
 # an announcement with a wildcard is a record in each partition.
@@ -412,10 +412,11 @@ def control_command(
     error = filter_error(event.topic_filter)
     if error is not None:
         raise DecodeError(error)
+    topic_filter = standard_filter(event.topic_filter)
     if isinstance(event, events.ControlSubscribe):
-        filters = ((event.topic_filter, event.qos),)
+        filters = ((topic_filter, event.qos),)
         return SendCommand(offset, Subscribe(client_id=event.client_id, topic_filters=filters))
-    names = (event.topic_filter,)
+    names = (topic_filter,)
     return SendCommand(offset, Unsubscribe(client_id=event.client_id, topic_filters=names))
 
 

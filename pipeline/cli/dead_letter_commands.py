@@ -306,6 +306,6 @@ def _check_filter(topic: str | None) -> None:
         return
     reason = filter_error(topic)
     if reason is None and split_share(topic)[0] is not None:
-        reason = "give the topic filter without $share"
+        reason = "give the topic filter without $share or $queue"
     if reason is not None:
         raise ConfigError(f"--topic: {reason}")

@@ -102,7 +102,7 @@ def _dropped(state: MessageState, now_ms: int) -> str:
 
 
 def _passed_on(state: MessageState, now_ms: int) -> str:
-    return "passed on: at QoS 0 it went to the clients that were online, and was not stored"
+    return "passed on: at QoS 0 it went to clients that were online, if any, and is not kept"
 
 
 def _retained(state: MessageState, now_ms: int) -> str:

@@ -62,6 +62,19 @@ HandleRecord: TypeAlias = Callable[[Any, RecordClaim], Awaitable[None]]
 Settle: TypeAlias = Callable[[], Awaitable[None]]
 
 
+def after_calls(count: int, call: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that calls `call` when it has been called `count` times: a record with several results."""
+    left = count
+
+    def one() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            call()
+
+    return one
+
+
 class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships no types
     """One member of a consumer group. Uncommitted records are read again after a stop or rebalance."""
 

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 # A key up to this size is kept in a dead letter of marks alone: it finds the partition. Every topic and client id of MQTT fits.
 KEY_BYTES_MAX: Final = 65_535
 # Shown with 0 from the start. Prometheus cannot see an increase of a series that did not exist.
-REASONS: Final = ("unreadable", "too_large")
+REASONS: Final = ("unreadable", "too_large", "not_served")
 
 
 def marks_alone(record: OutgoingRecord, error: Exception) -> OutgoingRecord:

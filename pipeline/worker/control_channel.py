@@ -36,7 +36,7 @@ from millpond.pipeline.stores.registry import access_of, locate
 from millpond.pipeline.stores.retries import Retries
 from millpond.schemas import codec, keys
 from millpond.schemas.errors import DecodeError, MillpondError, StoreDown
-from millpond.schemas.events import ControlSubscribe, ControlUnsubscribe, Text, Topic
+from millpond.schemas.events import ClientId, ControlSubscribe, ControlUnsubscribe, Topic
 from millpond.schemas.rules.pool import Pool
 from millpond.schemas.topics import filter_error
 
@@ -56,7 +56,7 @@ class ControlOrder(Struct, frozen=True):
 
     type: Literal["subscribe", "unsubscribe"]
     topic: Topic
-    clientid: Annotated[Text, Meta(min_length=1)]
+    clientid: Annotated[ClientId, Meta(min_length=1)]
     qos: int | Literal["0", "1", "2"] = 0
 
 

@@ -11,7 +11,7 @@ from millpond.schemas.errors import ConfigError
 from millpond.schemas.events import AgentName
 from millpond.schemas.keys import RESERVED_TOPIC_PREFIX
 from millpond.schemas.rules.user_commands import command_error
-from millpond.schemas.topics import SHARE_PREFIX, filter_error, intersects
+from millpond.schemas.topics import filter_error, intersects, split_share
 
 # fmt: off
 Hook: TypeAlias = Literal[
@@ -164,8 +164,8 @@ def _topic_error(rule: Rule) -> str | None:
         return f"{rule.action} needs a topic filter" if needs else None
     if rule.hook in ("client.connected", "client.disconnected", "session.created"):
         return f"{rule.hook} has no topic: remove it"
-    if rule.topic.startswith(SHARE_PREFIX):
-        return "a rule's topic is a plain filter without $share: it applies to shared subscriptions, too"
+    if split_share(rule.topic)[0] is not None:
+        return "a rule's topic is a plain filter without $share or $queue: it applies to shared subscriptions, too"
     reason = filter_error(rule.topic)
     if reason is not None:
         return f"{reason}: {rule.topic!r}"

@@ -20,6 +20,7 @@ def small_limits(patch: pytest.MonkeyPatch) -> None:
         (storage, "SWEEP_ENTRIES_MAX", 2), (state_cache, "STATES_HELD_MAX", 1), (window, "AHEAD_MAX", 2),
         (window, "HOLDERS_MAX", 2), (delivery, "READ_MIN", 1), (delivery, "AHEAD_TOTAL_MAX", 5),
         (rounds, "ROUNDS_MAX", 1), (rounds, "FILTERS_MAX", 1), (rounds, "PAGE_MAX", 1), (machine, "PAGE_MAX", 1),
+        (machine, "QOS_0_WAITING_MAX", 3),
         (leasing, "UNCONFIRMED_MAX", 4), (leasing, "SEND_TIMEOUT_MS", SEND_MS),
         (members, "AWAKE_MAX", 1), (membership, "FORGET_MS", 3_000), (leasing, "COMMAND_VALID_FOR_S", 1),
     ):  # fmt: skip

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 
 from millpond.agents.delivery import window
+from millpond.agents.queue import machine
 from millpond.agents.topics import dedup
 from millpond.schemas import codec
 from millpond.schemas.commands import Deliver
@@ -54,6 +55,7 @@ class Model:
     - `stored`: topic → message id → end of its life in ms, or None; in log order.
     - `place`: message id → offset at which it was stored last.
     - `holders`: message id → clients that it was delivered to.
+    - `may_be_passed_on`: message ids of QoS 0 that were published in this step: a member may have taken them at once.
     - `may_be_acked`: message ids that an acknowledgement or report may have deleted. The machine alone decides that.
     - `newest_delivered`: topic → highest place of a first delivery.
     """
@@ -64,6 +66,7 @@ class Model:
         self.place: dict[str, int] = {}
         self.holders: dict[str, set[str]] = defaultdict(set)
         self.may_be_acked: set[str] = set()
+        self.may_be_passed_on: set[str] = set()
         self.dead: set[str] = set()
         self.newest_delivered: dict[str, int] = defaultdict(lambda: -1)
         self.delivered: set[str] = set()
@@ -77,8 +80,7 @@ class Model:
         match event:
             case MessagePublished(message_id=name) if name not in self.place:
                 self.place[name] = at
-                if event.qos or self.name == "latest":
-                    self.append(event.topic, name, event.expires_at)
+                self.published(event)
             case MessageAcked(message_id=name, topic=topic, client_id=client_id):
                 self.has.discard((client_id, name.removeprefix("x")))
                 if client_id in self.holders[name]:
@@ -108,6 +110,18 @@ class Model:
                     self.stored[topic] = {
                         each: end for each, end in entries.items() if end is None or end > self.now_ms
                     }  # fmt: skip
+
+    def published(self, event: MessagePublished) -> None:
+        topic, name = event.topic, event.message_id
+        if event.qos or self.name == "latest":
+            self.append(topic, name, event.expires_at)
+        elif len(self.stored[topic]) < self.waiting_max():
+            self.may_be_passed_on.add(name)
+            self.append(topic, name, self.now_ms + machine.QOS_0_WAIT_MS)
+
+    def waiting_max(self) -> int:
+        """How many messages a topic holds at most for one of QoS 0 to wait."""
+        return min(MAX_LENGTH.get(self.name, 1_000), machine.QOS_0_WAITING_MAX)
 
     def append(self, topic: str, name: str, own_end: int | None) -> None:
         end = self.now_ms + EXPIRY_MS if self.name == "expiring" else None
@@ -146,10 +160,12 @@ class Model:
             index, entries = state.index(topic), self.stored[topic]
             for name in list(entries):
                 if name not in index:
-                    assert name in self.may_be_acked or name in state.dead, f"{name} is lost"
+                    over = name in self.may_be_acked or name in self.may_be_passed_on
+                    assert over or name in state.dead, f"{name} is lost"
                     del entries[name]
             assert index == list(entries), f"{topic} holds {index}, not {list(entries)}"
         self.dead = set(state.dead)
+        self.may_be_passed_on = set()
 
 
 @pytest.mark.parametrize("name", TABLES)

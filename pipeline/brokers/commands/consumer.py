@@ -11,7 +11,7 @@ from typing import Any, Final, NoReturn, Protocol
 from millpond.pipeline.brokers.commands.deliveries import Deliveries
 from millpond.pipeline.brokers.commands.pending import PendingCommand
 from millpond.pipeline.clock import now_ms
-from millpond.pipeline.kafka.consumer import GroupConsumer, RecordClaim
+from millpond.pipeline.kafka.consumer import GroupConsumer, RecordClaim, after_calls
 from millpond.pipeline.kafka.dead_letters import DeadLetters
 from millpond.pipeline.kafka.persistent_sender import PersistentSender
 from millpond.pipeline.kafka.producer import Producer
@@ -19,7 +19,7 @@ from millpond.pipeline.settings import Settings
 from millpond.pipeline.telemetry.histogram import SHORT_S, Histogram
 from millpond.pipeline.telemetry.tracing import BridgeTracing
 from millpond.schemas import codec, keys
-from millpond.schemas.commands import Command, Deliver
+from millpond.schemas.commands import Command, Deliver, Subscribe
 from millpond.schemas.errors import DecodeError
 from millpond.schemas.leases import LeaseName, parse_lease
 from millpond.schemas.topics import topic_name_error
@@ -39,6 +39,9 @@ class CommandHandler(Protocol):
 
     async def settle(self) -> None:
         """Wait until no command is under way. Those that only wait were revoked."""
+
+    def filter_refusal(self, topic_filter: str) -> str | None:
+        """Explain why this broker cannot serve a filter, and so subscribes no client to it. None if it can."""
 
 
 class CommandConsumer:
@@ -99,8 +102,24 @@ class CommandConsumer:
             return
         if isinstance(command, Deliver) and topic_name_error(command.topic) is not None:
             self._deliveries.fail(pending, "bridge")
-        else:
-            await self._broker.take(pending, command)
+            return
+        reason = self._refusal(command)
+        if reason is not None:
+            # The command is finished when the rest of it is, and the log has the dead letter.
+            done = after_calls(2, pending.done)
+            pending = pending._replace(done=done)
+            await self.dead_letters.send(record, "not_served", reason, done)
+        await self._broker.take(pending, command)
+
+    def _refusal(self, command: Command) -> str | None:
+        """Return the reason why some filters of a command cannot be served. None if all can."""
+        if not isinstance(command, Subscribe):
+            return None
+        refusals = [(name, self._broker.filter_refusal(name)) for name, _ in command.topic_filters]
+        refused = [f"{name!r} ({reason})" for name, reason in refusals if reason is not None]
+        if not refused:
+            return None
+        return f"{command.client_id!r} cannot be subscribed to {', '.join(refused)}"
 
     def _traced(
         self, record: Any, command: Command, done: Callable[[], None]

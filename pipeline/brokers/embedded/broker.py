@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from typing import Any, Final
 from uuid import uuid4
 
 from amqtt.adapters import ReaderAdapter, WriterAdapter
 from amqtt.broker import Server
-from amqtt.errors import AMQTTError, BrokerError
+from amqtt.errors import AMQTTError, BrokerError, MQTTError
+from amqtt.mqtt.connack import IDENTIFIER_REJECTED, ConnackPacket
 from amqtt.mqtt.constants import QOS_2
 from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
 from amqtt.session import Session
@@ -19,18 +21,21 @@ from millpond.pipeline.brokers.commands.pending import PendingCommand
 from millpond.pipeline.brokers.embedded.event_producer import NEVER_EXPIRES_S, EventProducer
 from millpond.pipeline.brokers.embedded.handler import (
     ConnectionHandler,
+    Granted,
+    Kept,
     Payload,
+    changing_of,
     outgoing_of,
-    refused_topic,
     routed_copy,
 )
 from millpond.pipeline.brokers.embedded.listening import ListeningBroker
 from millpond.pipeline.brokers.embedded.outgoing import OutgoingChange, ordered
 from millpond.pipeline.brokers.embedded.sender import ConnectionSender
-from millpond.pipeline.brokers.embedded.wire import ConnectionWriter
+from millpond.pipeline.brokers.embedded.topics import filter_refusal, is_refused_topic
+from millpond.pipeline.brokers.embedded.wire import ConnectionWriter, read_connect
 from millpond.pipeline.clock import now_ms
 from millpond.pipeline.settings import BridgeSettings
-from millpond.schemas.commands import Command, Subscribe, Unsubscribe
+from millpond.schemas.commands import Command, Subscribe
 from millpond.schemas.errors import ConfigError
 from millpond.schemas.events import (
     ClientConnected,
@@ -48,14 +53,13 @@ from millpond.schemas.events import (
     SessionUnsubscribed,
 )
 from millpond.schemas.leases import LeaseName
-from millpond.schemas.topics import filter_error
+from millpond.schemas.topics import matches, split_share, standard_filter
 
 logger = logging.getLogger(__name__)
 
 SUBSCRIBE_FAILURE: Final = 0x80  # [MQTT-3.9.3-2]
 CONNECT_TIMEOUT_S: Final = 10.0  # from an accepted connection to its CONNECT
 END_TIMEOUT_S: Final = 5.0  # for the connection that a newer one of the same client replaces
-ROUTED_MAX: Final = 1_000  # messages on their way to subscribers' connections; publishers wait
 # What a session that goes on takes from its new connection.
 OF_THE_CONNECTION: Final = (
     "remote_address", "remote_port", "username", "keep_alive",
@@ -75,7 +79,6 @@ class EmbeddedBroker(ListeningBroker):
     ) -> None:
         """`start` opens the listeners; see `ListeningBroker` for `page_port`."""
         super().__init__(settings, event_producer.packet_bytes_max, page_port)
-        self._broadcast_queue = asyncio.Queue(ROUTED_MAX)
         self._event_producer, self._deliveries = event_producer, deliveries
         self._opening: set[ConnectionWriter] = set()  # connections without a CONNECT so far
 
@@ -145,8 +148,14 @@ class EmbeddedBroker(ListeningBroker):
         self._opening.add(opening)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                connect, client_id = await read_connect(
+                    reader, self._event_producer.packet_bytes_max
+                )
+                if "\0" in client_id:  # [MQTT-1.5.3-2]: no event and no key could name it
+                    await ConnackPacket.build(0, IDENTIFIER_REJECTED).to_stream(writer)
+                    raise MQTTError("a client id with a null character")
                 _, incoming = await BrokerProtocolHandler.init_from_connect(
-                    reader, writer, self.plugins_manager
+                    connect, writer, self.plugins_manager
                 )
         except Exception as error:
             # Foreign bytes: whatever amqtt raises for them.
@@ -160,7 +169,7 @@ class EmbeddedBroker(ListeningBroker):
         finally:
             self._opening.discard(opening)
         handler = ConnectionHandler(
-            self.plugins_manager, self._event_producer, self._deliveries, self._route
+            self.plugins_manager, self._event_producer, self._deliveries, self
         )
         try:
             return handler, await self._session_for(incoming, handler)
@@ -214,6 +223,7 @@ class EmbeddedBroker(ListeningBroker):
         finally:
             client_session.transitions.disconnect()
             handler.ended.set()
+            handler.announced.set()
 
     async def _client_message_loop(
         self, client_session: Session, handler: BrokerProtocolHandler
@@ -223,6 +233,7 @@ class EmbeddedBroker(ListeningBroker):
         kind = SessionResumed if client_session.parent else SessionCreated
         await self._event_producer.client(kind, handler.client_id)
         await self._tell_connected(client_session, handler)
+        handler.announced.set()
         handler.start_sending(self._sender(client_session, handler))
         try:
             await super()._client_message_loop(client_session, handler)
@@ -233,6 +244,7 @@ class EmbeddedBroker(ListeningBroker):
         """What becomes of the session is told after the disconnect."""
         client_id, reason = handler.client_id, handler.reason
         await handler.stop_sending()
+        await handler.until_changed()
         handler.connected = False
         withdrawn = await handler.withdraw()
         discarded = reason == "discarded"
@@ -277,54 +289,48 @@ class EmbeddedBroker(ListeningBroker):
 
     # -- subscriptions
 
-    async def add_subscription(self, subscription: tuple[str, int], session: Session) -> int:
-        """See amqtt; a filter that is none is refused."""
-        return await self.subscribe(subscription, session)
-
     async def subscribe(
-        self, subscription: tuple[str, int], session: Session, *, proxied: bool = False
-    ) -> int:
-        """Subscribe a session; `proxied` if its client has not asked for it."""
-        topic_filter, qos = subscription
-        if filter_error(topic_filter) is not None or qos > QOS_2:
-            return SUBSCRIBE_FAILURE
-        self._del_subscription(topic_filter, session)  # [MQTT-3.8.4-3]: amqtt keeps the old QoS
-        granted = await super().add_subscription((topic_filter, qos), session)
-        if granted != SUBSCRIBE_FAILURE:
-            await self._tell_subscribed(session, topic_filter, granted, proxied=proxied)
-        if granted != SUBSCRIBE_FAILURE and proxied:
-            await self._publish_retained_messages_for_subscription(subscription, session)
-        return granted
+        self, session: Session, topic_filters: Iterable[tuple[str, int]], *, proxied: bool = False
+    ) -> Granted:
+        """Subscribe a session; `proxied` if its client has not asked for it. What nobody can serve is refused."""
+        codes: list[int] = []
+        kept: list[asyncio.Future[Any]] = []
+        for written, qos in topic_filters:
+            if filter_refusal(written) is not None or qos > QOS_2:
+                codes.append(SUBSCRIBE_FAILURE)
+                continue
+            topic_filter = standard_filter(written)
+            self._del_subscription(topic_filter, session)  # [MQTT-3.8.4-3]
+            self._subscriptions.setdefault(topic_filter, []).append((session, qos))
+            outgoing_of(session).newest_sent.subscribed(topic_filter, now_ms())
+            codes.append(qos)
+            kept.append(await self._tell_subscribed(session, topic_filter, qos, proxied=proxied))
+        return Granted(codes, kept)
 
     async def _tell_subscribed(
         self, session: Session, topic_filter: str, qos: int, **marks: bool
-    ) -> None:
+    ) -> asyncio.Future[Any]:
         client_id = session.client_id or ""
-        await self._event_producer.client(
+        return await self._event_producer.client(
             SessionSubscribed, client_id, topic_filter=topic_filter, qos=qos, **marks
         )
 
-    async def _handle_unsubscription(
-        self,
-        client_session: Session,
-        handler: BrokerProtocolHandler,
-        unsubscribe_waiter: asyncio.Future[Any],
-    ) -> None:
-        held = [
-            topic_filter
-            for topic_filter in unsubscribe_waiter.result().topics
-            if any(session is client_session for session, _ in self._holders(topic_filter))
-        ]
-        await super()._handle_unsubscription(client_session, handler, unsubscribe_waiter)
-        for topic_filter in held:
-            await self._tell_unsubscribed(client_session, topic_filter)
-
-    async def _tell_unsubscribed(self, session: Session, topic_filter: str) -> None:
-        if not self._holders(topic_filter):
-            self._subscriptions.pop(topic_filter, None)  # amqtt keeps them for ever
-        await self._event_producer.client(
-            SessionUnsubscribed, session.client_id or "", topic_filter=topic_filter
-        )
+    async def unsubscribe(self, session: Session, topic_filters: Iterable[str]) -> Kept:
+        """End those of these subscriptions that the session has."""
+        kept = []
+        for written in topic_filters:
+            topic_filter = standard_filter(written)
+            if not self._del_subscription(topic_filter, session):
+                continue
+            if not self._holders(topic_filter):
+                self._subscriptions.pop(topic_filter, None)  # amqtt keeps them for ever
+            client_id = session.client_id or ""
+            kept.append(
+                await self._event_producer.client(
+                    SessionUnsubscribed, client_id, topic_filter=topic_filter
+                )
+            )
+        return kept
 
     def _holders(self, topic_filter: str) -> list[tuple[Session, int]]:
         return self._subscriptions.get(topic_filter, [])
@@ -332,15 +338,26 @@ class EmbeddedBroker(ListeningBroker):
     async def _publish_retained_messages_for_subscription(
         self, subscription: tuple[str, int], session: Session
     ) -> None:
-        """[MQTT-3.3.1-6]: at a new subscription only. amqtt also sends them at each connect, for anybody's filters.
+        """Nothing: amqtt sends retained messages at each connect, for anybody's filters. See `send_retained`."""
+
+    def send_retained(self, session: Session, topic_filters: Iterable[tuple[str, int]]) -> None:
+        """[MQTT-3.3.1-6]: at a new subscription only. A shared one gets none (MQTT 5.0, 4.8.2).
 
         Where a rule looks them up in the store, they come from there.
         """
         handler = self._get_handler(session)
-        if self._event_producer.answers.looks_up_retained(subscription[0]):
+        if not isinstance(handler, ConnectionHandler):
             return
-        if isinstance(handler, ConnectionHandler) and handler.connected_at_ms:
-            await super()._publish_retained_messages_for_subscription(subscription, session)
+        for written, qos in topic_filters:
+            topic_filter = standard_filter(written)
+            shared = split_share(topic_filter)[0] is not None
+            looked_up = self._event_producer.answers.looks_up_retained(topic_filter)
+            if qos == SUBSCRIBE_FAILURE or shared or looked_up:
+                continue
+            for topic, retained in self._retained_messages.items():
+                if matches(topic_filter, topic):
+                    assert isinstance(retained.data, Payload), "only `_route` and wills retain"
+                    handler.put(routed_copy(retained.data, qos, retain=True))
 
     # -- commands
 
@@ -359,17 +376,22 @@ class EmbeddedBroker(ListeningBroker):
         """A copy is written and reported at once. Only the events of changes are under way."""
         await self._event_producer.drain()
 
+    def filter_refusal(self, topic_filter: str) -> str | None:
+        """See `CommandHandler`."""
+        return filter_refusal(topic_filter)
+
     async def change(self, change: OutgoingChange) -> None:
         """Carry out what concerns a client's subscriptions; with its session they are gone."""
         pending, command = change
         session, _ = self._sessions.get(pending.client_id, (None, None))
-        if session is not None and isinstance(command, Subscribe):
-            for subscription in command.topic_filters:
-                await self.subscribe(subscription, session, proxied=True)
-        elif session is not None and isinstance(command, Unsubscribe):
-            for topic_filter in command.topic_filters:
-                if self._del_subscription(topic_filter, session):
-                    await self._tell_unsubscribed(session, topic_filter)
+        if session is not None:
+            async with changing_of(session):
+                if isinstance(command, Subscribe):
+                    await self.subscribe(session, command.topic_filters, proxied=True)
+                else:
+                    await self.unsubscribe(session, command.topic_filters)
+            if isinstance(command, Subscribe):
+                self.send_retained(session, command.topic_filters)
         self._event_producer.when_kept(pending.done)
 
     def unacknowledged(self, client_id: str) -> list[LeaseName]:
@@ -384,18 +406,35 @@ class EmbeddedBroker(ListeningBroker):
 
     # -- messages
 
-    async def _route(self, session: Session, payload: Payload, retain: bool) -> None:
+    async def route(self, session: Session, payload: Payload, retain: bool) -> None:
         """To the subscribers, in the order of calls; Kafka has the message."""
         topic = payload.event.topic
-        await self._broadcast_message(session, topic, payload)
+        self._to_subscribers(payload)
         if retain:
             await self.retain_message(session, topic, payload, payload.event.qos)
 
-    async def _retain_broadcast_message(
-        self, broadcast: dict[str, Any], qos: int, target_session: Session
-    ) -> None:
-        """Keep a message for a client that is away; amqtt keeps any number."""
-        outgoing_of(target_session).keep(routed_copy(broadcast["data"], qos, retain=False))
+    def _to_subscribers(self, payload: Payload) -> None:
+        """Route a message at once; amqtt has a queue for that, and knows no shared subscriptions.
+
+        The topics of delivery agents are not routed. Their messages go to clients by command.
+        """
+        if self._event_producer.answers.has_delivery_agent(payload.event.topic):
+            return
+        for topic_filter, holders in self._subscriptions.items():
+            group, plain = split_share(topic_filter)
+            if matches(plain, payload.event.topic):
+                for session, qos in holders if group is None else _in_turn(holders):
+                    self._pass_on(session, payload, qos)
+
+    def _pass_on(self, session: Session, payload: Payload, qos: int) -> None:
+        """A message for a subscriber. For one that is away it is kept if its session goes on ([MQTT-3.1.2-4])."""
+        copy = routed_copy(payload, qos, retain=False)
+        if session.transitions.is_connected():
+            handler = self._get_handler(session)
+            if isinstance(handler, ConnectionHandler):
+                handler.put(copy)
+        elif not session.clean_session and qos:
+            outgoing_of(session).keep(copy)
 
     async def _broadcast_message(
         self,
@@ -404,18 +443,28 @@ class EmbeddedBroker(ListeningBroker):
         data: bytes | bytearray | None,
         force_qos: int | None = None,
     ) -> None:
-        """See amqtt. What comes without an event is a will: it gets one."""
-        if session is not None and topic is not None and not isinstance(data, Payload):
-            if refused_topic(topic):
-                logger.warning("%s has a will for %r: not published", session.client_id, topic)
-                session.will_retain = False
-                return
-            payload = bytes(data or b"")
-            event, _ = await self._event_producer.publish(
-                topic, payload, force_qos or 0, bool(session.will_retain),
-                session.client_id or "", session.username,
-            )  # fmt: skip
-            data = session.will_message = Payload.of(payload, event)  # which amqtt may retain
-            force_qos = None  # the subscribers' own, at most the will's
-        if topic is None or not self._event_producer.answers.has_delivery_agent(topic):
-            await super()._broadcast_message(session, topic, data, force_qos)
+        """See amqtt, which calls this for wills alone. A will gets its event."""
+        assert session is not None and topic is not None, "a will has a session and a topic"
+        if is_refused_topic(topic):
+            logger.warning("%s has a will for %r: not published", session.client_id, topic)
+            session.will_retain = False
+            return
+        data = bytes(data or b"")
+        event, _ = await self._event_producer.publish(
+            topic, data, force_qos or 0, bool(session.will_retain),
+            session.client_id or "", session.username,
+        )  # fmt: skip
+        payload = session.will_message = Payload.of(data, event)  # which amqtt may retain
+        self._to_subscribers(payload)
+
+
+def _in_turn(holders: list[tuple[Session, int]]) -> list[tuple[Session, int]]:
+    """The client of a group whose turn it is: the next one that is connected, or else the next one. It goes to the end."""
+    connected = (
+        at for at, (session, _) in enumerate(holders) if session.transitions.is_connected()
+    )
+    at = next(connected, 0)
+    chosen = holders[at : at + 1]
+    holders += chosen
+    del holders[at : at + 1]
+    return chosen

@@ -139,10 +139,10 @@ class EventProducer:
 
     # -- clients, sessions, nodes
 
-    async def client(self, kind: ClientEvent, client_id: str, **fields: Any) -> None:
-        """Produce an event of a client or its session."""
+    async def client(self, kind: ClientEvent, client_id: str, **fields: Any) -> asyncio.Future[Any]:
+        """Produce an event of a client or its session. The future is done when Kafka has acknowledged it."""
         event: Event = kind(at=now_ms(), node=self.node, client_id=client_id, **fields)
-        await self._enter(keys.CLIENTS_TOPIC, event)
+        return await self._enter(keys.CLIENTS_TOPIC, event)
 
     async def node_event(self, kind: NodeEvent, **fields: Any) -> None:
         """Produce an event of the broker node to every partition: each holds some of its clients."""

@@ -1,12 +1,12 @@
-"""One connection of the embedded broker: a publish is acknowledged only after Kafka has it."""
+"""One connection of the embedded broker: what a client asks for is acknowledged only after Kafka has it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine, Iterable, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, Protocol
 
 from aiokafka.errors import KafkaError
 from amqtt.adapters import ReaderAdapter, WriterAdapter
@@ -19,9 +19,9 @@ from amqtt.mqtt.puback import PubackPacket
 from amqtt.mqtt.pubcomp import PubcompPacket
 from amqtt.mqtt.pubrec import PubrecPacket
 from amqtt.mqtt.pubrel import PubrelPacket
-from amqtt.mqtt.subscribe import SubscribePacket
-from amqtt.mqtt.unsubscribe import UnsubscribePacket
-from amqtt.session import OutgoingApplicationMessage, Session
+from amqtt.mqtt.suback import SubackPacket
+from amqtt.mqtt.unsuback import UnsubackPacket
+from amqtt.session import Session
 
 from millpond.pipeline.brokers.commands.deliveries import Deliveries
 from millpond.pipeline.brokers.commands.reports import ReportEntry
@@ -33,16 +33,21 @@ from millpond.pipeline.brokers.embedded.outgoing import (
     OutgoingMessage,
 )
 from millpond.pipeline.brokers.embedded.sender import ConnectionSender
-from millpond.pipeline.brokers.embedded.wire import ConnectionWriter, PublishPacket, read_packet
+from millpond.pipeline.brokers.embedded.topics import is_refused_topic
+from millpond.pipeline.brokers.embedded.wire import (
+    ConnectionWriter,
+    PublishPacket,
+    SubscribePacket,
+    UnsubscribePacket,
+    read_packet,
+)
 from millpond.schemas.events import MessagePublished
-from millpond.schemas.topics import topic_name_error
 
 logger = logging.getLogger(__name__)
 
 # How much of one client may wait for Kafka. Beyond either, its socket is not read: it is held back by TCP.
-WAITING_PUBLISHES_MAX: Final = 1_000
+WAITING_PACKETS_MAX: Final = 1_000  # PUBLISHes, SUBSCRIBEs and UNSUBSCRIBEs
 WAITING_BYTES_MAX: Final = 16 * 1024 * 1024
-WAITING_SUBSCRIPTIONS_MAX: Final = 100  # SUBSCRIBEs, and UNSUBSCRIBEs, of one client: the same
 # How much of what is routed may wait for one client. One that is slower is cut off: there is no limit otherwise to what
 # it makes the broker keep. A message counts for its payload and what it costs to keep one.
 SENDING_BYTES_MAX: Final = 64 * 1024 * 1024
@@ -75,7 +80,40 @@ def outgoing_of(session: Session) -> Outgoing:
     return outgoing
 
 
-Route = Callable[[Session, Payload, bool], Awaitable[None]]
+def changing_of(session: Session) -> asyncio.Lock:
+    """Held by whatever changes a session's subscriptions, until their events have their order. It is handed on in the order in
+    which it was asked for.
+    """
+    changing: asyncio.Lock = session.attributes.setdefault("changing", asyncio.Lock())
+    return changing
+
+
+Kept = Sequence[asyncio.Future[Any]]  # done when Kafka has the events
+
+
+class Granted(NamedTuple):
+    """What became of a SUBSCRIBE."""
+
+    codes: list[int]  # of each filter: its QoS, or 0x80
+    kept: Kept
+
+
+class ConnectionBroker(Protocol):
+    """What a connection asks of its broker."""
+
+    async def route(self, session: Session, payload: Payload, retain: bool) -> None:
+        """Hand a message that Kafka has to the subscribers."""
+
+    async def subscribe(
+        self, session: Session, topic_filters: Iterable[tuple[str, int]]
+    ) -> Granted:
+        """Subscribe a session. The caller holds `changing_of` it; the events have their order when this returns."""
+
+    async def unsubscribe(self, session: Session, topic_filters: Iterable[str]) -> Kept:
+        """End subscriptions, in the same way."""
+
+    def send_retained(self, session: Session, topic_filters: Iterable[tuple[str, int]]) -> None:
+        """Hand a session what the broker retains for its new subscriptions."""
 
 
 class Gate:
@@ -83,30 +121,31 @@ class Gate:
 
     def __init__(self) -> None:
         """Open."""
-        self._publishes = self._bytes = 0
+        self._packets = self._bytes = 0
         self.open = asyncio.Event()
         self.open.set()
 
     def enter(self, size: int) -> None:
-        """One publish more waits."""
+        """One packet more waits."""
         self._count(1, size)
 
     def leave(self, size: int) -> None:
-        """One publish less waits."""
+        """One packet less waits."""
         self._count(-1, -size)
 
-    def _count(self, publishes: int, size: int) -> None:
-        self._publishes += publishes
+    def _count(self, packets: int, size: int) -> None:
+        self._packets += packets
         self._bytes += size
-        if self._publishes < WAITING_PUBLISHES_MAX and self._bytes < WAITING_BYTES_MAX:
+        if self._packets < WAITING_PACKETS_MAX and self._bytes < WAITING_BYTES_MAX:
             self.open.set()
         else:
             self.open.clear()
 
 
 class ConnectionHandler(BrokerProtocolHandler):
-    """One client's connection: its packets are taken in order; a publish goes on in a task of ours, since Kafka may
-    have it already when the client goes.
+    """One client's connection. Its packets take effect in the order in which they came, and all of them before its end.
+
+    What waits for Kafka goes on in a task of ours: the reader reads on, and Kafka may have it already when the client goes.
     """
 
     def __init__(
@@ -114,18 +153,17 @@ class ConnectionHandler(BrokerProtocolHandler):
         plugins_manager: Any,
         event_producer: EventProducer,
         deliveries: Deliveries,
-        route: Route,
+        broker: ConnectionBroker,
     ) -> None:
-        """`attach` follows. `route` hands a message to the subscribers."""
+        """`attach` follows."""
         super().__init__(plugins_manager)
-        self._event_producer, self._deliveries, self._route = event_producer, deliveries, route
+        self._event_producer, self._deliveries, self._broker = event_producer, deliveries, broker
         self.outgoing = Outgoing()  # the session's, once there is one
         self._sending: asyncio.Task[None] | None = None
         self._gate = Gate()
         self._turn: asyncio.Future[None] | None = None  # done when the last publish was passed on
-        self._publishing: set[asyncio.Task[None]] = set()
-        self._pending_subscriptions = asyncio.Queue(WAITING_SUBSCRIPTIONS_MAX)
-        self._pending_unsubscriptions = asyncio.Queue(WAITING_SUBSCRIPTIONS_MAX)
+        self._waiting: set[asyncio.Task[None]] = set()
+        self.announced = asyncio.Event()  # the log has the connection, or there will be none
         self.client_id = self.connection_id = ""
         self.connected_at_ms = 0
         # From just before its connect is told to just before its disconnect is.
@@ -187,10 +225,9 @@ class ConnectionHandler(BrokerProtocolHandler):
                 await self.handle_pubcomp(packet)
             case PubrelPacket():
                 await self.handle_pubrel(packet)
-            case SubscribePacket():
-                await self.handle_subscribe(packet)
-            case UnsubscribePacket():
-                await self.handle_unsubscribe(packet)
+            case SubscribePacket() | UnsubscribePacket():
+                self._gate.enter(packet.size)
+                self._start(self._change(packet))
             case PingReqPacket():
                 await self.handle_pingreq(packet)
             case DisconnectPacket():
@@ -205,7 +242,7 @@ class ConnectionHandler(BrokerProtocolHandler):
         Raises:
             MQTTError: nobody may publish to this topic.
         """
-        if refused_topic(publish.topic):
+        if is_refused_topic(publish.topic):
             raise MQTTError(f"a publish to {publish.topic!r}")
         turn = asyncio.get_running_loop().create_future()
         if publish.qos == QOS_2:
@@ -221,8 +258,8 @@ class ConnectionHandler(BrokerProtocolHandler):
 
     def _start(self, task: Coroutine[Any, Any, None]) -> None:
         started = asyncio.create_task(task)
-        self._publishing.add(started)
-        started.add_done_callback(self._publishing.discard)
+        self._waiting.add(started)
+        started.add_done_callback(self._waiting.discard)
 
     async def _publish(
         self,
@@ -240,7 +277,7 @@ class ConnectionHandler(BrokerProtocolHandler):
             await acknowledged
             if before is not None:
                 await before
-            await self._route(session, Payload.of(payload, event), retain)
+            await self._broker.route(session, Payload.of(payload, event), retain)
         except KafkaError as error:
             # There is no negative PUBACK in MQTT 3.1.1; whoever is cut off knows that it must try again.
             logger.warning("%s: a publish to %r is refused: %r", self.client_id, topic, error)
@@ -280,19 +317,47 @@ class ConnectionHandler(BrokerProtocolHandler):
         )
         return receiving
 
+    # -- subscriptions
+
+    async def _change(self, packet: SubscribePacket | UnsubscribePacket) -> None:
+        """In its turn; the answer follows when Kafka has the events."""
+        session = self.session
+        assert session is not None, "a packet comes over an attached connection"
+        try:
+            async with changing_of(session):
+                await self.announced.wait()
+                if not self.connected:
+                    return
+                if isinstance(packet, SubscribePacket):
+                    codes, kept = await self._broker.subscribe(session, packet.topic_filters)
+                else:
+                    codes, kept = [], await self._broker.unsubscribe(session, packet.topic_filters)
+            await asyncio.gather(*kept)
+        except KafkaError as error:
+            # A client that is cut off knows that it must try again.
+            logger.warning("%s: a change of subscriptions is refused: %r", self.client_id, error)
+            await self.drop("subscription_refused")
+            return
+        finally:
+            self._gate.leave(packet.size)
+        if isinstance(packet, SubscribePacket):
+            await self._send(SubackPacket.build(packet.packet_id, codes))
+            if self.reason == OPEN:
+                granted = zip(packet.topic_filters, codes, strict=True)
+                self._broker.send_retained(session, [(name, code) for (name, _), code in granted])
+        else:
+            await self._send(UnsubackPacket.build(packet.packet_id))
+
+    async def until_changed(self) -> None:
+        """Wait until each SUBSCRIBE and UNSUBSCRIBE that was read has taken effect."""
+        assert self.session is not None, "attach() comes first"
+        async with changing_of(self.session):
+            pass
+
     # -- out
 
-    async def mqtt_publish(
-        self,
-        topic: str,
-        data: bytes | bytearray,
-        qos: int | None,
-        retain: bool,
-        ack_timeout: int | None = None,
-    ) -> OutgoingApplicationMessage:
+    def put(self, copy: OutgoingCopy) -> None:
         """A routed message takes its place in the session's flow, which is ours; amqtt's has none that lasts."""
-        assert isinstance(data, Payload), "whatever is routed came in with an event"
-        copy = routed_copy(data, qos or 0, retain=retain)
         waiting_bytes = self.outgoing.routed.waiting_bytes
         if waiting_bytes + copy.size > SENDING_BYTES_MAX and self.reason == OPEN:
             logger.warning("%s reads too slowly: connection closed", self.client_id)
@@ -301,7 +366,6 @@ class ConnectionHandler(BrokerProtocolHandler):
             self.outgoing.put(copy)
         else:
             self.outgoing.keep(copy)  # a session that goes on gets it later
-        return OutgoingApplicationMessage(None, topic, copy.qos, data, retain)
 
     async def _retry_deliveries(self) -> None:
         """Nothing is in amqtt's own flow: see `start_sending`."""
@@ -369,7 +433,10 @@ class ConnectionHandler(BrokerProtocolHandler):
         """The end of a packet id at QoS 2."""
         self.outgoing.pubcomp(pubcomp.packet_id)
 
-    async def _send(self, packet: PubackPacket | PubrecPacket | PubcompPacket) -> None:
+    async def _send(
+        self,
+        packet: PubackPacket | PubrecPacket | PubcompPacket | SubackPacket | UnsubackPacket,
+    ) -> None:
         if not self.ended.is_set():
             await self._send_packet(packet)
 
@@ -393,8 +460,3 @@ class ConnectionHandler(BrokerProtocolHandler):
         """The first reason is the one that counts."""
         if self.reason == OPEN:
             self.reason = reason
-
-
-def refused_topic(topic: str) -> bool:
-    """What no client may publish to: not a topic name, or reserved ([MQTT-4.7.2-1])."""
-    return topic_name_error(topic) is not None or topic.startswith("$")

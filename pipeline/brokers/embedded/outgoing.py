@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeAlias
 
 from millpond.pipeline.brokers.commands.pending import PendingCommand
+from millpond.pipeline.brokers.embedded.newest_sent import NewestSent
 from millpond.pipeline.brokers.embedded.wire import publish_packet
 from millpond.schemas.codec import payload_bytes
 from millpond.schemas.commands import Command, Deliver, Subscribe, Unsubscribe
@@ -151,6 +152,7 @@ class Outgoing:
     def __init__(self) -> None:
         """Of a new session."""
         self.ordered, self.routed = Lane(), Lane()
+        self.newest_sent = NewestSent()
         self._sent: dict[int, OutgoingCopy] = {}  # launched, not acknowledged; in order
         self._released: dict[int, OutgoingCopy] = {}  # QoS 2: between PUBREC and PUBCOMP; in order
         self._again: deque[OutgoingCopy] = deque()

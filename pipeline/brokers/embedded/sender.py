@@ -104,11 +104,21 @@ class ConnectionSender:
             self._outgoing.recall(copy)
             raise
         self._in_hand = None
+        self._outgoing.newest_sent.sent(copy.message.topic, copy.message.message_id, now_ms())
         if copy.pending is not None:
             self._deliveries.sent(copy.pending, copy.qos)
 
     def _still_good(self, copy: OutgoingCopy) -> bool:
         valid = copy.pending is None or not self._deliveries.drop_if_over(copy.pending)
+        if valid and copy.retain and self._is_covered(copy):
+            valid = False
+            if copy.pending is not None:
+                self._deliveries.fail(copy.pending, "stale")
         if not valid:
             self._in_hand = None
         return valid
+
+    def _is_covered(self, copy: OutgoingCopy) -> bool:
+        """True if a retained message is not newer than what the client got of its topic since it subscribed."""
+        message = copy.message
+        return self._outgoing.newest_sent.covers(message.topic, message.message_id)

@@ -17,9 +17,19 @@ from amqtt.adapters import (
 from amqtt.codecs_amqtt import read_or_raise
 from amqtt.errors import AMQTTError, MQTTError, NoDataError
 from amqtt.mqtt import packet_class
-from amqtt.mqtt.packet import PUBLISH, MQTTFixedHeader, MQTTPacket
+from amqtt.mqtt.packet import (
+    CONNECT,
+    PUBLISH,
+    SUBSCRIBE,
+    UNSUBSCRIBE,
+    MQTTFixedHeader,
+    MQTTPacket,
+)
 from websockets.exceptions import ConnectionClosed
 
+PROTOCOL_LEVEL: Final = b"\x04"  # of MQTT 3.1.1, in a CONNECT
+WILL_FLAG: Final = 0x04
+USERNAME_FLAG: Final = 0x80
 FLUSH_TIMEOUT_S: Final = 1.0  # for a peer to take what was written, once its connection is to close
 
 
@@ -33,7 +43,25 @@ class PublishPacket(NamedTuple):
     packet_id: int
 
 
-Packet = PublishPacket | MQTTPacket  # type: ignore[type-arg]  # amqtt's, of any kind
+class SubscribePacket(NamedTuple):
+    """What a SUBSCRIBE asks for: filters, each with its QoS, which may be wrong."""
+
+    packet_id: int
+    topic_filters: tuple[tuple[str, int], ...]
+    size: int  # bytes
+
+
+class UnsubscribePacket(NamedTuple):
+    """What an UNSUBSCRIBE asks for."""
+
+    packet_id: int
+    topic_filters: tuple[str, ...]
+    size: int  # bytes
+
+
+Packet = (
+    PublishPacket | SubscribePacket | UnsubscribePacket | MQTTPacket  # type: ignore[type-arg]  # amqtt's, of any other kind
+)
 
 
 async def read_packet(reader: ReaderAdapter, bytes_max: int) -> Packet | None:
@@ -51,8 +79,13 @@ async def read_packet(reader: ReaderAdapter, bytes_max: int) -> Packet | None:
         body = await read_or_raise(reader, header.remaining_length)
     except NoDataError:
         return None
-    if header.packet_type == PUBLISH:
-        return _publish(header.flags, body)
+    match header.packet_type:
+        case packet_type if packet_type == PUBLISH:
+            return _publish(header.flags, body)
+        case packet_type if packet_type == SUBSCRIBE:
+            return _subscribe(body)
+        case packet_type if packet_type == UNSUBSCRIBE:
+            return _unsubscribe(body)
     try:
         return await packet_class(header).from_stream(BufferReader(body), fixed_header=header)
     except (AMQTTError, MQTTError, NoDataError, ValueError) as error:
@@ -60,22 +93,99 @@ async def read_packet(reader: ReaderAdapter, bytes_max: int) -> Packet | None:
 
 
 def _publish(flags: int, body: bytes) -> PublishPacket:
-    qos, end = flags >> 1 & 3, 2 + int.from_bytes(body[:2], "big")
+    qos = flags >> 1 & 3
     if qos > 2:
         raise MQTTError("a PUBLISH at QoS 3")  # [MQTT-3.3.1-4]
-    try:
-        topic = body[2:end].decode()
-    except UnicodeDecodeError as error:
-        raise MQTTError("a topic that is not UTF-8") from error  # [MQTT-1.5.3-1]
+    topic, end = _text(body, 0, "a topic")
     packet_id = 0
     if qos:
         packet_id = int.from_bytes(body[end : end + 2], "big")
         end += 2
         if not packet_id:
             raise MQTTError("a PUBLISH without its packet id")  # [MQTT-2.3.1-1]
-    if len(body) < end:
-        raise MQTTError("a PUBLISH that is shorter than its topic")
     return PublishPacket(topic, body[end:], qos, bool(flags & 1), packet_id)
+
+
+def _subscribe(body: bytes) -> SubscribePacket:
+    packet_id, at = _packet_id(body, "a SUBSCRIBE"), 2
+    topic_filters = []
+    while at < len(body):
+        topic_filter, at = _text(body, at, "a topic filter")
+        if at == len(body):
+            raise MQTTError("a SUBSCRIBE with a topic filter that has no QoS")
+        topic_filters.append((topic_filter, body[at]))
+        at += 1
+    if not topic_filters:
+        raise MQTTError("a SUBSCRIBE without a topic filter")  # [MQTT-3.8.3-3]
+    return SubscribePacket(packet_id, tuple(topic_filters), len(body))
+
+
+def _unsubscribe(body: bytes) -> UnsubscribePacket:
+    packet_id, at = _packet_id(body, "an UNSUBSCRIBE"), 2
+    topic_filters = []
+    while at < len(body):
+        topic_filter, at = _text(body, at, "a topic filter")
+        topic_filters.append(topic_filter)
+    if not topic_filters:
+        raise MQTTError("an UNSUBSCRIBE without a topic filter")  # [MQTT-3.10.3-2]
+    return UnsubscribePacket(packet_id, tuple(topic_filters), len(body))
+
+
+def _packet_id(body: bytes, kind: str) -> int:
+    packet_id = int.from_bytes(body[:2], "big")
+    if len(body) < 2 or not packet_id:
+        raise MQTTError(f"{kind} without its packet id")  # [MQTT-2.3.1-1]
+    return packet_id
+
+
+def _text(body: bytes, at: int, what: str) -> tuple[str, int]:
+    """The text that begins at `at`, behind its length, and where it ends.
+
+    Raises:
+        MQTTError: it is cut off, or not UTF-8.
+    """
+    begin = at + 2
+    end = begin + int.from_bytes(body[at:begin], "big")
+    if len(body) < max(begin, end):
+        raise MQTTError(f"{what} is cut off")
+    try:
+        return body[begin:end].decode(), end
+    except UnicodeDecodeError as error:
+        raise MQTTError(f"{what} is not UTF-8") from error  # [MQTT-1.5.3-1]
+
+
+async def read_connect(reader: ReaderAdapter, bytes_max: int) -> tuple[BufferReader, str]:
+    """A CONNECT for amqtt, whose parser takes text that is not UTF-8 for other text; and its client id.
+
+    Raises:
+        MQTTError: the first packet is none.
+        NoDataError: the connection ended before its end.
+    """
+    header = await MQTTFixedHeader.from_stream(reader)
+    if header is None:
+        raise NoDataError("the connection ended")
+    if header.packet_type != CONNECT:
+        raise MQTTError(f"a packet of type {header.packet_type}")  # [MQTT-3.1.0-1]
+    if header.remaining_length > bytes_max:
+        raise MQTTError(f"a packet of {header.remaining_length} bytes; {bytes_max} are allowed")
+    body = await read_or_raise(reader, header.remaining_length)
+    return BufferReader(header.to_bytes() + body), _checked_client_id(body)
+
+
+def _checked_client_id(body: bytes) -> str:
+    """The client id of a CONNECT of MQTT 3.1.1; empty for any other version, which amqtt refuses."""
+    _, at = _text(body, 0, "the protocol name")
+    level, flags = body[at : at + 1], int.from_bytes(body[at + 1 : at + 2], "big")
+    at += 4  # the level, the flags, and two bytes of keep alive
+    if level != PROTOCOL_LEVEL or len(body) <= at:
+        return ""
+    client_id, at = _text(body, at, "the client id")
+    if flags & WILL_FLAG:
+        _, at = _text(body, at, "the topic of the will")
+        at += 2 + int.from_bytes(body[at : at + 2], "big")  # the will itself may be any bytes
+    if flags & USERNAME_FLAG:
+        _text(body, at, "the user name")
+    return client_id
 
 
 def publish_packet(

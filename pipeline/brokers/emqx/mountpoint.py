@@ -14,11 +14,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from millpond.schemas.topics import SHARE_PREFIX, split_share
+from millpond.schemas.topics import shared, split_share
 
 CLIENT_ID_PLACE: Final = "${clientid}"
-# EMQX's other spelling of a shared subscription: `$queue/{filter}`, with one group for each filter.
-QUEUE_PREFIX: Final = "$queue/"
 # With one of these in a client id, the mounted topics could also match those of other clients.
 AMBIGUOUS: Final = "/+#"
 
@@ -64,19 +62,10 @@ class Mountpoint:
         return f"{self.prefix}+/{topic_filter}"
 
 
-def shared(group: str | None, topic_filter: str) -> str:
-    """The filter with its group in front, if it has one."""
-    return topic_filter if group is None else f"{SHARE_PREFIX}{group}/{topic_filter}"
+def reported_filter(topic_filter: str, share: str = "") -> str:
+    """A filter as EMQX reports it, in the spelling of MQTT 5.0.
 
-
-def standard_filter(topic_filter: str, share: str = "") -> str:
-    """A filter of EMQX in the spelling of MQTT 5.0 (4.8.2).
-
-    `$queue/{filter}` is a shared subscription of the group `$queue`. Before EMQX 5.4 the hook reported the group
-    separately, as `share`.
+    Before EMQX 5.4 the hook reported the group separately, as `share`.
     """
-    if topic_filter.startswith(QUEUE_PREFIX):
-        return shared("$queue", topic_filter[len(QUEUE_PREFIX) :])
-    if share and not topic_filter.startswith(SHARE_PREFIX):
-        return shared(share, topic_filter)
-    return topic_filter
+    group, plain = split_share(topic_filter)
+    return shared(share or None if group is None else group, plain)

@@ -26,6 +26,7 @@ from tests.support.mqtt import (
     PUBREC,
     PUBREL,
     SUBACK,
+    UNSUBACK,
     Client,
     a_publish,
     packet,
@@ -96,6 +97,27 @@ async def test_while_kafka_does_not_answer_nobody_is_answered_but_pings_are(
     assert (await client.next(PUBREC)).packet_id == 4
     await log.until_published("patient", 5)
     assert log.payloads("patient") == [b"before", b"qos 1", b"qos 1", b"qos 1", b"qos 2"]
+
+
+async def test_a_subscription_is_granted_or_ended_when_kafka_has_that(
+    bridge: Bridge, paused: Server, log: Log
+) -> None:
+    client = await warm(bridge, "granted")
+    await client.subscribe("granted", 1)
+    # When Kafka stops answering
+    paused.pause()
+    client.send(packet(10, 2, b"\0\1" + text("granted")))
+    client.send(packet(8, 2, b"\0\2" + text("granted") + b"\1" + text("other") + b"\0"))
+    client.ping()
+    # Then only the ping is answered
+    await client.next(PINGRESP)
+    assert await client.silent()
+    # When it answers again, Then everything is, in order, and is there
+    paused.resume()
+    assert (await client.next(UNSUBACK)).packet_id == 1
+    assert (await client.next(SUBACK)).body == b"\0\2\1\0"
+    kinds = ["SessionSubscribed", "SessionUnsubscribed", "SessionSubscribed", "SessionSubscribed"]
+    await log.until(lambda: log.kinds("granted")[2:] == kinds, "the events")
 
 
 async def test_a_repeated_qos_2_publish_is_not_answered_before_kafka_has_the_first(

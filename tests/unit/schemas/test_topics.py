@@ -15,6 +15,7 @@ from millpond.schemas.topics import (
     intersects,
     matches,
     split_share,
+    standard_filter,
     topic_name_error,
 )
 
@@ -76,6 +77,7 @@ def test_a_valid_topic_name_has_no_error(topic: str) -> None:
             "$share/$x/a/+",
             "$share",
             "$shared/a",
+            "$queue/a/#",
             "x" * 65_535,
         ),
     ],
@@ -104,6 +106,8 @@ def test_a_valid_filter_has_no_error(valid: str) -> None:
         ("$share/g", "empty"),
         ("$share/g/", "empty"),
         ("$share/g/a+", "'a+'"),
+        ("$queue/", "empty"),
+        ("$queue/a/#/b", "only at the end"),
     ],
 )
 def test_an_invalid_filter_has_a_reason(invalid: str, reason: str) -> None:
@@ -117,12 +121,29 @@ def test_an_invalid_filter_has_a_reason(invalid: str, reason: str) -> None:
         ("$share/g/a/b", ("g", "a/b")),
         ("$share/g", ("g", "")),
         ("$share", (None, "$share")),
+        ("$queue/a/b", ("$queue", "a/b")),
+        ("$share/$queue/a", ("$queue", "a")),
+        ("$queue", (None, "$queue")),
+        ("$queues/a", (None, "$queues/a")),
     ],
 )
 def test_a_shared_subscription_is_split_into_group_and_filter(
     topic_filter: str, parts: tuple[str | None, str]
 ) -> None:
     assert split_share(topic_filter) == parts
+
+
+@pytest.mark.parametrize(
+    ("written", "standard"),
+    [
+        ("a/#", "a/#"),
+        ("$share/g/a", "$share/g/a"),
+        ("$queue/a/+", "$share/$queue/a/+"),
+        ("$share/$queue/a", "$share/$queue/a"),
+    ],
+)
+def test_a_subscription_has_one_spelling(written: str, standard: str) -> None:
+    assert standard_filter(written) == standard
 
 
 @pytest.mark.parametrize(

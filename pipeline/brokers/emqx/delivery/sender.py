@@ -55,6 +55,7 @@ from millpond.pipeline.clock import now_ms
 from millpond.schemas.codec import payload_bytes
 from millpond.schemas.commands import Command, Deliver, Subscribe
 from millpond.schemas.leases import LeaseName
+from millpond.schemas.topics import filter_error
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,10 @@ class BulkSender:
         else:
             self._windows.put(DeliveryCopy(pending, command))
         self._wake.set()
+
+    def filter_refusal(self, topic_filter: str) -> str | None:
+        """See `CommandHandler`. EMQX serves every filter that is one, for what Millpond does not deliver."""
+        return filter_error(topic_filter)
 
     def _may_deliver(self, pending: PendingCommand) -> bool:
         """True if the copy reaches its client, and does not disturb other clients.

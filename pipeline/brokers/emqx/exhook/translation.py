@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Final, TypeAlias
 
 from millpond.pipeline.brokers.emqx.exhook import exhook_pb2 as pb
-from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint, standard_filter
+from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint, reported_filter
 from millpond.pipeline.brokers.emqx.times import milliseconds
 from millpond.schemas import codec
 from millpond.schemas.errors import DecodeError
@@ -104,7 +104,7 @@ class Translator:
     def subscribed(self, request: pb.SessionSubscribedRequest, at: int) -> SessionSubscribed:
         """Translate a granted subscription."""
         client, options = request.clientinfo, request.subopts
-        mounted = standard_filter(request.topic, options.share)
+        mounted = reported_filter(request.topic, options.share)
         topic_filter, reachable = self.own_filter(client_id_of(client), client.mountpoint, mounted)
         if options.rh > 2:
             raise DecodeError(f"a retain handling of {options.rh}")
@@ -117,7 +117,7 @@ class Translator:
     def unsubscribed(self, request: pb.SessionUnsubscribedRequest, at: int) -> SessionUnsubscribed:
         """Translate an unsubscription. Before 5.4 EMQX does not report the group of a shared subscription."""
         client = request.clientinfo
-        mounted = standard_filter(request.topic)
+        mounted = reported_filter(request.topic)
         topic_filter, _ = self.own_filter(client_id_of(client), client.mountpoint, mounted)
         return SessionUnsubscribed(
             at=at, node=node_of(client.node), client_id=client.clientid, topic_filter=topic_filter

@@ -20,7 +20,7 @@ from millpond.agents.ports import OutgoingRecord
 from millpond.pipeline.brokers.bridge_rules import BridgeRules
 from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint
 from millpond.pipeline.brokers.emqx.rule_events.translation import read
-from millpond.pipeline.kafka.consumer import GroupConsumer, RecordClaim
+from millpond.pipeline.kafka.consumer import GroupConsumer, RecordClaim, after_calls
 from millpond.pipeline.kafka.dead_letters import DeadLetters
 from millpond.pipeline.kafka.diagnosis import unreachable
 from millpond.pipeline.kafka.persistent_sender import PersistentSender
@@ -65,7 +65,7 @@ class KafkaBridge:
         if not events:
             claim.finish()
             return
-        on_acknowledged = _after(len(events), claim.finish)
+        on_acknowledged = after_calls(len(events), claim.finish)
         for event in events:
             topic, key = topic_of(event), keys.record_key(event).encode()
             await self._sender.send(
@@ -112,19 +112,6 @@ def topic_of(event: Event) -> str:
     if isinstance(event, MessagePublished | MessageAcked | MessageDelivered):
         return keys.MESSAGES_TOPIC
     return keys.CLIENTS_TOPIC
-
-
-def _after(count: int, call: Callable[[], None]) -> Callable[[], None]:
-    """A function that calls `call` when it was called `count` times."""
-    left = count
-
-    def one() -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            call()
-
-    return one
 
 
 # -- the process

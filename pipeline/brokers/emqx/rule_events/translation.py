@@ -27,7 +27,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 import msgspec
 from msgspec import Meta, Struct, field
 
-from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint, shared
+from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint
 from millpond.schemas import codec
 from millpond.schemas.errors import DecodeError
 from millpond.schemas.events import (
@@ -50,7 +50,13 @@ from millpond.schemas.events import (
     Topic,
 )
 from millpond.schemas.keys import RESERVED_TOPIC_PREFIX
-from millpond.schemas.topics import filter_error, split_share, topic_name_error
+from millpond.schemas.topics import (
+    filter_error,
+    shared,
+    split_share,
+    standard_filter,
+    topic_name_error,
+)
 
 NEVER_EXPIRES_S: Final = 0xFFFF_FFFF  # [MQTT5-3.1.2-11.2]
 UNDEFINED: Final = "undefined"  # EMQX's JSON for Erlang's `undefined`: no value
@@ -284,7 +290,7 @@ def _subscribed(value: bytes, mountpoint: Mountpoint | None) -> tuple[Event, ...
         raise DecodeError("the subscription has no QoS")
     topic_filter = _filter(rule, mountpoint)
     reachable = mountpoint is None or (
-        topic_filter != rule.topic and mountpoint.can_serve(rule.clientid)
+        topic_filter != standard_filter(rule.topic) and mountpoint.can_serve(rule.clientid)
     )
     subscribed = SessionSubscribed(
         at=rule.timestamp, node=rule.node, client_id=rule.clientid, topic_filter=topic_filter,
@@ -303,7 +309,7 @@ def _unsubscribed(value: bytes, mountpoint: Mountpoint | None) -> tuple[Event, .
 
 
 def _filter(rule: SubscriptionEvent, mountpoint: Mountpoint | None) -> str:
-    """The filter as its client wrote it. In a shared one the mountpoint stands behind `$share/{group}/`."""
+    """The filter as its client wrote it. In a shared one the mountpoint stands behind the group."""
     group, plain = split_share(rule.topic)
     topic_filter = shared(group, own_topic(mountpoint, rule.clientid, plain))
     error = filter_error(topic_filter)

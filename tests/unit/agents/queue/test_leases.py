@@ -6,6 +6,8 @@ import pytest
 
 from millpond.agents.delivery import leasing, window
 from millpond.agents.delivery.dead_messages import DEAD_LETTER_RETENTION_MS
+from millpond.agents.queue import machine
+from millpond.agents.queue.machine import QOS_0_WAIT_MS
 from millpond.schemas import keys
 from millpond.schemas.commands import COMMAND_VALID_FOR_S
 from millpond.schemas.events import DeliveriesSent, Sent
@@ -92,18 +94,74 @@ def test_a_subscriber_of_qos_0_is_served_once_and_the_sending_is_its_ack() -> No
 
 def test_a_publish_of_qos_0_is_handed_once_to_one_who_has_room_and_not_stored() -> None:
     world = a_queue(max_inflight=1)
-    world.publish("m0", qos=0)
     world.join("a")
     world.join("b")
     world.publish("m1", "m2", "m3", qos=0)
     (first, second, third) = world.take()
     assert [first.client_id, second.client_id, third.client_id] == ["a", "b", "a"]
     assert {first.lease, second.lease, third.lease} == {""}
+    assert world.stored("queue/a") == []
+
+
+@pytest.mark.parametrize("after_ms", [0, QOS_0_WAIT_MS - 1, QOS_0_WAIT_MS])
+def test_a_publish_of_qos_0_waits_a_few_seconds_for_one_who_takes_it(after_ms: int) -> None:
+    """A publish right after a SUBACK came before the join, and was lost."""
+    world = a_queue(max_inflight=2)
+    world.publish("m0", "m1", "m2", qos=0)
+    world.at(world.now_ms + after_ms)
+    in_time = after_ms < QOS_0_WAIT_MS
+    assert world.stored("queue/a") == (["m0", "m1", "m2"] if in_time else [])
+    world.join("a")
+    # In order, behind those that wait, as QoS 0
+    world.publish("m3", qos=0)
+    assert world.hand_over() == ([("a", "m0"), ("a", "m1")] if in_time else [("a", "m3")])
+    if in_time:
+        assert world.hand_over() == [("a", "m2"), ("a", "m3")]
+    assert world.table("windows") == {}
+
+
+def test_a_publish_of_qos_0_waits_for_one_who_has_room() -> None:
+    world = a_queue(max_inflight=1)
+    world.join("a")
     world.publish("m4", "m5")
-    world.take()
+    world.hand_over()
     world.publish("m6", qos=0)
     assert world.take() == []
+    assert world.stored("queue/a") == ["m4", "m5", "m6"]
+    world.at(world.now_ms + QOS_0_WAIT_MS)
     assert world.stored("queue/a") == ["m4", "m5"]
+
+
+def test_a_waiting_publish_of_qos_0_ends_with_its_own_expiry() -> None:
+    world = a_queue()
+    world.publish("m0", qos=0, expires_at=world.now_ms + 1_000)
+    world.publish("m1", qos=0, expires_at=world.now_ms + 2 * QOS_0_WAIT_MS)
+    world.at(world.now_ms + 1_000)
+    assert world.stored("queue/a") == ["m1"]
+    world.at(world.now_ms + QOS_0_WAIT_MS)
+    assert world.stored("queue/a") == []
+
+
+def test_a_waiting_publish_of_qos_0_pushes_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = a_queue(max_length=2)
+    world.publish("m0")
+    world.publish("m1", "m2", qos=0)
+    assert world.stored("queue/a") == ["m0", "m1"]
+    world.publish("m3")
+    assert world.stored("queue/a") == ["m1", "m3"]
+    monkeypatch.setattr(machine, "QOS_0_WAITING_MAX", 3)
+    world = a_queue()
+    world.publish("m0", "m1", "m2", "m3", qos=0)
+    assert world.stored("queue/a") == ["m0", "m1", "m2"]
+
+
+def test_a_retained_publish_of_qos_0_and_one_that_the_broker_delivers_do_not_wait() -> None:
+    world = Delivering("queue", given.queue(), given.retain())
+    world.publish("m0", qos=0, retain=True)
+    assert world.stored("queue/a") == []
+    world.join("a", broker_delivers=True)
+    world.publish("m1", qos=0)
+    assert world.stored("queue/a") == []
 
 
 def test_a_publish_of_qos_0_is_stored_where_the_rule_says_so() -> None:

@@ -166,6 +166,7 @@ def test_too_much_that_is_unconfirmed_pauses_leasing_until_half_of_it_is(
     world.sent(commands[:1])
     assert [command.message_id for command in world.take()] == ["a1"]
     world.sent(commands[1:])
+    assert world.hand_over() == [("a", "q")]
     assert world.hand_over() == [("b", "b1")]
 
 

@@ -558,15 +558,16 @@ def test_a_subscription_stays_proxied_and_a_resumed_one_is_older_than_the_resump
 
 def test_a_client_that_connects_gets_the_subscriptions_in_redis() -> None:
     world = Sessions(LOOKUP)
-    table = Hash({"a/+": b"1", "b": b"2", "c/#/d": b"1", "d": b"7"})
+    table = Hash({"a/+": b"1", "b": b"2", "c/#/d": b"1", "d": b"7", "$queue/f": b"1"})
     world.server.keep(keys.subscriptions("c"), table)
     connected = world.connected()
     world.fold(connected, connected)
-    assert world.commands == [Subscribe(client_id="c", topic_filters=(("a/+", 1), ("b", 2)))]
+    filters = (("$share/$queue/f", 1), ("a/+", 1), ("b", 2))
+    assert world.commands == [Subscribe(client_id="c", topic_filters=filters)]
     (dead_letter,) = world.dead_letters
     reason = dict(dead_letter.headers)["reason"].decode()
-    assert "'c/#/d' → '1'" in reason
-    assert "'d' → '7'" in reason
+    assert "'c/#/d' → '1' ('#' stands only at the end of a topic filter)" in reason
+    assert "'d' → '7' (the QoS is not 0, 1 or 2)" in reason
     world.server.keep(keys.subscriptions("c"), Hash({"b": b"0"}))
     world.fold(world.disconnected(), world.connected(peer="p2"))
     assert world.commands[1:] == [Subscribe(client_id="c", topic_filters=(("b", 0),))]
@@ -607,10 +608,12 @@ def test_an_applications_request_becomes_a_command() -> None:
         world.event(events.ControlSubscribe, "c", topic_filter="a/+", qos=2),
         world.event(events.ControlUnsubscribe, "c", topic_filter="b"),
         world.event(events.ControlSubscribe, "c", topic_filter="a/#/b", qos=2),
+        world.event(events.ControlUnsubscribe, "c", topic_filter="$queue/c"),
     )
     assert world.commands == [
         Subscribe(client_id="c", topic_filters=(("a/+", 2),)),
         Unsubscribe(client_id="c", topic_filters=("b",)),
+        Unsubscribe(client_id="c", topic_filters=("$share/$queue/c",)),
     ]
     assert len(world.dead_letters) == 1
 

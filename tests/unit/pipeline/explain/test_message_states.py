@@ -21,6 +21,7 @@ from millpond.agents.pubsub.state import (
     unpack_reader,
     unpack_subscriber,
 )
+from millpond.agents.queue.machine import QOS_0_WAIT_MS
 from millpond.agents.queue.state import unpack as unpack_queue
 from millpond.agents.topics.plans import make_plan
 from millpond.pipeline.explain import message_states, sentences
@@ -268,6 +269,8 @@ def test_a_superseded_message_is_gone_and_one_of_qos_0_is_passed_on() -> None:
     world = Delivering("queue", *QUEUE)
     world.publish("m1", "m2", topic="latest/a")
     world.publish("zero", topic="queue/a", qos=0)
+    assert of_queue(world, "zero").startswith("ready: ")
+    world.at(world.now_ms + QOS_0_WAIT_MS)
     assert of_queue(world, topic="latest/a") == (
         "gone without an acknowledgement: the topic exceeded max_length, or its rules changed"
     )

@@ -53,11 +53,13 @@ def test_an_order_becomes_an_event_of_its_client(
         b'{"type":"subscribe","topic":"a/#/b","clientid":"c"}',
         b'{"type":"subscribe","topic":"","clientid":"c"}',
         b'{"type":"subscribe","topic":"a","clientid":""}',
+        b'{"type":"subscribe","topic":"a","clientid":"nul\\u0000"}',
+        b'{"type":"subscribe","topic":"nul\\u0000","clientid":"c"}',
         b'{"type":"subscribe","topic":"a","clientid":"c","qos":3}',
         b'{"type":"subscribe","topic":"a","clientid":"c","qos":"3"}',
         b'{"type":"subscribe","topic":"a"}',
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_an_invalid_order_raises_a_decode_error(data: bytes) -> None:
     with pytest.raises(DecodeError):

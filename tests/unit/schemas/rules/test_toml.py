@@ -174,6 +174,7 @@ RULE = '[[rule]]\nhook = "message.publish"\n'  # lines 4 and 5
         (RULE + 'topic = ""\naction = "on_message_publish"\n', 6, ["empty"]),
         (RULE + 'topic = 1\ncommands = ["TIME"]\n', 6, ["topic: expected"]),
         (RULE + 'topic = "$share/g/a"\ncommands = ["TIME"]\n', 6, ["plain filter"]),
+        (RULE + 'topic = "$queue/a"\ncommands = ["TIME"]\n', 6, ["plain filter"]),
         (RULE + 'topic = "$SYS/#"\naction = "on_message_publish"\n', 6, ["$SYS/", "never"]),
         (RULE + 'topic = "$millpond/x"\ncommands = ["TIME"]\n', 6, ["$millpond/", "never"]),
         (

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint, standard_filter
+from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint, reported_filter
 
 MOUNTPOINT = Mountpoint("mp/${clientid}/")
 
@@ -94,10 +94,11 @@ def test_the_topics_of_two_served_clients_never_meet(one: str, other: str, topic
         ("$queue/t", "", "$share/$queue/t"),
         ("queue/#", "g", "$share/g/queue/#"),
         ("$share/g/queue/#", "g", "$share/g/queue/#"),
+        ("$queue/t", "$queue", "$share/$queue/t"),
         ("t", "$queue", "$share/$queue/t"),
     ],
 )
 def test_shared_subscriptions_get_the_standard_spelling(
     written: str, share: str, standard: str
 ) -> None:
-    assert standard_filter(written, share) == standard
+    assert reported_filter(written, share) == standard

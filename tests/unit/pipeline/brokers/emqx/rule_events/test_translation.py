@@ -259,6 +259,8 @@ def test_the_mountpoint_is_removed_from_the_clients_own_topics() -> None:
         ("$share/g/mp/c_sub/queue/a", "$share/g/queue/a", True),
         ("queue/a", "queue/a", False),
         ("$share/g/queue/a", "$share/g/queue/a", False),
+        ("$queue/mp/c_sub/queue/a", "$share/$queue/queue/a", True),
+        ("$queue/queue/a", "$share/$queue/queue/a", False),
         ("mp/c_other/queue/a", "mp/c_other/queue/a", False),
     ],
 )
