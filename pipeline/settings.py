@@ -25,7 +25,6 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta, Struct, field
 
-from millpond.pipeline.process.readiness import READY_FILE
 from millpond.pipeline.text_files import read_secret_line, read_text
 from millpond.schemas.errors import ConfigError
 from millpond.schemas.rules import Pool, Rules, default_rules
@@ -37,6 +36,7 @@ from millpond.schemas.rules.toml import parse_document, parse_toml
 from millpond.schemas.rules.toml_lines import TomlLines
 
 ENVIRONMENT_PREFIX: Final = "MILLPOND_"
+READY_FILE: Final = "MILLPOND_READY_FILE"  # names the file that a process touches when it is ready
 STACK_FILE: Final = "stack.toml"  # in the directory of --data: the settings of a stack, as `millpond up` writes them
 VARIABLE_LIKENESS_MIN: Final = (
     0.75  # of 1: KAFKA_PARTITION is like KAFKA_PARTITIONS, VERSION is like none

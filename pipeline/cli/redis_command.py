@@ -14,7 +14,7 @@ from hiredis import ReplyError
 from millpond.pipeline.cli.common import DEFAULT_DATA, ConfigOption, DataOption, load_settings
 from millpond.pipeline.process.signals import run
 from millpond.pipeline.stores.redis.connection import COMMAND_TIMEOUT_S
-from millpond.pipeline.stores.registry import connector
+from millpond.pipeline.stores.redis.location import connector
 from millpond.schemas.errors import MillpondError
 from millpond.schemas.rules.pool import Pool
 

@@ -18,8 +18,8 @@ from millpond.pipeline.settings import KafkaSettings, Settings
 from millpond.pipeline.stores.redis.cluster_check import cluster_weaknesses
 from millpond.pipeline.stores.redis.command_check import check_commands
 from millpond.pipeline.stores.redis.connection import COMMAND_TIMEOUT_S
+from millpond.pipeline.stores.redis.location import connector
 from millpond.pipeline.stores.redis.trial import try_pool
-from millpond.pipeline.stores.registry import connector
 from millpond.pipeline.text_files import read_text
 from millpond.schemas.errors import ConfigError, MillpondError, StoreDown, StoreError
 from millpond.schemas.keys import SOURCE_TOPIC

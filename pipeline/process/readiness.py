@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Final
+
+from millpond.pipeline.settings import READY_FILE
 
 logger = logging.getLogger(__name__)
-
-# The environment variable that names the file to touch.
-READY_FILE: Final = "MILLPOND_READY_FILE"
 
 
 def say_ready(what: str) -> None:

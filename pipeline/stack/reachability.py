@@ -15,8 +15,8 @@ from millpond.pipeline.kafka.diagnosis import unreachable
 from millpond.pipeline.settings import ENVIRONMENT_PREFIX, KafkaSettings
 from millpond.pipeline.stack.servers import kafka_answers
 from millpond.pipeline.stores.redis.connection import Connection
+from millpond.pipeline.stores.redis.location import access_of, addresses, locate
 from millpond.pipeline.stores.redis.nodes import Nodes
-from millpond.pipeline.stores.registry import access_of, addresses, locate
 from millpond.schemas.errors import MillpondError, StoreDown, StoreError
 from millpond.schemas.rules import Pool, Rules
 from millpond.schemas.rules.toml_lines import TomlLines

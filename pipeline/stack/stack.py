@@ -18,10 +18,10 @@ from msgspec import Struct
 from millpond.agents.registry import AGENT_NAMES
 from millpond.pipeline.kafka import topics
 from millpond.pipeline.process.child import MILLPOND
-from millpond.pipeline.process.readiness import READY_FILE
 from millpond.pipeline.process.signals import asked_to_end
 from millpond.pipeline.settings import (
     ENVIRONMENT_PREFIX,
+    READY_FILE,
     BridgeSettings,
     HostPort,
     KafkaSettings,

@@ -32,7 +32,7 @@ from millpond.pipeline.clock import now_ms
 from millpond.pipeline.kafka.partitioning import partition_of
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.stores.redis.connection import Access, Address
-from millpond.pipeline.stores.registry import access_of, locate
+from millpond.pipeline.stores.redis.location import access_of, locate
 from millpond.pipeline.stores.retries import Retries
 from millpond.schemas import codec, keys
 from millpond.schemas.errors import DecodeError, MillpondError, StoreDown

@@ -18,7 +18,8 @@ from millpond.pipeline.stores.redis.command_check import check_commands
 from millpond.pipeline.stores.redis.connection import Access
 from millpond.pipeline.stores.redis.fence import Fence
 from millpond.pipeline.stores.redis.keyspace import keyspace
-from millpond.pipeline.stores.registry import connector, open_store, primary
+from millpond.pipeline.stores.redis.location import connector, primary
+from millpond.pipeline.stores.registry import open_store
 from millpond.schemas.errors import ConfigError, MillpondError, StoreDown, StoreRefused
 from millpond.schemas.rules.command_keys import KEY_FIELDS, MOVABLE_KEYS
 from millpond.schemas.rules.pool import Pool

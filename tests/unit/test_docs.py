@@ -20,8 +20,7 @@ from millpond.agents.effects import Output
 from millpond.agents.registry import AGENT_NAMES
 from millpond.pipeline.kafka.topics import wanted
 from millpond.pipeline.process.logs import JsonLines
-from millpond.pipeline.process.readiness import READY_FILE
-from millpond.pipeline.settings import ENVIRONMENT_PREFIX, Settings
+from millpond.pipeline.settings import ENVIRONMENT_PREFIX, READY_FILE, Settings
 from millpond.pipeline.telemetry.agent import LETTERS, OPERATIONS
 from millpond.pipeline.telemetry.http import Listener
 from millpond.schemas import codec, keys

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from millpond.pipeline.stores.redis.location import access_of, addresses
 from millpond.pipeline.stores.redis.nodes import Nodes
-from millpond.pipeline.stores.registry import access_of, addresses
 from millpond.schemas.rules.pool import Pool
 
 

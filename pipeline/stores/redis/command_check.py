@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from millpond.pipeline.stores.redis.connection import checked, pack
-from millpond.pipeline.stores.registry import connector
+from millpond.pipeline.stores.redis.location import connector
 from millpond.schemas.rules.command_keys import (
     holds_payload,
     is_known,

@@ -19,9 +19,9 @@ from millpond.pipeline.stores.redis.connection import (
     pack,
     store_error,
 )
+from millpond.pipeline.stores.redis.location import connector
 from millpond.pipeline.stores.redis.packing import decode_applied
 from millpond.pipeline.stores.redis.role import is_replica
-from millpond.pipeline.stores.registry import connector
 from millpond.schemas import keys
 from millpond.schemas.errors import MillpondError, StoreRefused
 from millpond.schemas.keys import Partition

@@ -16,9 +16,9 @@ from millpond.pipeline.stores.redis.inspection import (
     inspection_answer,
     inspection_command,
 )
+from millpond.pipeline.stores.redis.location import access_of, addresses, locate
 from millpond.pipeline.stores.redis.nodes import Nodes
 from millpond.pipeline.stores.redis.reads import answer, read_command
-from millpond.pipeline.stores.registry import access_of, addresses, locate
 from millpond.schemas.keys import Partition
 from millpond.schemas.rules.pool import Pool
 

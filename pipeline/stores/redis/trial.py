@@ -21,8 +21,8 @@ from millpond.pipeline.stores.redis.connection import (
     pack,
 )
 from millpond.pipeline.stores.redis.fence import Fence
+from millpond.pipeline.stores.redis.location import access_of, addresses, connector
 from millpond.pipeline.stores.redis.nodes import Nodes
-from millpond.pipeline.stores.registry import access_of, addresses, connector
 from millpond.schemas import keys
 from millpond.schemas.events import AgentName
 from millpond.schemas.keys import Partition
