@@ -68,14 +68,15 @@ SWEEP_ENTRIES_MAX: Final = 4_096
 class RetainedState(Struct, frozen=True, kw_only=True):
     """The retained message of a topic. A topic without one has no state.
 
-    `score` is its place in the log. `expires_at` is in ms, or None. `indexed` is true if the topic's index or a dead
-    letter refers to the body, too.
+    `score` is its place in the log. `expires_at` and `published_at` are in ms, `expires_at` may be None. `indexed` is true
+    if the topic's index or a dead letter refers to the body, too.
     """
 
     message_id: str
     score: int
     expires_at: int | None
     indexed: bool
+    published_at: int = 0  # 0: written by an earlier version
 
 
 _decoder = msgspec.json.Decoder(RetainedState)
@@ -170,8 +171,9 @@ class MessageStorage:
             done.append(self._due.falls_due(due_member(INDEX, event.topic), end))
         if retained:
             state = RetainedState(
-                message_id=event.message_id, score=score, expires_at=retained_end, indexed=indexed
-            )
+                message_id=event.message_id, score=score, expires_at=retained_end, indexed=indexed,
+                published_at=event.published_at,
+            )  # fmt: skip
             done += self._retain(offset, event.topic, state)
         elif event.retain and plan.clear_retained and event.payload == "":
             done += self._retain(offset, event.topic, None)
@@ -213,7 +215,9 @@ class MessageStorage:
         """ON message.retained: retain the message or clear the retained entry, as at a publish.
 
         The message's own `message.published` comes before, or never. If it came after, the message would be stored, but
-        its body would go with the retained entry. `dead` is true if the message is a dead letter.
+        its body would go with the retained entry. A message that was published before the one that is retained changes
+        nothing: a broker with mountpoints retains one for each client, and any of them may be found. `dead` is true if the
+        message is a dead letter.
 
         Raises:
             DecodeError: the topic name is invalid.
@@ -222,9 +226,11 @@ class MessageStorage:
         index_score = self._entry_scores[ReadEntry(event.topic, event.message_id)]
         if plan.error is not None:
             raise DecodeError(plan.error)
+        before = self.retained[event.topic]
+        if before is not None and event.published_at < before.published_at:
+            return []
         if event.payload == "":
             return self._retain(offset, event.topic, None) if plan.clear_retained else []
-        before = self.retained[event.topic]
         if not plan.retain or (before is not None and before.message_id == event.message_id):
             return []
         end = earliest(score // 1000, plan.retained_lifetime_ms, event.expires_at)
@@ -234,7 +240,7 @@ class MessageStorage:
             needed_until = later(needed_until, indexed_until)
         state = RetainedState(
             message_id=event.message_id, score=score, expires_at=end,
-            indexed=dead or index_score is not None,
+            indexed=dead or index_score is not None, published_at=event.published_at,
         )  # fmt: skip
         # Index entry and retained entry share one body: it is written again, now with the retain flag.
         message = structs.replace(event, retain=True)

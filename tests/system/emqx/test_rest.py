@@ -10,6 +10,7 @@ import pytest
 
 from millpond.pipeline.brokers.emqx.rest import client as rest_module
 from millpond.pipeline.brokers.emqx.rest.client import (
+    REQUEST_FAULTS,
     PublishRequest,
     Refused,
     RestClient,
@@ -78,6 +79,32 @@ async def test_any_client_id_is_one_level_of_a_path(server: EmqxRest, rest: Rest
     await server.emqx.connect(name, listener=ORDINARY)
     assert await rest.subscribe(name, [("a", 1)]) is not None
     assert list(server.emqx.sessions[name].subscriptions) == ["a"]
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+async def test_a_name_that_no_path_can_have_is_refused_without_a_request(
+    server: EmqxRest, rest: RestClient, name: str
+) -> None:
+    for request in (
+        rest.subscribe(name, [("a", 1)]),
+        rest.unsubscribe(name, ["a"]),
+        rest.retained(name),
+    ):
+        with pytest.raises(Refused, match="no path for the name") as caught:
+            await request
+        assert caught.value.status in REQUEST_FAULTS
+    assert server.asked == []
+
+
+async def test_the_address_may_end_with_the_path_of_the_api(
+    server: EmqxRest, tmp_path: Path
+) -> None:
+    for ending in ("/", "/api/v5", "/api/v5/"):
+        settings = settings_for(server, tmp_path, url=f"{server.url}{ending}")
+        rest = RestClient(settings)
+        await rest.start()
+        assert await rest.nodes()
+        await rest.stop()
 
 
 async def test_subscriptions_that_emqx_does_not_grant_are_returned(

@@ -101,6 +101,19 @@ async def test_a_publish_that_is_not_retained_is_not_reported(scene: Scene) -> N
     assert event.topic == "u"
 
 
+async def test_a_look_up_that_can_never_succeed_is_given_up_and_delays_no_other(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene.client.mountpoint = ""
+    for _ in range(2):
+        await scene.client.publish("..", "x", retain=True)
+    await scene.client.publish("t", "x", retain=True)
+    (event,) = await scene.until_told(1)
+    assert event.topic == "t"
+    assert "the retained message of '..' is not stored" in caplog.text
+    assert "the bridge retries" not in caplog.text
+
+
 async def test_a_cleared_message_is_reported_with_an_empty_payload(scene: Scene) -> None:
     await scene.client.publish("t", "x", retain=True)
     await scene.until_told(1)

@@ -39,6 +39,7 @@ from millpond.pipeline.brokers.emqx.delivery.windows import (
 from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint
 from millpond.pipeline.brokers.emqx.rest.backoff import Backoff
 from millpond.pipeline.brokers.emqx.rest.client import (
+    REQUEST_FAULTS,
     PublishRequest,
     Refused,
     RestClient,
@@ -63,8 +64,6 @@ REQUESTS_MAX: Final = 8  # of one process at the same time
 # A call checks so many items, which takes 4 ms. So with 10,000 waiting commands a stale one is noticed within 0.5 s.
 STALE_CHECK_INTERVAL_S: Final = 0.05
 STALE_CHECK_ITEMS_MAX: Final = 1_000
-# With these statuses EMQX refuses the request for ever. All others depend on the state of EMQX.
-REQUEST_FAULTS: Final = (400, 413)
 
 
 class BulkSender:

@@ -58,6 +58,9 @@ SHOWN_CHARACTERS_MAX: Final = 200  # of EMQX's error text in messages and log li
 
 Answer = TypeVar("Answer")
 Row = TypeVar("Row")
+API_PATH: Final = "/api/v5"
+# With these statuses EMQX refuses the request for ever. All others depend on the state of EMQX.
+REQUEST_FAULTS: Final = (400, 413)
 Body: TypeAlias = Sequence[Struct] | Sequence[dict[str, Any]] | None
 
 
@@ -86,6 +89,14 @@ class Refused(RestError):
         self.status, self.code = status, code
 
 
+class NoPath(Refused):
+    """No path of the API can name the client or topic. It was not asked."""
+
+    def __init__(self, name: str) -> None:
+        """`name` is that of the client or topic."""
+        super().__init__(f"EMQX's REST API has no path for the name {name!r}", 400, "NO_PATH")
+
+
 class PublishRequest(Struct, frozen=True):
     """One message to publish; the payload is base64."""
 
@@ -109,7 +120,8 @@ class RestClient:
         if settings.api_key_file is None:
             raise ConfigError("[bridge] api_key_file is missing: EMQX's REST API needs a key")
         self._key_file, self._ca_file = settings.api_key_file, settings.rest_ca_file
-        self._url = settings.rest_url.rstrip("/")
+        # Some write the address as EMQX's own documents show it, with the path.
+        self._url = settings.rest_url.rstrip("/").removesuffix(API_PATH).rstrip("/")
         self._authorization: str | None = None
         self._session: aiohttp.ClientSession | None = None
 
@@ -292,7 +304,7 @@ class RestClient:
             headers["Content-Type"] = "application/json"
             data = msgspec.json.encode(sent)
         # The path is already quoted, and a quoted slash or plus in a name must stay quoted.
-        url = URL(f"{self._url}/api/v5{path}", encoded=True)
+        url = URL(f"{self._url}{API_PATH}{path}", encoded=True)
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         try:
             async with self._session.request(
@@ -409,5 +421,11 @@ def _shown(body: bytes) -> str:
 
 
 def _quoted(name: str) -> str:
-    """Quote a name as one level of a path."""
+    """Quote a name as one level of a path.
+
+    Raises:
+        NoPath: clients and servers take such a level out of a path (RFC 3986, 5.2.4).
+    """
+    if name in (".", ".."):
+        raise NoPath(name)
     return quote(name, safe="")

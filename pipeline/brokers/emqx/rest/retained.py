@@ -20,7 +20,7 @@ from collections import OrderedDict
 from typing import Final, NamedTuple, NoReturn
 
 from millpond.pipeline.brokers.emqx.rest.backoff import Backoff
-from millpond.pipeline.brokers.emqx.rest.client import RestClient
+from millpond.pipeline.brokers.emqx.rest.client import NoPath, RestClient
 from millpond.pipeline.brokers.emqx.rest.responses import RetainedRow
 from millpond.pipeline.brokers.emqx.times import milliseconds
 from millpond.pipeline.brokers.spool.durable_producer import DurableProducer
@@ -86,6 +86,9 @@ class RetainedLookup:
             request = self._waiting.pop(broker_topic)
             try:
                 await self._found(broker_topic, request, await self._rest.retained(broker_topic))
+            except NoPath as error:
+                logger.error("the retained message of %r is not stored: %s", broker_topic, error)  # noqa: TRY400  no traceback
+                continue
             except MillpondError as error:
                 self._retry(broker_topic, request, error)
                 continue

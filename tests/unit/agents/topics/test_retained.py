@@ -50,6 +50,20 @@ def test_a_publish_that_is_retained_afterwards_has_one_body_for_index_and_retain
 
 
 @agents
+def test_an_earlier_publish_neither_replaces_nor_clears_what_is_retained(agent: AgentName) -> None:
+    world, topic = a_world(agent)
+    world.tell(given.retained("new", topic, published_at=2_000))
+    world.tell(given.retained("old", topic, published_at=1_999))
+    world.tell(given.retained("older", topic, published_at=1_998, payload=""))
+    assert retained(world, topic) == ["new"]
+    world.tell(given.published("own", topic, retain=True, published_at=2_001))
+    world.tell(given.retained("new", topic, published_at=2_000))
+    assert retained(world, topic) == ["own"]
+    world.tell(given.retained("last", topic, published_at=2_001, payload=""))
+    assert retained(world, topic) == []
+
+
+@agents
 def test_a_message_without_an_index_entry_lives_as_long_as_it_is_retained(agent: AgentName) -> None:
     world, topic = a_world(agent)
     world.tell(given.retained("m1", topic, qos=0))
