@@ -77,7 +77,8 @@ def _retention(hours: int, rules: Rules) -> list[str]:
     stored = f"[kafka] retention_hours is {hours}, but messages"
     back = "Redis can be rebuilt only as far back as the log goes"
     found = []
-    longest = max((rule.expired_time or 0 for rule in rules.rules), default=0)
+    stores = [rule for rule in rules.rules if rule.hook != "client.disconnected"]
+    longest = max((rule.expired_time or 0 for rule in stores), default=0)
     if longest > hours * 3600:
         found.append(f"{stored} are kept {longest} s: {back}")
     for_ever = list(
