@@ -113,6 +113,8 @@ def default(value: Any) -> str:
             return ""
         case None:
             return NOTHING
+        case "":
+            return "empty"
         case bool():
             return code(str(value).lower())
         case tuple():

@@ -134,6 +134,12 @@ def rule_events_group_id(app: str) -> str:
     return f"{bridge_group_id(app)}.emqx-kafka"
 
 
+def app_of_group(group: str) -> str | None:
+    """Return the application whose workers or bridge have this consumer group. None if the group is another program's."""
+    app, _, role = group.rpartition(".")
+    return app if app and role in (*SOURCE_TOPIC, "bridge") else None
+
+
 def agent_record_key(agent: AgentName) -> str:
     """Return the record key of events about an agent. Their producer names the partition."""
     return f"{RESERVED_TOPIC_PREFIX}{agent}"

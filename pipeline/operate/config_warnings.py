@@ -46,7 +46,7 @@ async def examine(settings: Settings, rules: Rules) -> Findings:
     """Try what the processes will do with these settings: read files, log in, select, subscribe. Change nothing."""
     found = Findings([], [*_missing_agents(rules), *_kafka_settings(settings.kafka, rules)])
     found.errors.extend(_unreadable(settings))
-    await _kafka(settings.kafka, found)
+    await _kafka(settings.kafka, settings.app, found)
     # `millpond up` starts a Redis of its own for these.
     own_redis = settings.redis is None and rules == default_rules()
     for pool in rules.pools:
@@ -120,10 +120,10 @@ def _unreadable(settings: Settings) -> list[str]:
     return found
 
 
-async def _kafka(settings: KafkaSettings, found: Findings) -> None:
+async def _kafka(settings: KafkaSettings, app: str, found: Findings) -> None:
     """Connect, and compare the Kafka topics with the settings."""
     try:
-        deviations = await topics.check(settings)
+        deviations = await topics.check(settings, app)
     except ConfigError as error:
         found.errors.extend(map(str, error.faults))
         return
