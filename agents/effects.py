@@ -217,6 +217,13 @@ class SetPresence(Struct, frozen=True, gc=False):
     node: str | None
 
 
+class ForgetPresence(Struct, frozen=True, gc=False):
+    """Remove what `SetPresence` has written about an offline client. Fields of other programs stay."""
+
+    offset: int
+    client_id: str
+
+
 class ShowOffset(Struct, frozen=True, gc=False):
     """Write the view of a read offset: the id of its last message. None removes the view."""
 
@@ -327,6 +334,7 @@ Effect: TypeAlias = (
     | DeleteBody
     | ClearBodyExpiry
     | SetPresence
+    | ForgetPresence
     | ShowOffset
     | RunCommand
 )

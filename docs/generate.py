@@ -113,6 +113,8 @@ def default(value: Any) -> str:
             return ""
         case None:
             return NOTHING
+        case "":
+            return "empty"
         case bool():
             return code(str(value).lower())
         case tuple():
@@ -200,7 +202,7 @@ def rule_settings() -> Table:
 def rules_with(setting: str) -> str:
     """The rules that look at a setting."""
     if setting not in SETTING_ACTIONS:
-        return "`message.*` hooks, delivery rules"
+        return "`message.*` hooks, delivery rules, `on_client_disconnected`"
     actions, delivery = SETTING_ACTIONS[setting], frozenset(DELIVERY_AGENTS)
     others = sorted(actions - delivery if delivery <= actions else actions)
     return ", ".join([*(["delivery rules"] if delivery <= actions else []), *map(code, others)])

@@ -26,6 +26,7 @@ import msgspec
 from msgspec import Meta, Struct, field
 
 from millpond.pipeline.text_files import read_secret_line, read_text
+from millpond.schemas import keys
 from millpond.schemas.errors import ConfigError
 from millpond.schemas.rules import Pool, Rules, default_rules
 from millpond.schemas.rules.build import DraftTable
@@ -43,8 +44,16 @@ VARIABLE_LIKENESS_MIN: Final = (
 )
 PORT_MAX: Final = 65_535
 Port = Annotated[int, Meta(ge=0, le=PORT_MAX)]  # 0: any free port
-HostPort = Annotated[str, Meta(pattern=r"^.+:[0-9]{1,5}$")]
+HostPort = Annotated[str, Meta(pattern=r"^.+:[0-9]{1,5}\Z")]
 Count = Annotated[int, Meta(ge=1)]
+TOPIC_NAME_LENGTH_MAX: Final = 249  # Kafka's
+TopicPrefix = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z0-9._-]*\Z",  # what Kafka allows in a topic's name
+        max_length=TOPIC_NAME_LENGTH_MAX - max(map(len, keys.TOPICS)),
+    ),
+]
 
 
 class KafkaSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,6 +61,9 @@ class KafkaSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     `partitions` is for life: it decides which partition holds a topic or client. `retention_hours` limits how far
     back the log can rebuild Redis. `message_bytes_max` limits one record, and so one MQTT payload.
+
+    `topic_prefix` precedes the names of Millpond's topics in Kafka, so that several installations can share one Kafka.
+    Everywhere else the topics have the names of `schemas/keys.py`: see `topic_name`.
     """
 
     bootstrap_servers: tuple[HostPort, ...] = ("127.0.0.1:9092",)
@@ -62,11 +74,19 @@ class KafkaSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ca_file: str | None = None
     certificate_file: str | None = None
     key_file: str | None = None
+    topic_prefix: TopicPrefix = ""
     partitions: Count = 24
     replication_factor: Count = 1
     min_insync_replicas: Count = 1
     retention_hours: Count = 168
     message_bytes_max: Count = 4 * 1024 * 1024
+
+    def topic_name(self, topic: str) -> str:
+        """Return the name that one of Millpond's topics has in Kafka.
+
+        Only modules that talk to Kafka call this. No event, header, key or file holds such a name.
+        """
+        return self.topic_prefix + topic
 
     def client_options(self) -> dict[str, Any]:
         """Return the connection arguments of every aiokafka client, secrets included.
@@ -151,10 +171,10 @@ class BridgeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     certificate_file: str | None = None
     key_file: str | None = None
     client_ca_file: str | None = None
-    rest_url: Annotated[str, Meta(pattern=r"^https?://[^@]+$")] = "http://127.0.0.1:18083"
+    rest_url: Annotated[str, Meta(pattern=r"^https?://[^@]+\Z")] = "http://127.0.0.1:18083"
     rest_ca_file: str | None = None
     api_key_file: str | None = None
-    mountpoint: Annotated[str, Meta(pattern=r"^[^$+#]+/\$\{clientid\}/$")] | None = None
+    mountpoint: Annotated[str, Meta(pattern=r"^[^$+#]+/\$\{clientid\}/\Z")] | None = None
     spool_directory: str = ".millpond/spool"
     spool_bytes_max: Annotated[int, Meta(ge=1024 * 1024)] = 4 * 1024 * 1024 * 1024
 
@@ -166,8 +186,8 @@ class TelemetrySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     `otlp_endpoint`, if it is set. `trace_ratio` is the share of publishes that get a trace.
     """
 
-    listen: Annotated[str, Meta(pattern=r"^(.+:)?[0-9]{1,5}$")] | None = None
-    otlp_endpoint: Annotated[str, Meta(pattern=r"^https?://[^@]+$")] | None = None
+    listen: Annotated[str, Meta(pattern=r"^(.+:)?[0-9]{1,5}\Z")] | None = None
+    otlp_endpoint: Annotated[str, Meta(pattern=r"^https?://[^@]+\Z")] | None = None
     trace_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.01
 
 
@@ -189,7 +209,7 @@ class WebSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     port: Port = 8080
     token_file: str | None = None
     mqtt_url: (
-        Annotated[str, Meta(pattern=r"^wss?://[\w.-]+(:[0-9]{1,5})?(/[\w./~-]*)?$")] | None
+        Annotated[str, Meta(pattern=r"^wss?://[\w.-]+(:[0-9]{1,5})?(/[\w./~-]*)?\Z")] | None
     ) = None
 
 
@@ -200,7 +220,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     configuration file has none. `redis` overrides the address of every pool.
     """
 
-    app: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "millpond"
+    app: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")] = "millpond"
     rules_file: str | None = None
     redis: str | None = None
     kafka: KafkaSettings = field(default_factory=KafkaSettings)

@@ -13,7 +13,7 @@ The table is shown to users: `docs/generate.py` copies it into docs/reference/re
 | `mqtt:msg:{message_id}` | hash | one message: `id from qos topic payload ts retain`; `expires_at` in ms, if the message came with an expiry | the topic's agent | while an index entry, a retained entry or a dead message names it |
 | `mqtt:retain:{topic}` | zset | the id of the one retained message | the topic's agent | until it is replaced, cleared or expired |
 | `mqtt:receipt:{message_id}` | hash | `delivered:{client_id}`, `acked:{client_id}` → epoch seconds | the topic's agent | `expired_time` of the rule, one day without it |
-| `mqtt:client:{client_id}` | hash | presence: `state online_at offline_at` | sessions | for ever: grows with the clients |
+| `mqtt:client:{client_id}` | hash | presence: `state online_at offline_at` | sessions | `expired_time` of the rule `on_client_disconnected`, after the client has gone; for ever without it |
 | `mqtt:node:{node}` | hash | id of each online client → epoch seconds of its connect | sessions | an entry: while the client is online |
 | `mqtt:sub:{client_id}` | hash | topic filter → QoS | your applications | your applications decide |
 | `mqtt:acked:{subscriber}:{topic}` | string | the read offset as the id of its last message; the subscriber is a client id or `$share/{group}/{filter}`; a view, not the state | pubsub | as long as the read offset |
@@ -22,7 +22,7 @@ The table is shown to users: `docs/generate.py` copies it into docs/reference/re
 | the same, on a Redis Cluster | | `remove:{sequence}` → commands that run after the fence, as MessagePack | the agent | until they have run |
 | `millpond:{app:agent:partition}:rules` | string | the rules in force, as JSON | the agent | for ever |
 | `millpond:{app:agent:partition}:seen:{0,1}` | string | the seen message ids in two generations, one JSON string in each line | the agent | until a newer generation takes its place, after 60 seconds or more |
-| `millpond:{app:agent:partition}:states` | hash | sessions: client id → its state; other agents: topic → its retained message; as JSON | the agent | sessions: for ever; others: while the topic retains a message |
+| `millpond:{app:agent:partition}:states` | hash | sessions: client id → its state; other agents: topic → its retained message; as JSON | the agent | sessions: as long as the presence, one day where none is kept; others: while the topic retains a message |
 | `millpond:{app:agent:partition}:windows` | hash | queue: topic → its window; pubsub: subscriber and topic → its reader with the read offset; as JSON | queue, pubsub | queue: while the window has content; pubsub: as long as the read offset |
 | `millpond:{app:agent:partition}:members` | hash | client, or group and client → the member with its filters and leases, as JSON | queue, pubsub | until ten minutes after the member went offline |
 | `millpond:{app:agent:partition}:dead` | hash | message id → the dead message with the reason and its holders, as JSON | queue, pubsub | 7 days |
@@ -132,6 +132,12 @@ def bridge_group_id(app: str) -> str:
 def rule_events_group_id(app: str) -> str:
     """Return the consumer group of `millpond bridge emqx-kafka`."""
     return f"{bridge_group_id(app)}.emqx-kafka"
+
+
+def app_of_group(group: str) -> str | None:
+    """Return the application whose workers or bridge have this consumer group. None if the group is another program's."""
+    app, _, role = group.rpartition(".")
+    return app if app and role in (*SOURCE_TOPIC, "bridge") else None
 
 
 def agent_record_key(agent: AgentName) -> str:

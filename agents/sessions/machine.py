@@ -11,6 +11,7 @@ CONCEPTS
 - Snapshot: everything connected and subscribed at a node, between `node.sync.started` and `node.sync.completed`.
 - Seen: the offset of the last event that showed a connection, session or subscription.
 - Sweep: a change to all clients of a node, or to all clients with subscriptions. Ticks do it in pieces.
+- Gone: a client that was here, and has no connection and no session any more. It is forgotten after a while.
 
 INVARIANTS
 
@@ -20,6 +21,8 @@ INVARIANTS
 4. The announcements of an event are the difference between the members before and after it. `announced` is the former.
 5. A client stands in the index of a node at the lowest `seen` of anything it has there. So a sweep that reads the index
    below an offset finds every client with something older. What it has done stands at or above the offset.
+6. The due set has the clients that have gone, with their `forget_at`, if the rules gave them one. An event that shows the
+   client again removes both. So a tick that finds a client due forgets it without a further look.
 
 They couple in `_apply`: each change of a client ends there, it is the only place that announces, and `finish` derives
 presence and indexes from the states before and after the batch. 5 is why a sweep needs no cursor: a new owner continues
@@ -30,7 +33,8 @@ STATE
 - In the fence (`PartitionState`): snapshots on their way, sweeps that wait, the offset of the last `rules.changed`.
 - For each client, in the table `states`: a `ClientState`.
 - Indexes: `node:{node}` as in invariant 5; `announced`, client with subscriptions → `announced_by`.
-- In memory only, during a tick: the clients of the first sweep (`_page`).
+- The due set: clients to forget.
+- In memory only, during a tick: the clients of the first sweep (`_page`), or the due things (`DueTimes.supplied`).
 
 TRANSITIONS
 
@@ -63,7 +67,8 @@ ON node.sync.completed: if it is the noted snapshot, queue a sweep `unseen`, for
 
 ON rules.changed: use and store the rules, and queue a sweep `announce`.
 
-ON tick: do a piece of the first sweep. A sweep does not run the hook of `client.disconnected`.
+ON tick: do a piece of the first sweep. A sweep does not run the hook of `client.disconnected`. Without a sweep, forget
+the clients that are due: remove state and presence.
 """
 
 from __future__ import annotations
@@ -76,20 +81,23 @@ from msgspec import Struct
 
 from millpond.agents.effects import (
     Effect,
+    ForgetPresence,
     Output,
     Refusal,
     SendCommand,
+    SetDue,
     SetIndex,
     SetPresence,
     SetRules,
     SetState,
 )
 from millpond.agents.ports import LoadedState
-from millpond.agents.reads import Read, ReadBelow, ReadStates
+from millpond.agents.reads import Read, ReadBelow, ReadDue, ReadStates
 from millpond.agents.sessions.announcements import ClientChange, LeftReason, announcements
 from millpond.agents.sessions.connections import LiveConnection
 from millpond.agents.sessions.session_rules import SessionRules
 from millpond.agents.sessions.state import ClientState, pack, unpack
+from millpond.agents.topics.due_times import CLIENT, DueTimes, due_member, split_due
 from millpond.agents.topics.state_cache import StateCache
 from millpond.schemas import events
 from millpond.schemas.commands import Subscribe, Unsubscribe
@@ -155,6 +163,7 @@ class SessionsMachine:
         self._partition = partition
         self._clients: StateCache[ClientState] = StateCache(unpack)
         self._page: list[tuple[str, int]] | None = None  # supplied for a tick
+        self._due = DueTimes()
         self._rules = SessionRules(rules)
 
     # -- interface of the driver ------------------------------------------------------------------------
@@ -164,15 +173,16 @@ class SessionsMachine:
     ) -> None:
         blank = {"syncs": {}, "sweeps": [], "rules_offset": 0}
         self._reset(msgspec.convert({**blank, **partition_state}, PartitionState), rules)
+        self._due.restore(partition_state)
 
     def partition_state(self) -> dict[str, Any]:
         state: dict[str, Any] = msgspec.to_builtins(self._partition)
-        return state
+        return {**state, **self._due.partition_state()}
 
     @property
     def next_due_ms(self) -> int | None:
-        """0 while a sweep waits, so a tick follows at once; else None."""
-        return 0 if self._partition.sweeps else None
+        """0 while a sweep waits, so a tick follows at once. Else when a client is to be forgotten, or None."""
+        return 0 if self._partition.sweeps else self._due.next_ms
 
     @property
     def rules(self) -> Rules:
@@ -188,29 +198,37 @@ class SessionsMachine:
         return isinstance(event, events.Tick | events.RulesChanged)
 
     def wanted(self, events_: Sequence[Event], now_ms: int) -> Sequence[Read]:
-        """Return the reads for the events' clients; for a tick, for the page of the first sweep and its clients."""
+        """Return the reads for the events' clients; for a tick, for its page and the clients in that."""
         if len(events_) == 1 and isinstance(events_[0], events.Tick):
-            names = self._wanted_by_sweep()
-            if isinstance(names, ReadBelow):
+            names = self._wanted_by_tick(now_ms)
+            if isinstance(names, ReadBelow | ReadDue):
                 return [names]
         else:
             names = [name for name in map(client_of, events_) if name is not None]
         unknown = self._clients.unknown(names)
         return [ReadStates(unknown)] if unknown else []
 
-    def _wanted_by_sweep(self) -> list[str] | ReadBelow:
+    def _wanted_by_tick(self, now_ms: int) -> list[str] | ReadBelow | ReadDue:
         sweeps = self._partition.sweeps
-        if not sweeps:
-            return []
-        if self._page is None:
+        if sweeps and self._page is None:
             return ReadBelow(sweeps[0].index, sweeps[0].before, SWEEP_CLIENTS_MAX)
-        return [client_id for client_id, _ in self._page]
+        if self._page is not None:
+            return [client_id for client_id, _ in self._page]
+        if self._due.supplied is None:
+            return self._due.wanted() if self._is_due(now_ms) else []
+        return [client_id for _, client_id, _ in self._due.overdue(now_ms)]
+
+    def _is_due(self, now_ms: int) -> bool:
+        return self._due.next_ms is not None and self._due.next_ms <= now_ms
 
     def supply(self, read: Read, answer: Any) -> None:
-        if isinstance(read, ReadStates):
-            self._clients.supply(answer)
-        else:
-            self._page = answer
+        match read:
+            case ReadStates():
+                self._clients.supply(answer)
+            case ReadDue():
+                self._due.supplied = answer
+            case _:
+                self._page = answer
 
     def step(self, offset: int, event: Event, now_ms: int, score: int) -> Sequence[Effect | Output]:
         """Fold one event.
@@ -222,7 +240,7 @@ class SessionsMachine:
             case events.RulesChanged():
                 return self._rules_changed(offset, event)
             case events.Tick():
-                return self._tick(offset)
+                return self._tick(offset, now_ms)
             case events.NodeStarted() | events.NodeStopped():
                 self._queue_sweep("restarted", event.node, offset, event.at)
             case events.NodeSyncStarted():
@@ -293,7 +311,7 @@ class SessionsMachine:
                 after.session_ended(event.node)
                 reason = "session_ended"
         change = ClientChange(offset, event.at, client_id, reason)
-        return [*self._apply(change, after, announce_all=reconnected), *done]
+        return [*self._apply(change, after, now_ms, announce_all=reconnected), *done]
 
     def _subscribed(
         self, state: ClientState, offset: int, event: events.SessionSubscribed, now_ms: int
@@ -316,8 +334,8 @@ class SessionsMachine:
     # -- announce ---------------------------------------------------------------------------------------
 
     def _apply(
-        self, change: ClientChange, after: ClientState, *, announce_all: bool
-    ) -> Sequence[Output]:
+        self, change: ClientChange, after: ClientState, now_ms: int, *, announce_all: bool
+    ) -> Sequence[Effect | Output]:
         """Replace a client's state, and announce its members. `announce_all` announces unchanged ones, too."""
         before, can_be_delivered = self._clients[change.client_id], self._rules.can_be_delivered
         members_before, members = after.announced, after.members(can_be_delivered)
@@ -327,10 +345,29 @@ class SessionsMachine:
         # The first change after new rules announces all, whether or not the sweep has reached the client.
         announce_all |= after.announced_by < self._partition.rules_offset
         after.announced, after.announced_by = members, self._partition.rules_offset
+        if after.is_blank:
+            after = ClientState()
+        due = self._set_lifetime(change.client_id, before, after, now_ms)
         self._clients.change(change.offset, change.client_id, after)
         if members_before == members and not announce_all:
+            return due
+        return [*due, *announcements(change, members_before, members, announce_all=announce_all)]
+
+    def _set_lifetime(
+        self, client_id: str, before: ClientState, after: ClientState, now_ms: int
+    ) -> Sequence[Effect]:
+        """Decide when a client is forgotten that has gone with this event, or that it is not, if it is here again."""
+        lifetime = self._rules.client_lifetime_ms
+        if not after.has_gone:
+            after.forget_at = None
+        elif before.forget_at is None and lifetime is not None:
+            after.forget_at = now_ms + lifetime
+        if after.forget_at == before.forget_at:
             return ()
-        return announcements(change, members_before, members, announce_all=announce_all)
+        member = due_member(CLIENT, client_id)
+        if after.forget_at is None:
+            return [SetDue(member, None)]
+        return [self._due.falls_due(member, after.forget_at)]
 
     def _rules_changed(self, offset: int, event: events.RulesChanged) -> Sequence[Effect]:
         self._rules = SessionRules(Rules.from_canonical(event.rules))
@@ -358,11 +395,11 @@ class SessionsMachine:
         if len(syncs) > SYNCS_MAX:
             del syncs[next(iter(syncs))]
 
-    def _tick(self, offset: int) -> Sequence[Effect | Output]:
-        """Do a piece of the first sweep."""
+    def _tick(self, offset: int, now_ms: int) -> Sequence[Effect | Output]:
+        """Do a piece of the first sweep. Without a sweep, forget clients."""
         page, self._page = self._page, None
         if page is None:
-            return ()
+            return self._forget(offset, now_ms)
         sweep = self._partition.sweeps[0]
         done: list[Effect | Output] = []
         for client_id, _ in page:
@@ -377,11 +414,23 @@ class SessionsMachine:
                 after.close_unseen(sweep.node, sweep.before, sweep.at)
                 reason = _left_reason(after)
             change = ClientChange(offset, sweep.at, client_id, reason)
-            done += self._apply(change, after, announce_all=False)
+            done += self._apply(change, after, now_ms, announce_all=False)
         # A page that was not full was the last one.
         if len(page) < SWEEP_CLIENTS_MAX:
             del self._partition.sweeps[0]
         return done
+
+    def _forget(self, offset: int, now_ms: int) -> Sequence[Effect]:
+        """Forget the clients whose time is over, at most `due_times.SWEEP_DUE_MAX`."""
+        if self._due.supplied is None:
+            return ()  # nothing is due yet
+        effects = []
+        for member in self._due.take(now_ms):
+            effects.append(SetDue(member, None))
+            client_id = split_due(member)[1]
+            assert self._clients[client_id].has_gone, "a client that is here again is not due"
+            self._clients.change(offset, client_id, ClientState())
+        return effects
 
 
 def client_of(event: Event) -> str | None:
@@ -452,7 +501,9 @@ def _presence_change(
     The second is why a snapshot repairs a presence that Redis has wrong.
     """
     was, now = before.connections.presence(), after.connections.presence()
-    if now is None or (now == was and before.connections.live == after.connections.live):
+    if now is None:
+        return [] if was is None else [ForgetPresence(offset, client_id)]
+    if now == was and before.connections.live == after.connections.live:
         return []
     left_node = None if was is None or was.node == now.node else was.node
     return [

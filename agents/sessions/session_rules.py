@@ -14,6 +14,7 @@ from millpond.schemas.events import (
     SessionUnsubscribed,
 )
 from millpond.schemas.rules import Hook, Rule, Rules
+from millpond.schemas.rules.rule import PRESENCE_LIFETIME_S
 from millpond.schemas.topics import intersects, split_share
 
 # Topic filters of which the answer of `can_be_delivered` is remembered; a full memory is cleared.
@@ -33,6 +34,16 @@ class SessionRules:
         self._of_hook: dict[Hook, tuple[Rule, ...]] = {}  # for hooks without a topic
         actions = {rule.action for rule in rules.rules}
         self.keeps_presence = bool(actions & {"on_client_connected", "on_client_disconnected"})
+        self.client_lifetime_ms = self._client_lifetime_ms()
+
+    def _client_lifetime_ms(self) -> int | None:
+        """How long a client is remembered that is offline and has no session. None: for ever."""
+        if not self.keeps_presence:
+            return PRESENCE_LIFETIME_S * 1000
+        for rule in self.rules.rules:
+            if rule.action == "on_client_disconnected" and rule.expired_time is not None:
+                return rule.expired_time * 1000
+        return None
 
     def can_be_delivered(self, topic_filter: str) -> bool:
         """True if a delivery rule can match a topic that the client's filter matches."""

@@ -64,7 +64,8 @@ class ClientState(Struct, array_like=True):
     """The state of one client. Mutable; a step works on a copy.
 
     `subscriptions` and `announced` are by topic filter. `announced` has the members that the delivery agents know.
-    `announced_by` is the offset of the `rules.changed` that decided about them, or 0.
+    `announced_by` is the offset of the `rules.changed` that decided about them, or 0. `forget_at` is when the client is
+    forgotten, in ms of the log's time, or None.
     """
 
     connections: Connections = field(default_factory=Connections)
@@ -72,6 +73,7 @@ class ClientState(Struct, array_like=True):
     subscriptions: dict[str, Subscription] = field(default_factory=dict)
     announced: dict[str, ServedSubscription] = field(default_factory=dict)
     announced_by: int = 0
+    forget_at: int | None = None
 
     def copy(self) -> ClientState:
         """Return an independent copy. `announced` is shared: it is replaced, never changed."""
@@ -81,6 +83,7 @@ class ClientState(Struct, array_like=True):
             dict(self.subscriptions),
             self.announced,
             self.announced_by,
+            self.forget_at,
         )
 
     # -- connections
@@ -104,6 +107,21 @@ class ClientState(Struct, array_like=True):
         if self.session is not None and self.session.node == node:
             self._show_session(seen, node)
         return self.connections.ended(connection_id, at, reason)
+
+    # -- the end
+
+    @property
+    def is_blank(self) -> bool:
+        """True if no connection and no session is known."""
+        return self.session is None and self.connections == Connections()
+
+    @property
+    def has_gone(self) -> bool:
+        """True if the client was here, and has no connection and no session any more."""
+        presence = self.connections.presence()
+        online = presence is not None and presence.online
+        no_more = self.session is None and not self.connections.live and not online
+        return no_more and not self.is_blank
 
     # -- the session
 
@@ -267,9 +285,9 @@ _encode: Final = msgspec.json.Encoder().encode
 _decode: Final = msgspec.json.Decoder(ClientState).decode
 
 
-def pack(state: ClientState) -> bytes:
-    """Encode a client's state for the store."""
-    return _encode(state)
+def pack(state: ClientState) -> bytes | None:
+    """Encode a client's state for the store. None: nothing is known of the client."""
+    return None if state == ClientState() else _encode(state)
 
 
 def unpack(packed: bytes | None) -> ClientState:

@@ -18,12 +18,13 @@ SWEEP_DUE_MAX: Final = 32
 # a null character ([MQTT-1.5.4-2]). An index or a window has one member with its earliest deadline, not one a message.
 INDEX, RETAINED, MESSAGE = "index", "retained", "message"
 WINDOW, MEMBER, DEAD, SUBSCRIBER = "window", "member", "dead", "subscriber"
+CLIENT = "client"
 
 OF_MESSAGES: Final = (MESSAGE, DEAD)
 
 
 def due_member(kind: str, key: str, message_id: str = "") -> str:
-    """Return the name of a due thing: of a topic, a member, a subscriber, or one message of a topic."""
+    """Return the name of a due thing: of a topic, a member, a subscriber, a client, or one message of a topic."""
     return f"{kind}\0{key}\0{message_id}" if message_id else f"{kind}\0{key}"
 
 

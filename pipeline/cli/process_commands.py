@@ -122,7 +122,7 @@ def kafka_init(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) -> 
 def kafka_check(config: ConfigOption = None, data: DataOption = DEFAULT_DATA) -> None:
     """Compare the Kafka topics with the settings. The exit code is 1 if a topic differs."""
     settings, _ = load_settings(config, data)
-    deviations = run_command(kafka_topics.check(settings.kafka))
+    deviations = run_command(kafka_topics.check(settings.kafka, settings.app))
     for deviation in deviations:
         errors.print(deviation, markup=False, soft_wrap=True)
     if deviations:

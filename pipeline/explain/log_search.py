@@ -76,7 +76,8 @@ class LogReader:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(connected(self._settings, self._consumer))
             known = await answer(self._settings, "list the topics", self._consumer.topics())
-            missing = {keys.MESSAGES_TOPIC, keys.DEAD_LETTERS_TOPIC} - known
+            searched = (keys.MESSAGES_TOPIC, keys.DEAD_LETTERS_TOPIC)
+            missing = {self._settings.topic_name(topic) for topic in searched} - known
             if missing:
                 raise MillpondError(f"Kafka has no topic {min(missing)}: run `millpond kafka init`")
             self._stack = stack.pop_all()
@@ -85,8 +86,13 @@ class LogReader:
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
-    async def bounds(self, partitions: Sequence[TopicPartition]) -> list[Searched]:
-        """The bounds of partitions, with nothing searched: `first` and `stop` are at the end of the log."""
+    async def bounds(self, topics: Sequence[str], numbers: Sequence[int]) -> list[Searched]:
+        """The bounds of partitions, topic by topic, with nothing searched.
+
+        `first` and `stop` are at the end of the log.
+        """
+        asked = [(topic, number) for topic in topics for number in numbers]
+        partitions = [self._in_kafka(*each) for each in asked]
         self._consumer.assign(partitions)
         self._consumer.pause(*partitions)
         starts, ends = await answer(
@@ -94,10 +100,10 @@ class LogReader:
         )
         return [
             Searched(
-                kafka_topic=each.topic, partition=each.partition,
+                kafka_topic=topic, partition=each.partition,
                 start=starts[each], first=ends[each], stop=ends[each], end=ends[each],
             )
-            for each in partitions
+            for (topic, _), each in zip(asked, partitions, strict=True)
         ]  # fmt: skip
 
     async def _starts_and_ends(self, partitions: Sequence[TopicPartition]) -> tuple[Any, Any]:
@@ -106,7 +112,7 @@ class LogReader:
 
     async def first_since(self, bounds: Searched, at_ms: int) -> int:
         """The first offset whose record is as late as this time, or later."""
-        partition = _partition(bounds)
+        partition = self._in_kafka(bounds.kafka_topic, bounds.partition)
         asked = self._consumer.offsets_for_times({partition: max(at_ms, 0)})
         found = (await answer(self._settings, "find a time in the log", asked))[partition]
         return bounds.end if found is None else int(found.offset)
@@ -117,7 +123,7 @@ class LogReader:
         Raises:
             MillpondError: Kafka sends no more records.
         """
-        partition = _partition(bounds)
+        partition = self._in_kafka(bounds.kafka_topic, bounds.partition)
         self._consumer.seek(partition, first)
         self._consumer.resume(partition)
         try:
@@ -131,14 +137,13 @@ class LogReader:
                         yield [each for each in records if each.offset < stop]
         except TimeoutError as error:
             raise MillpondError(
-                f"Kafka has sent no record of {partition.topic}[{partition.partition}] for {SILENCE_S:g} s"
+                f"Kafka has sent no record of {bounds.kafka_topic}[{bounds.partition}] for {SILENCE_S:g} s"
             ) from error
         finally:
             self._consumer.pause(partition)
 
-
-def _partition(bounds: Searched) -> TopicPartition:
-    return TopicPartition(bounds.kafka_topic, bounds.partition)
+    def _in_kafka(self, topic: str, number: int) -> TopicPartition:
+        return TopicPartition(self._settings.topic_name(topic), number)
 
 
 class WantedMessage:
@@ -168,9 +173,10 @@ class WantedMessage:
         )
 
     def events(self, record: Any) -> list[LogEvent]:
-        """The events in a record that are about the message. A report may have several: one for each copy."""
-        if record.topic == keys.DEAD_LETTERS_TOPIC:
-            return self._dead_letters(record)
+        """The events in a record of `mqtt.messages` that are about the message.
+
+        A report may have several: one for each copy.
+        """
         if not self.may_be_in(record.value):
             return []
         try:
@@ -217,7 +223,8 @@ class WantedMessage:
                 )
         return found
 
-    def _dead_letters(self, record: Any) -> list[LogEvent]:
+    def dead_letters(self, record: Any) -> list[LogEvent]:
+        """The events in a record of `mqtt.dead-letters` that are about the message."""
         headers = dict(record.headers)
         text = {name: value.decode("utf-8", "replace") for name, value in headers.items()}
         named = text.get("message-id")
@@ -234,12 +241,16 @@ class WantedMessage:
             return []
         detail = f"{text.get('agent', '?')}: {text.get('reason', '?')}"
         found = _event(record, self.message_id, topic=topic)
-        return [structs.replace(found, kind="dead_letter", detail=detail)]
+        return [
+            structs.replace(
+                found, kind="dead_letter", kafka_topic=keys.DEAD_LETTERS_TOPIC, detail=detail
+            )
+        ]
 
 
 def _event(record: Any, message_id: str, topic: str | None = None) -> LogEvent:
     return LogEvent(
-        kind="published", kafka_topic=record.topic, partition=record.partition,
+        kind="published", kafka_topic=keys.MESSAGES_TOPIC, partition=record.partition,
         offset=record.offset, at=record.timestamp, message_id=message_id, topic=topic,
     )  # fmt: skip
 
@@ -270,7 +281,7 @@ async def search(
     `since_ms` is the time of its publish, if it is known. The module's docstring describes the passes.
     """
     topics = (keys.MESSAGES_TOPIC, keys.DEAD_LETTERS_TOPIC)
-    every = await log.bounds([TopicPartition(each, at) for each in topics for at in numbers])
+    every = await log.bounds(topics, numbers)
     bounds = every[: len(numbers)]
     read = _ReadCount(progress, min(records_max, sum(each.end - each.start for each in bounds)))
     found = SearchResult()
@@ -370,4 +381,4 @@ async def _search_dead_letters(
     first = max(first, bounds.end - records_max)
     found.searched.append(structs.replace(bounds, first=first))
     async for run in log.read(bounds, first, bounds.end):
-        found.events += [event for record in run for event in wanted.events(record)]
+        found.events += [event for record in run for event in wanted.dead_letters(record)]

@@ -86,6 +86,7 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
         handle: HandleRecord,
         settle: Settle,
     ) -> None:
+        """`topics` are names in Kafka: a user's, or from `KafkaSettings.topic_name`."""
         self._settings, self._group_id, self._topics = settings, group_id, topics
         self._handle, self._settle = handle, settle
         self._trackers: dict[TopicPartition, OffsetTracker] = {}

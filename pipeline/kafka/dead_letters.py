@@ -37,16 +37,22 @@ def marks_alone(record: OutgoingRecord, error: Exception) -> OutgoingRecord:
 class DeadLetters:
     """The dead letters of one bridge. One per process."""
 
-    def __init__(self, sender: PersistentSender, reader: str) -> None:
-        """`reader` is the name of the bridge in the headers."""
-        self._sender, self.reader = sender, reader
+    def __init__(
+        self, sender: PersistentSender, reader: str, source_topic: str | None = None
+    ) -> None:
+        """`reader` is the name of the bridge in the headers.
+
+        `source_topic` is the topic of all records, by Millpond's name. None: each record names its own, a user's.
+        """
+        self._sender, self.reader, self._source_topic = sender, reader, source_topic
         self.counts = Counter(dict.fromkeys(REASONS, 0))  # by kind
 
     async def send(self, source: Any, kind: str, reason: str, done: Callable[[], None]) -> None:
         """Copy a record of Kafka to the dead letters, with the reason. Call `done` when Kafka has the dead letter."""
         self.counts[kind] += 1
+        topic = self._source_topic or source.topic
         headers = headers_of(
-            source.topic, source.partition, source.offset, self.reader, reason[:REASON_LENGTH_MAX]
+            topic, source.partition, source.offset, self.reader, reason[:REASON_LENGTH_MAX]
         )
         record = OutgoingRecord(keys.DEAD_LETTERS_TOPIC, source.key, source.value, headers)
         await self._sender.send(record, done, partial(self._send_marks, record, done))

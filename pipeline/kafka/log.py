@@ -20,6 +20,7 @@ from millpond.pipeline.kafka.dead_letters import marks_alone
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.kafka.range_reader import RangeReader
 from millpond.pipeline.kafka.retrying import persist
+from millpond.pipeline.settings import KafkaSettings
 from millpond.schemas import codec, keys
 from millpond.schemas.commands import Deliver
 from millpond.schemas.errors import LogRefused
@@ -42,7 +43,7 @@ class KafkaLog:
     def __init__(
         self,
         producer: Producer,
-        client_options: dict[str, Any],
+        settings: KafkaSettings,
         group: str,
         run_records_max: int,
         on_dead_letter: Callable[[str], None] | None = None,
@@ -52,8 +53,9 @@ class KafkaLog:
         `on_dead_letter` gets the reason of each dead letter that this log makes itself.
         """
         self._producer, self._on_dead_letter = producer, on_dead_letter
-        self._admin = AIOKafkaAdminClient(**client_options)
-        self._reader = RangeReader(client_options, group, run_records_max)
+        self._topic_name = settings.topic_name
+        self._admin = AIOKafkaAdminClient(**settings.client_options())
+        self._reader = RangeReader(settings, group, run_records_max)
         self._producing = asyncio.Lock()
 
     def of_partition(self) -> KafkaLog:
@@ -80,7 +82,7 @@ class KafkaLog:
 
     async def _bounds(self, partition: Partition) -> LogBounds:
         cluster = await self._admin.describe_cluster()
-        described = await self._admin.describe_topics([partition.topic])
+        described = await self._admin.describe_topics([self._topic_name(partition.topic)])
         extent = await self._reader.extent(partition)
         return LogBounds(str(cluster["cluster_id"]), len(described[0]["partitions"]), *extent)
 

@@ -8,6 +8,7 @@ What it adds to aiokafka's producer, and why:
 3. **A refused record does not stop its partition.** See `_renew_if_refused`.
 4. **A record can have a batch of its own.** Kafka refuses a whole batch because of one record, and the producer is shared.
    Only the answer to a batch of one record is an answer about that record. See `send_alone`.
+5. **Topics get their names in Kafka.** `send` and `send_alone` take the names of `schemas/keys.py`.
 
 1 and 3 touch private parts of aiokafka. tests/contracts/test_faust.py watches those of 1.
 """
@@ -33,6 +34,7 @@ from aiokafka.producer.transaction_manager import NO_PRODUCER_EPOCH, NO_PRODUCER
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from millpond.pipeline.kafka.partitioning import partition_of
+from millpond.pipeline.settings import KafkaSettings
 
 # A record waits this long for others to share its request. Kafka takes about as long to acknowledge one.
 LINGER_MS: Final = 1
@@ -45,10 +47,14 @@ TOO_LARGE: Final = (MessageSizeTooLargeError, RecordListTooLargeError)
 class Producer:
     """Sends records. The module's docstring says what it adds to aiokafka's producer."""
 
-    def __init__(self, client_options: dict[str, Any], message_bytes_max: int) -> None:
-        """`client_options` are the connection arguments of every aiokafka client. `start` connects."""
-        self._options = client_options
-        self.message_bytes_max = message_bytes_max
+    def __init__(self, settings: KafkaSettings) -> None:
+        """`start` connects.
+
+        Raises:
+            ConfigError: A certificate, key or password file is missing or cannot be used.
+        """
+        self._options, self._topic_name = settings.client_options(), settings.topic_name
+        self.message_bytes_max = settings.message_bytes_max
         self._producer: AIOKafkaProducer | None = None
 
     async def start(self) -> None:
@@ -109,7 +115,11 @@ class Producer:
             # Raised after 40 s, when the buffer stayed full or the topic's metadata did not come: try again.
             with contextlib.suppress(KafkaTimeoutError):
                 acknowledged: asyncio.Future[Any] = await self._producer.send(
-                    topic, value=value, key=key, partition=partition, headers=list(headers)
+                    self._topic_name(topic),
+                    value=value,
+                    key=key,
+                    partition=partition,
+                    headers=list(headers),
                 )
                 acknowledged.add_done_callback(self._renew_if_refused)
                 return acknowledged
@@ -139,12 +149,13 @@ class Producer:
         while acknowledged is None:
             # As in `send`.
             with contextlib.suppress(KafkaTimeoutError):
-                numbers = sorted(await self._producer.partitions_for(topic))
+                name = self._topic_name(topic)
+                numbers = sorted(await self._producer.partitions_for(name))
                 batch = self._producer.create_batch()
                 batch.append(timestamp=None, key=key, value=value, headers=list(headers))
                 batch.close()
                 acknowledged = await self._producer.send_batch(
-                    batch, topic, partition=_number(key, partition, numbers)
+                    batch, name, partition=_number(key, partition, numbers)
                 )
         acknowledged.add_done_callback(self._renew_if_refused)
         await acknowledged

@@ -33,6 +33,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from millpond.agents.ports import Record
 from millpond.pipeline.kafka.retrying import started
+from millpond.pipeline.settings import KafkaSettings
 from millpond.schemas.keys import Partition
 
 # For one run. The records are in the log already, so it only ends where a range ends without a record.
@@ -46,9 +47,10 @@ FETCH_WAIT_MS: Final = 10
 class RangeReader:
     """The consumer of one worker process for ranges, starts, ends and committed offsets."""
 
-    def __init__(self, client_options: dict[str, Any], group: str, run_records_max: int) -> None:
+    def __init__(self, settings: KafkaSettings, group: str, run_records_max: int) -> None:
         """The committed offsets of `group` are read; the group is never joined."""
-        self._options, self._group = client_options, group
+        self._options, self._group = settings.client_options(), group
+        self._topic_name = settings.topic_name
         self._run_records_max = run_records_max
         self._consumer: Any = None
         self._turns: dict[TopicPartition, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -69,6 +71,9 @@ class RangeReader:
             **self._options,
         )
 
+    def _in_kafka(self, topic: str, number: int) -> TopicPartition:
+        return TopicPartition(self._topic_name(topic), number)
+
     async def stop(self) -> None:
         """Disconnect."""
         if self._consumer is not None:
@@ -76,14 +81,14 @@ class RangeReader:
 
     async def extent(self, partition: Partition) -> tuple[int, int, int | None]:
         """Return start, end and committed offset of a partition."""
-        asked = TopicPartition(partition.topic, partition.number)
+        asked = self._in_kafka(partition.topic, partition.number)
         start = (await self._consumer.beginning_offsets([asked]))[asked]
         end = (await self._consumer.end_offsets([asked]))[asked]
         return start, end, await self._consumer.committed(asked)
 
     async def ends(self, topic: str, numbers: Sequence[int]) -> dict[int, int]:
         """Return the end offsets of these partitions."""
-        asked = [TopicPartition(topic, number) for number in numbers]
+        asked = [self._in_kafka(topic, number) for number in numbers]
         ends = await self._consumer.end_offsets(asked) if asked else {}
         return {partition.partition: end for partition, end in ends.items()}
 
@@ -97,7 +102,7 @@ class RangeReader:
         Raises:
             KafkaError, OSError: Kafka does not answer. The call may be repeated.
         """
-        wanted = TopicPartition(partition.topic, partition.number)
+        wanted = self._in_kafka(partition.topic, partition.number)
         async with self._turns[wanted]:
             if self._continues.pop(wanted, None) != start:
                 first = (await self._consumer.beginning_offsets([wanted]))[wanted]

@@ -1,4 +1,8 @@
-"""Creates Millpond's Kafka topics (`millpond kafka init`), and checks them (`millpond kafka check`)."""
+"""Creates Millpond's Kafka topics (`millpond kafka init`), and checks them (`millpond kafka check`).
+
+Both know the topics of one installation alone: those with its `topic_prefix`. Kafka's topics have no owner. So the check
+also looks for the consumer groups of another installation that reads the same topics.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,14 @@ from typing import Any, Final
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import for_code
+from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment
+from aiokafka.errors import (
+    ClusterAuthorizationFailedError,
+    GroupAuthorizationFailedError,
+    GroupCoordinatorNotAvailableError,
+    GroupLoadInProgressError,
+    for_code,
+)
 
 from millpond.pipeline.kafka.answers import answer, command_options, connected
 from millpond.pipeline.settings import KafkaSettings
@@ -18,7 +29,20 @@ PARTITIONS: Final = "partitions"
 CREATE_TIMEOUT_S: Final = 30.0  # Kafka answers when all partitions have a leader
 TOPIC_EXISTS: Final = 36  # Kafka's error code TOPIC_ALREADY_EXISTS
 # INVALID_PARTITIONS, INVALID_REPLICATION_FACTOR, INVALID_CONFIG, POLICY_VIOLATION: the settings of the topics are wrong.
-REFUSED_SETTINGS: Final = (37, 38, 40, 44)
+# INVALID_TOPIC: the prefix makes a name that Kafka cannot tell from another topic's, `.` and `_` are one to it.
+REFUSED_SETTINGS: Final = (17, 37, 38, 40, 44)
+# The user may not see groups, or Kafka has just started and does not know them yet.
+GROUPS_UNKNOWN: Final = (
+    ClusterAuthorizationFailedError,
+    GroupAuthorizationFailedError,
+    GroupCoordinatorNotAvailableError,
+    GroupLoadInProgressError,
+)
+
+
+def names(settings: KafkaSettings) -> list[str]:
+    """Return the names of Millpond's topics in Kafka."""
+    return [settings.topic_name(topic) for topic in keys.TOPICS]
 
 
 def wanted(settings: KafkaSettings) -> dict[str, str]:
@@ -35,7 +59,7 @@ def wanted(settings: KafkaSettings) -> dict[str, str]:
 
 
 async def create(settings: KafkaSettings) -> list[str]:
-    """Create the missing topics, and return their names. Existing topics stay as they are.
+    """Create the missing topics, and return their names in Kafka. Existing topics stay as they are.
 
     Raises:
         ConfigError: Kafka refuses the settings of the connection or of a topic.
@@ -51,7 +75,7 @@ async def create(settings: KafkaSettings) -> list[str]:
                 settings.replication_factor,
                 topic_configs=wanted(settings),
             )
-            for name in keys.TOPICS
+            for name in names(settings)
         ]
         creating = admin.create_topics(topics)
         response = await answer(settings, "create the topics", creating, CREATE_TIMEOUT_S)
@@ -70,19 +94,21 @@ def stops_workers(deviation: str) -> bool:
     return deviation.endswith(MISSING) or f": {PARTITIONS} is " in deviation
 
 
-async def check(settings: KafkaSettings) -> list[str]:
-    """Return the deviations of the topics from the settings, one sentence each.
+async def check(settings: KafkaSettings, app: str) -> list[str]:
+    """Return the deviations of the topics from the settings, and who else reads them, one sentence each.
 
     Raises:
         MillpondError: Kafka cannot be reached, or failed.
     """
     admin = AIOKafkaAdminClient(**command_options(settings))
     async with connected(settings, admin):
-        describing = admin.describe_topics(list(keys.TOPICS))
+        describing = admin.describe_topics(names(settings))
         described = await answer(settings, "describe the topics", describing)
-        resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in keys.TOPICS]
+        resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in names(settings)]
         reading = admin.describe_configs(resources)
         configured = await answer(settings, "read the settings of the topics", reading)
+        asking = _read_by_others(admin, settings, app)
+        shared = await answer(settings, "describe its consumer groups", asking)
     configs = _configs(configured)
     deviations: list[str] = []
     for topic in described:
@@ -106,7 +132,51 @@ async def check(settings: KafkaSettings) -> list[str]:
             for setting, value in expected.items()
             if found.get(setting) != value
         ]
-    return deviations
+    return [*deviations, *shared]
+
+
+async def _read_by_others(
+    admin: AIOKafkaAdminClient, settings: KafkaSettings, app: str
+) -> list[str]:
+    """Return a sentence for each installation that shares topics or consumer groups with this one now.
+
+    Topics: its bridge carries out the same commands once more. Groups: Kafka would give its partitions to our workers.
+    An application that was renamed has no members any more. Groups that Kafka does not show to this user are not found.
+    """
+    own, found = set(names(settings)), dict[str | None, str]()
+    try:
+        for name, _ in sorted(await admin.list_consumer_groups()):
+            group_app = keys.app_of_group(name)
+            if group_app is None or group_app in found:
+                continue
+            read = await _topics_of_group(admin, name)
+            for topic in sorted(read - own if group_app == app else read & own)[:1]:
+                remedy = "an app" if group_app == app else "a [kafka] topic_prefix"
+                found[group_app] = (
+                    f"another installation reads {topic} in the consumer group {name}:"
+                    f" give one of the two {remedy} of its own"
+                )
+    except GROUPS_UNKNOWN:
+        pass
+    return list(found.values())
+
+
+async def _topics_of_group(admin: AIOKafkaAdminClient, group: str) -> set[str]:
+    """Return the topics that the members of a consumer group read."""
+    # aiokafka 0.14 cannot decode the description of several groups at once.
+    (response,) = await admin.describe_consumer_groups([group])
+    # The sixth element of a described group is its list of members, the last of a member its assignment.
+    return {
+        topic for found in response.groups for member in found[5] for topic in _assigned(member[-1])
+    }
+
+
+def _assigned(assignment: bytes) -> list[str]:
+    """Return the topics that a member of a consumer group reads. Empty bytes: it has no assignment yet."""
+    if not assignment:
+        return []
+    decoded = ConsumerProtocolMemberAssignment.decode(assignment)
+    return [partition.topic for partition in decoded.partitions()]
 
 
 def _configs(responses: Any) -> dict[str, dict[str, str]]:

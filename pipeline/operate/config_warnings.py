@@ -46,7 +46,7 @@ async def examine(settings: Settings, rules: Rules) -> Findings:
     """Try what the processes will do with these settings: read files, log in, select, subscribe. Change nothing."""
     found = Findings([], [*_missing_agents(rules), *_kafka_settings(settings.kafka, rules)])
     found.errors.extend(_unreadable(settings))
-    await _kafka(settings.kafka, found)
+    await _kafka(settings.kafka, settings.app, found)
     # `millpond up` starts a Redis of its own for these.
     own_redis = settings.redis is None and rules == default_rules()
     for pool in rules.pools:
@@ -77,7 +77,8 @@ def _retention(hours: int, rules: Rules) -> list[str]:
     stored = f"[kafka] retention_hours is {hours}, but messages"
     back = "Redis can be rebuilt only as far back as the log goes"
     found = []
-    longest = max((rule.expired_time or 0 for rule in rules.rules), default=0)
+    stores = [rule for rule in rules.rules if rule.hook != "client.disconnected"]
+    longest = max((rule.expired_time or 0 for rule in stores), default=0)
     if longest > hours * 3600:
         found.append(f"{stored} are kept {longest} s: {back}")
     for_ever = list(
@@ -119,10 +120,10 @@ def _unreadable(settings: Settings) -> list[str]:
     return found
 
 
-async def _kafka(settings: KafkaSettings, found: Findings) -> None:
+async def _kafka(settings: KafkaSettings, app: str, found: Findings) -> None:
     """Connect, and compare the Kafka topics with the settings."""
     try:
-        deviations = await topics.check(settings)
+        deviations = await topics.check(settings, app)
     except ConfigError as error:
         found.errors.extend(map(str, error.faults))
         return

@@ -166,15 +166,15 @@ class LagReader:
         )  # fmt: skip
 
     async def _partitions(self, topic: str) -> list[TopicPartition]:
+        name = self._settings.topic_name(topic)
         cluster = await self._consumer._client.fetch_all_metadata()  # noqa: SLF001  no public call does this
-        return [
-            TopicPartition(topic, at) for at in sorted(cluster.partitions_for_topic(topic) or ())
-        ]
+        return [TopicPartition(name, at) for at in sorted(cluster.partitions_for_topic(name) or ())]
 
     async def oldest(self, lags: Sequence[PartitionLag]) -> dict[int, int]:
         """Read the time of the first record that is not applied, for each partition of one agent that is behind."""
+        topic_name = self._settings.topic_name
         wanted = {
-            TopicPartition(keys.SOURCE_TOPIC[each.agent], each.partition): each.next
+            TopicPartition(topic_name(keys.SOURCE_TOPIC[each.agent]), each.partition): each.next
             for each in lags
             if each.behind
         }

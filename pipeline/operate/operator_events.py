@@ -31,7 +31,7 @@ async def write(settings: KafkaSettings, orders: Iterable[OperatorEvent]) -> int
         ConfigError: Kafka refuses the settings of the connection. Nothing was written.
         MillpondError: Kafka cannot be reached, and nothing was written. Or it did not acknowledge a batch. The message counts the orders that it acknowledged before.
     """
-    producer = Producer(settings.client_options(), settings.message_bytes_max)
+    producer = Producer(settings)
     written, remaining = 0, iter(orders)
     try:
         await started(settings, producer.start())

@@ -11,7 +11,6 @@ from __future__ import annotations
 from base64 import b64encode
 from typing import Any, Final, NamedTuple
 
-from aiokafka import TopicPartition
 from msgspec import Struct
 
 from millpond.pipeline.explain.log_search import LogReader
@@ -57,12 +56,11 @@ async def newest(settings: Settings, limit: int) -> Unreadable:
         MillpondError: Kafka does not answer, or has no topic of dead letters.
     """
     numbers = range(settings.kafka.partitions)
-    partitions = [TopicPartition(keys.DEAD_LETTERS_TOPIC, number) for number in numbers]
-    share = max(SEARCHED_MAX // len(partitions), CHUNK_RECORDS)
+    share = max(SEARCHED_MAX // len(numbers), CHUNK_RECORDS)
     found: list[UnreadableRecord] = []
     whole = True
     async with LogReader(settings.kafka) as log:
-        for bounds in await log.bounds(partitions):
+        for bounds in await log.bounds([keys.DEAD_LETTERS_TOPIC], numbers):
             of_partition, first = await _newest_of(log, bounds, limit, share)
             found += of_partition
             whole = whole and first <= bounds.start

@@ -277,11 +277,9 @@ class Rebuild:
     async def _finish_journals(self, numbers: Sequence[int]) -> None:
         """Produce the outputs that the old state still owes, as a new owner does before anything else."""
         kafka = self._settings.kafka
-        producer = Producer(kafka.client_options(), kafka.message_bytes_max)
+        producer = Producer(kafka)
         group = keys.group_id(self._settings.app, self.agent)
-        log = KafkaLog(
-            producer, kafka.client_options(), group, self._settings.worker.batch_records_max
-        )
+        log = KafkaLog(producer, kafka, group, self._settings.worker.batch_records_max)
         await producer.start()
         await log.start()
         try:

@@ -29,14 +29,13 @@ from millpond.agents.topics import storage
 from millpond.pipeline.kafka.partitioning import partition_of
 from millpond.pipeline.stores.redis.connection import RedisCommand
 from millpond.pipeline.stores.redis.keyspace import Keyspace
-from millpond.pipeline.stores.redis.packing import BODY_FIELDS
+from millpond.pipeline.stores.redis.packing import BODY_FIELDS, PRESENCE_FIELDS
 from millpond.schemas import keys
 from millpond.schemas.events import AgentName
 from millpond.schemas.keys import Partition
 from millpond.schemas.rules import Rules
 
 PAGE_SIZE: Final = 500  # entries or states of one page, about
-PRESENCE_FIELDS: Final = ("state", "online_at", "offline_at")
 SCORE_MIN: Final = 10**15  # µs since the epoch, in the year 2001: no log is older
 
 

@@ -95,7 +95,8 @@ class Folding:
         log = self._logs.get(number)
         if log is None:
             records_max = self._settings.worker.batch_records_max
-            log = self._logs[number] = ReplayLog(self._options, records_max)
+            topic = self._settings.kafka.topic_name(partition.topic)
+            log = self._logs[number] = ReplayLog(self._options, topic, records_max)
         log.limit(bounds)
         driver = self._drivers[number] = PartitionDriver(
             partition, MACHINES[self.agent](), self._open_store(partition), log, self._rules, logger.info

@@ -24,9 +24,9 @@ class ReplayLog:
     Its committed offset is its end. So the driver produces no output of any record (`Outbox.out_until`).
     """
 
-    def __init__(self, client_options: dict[str, Any], run_records_max: int) -> None:
-        """Call `limit` first."""
-        self._options, self._run_records_max = client_options, run_records_max
+    def __init__(self, client_options: dict[str, Any], topic: str, run_records_max: int) -> None:
+        """`topic` is the name in Kafka. Call `limit` first."""
+        self._options, self._topic, self._run_records_max = client_options, topic, run_records_max
         self._bounds: LogBounds | None = None
         self._reader: AIOKafkaConsumer | None = None
 
@@ -44,7 +44,7 @@ class ReplayLog:
         """See `millpond.agents.ports.Log`. Offsets without a record are skipped."""
         if start >= stop:
             return
-        source = TopicPartition(partition.topic, partition.number)
+        source = TopicPartition(self._topic, partition.number)
         reader = await persist(partial(self._connected, source))
         first = (await persist(partial(reader.beginning_offsets, [source])))[source]
         position = max(start, first)

@@ -37,10 +37,10 @@ class LogExtents:
 
     def __init__(self, reader: AIOKafkaConsumer, cluster_id: str, settings: KafkaSettings) -> None:
         self._reader, self.cluster_id, self._settings = reader, cluster_id, settings
-        self.count = settings.partitions
 
     def _partitions(self, topic: str) -> list[TopicPartition]:
-        return [TopicPartition(topic, number) for number in range(self.count)]
+        name = self._settings.topic_name(topic)
+        return [TopicPartition(name, number) for number in range(self._settings.partitions)]
 
     async def extents(self, topic: str) -> dict[int, LogExtent]:
         """Return the extent of each partition of a topic.
@@ -103,7 +103,8 @@ async def open_extents(settings: KafkaSettings) -> AsyncIterator[LogExtents]:
     reader = AIOKafkaConsumer(enable_auto_commit=False, **options)
     async with connected(settings, admin, reader):
         cluster = await answer(settings, "describe the cluster", admin.describe_cluster())
-        describing = admin.describe_topics([keys.CLIENTS_TOPIC, keys.MESSAGES_TOPIC])
+        names = map(settings.topic_name, (keys.CLIENTS_TOPIC, keys.MESSAGES_TOPIC))
+        describing = admin.describe_topics(list(names))
         described = await answer(settings, "describe the topics", describing)
         _check_topics(described, settings)
         yield LogExtents(reader, str(cluster["cluster_id"]), settings)

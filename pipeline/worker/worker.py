@@ -96,11 +96,11 @@ class Worker:
         self._stop_deadline.daemon = True
         self._failure: BaseException | None = None
         kafka = settings.kafka
-        self._producer = Producer(kafka.client_options(), kafka.message_bytes_max)
+        self._producer = Producer(kafka)
         self._telemetry = WorkerTelemetry(agent, lambda: self._partitions, self._log_ends)
         self._log = KafkaLog(
             self._producer,
-            kafka.client_options(),
+            kafka,
             keys.group_id(settings.app, agent),
             settings.worker.batch_records_max,
             self._telemetry.counts.dead_letter,
@@ -271,10 +271,14 @@ class Worker:
             autodiscover=False,
         )
         app.transport = self._transport(app, brokers)
-        topic = app.topic(keys.SOURCE_TOPIC[self.agent], schema=RunSchema(), acks=False)
+        topic = app.topic(self._topic_in_kafka, schema=RunSchema(), acks=False)
         app.agent(topic, name=self.agent)(self._take_runs)
         app.on_partitions_assigned.connect(self._assigned, weak=False)
         return app
+
+    @property
+    def _topic_in_kafka(self) -> str:
+        return self.settings.kafka.topic_name(keys.SOURCE_TOPIC[self.agent])
 
     def _transport(self, app: faust.App, brokers: list[URL]) -> Transport:
         """Return the transport. Its consumer is a class made here, because Faust creates the consumer itself."""
@@ -319,7 +323,7 @@ class Worker:
         return self._by_partition(self._partitions.committable())
 
     def _by_partition(self, offsets: dict[int, int]) -> dict[TP, int]:
-        topic = keys.SOURCE_TOPIC[self.agent]
+        topic = self._topic_in_kafka
         return {TP(topic, number): offset for number, offset in offsets.items()}
 
     def _ready(self) -> None:

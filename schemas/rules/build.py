@@ -17,7 +17,14 @@ from millpond.schemas.errors import ConfigError
 from millpond.schemas.rules.check import faults_together
 from millpond.schemas.rules.faults import Faults, hint
 from millpond.schemas.rules.pool import REDIS_PORT, SENTINEL_PORT, Pool
-from millpond.schemas.rules.rule import DELIVERY_AGENTS, HOOKS, Action, Rule, rule_errors
+from millpond.schemas.rules.rule import (
+    DELIVERY_AGENTS,
+    HOOKS,
+    PRESENCE_LIFETIME_S,
+    Action,
+    Rule,
+    rule_errors,
+)
 from millpond.schemas.rules.ruleset import Rules
 
 PORT_MAX: Final = 65_535
@@ -34,6 +41,9 @@ SETTING_ACTIONS: Final[Mapping[str, frozenset[Action]]] = {
     "wildcards": frozenset(DELIVERY_AGENTS),
     "store_qos0": frozenset({*DELIVERY_AGENTS, "on_message_publish"}),
 }
+
+# The `expired_time` without an end, of the one rule whose lifetime has a default in a file. In a Rule it is None.
+NEVER: Final = "never"
 
 # The type of each key that a user may write. A command is one string there, and a tuple of fields in a Rule.
 _RULE_TYPES: Final = {
@@ -123,7 +133,15 @@ def build_rule(draft: DraftTable, pools: Sequence[str], faults: Faults) -> Rule 
     A rule needs no pool if the file defines exactly one.
     """
     before = len(faults)
+    never = draft.values.get("expired_time") == NEVER
+    if never:
+        draft = draft._replace(values={**draft.values, "expired_time": None})
     values = draft.converted(_RULE_TYPES, faults)
+    if values.get("action") == "on_client_disconnected":
+        values.setdefault("expired_time", PRESENCE_LIFETIME_S)
+    elif never:
+        reason = f"expired_time may be {NEVER!r} with on_client_disconnected alone: remove it"
+        faults.add(draft.fault(reason, "expired_time"))
     _find_pool(draft, values, pools, faults)
     if values.get("commands") == ():
         faults.add(draft.fault("commands is empty", "commands"))
@@ -168,7 +186,11 @@ def _find_pool(
 
 def _has_effect(rule: Rule, key: str) -> bool:
     if key == "expired_time":
-        return rule.hook.startswith("message.") or rule.delivery_agent is not None
+        return (
+            rule.hook.startswith("message.")
+            or rule.delivery_agent is not None
+            or rule.action == "on_client_disconnected"
+        )
     return key not in SETTING_ACTIONS or rule.action in SETTING_ACTIONS[key]
 
 

@@ -24,7 +24,7 @@ from typing import Any, Final
 import msgspec
 
 from millpond.schemas.errors import ConfigError
-from millpond.schemas.rules.build import POOL_KEYS, DraftTable, build_rules
+from millpond.schemas.rules.build import NEVER, POOL_KEYS, DraftTable, build_rules
 from millpond.schemas.rules.faults import Faults, did_you_mean, hint
 from millpond.schemas.rules.rule import DELIVERY_AGENTS, EXPIRED_TIME_S_MAX, HOOKS
 from millpond.schemas.rules.ruleset import Rules
@@ -199,4 +199,7 @@ class _Conf:
         if values.get("action") in DELIVERY_AGENTS:
             # The old backend fetched nothing for a wildcard.
             values.setdefault("wildcards", "ignore")
+        if values.get("action") == "on_client_disconnected":
+            # The old backend kept the presence of every client, and applications may read when one was last here.
+            values.setdefault("expired_time", NEVER)
         return DraftTable(values, lambda _: line, self._file, warn=self._warn)

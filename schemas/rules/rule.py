@@ -64,6 +64,9 @@ COMPANIONS: Final[dict[Action, Action]] = {
 
 # Defaults and limits of a rule's settings.
 EXPIRED_TIME_S_MAX: Final = 3_155_760_000  # 100 years; none at all means for ever
+PRESENCE_LIFETIME_S: Final = (
+    86_400  # a day: long enough to see who was here, short enough for ids made up by the minute
+)
 MAX_INFLIGHT: Final = 32  # EMQX's default for unacknowledged messages of one client
 MAX_INFLIGHT_MAX: Final = 65_535  # [MQTT-2.2.1]: the number of packet identifiers
 ACK_TIMEOUT_S: Final = 30  # a consumer that needs more than half a minute for a message is slow
@@ -82,6 +85,7 @@ class Rule(Struct, frozen=True, kw_only=True):
     action, commands: Exactly one of them. A command is split into its fields.
     pool: The name of the pool.
     expired_time: How long messages, retained messages or receipts live, in s. None: for ever; a receipt one day.
+        Of `on_client_disconnected`: how long a client is remembered that is offline and has no session.
     max_inflight: Unacknowledged messages of one member in one partition, at most.
     ack_timeout_s: How long a client may take to acknowledge, in s.
     max_deliveries: After so many deliveries without an acknowledgement, a message becomes a dead letter.

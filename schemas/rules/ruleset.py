@@ -15,7 +15,15 @@ from msgspec import Struct
 from millpond.schemas.errors import ConfigError, DecodeError
 from millpond.schemas.events import AgentName
 from millpond.schemas.rules.pool import REDIS_PORT, Pool
-from millpond.schemas.rules.rule import COMPANIONS, DELIVERY_AGENTS, Action, Hook, Rule, rule_error
+from millpond.schemas.rules.rule import (
+    COMPANIONS,
+    DELIVERY_AGENTS,
+    PRESENCE_LIFETIME_S,
+    Action,
+    Hook,
+    Rule,
+    rule_error,
+)
 from millpond.schemas.topics import covers, intersects, matches, split_share
 
 
@@ -133,12 +141,15 @@ def default_rules() -> Rules:
 
 
 def documented_rules(pool: str) -> tuple[Rule, ...]:
-    """Return the rules of the documented `emqx_backend_redis.conf`, one for each of its lines."""
+    """Return the rules of the documented `emqx_backend_redis.conf`, one for each of its lines.
+
+    Only presence has a lifetime here, as in every file in TOML.
+    """
     hour = 3600
     lines: tuple[tuple[Hook, str | None, Action | None, int | None], ...] = (
         ("client.connected", None, "on_client_connected", None),
         ("client.connected", None, "on_subscribe_lookup", None),
-        ("client.disconnected", None, "on_client_disconnected", None),
+        ("client.disconnected", None, "on_client_disconnected", PRESENCE_LIFETIME_S),
         ("session.subscribed", "queue/#", "on_message_fetch_for_queue", None),
         ("session.subscribed", "pubsub/#", "on_message_fetch_for_pubsub", None),
         ("session.subscribed", None, "on_retain_lookup", None),

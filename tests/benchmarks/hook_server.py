@@ -15,7 +15,7 @@ from millpond.pipeline.brokers.spool.directory import Spool
 from millpond.pipeline.brokers.spool.durable_producer import DurableProducer
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.process.event_loop import use_uvloop
-from millpond.pipeline.settings import BridgeSettings
+from millpond.pipeline.settings import BridgeSettings, KafkaSettings
 from millpond.pipeline.telemetry.bridge import HookMetrics
 from millpond.schemas.rules import default_rules
 from tests.support.emqx.trace import Heard
@@ -33,7 +33,7 @@ class Deaf(Heard):
 
 async def main(bootstrap: str, partitions: int, listen: str) -> NoReturn:
     """Until killed."""
-    producer = Producer({"bootstrap_servers": [bootstrap]}, 4 * 1024 * 1024)
+    producer = Producer(KafkaSettings(bootstrap_servers=(bootstrap,)))
     spool = Spool(Path(os.environ["BENCH_DIRECTORY"]) / "spool", SPOOL_BYTES_MAX)
     spool.open()
     durable_producer = DurableProducer(producer, spool)

@@ -94,7 +94,7 @@ def _phase(bridge: subprocess.Popen[bytes]) -> dict[str, float]:
 
 
 async def _bridge(bootstrap: str, directory: Path, events: int) -> None:
-    producer = Producer({"bootstrap_servers": [bootstrap]}, 4 * 1024 * 1024)
+    producer = Producer(KafkaSettings(bootstrap_servers=(bootstrap,)))
     spool = Spool(directory / "spool", SPOOL_BYTES_MAX)
     spool.open()
     durable_producer = DurableProducer(producer, spool)

@@ -16,12 +16,14 @@ from millpond.agents.ports import Log
 from millpond.pipeline.kafka.log import KafkaLog
 from millpond.pipeline.kafka.memory_log import MemoryLog
 from millpond.pipeline.kafka.producer import Producer
+from millpond.pipeline.settings import KafkaSettings
 from millpond.schemas.keys import Partition, group_id
 from tests.support.workers import until
 
 PARTITION_COUNT = 3
 RUN_RECORDS_MAX = 5
 MESSAGE_BYTES_MAX = 1 << 20
+PREFIX = "plant1."  # the real log has its topics under other names in Kafka
 
 
 class ConsumedRecord(NamedTuple):
@@ -103,19 +105,25 @@ class KafkaWorld:
     def __init__(self, app: str, bootstrap: str, topic: str) -> None:
         self.app, self._bootstrap, self._topic = app, bootstrap, topic
         self._admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
-        self._options = {"bootstrap_servers": bootstrap}
-        self._producer = Producer(self._options, MESSAGE_BYTES_MAX)
+        settings = KafkaSettings(
+            bootstrap_servers=(bootstrap,), message_bytes_max=MESSAGE_BYTES_MAX, topic_prefix=PREFIX
+        )
+        self._options, self._topic_name = settings.client_options(), settings.topic_name
+        self._producer = Producer(settings)
         group = group_id(app, "messages")
-        self.log = KafkaLog(self._producer, self._options, group, RUN_RECORDS_MAX)
+        self.log = KafkaLog(self._producer, settings, group, RUN_RECORDS_MAX)
 
     async def start(self) -> None:
         await self._admin.start()
         config = {"message.timestamp.type": "LogAppendTime"}
         await self._admin.create_topics(
-            [NewTopic(self._topic, PARTITION_COUNT, 1, topic_configs=config)]
+            [NewTopic(self._topic_name(self._topic), PARTITION_COUNT, 1, topic_configs=config)]
         )
         await self._producer.start()
         await self.log.start()
+
+    def _place(self, topic: str, number: int) -> TopicPartition:
+        return TopicPartition(self._topic_name(topic), number)
 
     async def stop(self) -> None:
         await self.log.stop()
@@ -140,7 +148,8 @@ class KafkaWorld:
         self, writer: AIOKafkaProducer, partition: Partition, values: Sequence[bytes]
     ) -> None:
         sent = [
-            await writer.send(partition.topic, value, b"key", partition.number) for value in values
+            await writer.send(self._topic_name(partition.topic), value, b"key", partition.number)
+            for value in values
         ]
         await asyncio.gather(*sent)
 
@@ -161,11 +170,11 @@ class KafkaWorld:
         await self.append(partition, [b"after it"])
 
     async def forget(self, partition: Partition, before: int) -> None:
-        place = TopicPartition(partition.topic, partition.number)
+        place = self._place(partition.topic, partition.number)
         await self._admin.delete_records({place: RecordsToDelete(before)})
 
     async def commit(self, partition: Partition, offset: int) -> None:
-        place = TopicPartition(partition.topic, partition.number)
+        place = self._place(partition.topic, partition.number)
         consumer = AIOKafkaConsumer(
             group_id=group_id(self.app, partition.agent), enable_auto_commit=False, **self._options
         )
@@ -179,7 +188,7 @@ class KafkaWorld:
         await consumer.start()
         found: list[list[ConsumedRecord]] = []
         for number in range(PARTITION_COUNT):
-            place = TopicPartition(topic, number)
+            place = self._place(topic, number)
             consumer.assign([place])
             end = (await consumer.end_offsets([place]))[place]
             records: list[ConsumedRecord] = []

@@ -446,7 +446,7 @@ async def test_an_app_creates_no_directory(group: Group) -> None:
 
 async def test_a_record_waits_for_a_leader_without_limit(kafka: str) -> None:
     # Guards against: a renamed `_batch_ttl`. Batches would be dropped after 40 s without a leader.
-    producer = Producer({"bootstrap_servers": kafka}, 1 << 20)
+    producer = Producer(KafkaSettings(bootstrap_servers=(kafka,)))
     await producer.start()
     try:
         assert producer._producer is not None

@@ -10,6 +10,7 @@ from millpond.agents.effects import (
     ClearRetained,
     DeadLetter,
     DeleteBody,
+    ForgetPresence,
     KeepReceipt,
     Retain,
     RunCommand,
@@ -395,6 +396,9 @@ async def test_presence_is_a_hash_of_the_client_and_a_field_of_its_node(world: W
         "state": b"0", "online_at": b"5", "offline_at": b"7",
     }  # fmt: skip
     assert keys.node("n1") not in world.dump()
+    await commit(store, transaction(3, RunCommand(2, (b"HSET", b"mqtt:client:c", b"own", b"x"))))
+    await commit(store, transaction(4, ForgetPresence(3, "c"), ForgetPresence(3, "unknown")))
+    assert world.dump()[keys.presence("c")].value == {"own": b"x"}
     await store.close()
 
 

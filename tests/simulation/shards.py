@@ -18,6 +18,7 @@ from millpond.agents.effects import (
     ClearRetained,
     DeleteBody,
     Effect,
+    ForgetPresence,
     Refusal,
     Retain,
     RunCommand,
@@ -44,7 +45,7 @@ SHARDS = 3
 CONFIRM_STEPS_MAX = 30  # steps of a worker until WAIT gives up
 STATE = (SetState, SetIndex, SetRules, WriteSeen, SetDue)
 REMOVALS = (
-    Unindex, ClearRetained, ClearBodyExpiry, SetPresence, ShowOffset, RunCommand, DeleteBody,
+    Unindex, ClearRetained, ClearBodyExpiry, SetPresence, ForgetPresence, ShowOffset, RunCommand, DeleteBody,
 )  # fmt: skip
 # The list of removals that the journal holds, as a number. It is in the slot of the fence.
 LEFT = f"{keys.applied(PARTITION)}:left"

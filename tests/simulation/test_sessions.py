@@ -1,7 +1,8 @@
 """The sessions agent under lost, repeated and late events, against a model of two broker nodes.
 
 After one snapshot of each node, presence and subscriptions must equal the model. The announced members must be those that
-are entitled: online clients with a filter that a delivery rule matches.
+are entitled: online clients with a filter that a delivery rule matches. Clients that have gone are forgotten after a while,
+also while their events are still late, and in the end nothing is left of them.
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ import pytest
 
 from millpond.agents.sessions import machine as sessions
 from millpond.agents.sessions.state import unpack
+from millpond.agents.topics.due_times import CLIENT, due_member
 from millpond.pipeline.stores.memory.server import Hash, Zset
 from millpond.schemas import events, keys
 from millpond.schemas.events import Event, SubscriberJoined
 from millpond.schemas.topics import intersects, split_share
 from tests.support import given
 from tests.support.partition import run
-from tests.unit.agents.sessions.test_machine import PRESENCE, QUEUE, SESSIONS, Sessions
+from tests.unit.agents.sessions.test_machine import QUEUE, SESSIONS, Sessions, gone_after
 
 NODES = ("n@1", "n@2")
 CLIENTS = ("a", "b", "c", "d")
 FILTERS = ("queue/1", "queue/+", "$share/g/queue/1", "other/#", "#")
 STEPS = 60
+LIFETIME_S = 20
+PRESENCE = gone_after(LIFETIME_S)
+PAUSES_MS = (1_000, LIFETIME_S * 1000 - 1, LIFETIME_S * 1000, 2 * LIFETIME_S * 1000)
 SEEDS = 400
 
 
@@ -162,6 +167,8 @@ def scrambled(random: Random, brokers: Brokers, world: Sessions) -> None:
             world.append(*late.pop(random.randrange(len(late))))
         if random.random() < 0.1:
             world.settle()
+        if random.random() < 0.1:
+            world.now_ms += random.choice(PAUSES_MS)
         if random.random() < 0.05:
             run(world.driver.close())
             world.driver = world.started()
@@ -220,6 +227,10 @@ def judge(seed: int) -> None:
     check_registry(world, brokers, where)
     assert announced(world) == entitled(brokers), where
     check_indexes(world, where)
+    world.pass_time(LIFETIME_S * 1000)
+    for client_id in CLIENTS:
+        if client_id not in brokers.sessions:
+            assert world.remembered(client_id) == [], where
 
 
 def check_registry(world: Sessions, brokers: Brokers, where: str) -> None:
@@ -242,6 +253,11 @@ def check_indexes(world: Sessions, where: str) -> None:
     announced_by = world.server.of(keys.index(SESSIONS, sessions.ANNOUNCED), Zset)
     subscribed = {name for name, state in states.items() if unpack(state).subscriptions}
     assert set(announced_by) == subscribed, where
+    due = world.server.of(keys.due(SESSIONS), Zset)
+    forget_at = {due_member(CLIENT, name): unpack(each).forget_at for name, each in states.items()}
+    assert dict(due) == {name: at for name, at in forget_at.items() if at is not None}, where
+    known = {name: unpack(state) for name, state in states.items()}
+    assert all(state.has_gone == (state.forget_at is not None) for state in known.values()), where
 
 
 def test_a_replay_of_the_log_gives_the_same_content(monkeypatch: pytest.MonkeyPatch) -> None:

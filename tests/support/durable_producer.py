@@ -17,6 +17,7 @@ from pathlib import Path
 from millpond.pipeline.brokers.spool.directory import Spool
 from millpond.pipeline.brokers.spool.durable_producer import DurableProducer
 from millpond.pipeline.kafka.producer import Producer
+from millpond.pipeline.settings import KafkaSettings
 from millpond.schemas import codec, keys
 from millpond.schemas.events import MessagePublished
 from tests.support.embedded_bridge import MESSAGE_BYTES_MAX, Log
@@ -46,7 +47,9 @@ class Running:
     """A durable producer that runs."""
 
     def __init__(self, bootstrap: str, directory: Path, bytes_max: int, patience_s: float) -> None:
-        self.producer = Producer({"bootstrap_servers": [bootstrap]}, MESSAGE_BYTES_MAX)
+        self.producer = Producer(
+            KafkaSettings(bootstrap_servers=(bootstrap,), message_bytes_max=MESSAGE_BYTES_MAX)
+        )
         self.spool = Spool(directory, bytes_max)
         self.spool.open()
         self.durable_producer = DurableProducer(self.producer, self.spool, patience_s)

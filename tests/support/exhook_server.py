@@ -22,7 +22,7 @@ from millpond.pipeline.brokers.emqx.exhook.server import HookServer
 from millpond.pipeline.brokers.emqx.mountpoint import Mountpoint
 from millpond.pipeline.brokers.spool.durable_producer import DurableProducer
 from millpond.pipeline.kafka.producer import Producer
-from millpond.pipeline.settings import BridgeSettings
+from millpond.pipeline.settings import BridgeSettings, KafkaSettings
 from millpond.pipeline.stack.ports import HOST
 from millpond.pipeline.telemetry.bridge import HookMetrics
 from millpond.pipeline.telemetry.tracing import Headers
@@ -139,7 +139,9 @@ async def serving(
     bootstrap: str, rules: Rules, mountpoint: Mountpoint | None = None
 ) -> AsyncIterator[Provider]:
     """The same, with events that go to Kafka. The topics must exist."""
-    producer = Producer({"bootstrap_servers": [bootstrap]}, MESSAGE_BYTES_MAX)
+    producer = Producer(
+        KafkaSettings(bootstrap_servers=(bootstrap,), message_bytes_max=MESSAGE_BYTES_MAX)
+    )
     await producer.start()
     durable_producer = UnspooledProducer(producer)
     running = asyncio.create_task(durable_producer.run())

@@ -57,7 +57,7 @@ def default(value: Any) -> str:
         case tuple():
             return ", ".join(value)
         case _:
-            return "" if value is NODEFAULT else str(value)
+            return "" if value is NODEFAULT else str(value) or "empty"
 
 
 def settings(of: type[Struct], prefix: str = "") -> dict[str, str]:

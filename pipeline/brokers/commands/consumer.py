@@ -58,11 +58,15 @@ class CommandConsumer:
         self._tracing = tracing
         self._broker, self._deliveries = broker, deliveries
         self._sender = PersistentSender(producer)
-        self.dead_letters = DeadLetters(self._sender, READER)
+        self.dead_letters = DeadLetters(self._sender, READER, keys.DELIVERIES_TOPIC)
         self._settings = settings
         group_id = keys.bridge_group_id(settings.app)
         self._source = GroupConsumer(
-            settings, group_id, [keys.DELIVERIES_TOPIC], self._carry_out, self._settle
+            settings,
+            group_id,
+            [settings.kafka.topic_name(keys.DELIVERIES_TOPIC)],
+            self._carry_out,
+            self._settle,
         )
         # Commands read, by type; "unreadable" for dead letters
         self.taken: Counter[str] = Counter()

@@ -50,7 +50,7 @@ def run_embedded(settings: Settings, rules: Rules) -> None:
 
 async def _run_embedded(settings: Settings, rules: Rules) -> None:
     stop = asked_to_end()
-    producer = Producer(settings.kafka.client_options(), settings.kafka.message_bytes_max)
+    producer = Producer(settings.kafka)
     tracing = bridge_tracing(settings.telemetry, "embedded")
     event_producer = EventProducer(
         producer, rules, settings.bridge.node, settings.kafka.partitions, tracing

@@ -119,7 +119,7 @@ class EmqxBridge:
             )
         self._rest = RestClient(bridge)
         copy_topic = CopyTopic(self._rest.secret())
-        self._producer = Producer(settings.kafka.client_options(), settings.kafka.message_bytes_max)
+        self._producer = Producer(settings.kafka)
         self._spool = Spool(Path(bridge.spool_directory), bridge.spool_bytes_max)
         self._spool.open()
         self._durable_producer = DurableProducer(self._producer, self._spool)

@@ -16,6 +16,7 @@ from millpond.agents.effects import (
     ClearRetained,
     DeleteBody,
     Effect,
+    ForgetPresence,
     KeepReceipt,
     Refusal,
     RefusedPart,
@@ -33,7 +34,7 @@ from millpond.agents.effects import (
     WriteSeen,
 )
 from millpond.pipeline.stores.memory.server import Hash, Kind, MemoryServer, RefusedError, Zset
-from millpond.pipeline.stores.redis.packing import BODY_GRACE_MS, offline_at
+from millpond.pipeline.stores.redis.packing import BODY_GRACE_MS, PRESENCE_FIELDS, offline_at
 from millpond.schemas import keys
 from millpond.schemas.codec import payload_bytes
 from millpond.schemas.keys import Partition
@@ -128,6 +129,10 @@ class EffectWriter:
                 self._server.expires_at.pop(keys.message_body(message_id), None)
             case SetPresence():
                 self._presence(effect)
+            case ForgetPresence(offset, client_id):
+                fields: dict[str, bytes | None] = dict.fromkeys(PRESENCE_FIELDS)
+                forget = partial(self._set, keys.presence(client_id), fields)
+                self._try_part(offset, "presence", forget)
             case ShowOffset(offset, subscriber, topic, message_id):
                 name = keys.read_offset(subscriber, topic)
                 self._try_part(

@@ -10,6 +10,7 @@ from hiredis import ReplyError
 from millpond.agents.effects import (
     NO_SOURCE,
     Effect,
+    ForgetPresence,
     KeepReceipt,
     Refusal,
     RefusedPart,
@@ -32,6 +33,7 @@ _PART: Final[dict[type[Any], RefusedPart]] = {
     Retain: "retained",
     KeepReceipt: "receipt",
     SetPresence: "presence",
+    ForgetPresence: "presence",
     ShowOffset: "read offset",
     RunCommand: "command",
 }

@@ -26,6 +26,7 @@ from millpond.agents.effects import (
     ClearBodyExpiry,
     ClearRetained,
     DeleteBody,
+    ForgetPresence,
     KeepReceipt,
     Output,
     Reindex,
@@ -53,6 +54,7 @@ from millpond.schemas.keys import Partition
 BODY_GRACE_MS: Final = 3_600_000
 
 BODY_FIELDS: Final = ("id", "from", "qos", "topic", "payload", "ts", "retain", "expires_at")
+PRESENCE_FIELDS: Final = ("state", "online_at", "offline_at")
 
 _encode_json = msgspec.json.Encoder().encode
 _encode_lines = msgspec.json.Encoder().encode_lines
@@ -271,6 +273,10 @@ def _set_presence(commands: BatchCommands, effect: SetPresence) -> None:
         commands.removals.add(effect, "HSET", keys.node(effect.node), effect.client_id, online_at)
 
 
+def _forget_presence(commands: BatchCommands, effect: ForgetPresence) -> None:
+    commands.removals.add(effect, "HDEL", keys.presence(effect.client_id), *PRESENCE_FIELDS)
+
+
 def offline_at(effect: SetPresence) -> str:
     """Return the `offline_at` of a presence key: epoch seconds, or `undefined` for a client that never went offline."""
     return "undefined" if effect.offline_at is None else str(effect.offline_at // 1000)
@@ -297,6 +303,7 @@ _TRANSLATE: Final[dict[type[Any], Callable[[BatchCommands, Any], None]]] = {
     SetState: _set_state,
     SetIndex: _set_index,
     SetPresence: _set_presence,
+    ForgetPresence: _forget_presence,
     ShowOffset: _show_offset,
     SetRules: _set_rules,
     WriteSeen: _write_seen,

@@ -58,3 +58,16 @@ def test_more_replicas_than_brokers_are_refused_with_kafkas_reason(
     refused = CliRunner().invoke(app, ["kafka", "init", *option])
     assert isinstance(refused.exception, ConfigError)
     assert "replication" in str(refused.exception).lower()
+
+
+def test_a_prefix_that_kafka_cannot_tell_from_another_one_is_refused(
+    own_kafka: Server, tmp_path: Path
+) -> None:
+    millpond = CliRunner()
+    dotted = configured(tmp_path, own_kafka, "partitions = 1", 'topic_prefix = "plant.1."')
+    created = millpond.invoke(app, ["kafka", "init", *dotted])
+    assert created.exit_code == 0
+    underlined = configured(tmp_path, own_kafka, "partitions = 1", 'topic_prefix = "plant_1."')
+    refused = millpond.invoke(app, ["kafka", "init", *underlined])
+    assert isinstance(refused.exception, ConfigError)
+    assert "plant_1.mqtt.clients" in str(refused.exception)

@@ -136,7 +136,7 @@ async def test_a_record_is_produced_and_consumed_over_tls_with_a_password(
 ) -> None:
     settings, _ = load(configured(secure_kafka, tmp_path, mechanism), {})
     await topics.create(settings.kafka)
-    assert await topics.check(settings.kafka) == []
+    assert await topics.check(settings.kafka, settings.app) == []
     options = settings.kafka.client_options()
     async with AIOKafkaProducer(**options) as producer:
         sent = await producer.send_and_wait(keys.DEAD_LETTERS_TOPIC, mechanism.encode())

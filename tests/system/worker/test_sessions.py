@@ -353,6 +353,49 @@ async def test_the_clients_that_there_are_are_listed_and_one_that_is_unknown_is_
     assert "the sessions agent knows no client 'nobody'" in done.stderr
 
 
+async def test_clients_with_clean_sessions_leave_nothing_behind(
+    pipeline: Pipeline, bridge: Bridge
+) -> None:
+    # Given rules that forget a client two seconds after it has gone
+    leave = given.a_rule(
+        hook="client.disconnected", action="on_client_disconnected", expired_time=2
+    )
+    pipeline.configure(*(leave if "on_client_disconnected" in rule else rule for rule in RULES))
+    await pipeline.worker("sessions")
+    # When many clients come and go, one of them with a session that continues, and one comes back
+    for client_id in ("back", *(f"anonymous-{at}" for at in range(50))):
+        await (await bridge.connect(client_id)).disconnect()
+    lasting = await bridge.connect("lasting", clean=False)
+    await lasting.subscribe("queue/a", 1)
+    await lasting.disconnect()
+    back = await bridge.connect("back")
+
+    # Then Redis and the registry have these two alone
+    async def shown() -> set[str]:
+        prefix = keys.PRESENCE_PREFIX
+        found = [key async for key in pipeline.redis.scan_iter(match=f"{prefix}*")]
+        return {key.decode().removeprefix(prefix) for key in found}
+
+    async def left() -> bool:
+        return await shown() == {"back", "lasting"}
+
+    await until(left, "the other clients to be forgotten")
+    listed = await asyncio.to_thread(millpond, pipeline, "clients", "list", "--json")
+    assert {each["client_id"] for each in map(json.loads, listed.splitlines())} == await shown()
+    # And the next one is forgotten by a worker that starts after it has gone
+    await back.disconnect()
+    await until(lambda: pipeline.redis.hget(keys.presence("back"), "state"), "its end")
+    for worker in pipeline.workers:
+        worker.signal(signal.SIGKILL)
+        await worker.ended()
+    await pipeline.worker("sessions")
+
+    async def only_lasting() -> bool:
+        return await shown() == {"lasting"}
+
+    await until(only_lasting, "the last client to be forgotten")
+
+
 async def test_a_worker_that_is_told_another_partition_count_than_kafka_has_refuses(
     pipeline: Pipeline,
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from millpond.pipeline.settings import KafkaSettings, Settings, load
+from millpond.schemas import keys
 from millpond.schemas.errors import ConfigError
 from millpond.schemas.rules import default_rules
 
@@ -229,6 +230,37 @@ def test_a_password_in_a_url_is_not_repeated_in_the_error() -> None:
     with pytest.raises(ConfigError) as caught:
         load(None, {"MILLPOND_REDIS": "redis://:hunter2@cache"})
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["", "plant1.", "a_B-9.", "x" * 232])
+def test_a_topic_prefix_is_what_kafka_allows(prefix: str) -> None:
+    settings, _ = load(None, {"MILLPOND_KAFKA_TOPIC_PREFIX": prefix})
+    longest = max(map(settings.kafka.topic_name, keys.TOPICS), key=len)
+    assert longest == f"{prefix}mqtt.dead-letters"
+    assert len(longest) <= 249  # Kafka's limit
+
+
+@pytest.mark.parametrize("prefix", ["plant 1.", "plant/", "ü.", "a\n", "x" * 233])
+def test_a_topic_prefix_that_kafka_would_refuse_is_a_config_error(prefix: str) -> None:
+    with pytest.raises(ConfigError, match="MILLPOND_KAFKA_TOPIC_PREFIX"):
+        load(None, {"MILLPOND_KAFKA_TOPIC_PREFIX": prefix})
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("MILLPOND_APP", "mill"),
+        ("MILLPOND_BRIDGE_EXHOOK_LISTEN", "h:1"),
+        ("MILLPOND_TELEMETRY_LISTEN", "h:1"),
+        ("MILLPOND_WEB_MQTT_URL", "ws://h:1/mqtt"),
+    ],
+)
+def test_a_line_break_behind_a_value_is_no_part_of_a_name(variable: str, text: str) -> None:
+    load(None, {variable: text})
+    # The items of a list are stripped.
+    if "SERVERS" not in variable:
+        with pytest.raises(ConfigError, match=variable):
+            load(None, {variable: f"{text}\n"})
 
 
 def test_plain_kafka_needs_an_address_only() -> None:

@@ -38,6 +38,15 @@ def test_keys_have_their_documented_names() -> None:
     assert keys.probe("mill") == "millpond:{mill}:probe"
 
 
+def test_a_consumer_group_names_its_application() -> None:
+    for agent in keys.SOURCE_TOPIC:
+        assert keys.app_of_group(keys.group_id("my.app", agent)) == "my.app"
+    assert keys.app_of_group(keys.bridge_group_id("mill")) == "mill"
+    # These read no topics of ours.
+    for other in (keys.rule_events_group_id("mill"), "messages", ".queue", "mill.other", ""):
+        assert keys.app_of_group(other) is None
+
+
 def test_every_built_key_has_a_row_in_the_table() -> None:
     rows = re.findall(r"^\| `([^`]+)` \|", keys.__doc__ or "", re.MULTILINE)
     patterns = [

@@ -142,7 +142,7 @@ def _refuse_pubsub(rules: Rules) -> None:
 
 async def _run(settings: Settings, rules: Rules, topics: Sequence[str]) -> None:
     stop = asked_to_end()
-    producer = Producer(settings.kafka.client_options(), settings.kafka.message_bytes_max)
+    producer = Producer(settings.kafka)
     template = settings.bridge.mountpoint
     mountpoint = None if template is None else Mountpoint(template)
     bridge = KafkaBridge(producer, BridgeRules(rules), mountpoint)

@@ -52,9 +52,9 @@ class Sessions(World):
         self.settle()
 
     def settle(self) -> None:
-        """Fold the rest of the log, and tick until nothing is due."""
+        """Fold the rest of the log, and tick until nothing is due now."""
         self.feed(self.driver)
-        while self.driver.machine.next_due_ms is not None:
+        while (due := self.driver.machine.next_due_ms) is not None and due <= self.now_ms:
             self.now_ms += 1_000
             self.append_tick(self.driver, self.now_ms)
             self.feed(self.driver)
@@ -106,6 +106,25 @@ class Sessions(World):
     def state(self, client_id: str = "c") -> str | None:
         shown = self.presence(client_id)
         return None if shown is None else shown["state"]
+
+    def remembered(self, client_id: str) -> list[str]:
+        """Return the keys that have something of a client. No node has it online."""
+        of_clients = [keys.due(SESSIONS), keys.table(SESSIONS, "states")]
+        indexes = (sessions.ANNOUNCED, *map(sessions.seen_index, (NODE, OTHER)))
+        of_clients += [keys.index(SESSIONS, name) for name in indexes]
+        found = [
+            name for name in of_clients if self._names(name) & {client_id, f"client\0{client_id}"}
+        ]
+        shown = keys.presence(client_id)
+        return [*found, shown] if shown in self.server.values else found
+
+    def _names(self, key: str) -> set[str]:
+        return set(self.server.values.get(key, ()))  # type: ignore[arg-type]
+
+    def pass_time(self, ms: int) -> None:
+        """Let the log's time pass, with the ticks that are due."""
+        self.now_ms += ms
+        self.settle()
 
     def at_node(self, node: str = NODE) -> dict[str, str]:
         clients = self.server.of(keys.node(node), Hash)
@@ -244,6 +263,152 @@ def test_a_new_owner_finishes_a_sweep_that_has_begun(
     world.driver = world.started()
     world.settle()
     assert {world.state(f"c{number}") for number in range(10)} == {"0"}
+
+
+# -- clients that have gone -------------------------------------------------------------------------------
+
+DAY_MS = 86_400_000
+
+
+def gone_after(expired_time: int | str) -> tuple[str, ...]:
+    """Rules that keep presence, with this lifetime of it."""
+    action = "on_client_disconnected"
+    rule = given.a_rule(hook="client.disconnected", action=action, expired_time=expired_time)
+    return PRESENCE[0], rule
+
+
+SHORT = gone_after(5)
+
+
+def gone(world: Sessions, client_id: str = "c") -> None:
+    """Fold the whole life of a client with a clean session."""
+    world.fold(world.created(client_id), world.connected(client_id))
+    world.fold(
+        world.disconnected(client_id),
+        world.event(events.SessionTerminated, client_id, reason="normal"),
+    )
+
+
+def test_a_client_with_a_clean_session_is_forgotten_a_day_after_it_has_gone() -> None:
+    world = Sessions(*PRESENCE, QUEUE)
+    gone(world)
+    assert world.driver.machine.next_due_ms == world.now_ms + DAY_MS
+    world.pass_time(DAY_MS - 1)
+    assert world.state() == "0"
+    world.pass_time(1)
+    assert world.remembered("c") == []
+    assert world.driver.machine.next_due_ms is None
+
+
+def test_the_lifetime_is_that_of_the_rule_and_may_have_no_end() -> None:
+    world = Sessions(*SHORT)
+    gone(world)
+    world.pass_time(5_000)
+    assert world.remembered("c") == []
+    # Given rules without an end
+    world = Sessions(*gone_after("never"))
+    gone(world)
+    world.pass_time(100 * DAY_MS)
+    assert (world.state(), world.driver.machine.next_due_ms) == ("0", None)
+
+
+def test_presence_that_no_rule_ends_is_kept_and_without_presence_a_client_is_remembered_a_day() -> (
+    None
+):
+    world = Sessions(PRESENCE[0])
+    gone(world)
+    world.pass_time(2 * DAY_MS)
+    assert world.state() == "0"
+    world = Sessions(QUEUE)
+    gone(world)
+    assert world.remembered("c") != []
+    world.pass_time(DAY_MS)
+    assert world.remembered("c") == []
+
+
+def test_a_client_that_comes_back_is_remembered_and_its_time_begins_anew() -> None:
+    world = Sessions(*SHORT)
+    gone(world)
+    world.pass_time(3_000)
+    world.fold(world.created(), world.connected(peer="p2"))
+    world.pass_time(60_000)
+    assert world.state() == "1"
+    # When it goes again, and more news of its end arrives a little later
+    world.fold(
+        world.disconnected(peer="p2"), world.event(events.SessionTerminated, "c", reason="normal")
+    )
+    world.pass_time(3_000)
+    world.fold(world.event(events.SessionTerminated, "c", reason="normal"))
+    world.pass_time(2_000)
+    assert world.remembered("c") == []
+
+
+def test_a_client_whose_session_continues_is_remembered_until_the_session_has_ended() -> None:
+    world = Sessions(*SHORT)
+    world.fold(world.created(), world.connected(), world.disconnected())
+    world.pass_time(60_000)
+    assert world.state() == "0"
+    world.fold(world.event(events.SessionTerminated, "c", reason="expired"))
+    world.pass_time(5_000)
+    assert world.remembered("c") == []
+
+
+def test_a_client_that_a_snapshot_misses_is_forgotten_as_well() -> None:
+    world = Sessions(*SHORT)
+    world.fold(world.created(), world.connected())
+    world.snapshot()
+    assert world.state() == "0"
+    world.pass_time(5_000)
+    assert world.remembered("c") == []
+
+
+def test_a_client_that_is_handed_over_has_not_gone() -> None:
+    world = Sessions(*SHORT)
+    world.fold(world.created(), world.connected(), world.disconnected(reason="takenover"))
+    world.fold(world.event(events.SessionTerminated, "c", reason="takenover"))
+    world.pass_time(60_000)
+    assert world.state() == "1"
+
+
+def test_nothing_is_kept_of_a_client_of_which_nothing_is_known() -> None:
+    world = Sessions(*PRESENCE, QUEUE)
+    world.fold(
+        world.event(events.SessionTerminated, "x", reason="normal"),
+        world.event(events.SessionUnsubscribed, "x", topic_filter="queue/a"),
+    )
+    # Given a session whose connection was not reported
+    world.fold(world.created(), world.subscribed("queue/a"))
+    assert world.remembered("c") != []
+    world.fold(world.event(events.SessionTerminated, "c", reason="normal"))
+    assert world.remembered("x") == world.remembered("c") == []
+    assert world.driver.machine.next_due_ms is None
+
+
+def test_many_clients_are_forgotten_by_several_ticks_and_a_new_owner_continues() -> None:
+    world = Sessions(*SHORT)
+    names = [f"c{number}" for number in range(70)]
+    for name in names:
+        gone(world, name)
+    world.now_ms += 5_000
+    world.append_tick(world.driver, world.now_ms)
+    world.feed(world.driver)
+    left = [name for name in names if world.remembered(name)]
+    assert len(left) == 70 - 32
+    run(world.driver.close())
+    world.driver = world.started()
+    world.settle()
+    assert not any(world.remembered(name) for name in names)
+
+
+def test_a_tick_before_its_time_forgets_nobody_and_a_sweep_comes_first() -> None:
+    world = Sessions(*SHORT)
+    gone(world)
+    world.fold(given.tick("sessions"))
+    assert world.state() == "0"
+    world.fold(world.connected("other"))
+    world.now_ms += 5_000
+    world.fold(world.of_node(events.NodeStopped))
+    assert (world.state("other"), world.remembered("c")) == ("0", [])
 
 
 # -- the registry -----------------------------------------------------------------------------------------

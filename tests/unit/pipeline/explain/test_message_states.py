@@ -54,10 +54,9 @@ def known(world: Delivering, message_id: str, topic: str, **fields: Any) -> Know
     wanted, events = WantedMessage(message_id, topic), []
     for (kafka_topic, partition), records in world.log.records.items():
         for record in records:
-            full = SimpleNamespace(
-                topic=kafka_topic, partition=partition, headers=(), **record._asdict()
-            )
-            events += wanted.events(full)
+            full = SimpleNamespace(partition=partition, headers=(), **record._asdict())
+            of_topic = {keys.DEAD_LETTERS_TOPIC: wanted.dead_letters}
+            events += of_topic.get(kafka_topic, wanted.events)(full)
     index = world.server.of(keys.message_index(topic), Zset)
     retained = world.server.of(keys.retained(topic), Zset)
     applied = world.applied
@@ -543,13 +542,7 @@ ODD = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
 
 
 def a_record(key: bytes, value: bytes | None, **fields: Any) -> Any:
-    values = {
-        "topic": keys.MESSAGES_TOPIC,
-        "partition": 0,
-        "offset": 1,
-        "timestamp": 2,
-        "headers": (),
-    }
+    values = {"partition": 0, "offset": 1, "timestamp": 2, "headers": ()}
     return SimpleNamespace(key=key, value=value, **{**values, **fields})
 
 
@@ -578,17 +571,14 @@ def test_a_record_that_cannot_be_decoded_has_no_events(value: bytes | None) -> N
 
 def test_a_dead_letter_is_found_by_its_header_or_by_its_bytes() -> None:
     reason = (("reason", b"because"), ("agent", b"queue"))
-    named = a_record(
-        b"t", b"payload", topic=keys.DEAD_LETTERS_TOPIC, headers=(("message-id", b"m1"), *reason)
-    )
-    bytes_only = a_record(
-        b"t", b'{"message_id":"m1", what', topic=keys.DEAD_LETTERS_TOPIC, headers=reason
-    )
+    named = a_record(b"t", b"payload", headers=(("message-id", b"m1"), *reason))
+    bytes_only = a_record(b"t", b'{"message_id":"m1", what', headers=reason)
     for record in (named, bytes_only):
-        (found,) = WantedMessage("m1", "t").events(record)
+        (found,) = WantedMessage("m1", "t").dead_letters(record)
         assert (found.kind, found.detail) == ("dead_letter", "queue: because")
-        assert WantedMessage("m2", "t").events(record) == []
-        assert WantedMessage("m1", "u").events(record) == []
+        assert found.kafka_topic == keys.DEAD_LETTERS_TOPIC
+        assert WantedMessage("m2", "t").dead_letters(record) == []
+        assert WantedMessage("m1", "u").dead_letters(record) == []
 
 
 # -- the list of topics ------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from aiokafka.errors import MessageSizeTooLargeError, TopicAuthorizationFailedEr
 
 from millpond.agents.ports import OutgoingRecord
 from millpond.pipeline.kafka.log import KafkaLog
+from millpond.pipeline.settings import KafkaSettings
 from millpond.schemas import codec, keys
 from millpond.schemas.commands import Deliver
 from millpond.schemas.errors import LogRefused
@@ -59,7 +60,7 @@ async def counted() -> list[str]:
 @pytest.fixture
 async def log(producer: Producer, counted: list[str]) -> KafkaLog:
     unused: Any = producer
-    return KafkaLog(unused, {}, "group", 10, counted.append)
+    return KafkaLog(unused, KafkaSettings(), "group", 10, counted.append)
 
 
 async def until_idle() -> None:

@@ -9,11 +9,12 @@ from millpond.pipeline.compare.owned_keys import without_batch_fields
 from millpond.pipeline.replay.log import ReplayLog
 from millpond.pipeline.replay.log_extent import LogExtent, describe_loss
 from millpond.pipeline.stores.redis.connection import escape_glob
+from millpond.schemas import keys
 from millpond.schemas.errors import BrokenInvariant
 
 
 def test_a_replay_cannot_produce_to_kafka() -> None:
-    log = ReplayLog({}, 1)
+    log = ReplayLog({}, keys.MESSAGES_TOPIC, 1)
     with pytest.raises(BrokenInvariant, match="a replay was about to produce to Kafka"):
         log.produce([OutgoingRecord("mqtt.deliveries", b"c", b"{}")])
 

@@ -60,15 +60,29 @@ def fails(text: str, line: int, *words: str) -> None:
         assert word in error.reason, error
 
 
+def test_presence_may_have_a_lifetime_in_an_old_file() -> None:
+    rule = (
+        'backend.redis.hook.client.disconnected.1 = {"expired_time": 60, '
+        '"action": {"function": "on_client_disconnected"}, "pool": "pool1"}\n'
+    )
+    assert [each.expired_time for each in parse(POOL + rule).rules] == [60]
+    for word in ("0", "null", '"never"'):
+        (given,) = parse(POOL + rule.replace("60", word)).rules
+        assert given.expired_time is None
+
+
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_the_documented_file_means_the_default_rules(newline: str) -> None:
     given = parse(DOCUMENTED.replace("\n", newline))
     # The old backend fetched nothing for a wildcard.
     assert [rule.wildcards for rule in given.delivery_rules()] == ["ignore", "ignore"]
-    assert json.loads(given.canonical()) == [
-        {**rule, "wildcards": "ignore" if "_fetch_" in str(rule["action"]) else "serve"}
-        for rule in json.loads(default_rules().canonical())
-    ]
+    expected = json.loads(default_rules().canonical())
+    for rule in expected:
+        rule["wildcards"] = "ignore" if "_fetch_" in str(rule["action"]) else "serve"
+        # It kept the presence of every client.
+        if rule["action"] == "on_client_disconnected":
+            rule["expired_time"] = None
+    assert json.loads(given.canonical()) == expected
     assert given.pools == default_rules().pools
     assert [rule.line for rule in given.rules] == list(range(9, 21))
     assert {rule.file for rule in given.rules} == {"emqx_backend_redis.conf"}

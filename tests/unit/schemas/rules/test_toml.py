@@ -66,6 +66,18 @@ def test_a_file_without_rules_gets_the_documented_rules_on_its_pool() -> None:
     assert given.pool("queue").servers == (("redis", 6379),)
 
 
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [("", 86_400), ("expired_time = 5\n", 5), ('expired_time = "never"\n', None)],
+)
+def test_presence_has_a_lifetime_unless_the_rule_says_never(
+    setting: str, expected: int | None
+) -> None:
+    action = "on_client_disconnected"
+    rule = f'[[rule]]\nhook = "client.disconnected"\naction = "{action}"\n{setting}'
+    assert [each.expired_time for each in parse(POOL + rule).rules] == [expected]
+
+
 def test_an_empty_list_means_no_rules() -> None:
     assert parse("rule = []\n" + POOL).rules == ()
 
@@ -198,6 +210,7 @@ RULE = '[[rule]]\nhook = "message.publish"\n'  # lines 4 and 5
         (QUEUE + "expired_time = 1.5\n", 8, ["got `float`"]),
         (QUEUE + 'expired_time = "1h"\n', 8, ["got `str`"]),
         (QUEUE + "expired_time = 2024-01-01\n", 8, ["expired_time"]),
+        (QUEUE + 'expired_time = "never"\n', 8, ["'never' with on_client_disconnected alone"]),
         (QUEUE + "max_inflight = 0\n", 8, [">= 1"]),
         (QUEUE + "max_inflight = 65536\n", 8, ["<= 65535"]),
         (QUEUE + "ack_timeout_s = 0\n", 8, [">= 1"]),
