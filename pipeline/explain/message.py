@@ -37,9 +37,9 @@ from millpond.pipeline.explain.message_states import Known
 from millpond.pipeline.explain.results import (
     MessageFacts,
     MessageState,
-    Searched,
     StoredMessageFacts,
 )
+from millpond.pipeline.kafka.log_reader import LogReader, Searched
 from millpond.pipeline.kafka.partitioning import partition_of
 from millpond.pipeline.operate.dead_letters import AGENTS as DELIVERY_AGENTS
 from millpond.pipeline.operate.dead_letters import is_utf8, stored_message
@@ -90,7 +90,7 @@ async def explain(
     where = topic or await _topic_in_stores(settings, rules, message_id)
     if where is None:
         notes.append("Redis does not have it: its topic was searched for in the log")
-    async with log_search.LogReader(settings.kafka) as log:
+    async with LogReader(settings.kafka) as log:
         view = None if where is None else await _read_store(settings, rules, message_id, where)
         if view is not None and view.other_topic is not None:
             raise MillpondError(

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from msgspec import Struct, field
 
+from millpond.pipeline.kafka.log_reader import Searched
 from millpond.pipeline.operate.dead_letters import StoredMessage
 from millpond.schemas.events import AgentName
 
@@ -53,25 +54,6 @@ class LogEvent(Struct, frozen=True, kw_only=True):
     lease: str | None = None
     expires_at: int | None = None
     detail: str | None = None
-
-
-class Searched(Struct, frozen=True, kw_only=True):
-    """The part of a partition that was searched: offsets from `first` up to `stop`, without `stop`.
-
-    The log has the offsets from `start` up to `end`, without `end`.
-    """
-
-    kafka_topic: str
-    partition: int
-    start: int
-    first: int
-    stop: int
-    end: int
-
-    @property
-    def whole(self) -> bool:
-        """True if all of the log was searched."""
-        return self.first <= self.start and self.stop >= self.end
 
 
 class MessageState(Struct, frozen=True, kw_only=True):

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Final
 
-from millpond.pipeline.explain.results import MessageState, Searched, State
+from millpond.pipeline.explain.results import MessageState, State
+from millpond.pipeline.kafka.log_reader import Searched
 
 
 def time(at_ms: int) -> str:

@@ -13,8 +13,7 @@ from typing import Any, Final, NamedTuple
 
 from msgspec import Struct
 
-from millpond.pipeline.explain.log_search import LogReader
-from millpond.pipeline.explain.results import Searched
+from millpond.pipeline.kafka.log_reader import LogReader, Searched
 from millpond.pipeline.settings import Settings
 from millpond.schemas import keys
 

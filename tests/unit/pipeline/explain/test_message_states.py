@@ -27,8 +27,9 @@ from millpond.agents.topics.plans import make_plan
 from millpond.pipeline.explain import message_states, sentences
 from millpond.pipeline.explain.log_search import WantedMessage
 from millpond.pipeline.explain.message_states import Known, SubscriberView
-from millpond.pipeline.explain.results import LogEvent, MessageState, Searched
+from millpond.pipeline.explain.results import LogEvent, MessageState
 from millpond.pipeline.explain.topics import Top, TopicRow
+from millpond.pipeline.kafka.log_reader import Searched
 from millpond.pipeline.stores.memory.server import Zset
 from millpond.schemas import keys
 from tests.support import given

@@ -23,7 +23,7 @@ BORDER = {
     "pipeline/worker/worker.py",
     "pipeline/brokers/commands/consumer.py",
     "pipeline/operate/lag.py",
-    "pipeline/explain/log_search.py",
+    "pipeline/kafka/log_reader.py",
     "pipeline/replay/folding.py",
     "pipeline/replay/log_extent.py",
 }
