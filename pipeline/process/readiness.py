@@ -11,7 +11,7 @@ from millpond.pipeline.settings import READY_FILE
 logger = logging.getLogger(__name__)
 
 
-def say_ready(what: str) -> None:
+def report_ready(what: str) -> None:
     """Log that `what` is ready, and touch the ready file. May be called again, for example after a rebalance."""
     logger.info("%s is ready", what)
     ready_file = os.environ.get(READY_FILE)

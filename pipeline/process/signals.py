@@ -1,6 +1,6 @@
 """SIGTERM and SIGINT: both ask a process to stop.
 
-A long-running process waits for them with an event (`asked_to_end`, `until_asked`). A command that works until it is done
+A long-running process waits for them with an event (`stop_event`, `until_stopped`). A command that works until it is done
 is cancelled by them (`run`, `cancelled_by`).
 """
 
@@ -26,14 +26,14 @@ def on_signal(call: Callable[[], object]) -> None:
         loop.add_signal_handler(number, call)
 
 
-def asked_to_end() -> asyncio.Event:
+def stop_event() -> asyncio.Event:
     """Return an event that SIGTERM and SIGINT set."""
     stop = asyncio.Event()
     on_signal(stop.set)
     return stop
 
 
-async def until_asked(running: asyncio.Task[NoReturn], stop: asyncio.Event) -> None:
+async def until_stopped(running: asyncio.Task[NoReturn], stop: asyncio.Event) -> None:
     """Wait until `stop` is set. If `running` fails before, raise its error. Does not cancel `running`."""
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)

@@ -18,7 +18,7 @@ from msgspec import Struct
 from millpond.agents.registry import AGENT_NAMES
 from millpond.pipeline.kafka import topics
 from millpond.pipeline.process.child import MILLPOND
-from millpond.pipeline.process.signals import asked_to_end
+from millpond.pipeline.process.signals import stop_event
 from millpond.pipeline.settings import (
     ENVIRONMENT_PREFIX,
     READY_FILE,
@@ -169,7 +169,7 @@ class Stack:
         Raises:
             MillpondError: a process did not start. Those that had started are stopped.
         """
-        stop = asked_to_end()
+        stop = stop_event()
         starting = asyncio.create_task(self._start())
         stopping = asyncio.create_task(stop.wait())
         try:

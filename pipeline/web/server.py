@@ -19,8 +19,8 @@ from aiokafka.errors import KafkaError
 
 from millpond.pipeline.process.event_loop import use_uvloop
 from millpond.pipeline.process.loopback import host_allowed, is_loopback
-from millpond.pipeline.process.readiness import say_ready
-from millpond.pipeline.process.signals import asked_to_end
+from millpond.pipeline.process.readiness import report_ready
+from millpond.pipeline.process.signals import stop_event
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.web.api import Api, failure
 from millpond.pipeline.web.operator_token import OperatorToken
@@ -55,7 +55,7 @@ def run_web(settings: Settings, rules: Rules) -> None:
 
 
 async def _run(settings: Settings, rules: Rules) -> None:
-    stop = asked_to_end()
+    stop = stop_event()
     host, port = settings.web.host, settings.web.port
     runner = web.AppRunner(application(settings, rules), access_log=None)
     await runner.setup()
@@ -68,7 +68,7 @@ async def _run(settings: Settings, rules: Rules) -> None:
         logger.info("the page is at http://%s:%d/", host, runner.addresses[0][1])
         if not is_loopback(host):
             logger.warning("no authentication: anyone who can reach %s can read this page", host)
-        say_ready("web")
+        report_ready("web")
         await stop.wait()
     finally:
         await runner.cleanup()

@@ -40,7 +40,7 @@ from millpond.agents.registry import MACHINES
 from millpond.pipeline.kafka.log import KafkaLog
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.process.event_loop import use_uvloop
-from millpond.pipeline.process.readiness import say_ready
+from millpond.pipeline.process.readiness import report_ready
 from millpond.pipeline.process.signals import on_signal
 from millpond.pipeline.rebuild.rebuild import check_not_rebuilding
 from millpond.pipeline.settings import Settings
@@ -327,7 +327,7 @@ class Worker:
         return {TP(topic, number): offset for number, offset in offsets.items()}
 
     def _ready(self) -> None:
-        say_ready(f"worker {self.agent}")
+        report_ready(f"worker {self.agent}")
 
     def _fail(self, error: BaseException) -> None:
         """Note the first failure, and stop. The record that failed is not committed."""

@@ -18,8 +18,8 @@ from millpond.pipeline.brokers.embedded.event_producer import EventProducer
 from millpond.pipeline.kafka.diagnosis import unreachable
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.process.event_loop import use_uvloop
-from millpond.pipeline.process.readiness import say_ready
-from millpond.pipeline.process.signals import asked_to_end, until_asked
+from millpond.pipeline.process.readiness import report_ready
+from millpond.pipeline.process.signals import stop_event, until_stopped
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.telemetry.bridge import (
     BridgeHealth,
@@ -49,7 +49,7 @@ def run_embedded(settings: Settings, rules: Rules) -> None:
 
 
 async def _run_embedded(settings: Settings, rules: Rules) -> None:
-    stop = asked_to_end()
+    stop = stop_event()
     producer = Producer(settings.kafka)
     tracing = bridge_tracing(settings.telemetry, "embedded")
     event_producer = EventProducer(
@@ -72,7 +72,7 @@ async def _run_embedded(settings: Settings, rules: Rules) -> None:
     async with telemetry(settings.telemetry.listen, "bridge embedded", shown, health):
         serving = asyncio.create_task(_serve(settings, rules, parts))
         try:
-            await until_asked(serving, stop)
+            await until_stopped(serving, stop)
             serving.cancel()
         finally:
             await _stop(parts)
@@ -100,7 +100,7 @@ async def _serve(settings: Settings, rules: Rules, parts: _Parts) -> NoReturn:
         raise await unreachable(settings.kafka) from error
     await parts.broker.start()
     await parts.event_producer.drain()
-    say_ready("bridge embedded")
+    report_ready("bridge embedded")
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(parts.reports.run())
         tasks.create_task(parts.command_consumer.run())

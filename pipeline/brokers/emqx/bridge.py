@@ -33,8 +33,8 @@ from millpond.pipeline.brokers.spool.directory import Spool
 from millpond.pipeline.brokers.spool.durable_producer import DurableProducer
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.process.event_loop import use_uvloop
-from millpond.pipeline.process.readiness import say_ready
-from millpond.pipeline.process.signals import asked_to_end, until_asked
+from millpond.pipeline.process.readiness import report_ready
+from millpond.pipeline.process.signals import stop_event, until_stopped
 from millpond.pipeline.settings import Settings
 from millpond.pipeline.telemetry.bridge import (
     BridgeHealth,
@@ -69,15 +69,15 @@ def run_emqx(settings: Settings, rules: Rules) -> None:
 
 
 async def _run_emqx(settings: Settings, rules: Rules) -> None:
-    stop = asked_to_end()
+    stop = stop_event()
     bridge = EmqxBridge(settings, rules)
     health = BridgeHealth(stop.is_set, None, bridge.complaints)
     async with telemetry(settings.telemetry.listen, "bridge emqx", bridge.shown, health):
         await bridge.start()
-        say_ready("bridge emqx")
+        report_ready("bridge emqx")
         running = asyncio.create_task(bridge.run())
         try:
-            await until_asked(running, stop)
+            await until_stopped(running, stop)
             await bridge.finish()
         finally:
             running.cancel()

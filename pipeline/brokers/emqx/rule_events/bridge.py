@@ -26,8 +26,8 @@ from millpond.pipeline.kafka.diagnosis import unreachable
 from millpond.pipeline.kafka.persistent_sender import PersistentSender
 from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.process.event_loop import use_uvloop
-from millpond.pipeline.process.readiness import say_ready
-from millpond.pipeline.process.signals import asked_to_end, until_asked
+from millpond.pipeline.process.readiness import report_ready
+from millpond.pipeline.process.signals import stop_event, until_stopped
 from millpond.pipeline.settings import KafkaSettings, Settings
 from millpond.pipeline.telemetry.bridge import BridgeHealth, DeadLetterMetrics
 from millpond.pipeline.telemetry.http import serving as telemetry
@@ -141,7 +141,7 @@ def _refuse_pubsub(rules: Rules) -> None:
 
 
 async def _run(settings: Settings, rules: Rules, topics: Sequence[str]) -> None:
-    stop = asked_to_end()
+    stop = stop_event()
     producer = Producer(settings.kafka)
     template = settings.bridge.mountpoint
     mountpoint = None if template is None else Mountpoint(template)
@@ -151,7 +151,7 @@ async def _run(settings: Settings, rules: Rules, topics: Sequence[str]) -> None:
     async with telemetry(settings.telemetry.listen, f"bridge {NAME}", shown, health):
         serving = asyncio.create_task(_serve(settings, topics, producer, bridge))
         try:
-            await until_asked(serving, stop)
+            await until_stopped(serving, stop)
         finally:
             serving.cancel()
             await _end(serving, producer)
@@ -180,7 +180,7 @@ async def _serve(
     source = GroupConsumer(
         settings, keys.rule_events_group_id(settings.app), topics, bridge.handle, producer.flush
     )
-    say_ready(f"bridge {NAME}")
+    report_ready(f"bridge {NAME}")
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(source.run())
         tasks.create_task(bridge.retry_refused())
