@@ -102,7 +102,7 @@ class DeliveryMachine(TopicPolicy[W]):
         """The topics of this agent's delivery rules, and wildcards that may match one of them."""
         if not has_wildcard(key):
             return self.rules.owner(key) == self.agent
-        filters = (rule.topic_filter for rule in self.rules.run_by_delivery(self.agent))
+        filters = (rule.topic_filter for rule in self.rules.delivery_rules_of(self.agent))
         return any(intersects(each, key) for each in filters)
 
     def alone(self, event: Event) -> bool:

@@ -90,7 +90,7 @@ class Membership(Silence[W]):
         return any(
             (rule.wildcards == "serve" or is_of_group(name))
             and intersects(rule.topic_filter, topic_filter)
-            for rule in self._storage.rules.run_by_delivery(self.agent)
+            for rule in self._storage.rules.delivery_rules_of(self.agent)
         )
 
     def left(self, offset: int, event: SubscriberLeft, now_ms: int, score: int) -> Done:

@@ -206,7 +206,7 @@ class Rounds(Membership[W]):
 
     def inflight_max(self) -> int:
         """How much a member can have in hand, by any rule of this agent."""
-        rules = self._storage.rules.run_by_delivery(self.agent)
+        rules = self._storage.rules.delivery_rules_of(self.agent)
         return max((each.max_inflight for each in rules), default=0)
 
     def _serve(

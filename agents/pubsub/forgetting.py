@@ -57,7 +57,7 @@ class Forgetting(Readers):
         return [self._due.falls_due(due_member(SUBSCRIBER, key), now_ms + self._retention_ms())]
 
     def _retention_ms(self) -> int:
-        rules = self.rules.run_by_delivery(self.agent)
+        rules = self.rules.delivery_rules_of(self.agent)
         return max((each.offset_retention_s * 1000 for each in rules), default=0)
 
     def subscriber_due(self, offset: int, key: str, now_ms: int, score: int) -> Done:

@@ -266,10 +266,10 @@ def _order(
     with DeadLetterSnapshot() as snapshot:
         left_out = 0
         if message_ids:
-            chosen = run(dead_letters.pick(settings, rules, message_ids))
+            chosen = run(dead_letters.find_owned(settings, rules, message_ids))
             total, dead = len(chosen), (found.dead for found in chosen)
         else:
-            left_out = run(dead_letters.take(settings, rules, topic, snapshot))
+            left_out = run(dead_letters.fill_snapshot(settings, rules, topic, snapshot))
             total, dead = len(snapshot), (each for _, each in snapshot)
         if total and not (message_ids or yes):
             confirm(f"{verb.capitalize()} {_count(total)}?")

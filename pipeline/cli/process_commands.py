@@ -152,7 +152,7 @@ def config_check(
         agents = [
             name
             for name in ("sessions", "messages", "queue", "pubsub")
-            if rule in rules.run_by(name)
+            if rule in rules.of_agent(name)
         ]
         table.add_row(
             rule.hook,

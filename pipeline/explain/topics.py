@@ -95,7 +95,7 @@ def _notes(rules: Rules) -> list[str]:
     """Topics whose messages never expire are in no table, so the list lacks them."""
     without_expiry = [
         rule
-        for rule in rules.run_by("messages")
+        for rule in rules.of_agent("messages")
         if rule.action == "on_message_publish" and rule.expired_time is None
     ]
     return [

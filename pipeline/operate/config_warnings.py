@@ -59,7 +59,7 @@ def _missing_agents(rules: Rules) -> list[str]:
         f"rules for the agent {agent} are accepted, but this version has no such agent:"
         " its events wait in Kafka"
         for agent in SOURCE_TOPIC
-        if agent not in AGENT_NAMES and rules.run_by(agent)
+        if agent not in AGENT_NAMES and rules.of_agent(agent)
     ]
 
 

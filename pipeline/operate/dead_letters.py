@@ -159,7 +159,7 @@ def has_owner(rules: Rules, found: FoundDeadLetter) -> bool:
     return rules.owner(found.dead.topic) == found.agent
 
 
-async def pick(
+async def find_owned(
     settings: Settings, rules: Rules, message_ids: Sequence[str]
 ) -> list[FoundDeadLetter]:
     """Find the dead letters with these ids, to write orders about them.
@@ -178,7 +178,7 @@ async def pick(
     return found
 
 
-async def take(
+async def fill_snapshot(
     settings: Settings, rules: Rules, topic_filter: str | None, snapshot: DeadLetterSnapshot
 ) -> int:
     """Add the dead letters of matching topics to a snapshot, and return how many were left out.

@@ -151,7 +151,7 @@ class Api:
         except (ValueError, RecursionError) as error:
             return failure(400, str(error))
         try:
-            chosen = await dead_letters.pick(self._settings, self._rules, message_ids)
+            chosen = await dead_letters.find_owned(self._settings, self._rules, message_ids)
         except StoreError:
             raise
         except MillpondError as error:

@@ -50,7 +50,7 @@ def _owners(rules: Rules) -> Iterator[ConfigError]:
 
 def _pools(rules: Rules) -> Iterator[ConfigError]:
     for agent in SOURCE_TOPIC:
-        same_pool = rules.run_by(agent)
+        same_pool = rules.of_agent(agent)
         for other in same_pool[1:]:
             first = same_pool[0]
             if other.pool != first.pool:

@@ -45,7 +45,7 @@ class Rules(Struct, frozen=True):
                 return rule
         return None
 
-    def run_by_delivery(self, agent: AgentName) -> tuple[Rule, ...]:
+    def delivery_rules_of(self, agent: AgentName) -> tuple[Rule, ...]:
         """Return the delivery rules of one agent."""
         return tuple(rule for rule in self.rules if rule.delivery_agent == agent)
 
@@ -68,7 +68,7 @@ class Rules(Struct, frozen=True):
         delivers = hook != "message.delivered" and bool(self.delivery_rules())
         return delivers or any(rule.hook == hook for rule in self.rules)
 
-    def run_by(self, agent: AgentName) -> tuple[Rule, ...]:
+    def of_agent(self, agent: AgentName) -> tuple[Rule, ...]:
         """Return the rules that an agent runs for at least one topic."""
         return tuple(rule for rule in self.rules if agent in self._agents(rule))
 
@@ -92,7 +92,7 @@ class Rules(Struct, frozen=True):
         Raises:
             ConfigError: The rule set has no such pool.
         """
-        names = [rule.pool for rule in self.run_by(agent)] or [pool.name for pool in self.pools]
+        names = [rule.pool for rule in self.of_agent(agent)] or [pool.name for pool in self.pools]
         for pool in self.pools:
             if pool.name == names[0]:
                 return pool

@@ -94,11 +94,11 @@ async def test_the_dead_letters_of_every_partition_and_agent_are_found(pool: Poo
     await store_dead(pool, Partition("app", "pubsub", 2), dead_message("pubsub/a", 7))
 
     with DeadLetterSnapshot() as snapshot:
-        assert await dead_letters.take(SETTINGS, rules(pool), None, snapshot) == 0
+        assert await dead_letters.fill_snapshot(SETTINGS, rules(pool), None, snapshot) == 0
         assert len(snapshot) == 3 * PER_PARTITION + 1
         assert [dead.at for _, dead in snapshot.newest(3)] == [PER_PARTITION - 1] * 3
     with DeadLetterSnapshot() as snapshot:
-        await dead_letters.take(SETTINGS, rules(pool), "+/a", snapshot)
+        await dead_letters.fill_snapshot(SETTINGS, rules(pool), "+/a", snapshot)
         assert list(snapshot) == [("pubsub", dead_message("pubsub/a", 7))]
 
     ids = ["queue/2-0001", "pubsub/a-0007", "queue/0-0699"]

@@ -175,7 +175,7 @@ def check_leases(server: MemoryServer, driver: Driver) -> None:
             member = every[lease.member]
             assert not lease.silent or (lease.sent and member.filters), (key, lease)
     with_members = Counter[tuple[str, int, str]]()
-    limit = max(each.max_inflight for each in driver.machine.rules.run_by_delivery("pubsub"))
+    limit = max(each.max_inflight for each in driver.machine.rules.delivery_rules_of("pubsub"))
     for name, member in members(server).items():
         assert member.in_hand <= limit, f"{name} has {member.leases} {member.left}"
         with_members.update((name, number, key) for number, key in member.leases.items())

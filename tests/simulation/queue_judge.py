@@ -154,7 +154,7 @@ def check_bodies(state: State) -> None:
 
 def check_bounds(state: State, rules: Rules) -> None:
     """Check that no member has more leases than `max_inflight`."""
-    largest = max((rule.max_inflight for rule in rules.run_by_delivery("queue")), default=0)
+    largest = max((rule.max_inflight for rule in rules.delivery_rules_of("queue")), default=0)
     for name, member in state.members.awake().items():
         assert member.in_hand <= largest, f"{name}: {member.leases} {member.left}"
         plans = TopicPlans(rules)

@@ -112,7 +112,7 @@ class EmqxBridge:
         """
         bridge = settings.bridge
         mountpoint = None if bridge.mountpoint is None else Mountpoint(bridge.mountpoint)
-        if mountpoint is None and rules.run_by_delivery("pubsub"):
+        if mountpoint is None and rules.delivery_rules_of("pubsub"):
             raise ConfigError(
                 "a pubsub rule needs [bridge] mountpoint: without it Millpond cannot deliver a stored"
                 " message to one client alone"

@@ -135,7 +135,7 @@ def _refuse_pubsub(rules: Rules) -> None:
     Raises:
         ConfigError: there is a pubsub rule.
     """
-    for rule in rules.run_by_delivery("pubsub"):
+    for rule in rules.delivery_rules_of("pubsub"):
         reason = f"a pubsub rule ({rule.topic}) needs an EMQX listener with a mountpoint: [bridge] mountpoint"
         raise ConfigError(reason, file=rule.file, line=rule.line)
 

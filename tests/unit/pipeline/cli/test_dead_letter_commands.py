@@ -92,7 +92,7 @@ def test_only_yes_means_yes(
         return len(ordered)
 
     ordered: list[OperatorDrop] = []
-    monkeypatch.setattr(dead_letters, "take", two)
+    monkeypatch.setattr(dead_letters, "fill_snapshot", two)
     monkeypatch.setattr(operator_events, "write", write)
     monkeypatch.setattr(common, "can_ask", lambda: True)
     (tmp_path / "stack.toml").write_text("")

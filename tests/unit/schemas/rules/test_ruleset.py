@@ -95,8 +95,8 @@ def test_an_agent_uses_the_pool_of_its_rules() -> None:
     )
     pools = {agent: given.pool(agent).name for agent in ("messages", "queue", "sessions", "pubsub")}
     assert pools == {"messages": "three", "queue": "two", "sessions": "one", "pubsub": "one"}
-    assert len(given.run_by("queue")) == 2
-    assert len(given.run_by("messages")) == 1
+    assert len(given.of_agent("queue")) == 2
+    assert len(given.of_agent("messages")) == 1
 
 
 def test_an_agent_without_a_pool_is_an_error() -> None:
