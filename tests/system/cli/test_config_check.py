@@ -53,9 +53,9 @@ def test_each_rule_is_shown_with_the_agents_that_run_it(own_redis: Server, tmp_p
 
 
 def test_each_setting_with_which_redis_loses_data_is_a_note(
-    own_redis: Server, kafka: str, tmp_path: Path
+    own_redis: Server, own_kafka: Server, tmp_path: Path
 ) -> None:
-    address = own_redis.address.removeprefix("redis://")
+    kafka, address = own_kafka.address, own_redis.address.removeprefix("redis://")
     assert "does not exist" in faults(checked(tmp_path, address, given.store(), kafka=kafka))[0]
     made = CliRunner().invoke(app, ["kafka", "init", "--config", str(tmp_path / "millpond.toml")])
     assert made.exit_code == 0
