@@ -137,6 +137,6 @@ async def test_sigterm_ends_a_worker_while_kafka_is_down(
         begin_s = time.monotonic()
         worker.signal(signal.SIGTERM)
         assert await worker.ended() == 1
-        assert time.monotonic() - begin_s < SESSION_TIMEOUT_S + 2
+        assert time.monotonic() - begin_s < SESSION_TIMEOUT_S + 10
         own_kafka.resume()
         assert "no clean end within 6 s; exiting" in worker.log.read_text()
