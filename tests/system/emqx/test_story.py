@@ -230,4 +230,5 @@ async def test_a_bridge_that_is_killed_loses_nothing(world: EmqxWorld) -> None:
     await world.hooks.connected()
     await publish(publisher, "short/k", *numbered(30, 60))
     await world.until_stored("short/k", 0)
-    assert list(dict.fromkeys(client.payloads)) == numbered(0, 60)
+    # The copy whose hook call the killed process had in hand is routed by none. It may come after later ones.
+    assert sorted(set(client.payloads), key=int) == numbered(0, 60)
