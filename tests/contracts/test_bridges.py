@@ -58,10 +58,16 @@ async def test_the_events_of_a_clients_life_are_in_order(played: Played) -> None
     await client.subscribe("plain/+", 1)
     await client.unsubscribe("plain/+")
     await client.disconnect()
-    created, connected, subscribed, unsubscribed, disconnected, _ = await played.log.until_kinds(
-        "life", SessionCreated, ClientConnected, SessionSubscribed, SessionUnsubscribed,
+    log = played.log
+    await log.until(lambda: SessionTerminated.__name__ in log.kinds("life"), "the session's end")
+    # A snapshot on its way may repeat some
+    events = [record.event for record in log.of_client("life")]
+    first_told = [event for event in events if not getattr(event, "told_again", False)]
+    assert [type(event) for event in first_told] == [
+        SessionCreated, ClientConnected, SessionSubscribed, SessionUnsubscribed,
         ClientDisconnected, SessionTerminated,
-    )  # fmt: skip
+    ]  # fmt: skip
+    created, connected, subscribed, unsubscribed, disconnected, _ = first_told
     assert isinstance(created, SessionCreated)
     assert isinstance(connected, ClientConnected)
     assert isinstance(disconnected, ClientDisconnected)
