@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,12 @@ from millpond.pipeline.kafka.producer import Producer
 from millpond.pipeline.worker import control_channel
 from millpond.pipeline.worker.control_channel import ControlChannel
 from millpond.schemas.rules.pool import Pool
-from tests.support.redis_servers import RedisProcess, cluster_processes, redis_process
+from tests.support.redis_servers import (
+    RedisProcess,
+    cluster_processes,
+    redis_process,
+    replicated_redis,
+)
 
 HOST = "127.0.0.1"
 CHANNEL = "mqtt_channel"
@@ -104,20 +109,8 @@ async def test_a_connection_behind_a_proxy_that_lost_its_server_is_given_up(
 async def test_a_primary_that_hangs_is_left_for_the_one_that_the_sentinels_promote(
     tmp_path: Path,
 ) -> None:
-    with ExitStack() as stack:
-        first = stack.enter_context(redis_process(tmp_path / "first", repl_diskless_sync_delay=0))
-        second = stack.enter_context(
-            redis_process(tmp_path / "second", replicaof=f"{HOST} {first.port}")
-        )
-        config = (
-            f"sentinel monitor mymaster {HOST} {first.port} 1\n"
-            "sentinel down-after-milliseconds mymaster 500\n"
-            "sentinel failover-timeout mymaster 2000\n"
-        )
-        sentinel = stack.enter_context(redis_process(tmp_path / "sentinel", sentinel=config))
-        async with asyncio.timeout(WAIT_S):
-            while not sentinel.client.sentinel_slaves("mymaster"):
-                await asyncio.sleep(0.05)
+    with replicated_redis(tmp_path) as redis:
+        (first, second), (sentinel,) = redis.nodes, redis.sentinels
         servers = ((HOST, 1), (HOST, sentinel.port))
         pool = Pool(name="p", type="sentinel", servers=servers, sentinel="mymaster")
         async with listening(pool) as sent:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from millpond.schemas.rules.pool import Pool
 from millpond.schemas.rules.rule import Rule
 from millpond.schemas.rules.ruleset import Rules
 from tests.contracts.store_worlds import PARTITION, applied, commit, transaction
-from tests.support.redis_servers import RedisProcess, redis_process, until
+from tests.support.redis_servers import RedisProcess, redis_process, replicated_redis
 from tests.support.tls import certificate, tls_front
 
 HOST = "127.0.0.1"
@@ -102,22 +101,8 @@ def test_a_missing_password_file_is_named() -> None:
 async def test_sentinels_lead_to_the_primary_and_after_a_failover_to_the_new_one(
     tmp_path: Path,
 ) -> None:
-    with ExitStack() as stack:
-        first = stack.enter_context(redis_process(tmp_path / "first", repl_diskless_sync_delay=0))
-        second = stack.enter_context(
-            redis_process(tmp_path / "second", replicaof=f"{HOST} {first.port}")
-        )
-        config = (
-            f"sentinel monitor mymaster {HOST} {first.port} 1\n"
-            "sentinel down-after-milliseconds mymaster 500\n"
-            "sentinel failover-timeout mymaster 2000\n"
-        )
-        sentinel = stack.enter_context(redis_process(tmp_path / "sentinel", sentinel=config))
-        until(lambda: sentinel.client.sentinel_slaves("mymaster") != [], "the replica is known")
-        until(
-            lambda: second.client.info("replication")["master_link_status"] == "up",
-            "the replica has everything",
-        )
+    with replicated_redis(tmp_path) as redis:
+        (first, second), (sentinel,) = redis.nodes, redis.sentinels
         pool = Pool(
             name="p",
             type="sentinel",

@@ -12,9 +12,9 @@ from redis.asyncio.cluster import ClusterNode, RedisCluster
 
 from millpond.pipeline.stack.ports import HOST
 from millpond.schemas import keys
-from tests.failover.servers import kafka_brokers, replicated_redis
+from tests.failover.servers import kafka_brokers
 from tests.failover.system import running, survive
-from tests.support.redis_servers import replicated_cluster
+from tests.support.redis_servers import replicated_cluster, replicated_redis
 from tests.support.servers import Server, redis_server
 
 REST_S = 4.0  # under load, between two failures: replicas catch up, clients come back
@@ -36,7 +36,7 @@ async def payloads(client: Any, topic: str) -> Counter[str]:
 async def test_redis_primaries_are_killed_and_hang_under_sentinels(
     own_kafka: Server, tmp_path: Path
 ) -> None:
-    with replicated_redis(tmp_path) as redis:
+    with replicated_redis(tmp_path, sentinels=3, down_after_ms=1_000, appendonly="yes") as redis:
         addresses = ", ".join(f"{HOST}:{each.port}" for each in redis.sentinels)
         pool = f'type = "sentinel"\nserver = "{addresses}"\nsentinel = "mymaster"'
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -177,6 +178,71 @@ class Shard:
         self.primary.start()
         self.primary, self.replica = self.replica, self.primary
         until(self.in_sync, "the former primary is a replica")
+
+
+class Replicated:
+    """A Redis primary, its replica, and Sentinels that promote the replica."""
+
+    def __init__(self, nodes: list[RedisProcess], sentinels: list[RedisProcess]) -> None:
+        self.nodes, self.sentinels = nodes, sentinels
+
+    @property
+    def primary(self) -> RedisProcess:
+        """The node that the Sentinels name."""
+        _, port = self.sentinels[0].client.sentinel_get_master_addr_by_name("mymaster")
+        (node,) = [node for node in self.nodes if node.port == int(port)]
+        return node
+
+    def in_sync(self) -> bool:
+        """True if the other node has everything of the primary, and receives every write."""
+        primary = self.primary
+        (replica,) = [node for node in self.nodes if node is not primary]
+        link = replica.client.info("replication").get("master_link_status")
+        return bool(link == "up" and primary.client.info("replication")["connected_slaves"])
+
+    async def until_promoted(self, failed: RedisProcess) -> None:
+        """Wait until another node is the primary."""
+
+        def promoted() -> bool:
+            return self.primary is not failed and self.primary.client.role()[0] == b"master"
+
+        await asyncio.to_thread(until, promoted, "another primary")
+
+    async def until_in_sync(self) -> None:
+        """Wait until the primary has a replica again."""
+
+        await asyncio.to_thread(until, self.in_sync, "a replica")
+
+
+@contextmanager
+def replicated_redis(
+    directory: Path, *, sentinels: int = 1, down_after_ms: int = 500, **settings: Any
+) -> Iterator[Replicated]:
+    """Run a primary, its replica, and Sentinels during the block. `settings` are those of the first two."""
+    with ExitStack() as stack:
+
+        def a_process(name: str, **how: Any) -> RedisProcess:
+            return stack.enter_context(redis_process(directory / name, **how))
+
+        settings = {"repl_diskless_sync_delay": 0, **settings}
+        first = a_process("first", **settings)
+        second = a_process("second", replicaof=f"127.0.0.1 {first.port}", **settings)
+        config = (
+            f"sentinel monitor mymaster 127.0.0.1 {first.port} {sentinels // 2 + 1}\n"
+            f"sentinel down-after-milliseconds mymaster {down_after_ms}\n"
+            f"sentinel failover-timeout mymaster {4 * down_after_ms}\n"
+        )
+        watching = [a_process(f"sentinel-{number}", sentinel=config) for number in range(sentinels)]
+        for each in watching:
+            until(partial(_watches_all, each, sentinels), "the Sentinels know all")
+        found = Replicated([first, second], watching)
+        until(found.in_sync, "the replica has everything")
+        yield found
+
+
+def _watches_all(sentinel: RedisProcess, sentinels: int) -> bool:
+    state = sentinel.client.sentinel_master("mymaster")
+    return bool(state["num-other-sentinels"] == sentinels - 1 and state["num-slaves"] == 1)
 
 
 def _cluster(stack: ExitStack, directory: Path, primaries: int, nodes: int) -> list[RedisProcess]:
